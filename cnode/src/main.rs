@@ -1,0 +1,2 @@
+//! The `meshx` program.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Erlang distribution and EPMD protocols without sockets.

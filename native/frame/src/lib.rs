@@ -1,0 +1,1 @@
+//! The MeshxRpc wire protocol: frames, checksums, reassembly, flow control.

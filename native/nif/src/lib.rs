@@ -1,0 +1,1 @@
+//! NIF: terms to and from meshx-frame and meshx-etf, nothing else.

@@ -1,0 +1,1 @@
+//! End-to-end tests with real BEAMs, real TLS and the real meshx program.

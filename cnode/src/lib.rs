@@ -1,1 +1,12 @@
-//! The meshx agent and program, and a library for Rust nodes in an Erlang cluster.
+//! Meshx: Erlang distribution and RPC over a service mesh.
+//!
+//! - [`node`]: a node in Rust that joins an Erlang cluster through an agent.
+//! - [`mesh`]: what a service mesh must answer, and the embedded mesh.
+//! - [`proxy`]: the data plane: mutual TLS between agents, and the checks on every link.
+//! - [`agent`]: the daemon that ties them together, one per host.
+
+pub mod agent;
+pub mod cli;
+pub mod mesh;
+pub mod node;
+pub mod proxy;

@@ -1,0 +1,1 @@
+//! The embedded mesh: one directory, one user, one machine.

@@ -106,7 +106,7 @@ impl BeamBuilder {
 }
 
 /// Where `make build` and `make test` put the compiled example with its dependency `:meshx`.
-fn libraries() -> PathBuf {
+pub fn libraries() -> PathBuf {
     repository().join("examples/shop/_build/prod/lib")
 }
 

@@ -14,6 +14,9 @@ defmodule Cart.Server do
   @doc "Gives back what it got."
   def echo(term), do: term
 
+  @doc "Size of a binary."
+  def size(binary) when is_binary(binary), do: byte_size(binary)
+
   @doc "SHA-256 of a binary, and its size: shows that each byte arrived."
   def digest(binary) when is_binary(binary) do
     {byte_size(binary), :crypto.hash(:sha256, binary)}

@@ -9,6 +9,7 @@
 //!
 //! | Module | What | Section of the chapter |
 //! |---|---|---|
+//! | [`epmd`] | requests and responses of the port mapper | EPMD Protocol |
 //! | [`flags`] | capability flags `DFLAG_*` | Distribution Flags |
 //! | [`handshake`] | both roles as typed states | Distribution Handshake |
 //! | [`name_frame`] | the first frame of a link, read by whoever relays it | `send_name` |
@@ -44,6 +45,7 @@
 //!   Established                                             Established
 //! ```
 
+pub mod epmd;
 pub mod flags;
 pub mod framing;
 pub mod handshake;

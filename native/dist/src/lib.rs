@@ -45,6 +45,7 @@
 //!   Established                                             Established
 //! ```
 
+pub mod control;
 pub mod epmd;
 pub mod flags;
 pub mod framing;

@@ -60,6 +60,11 @@ impl<'a> Cursor<'a> {
         self.owed
     }
 
+    /// Terms read so far, the elements of strings counted.
+    pub(crate) fn seen(&self) -> usize {
+        self.seen
+    }
+
     fn remaining(&self) -> usize {
         self.bytes.len().saturating_sub(self.pos)
     }

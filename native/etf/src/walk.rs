@@ -116,6 +116,7 @@ pub(crate) fn skip_fun(
 #[derive(Debug)]
 pub(crate) struct Nesting {
     open: Vec<Open>,
+    deepest: usize,
     max_depth: usize,
 }
 
@@ -138,12 +139,18 @@ impl Nesting {
     pub(crate) fn new(max_depth: usize) -> Self {
         Self {
             open: Vec::new(),
+            deepest: 0,
             max_depth,
         }
     }
 
     pub(crate) fn depth(&self) -> usize {
         self.open.len()
+    }
+
+    /// The deepest it was so far.
+    pub(crate) fn deepest(&self) -> usize {
+        self.deepest
     }
 
     /// Takes note of a token that began at `at` and whose own bytes end at `end`.
@@ -172,6 +179,7 @@ impl Nesting {
                 });
             }
             self.open.push(Open { left, kind });
+            self.deepest = self.deepest.max(self.open.len());
         }
         while let Some(Open { left: 0, kind }) = self.open.last() {
             if let Kind::Fun(announced) = *kind

@@ -332,7 +332,7 @@ fn heap_words(token: &Token<'_>) -> usize {
     const FLAT_MAP: usize = 32;
     match token {
         Token::Int(value) if SMALL.contains(value) => 0,
-        Token::Int(_) | Token::Float(_) | Token::Export { .. } => 2,
+        Token::Int(_) | Token::Float(_) => 2,
         Token::BigInt { magnitude, .. } => 1 + magnitude.len().div_ceil(8),
         Token::Binary(bytes) if bytes.len() <= HEAP_BINARY => 2 + bytes.len().div_ceil(8),
         Token::BitBinary { bytes, .. } if bytes.len() <= HEAP_BINARY => 8 + bytes.len().div_ceil(8),
@@ -342,7 +342,7 @@ fn heap_words(token: &Token<'_>) -> usize {
         Token::Tuple { arity } => arity.saturating_add(1),
         Token::Map { pairs } if *pairs <= FLAT_MAP => 5 + 2 * pairs,
         Token::Map { pairs } => pairs.saturating_mul(5),
-        Token::Pid(_) | Token::Port(_) => 5,
+        Token::Pid(_) | Token::Port(_) | Token::Export { .. } => 5,
         Token::Reference(_) => 8,
         Token::Fun(fun) => (fun.num_free as usize).saturating_add(10),
         Token::Atom(_) | Token::Nil => 0,

@@ -54,6 +54,7 @@ async fn a_real_beam_is_met_in_both_roles() {
     );
     gen_server_call(&mut peer).await;
     spawn(&mut peer).await;
+    sequential_trace(&mut peer).await;
 
     let mut plain = Peer::dial(beam.port, without_fragments("c2"), &beam.name, COOKIE)
         .await
@@ -339,6 +340,64 @@ async fn spawn(peer: &mut Peer) {
         result,
         Some(Term::tuple([Term::atom("result"), asked.unwrap().into()]))
     );
+}
+
+/// A trace token that the BEAM made, sent back to it, comes again with the answer.
+async fn sequential_trace(peer: &mut Peer) {
+    let me = peer.pid();
+    let arguments = Term::list([Term::atom("label"), Term::Int(17)]);
+    let request = Term::tuple([
+        me.clone().into(),
+        Term::atom("seq_trace"),
+        Term::atom("set_token"),
+        arguments,
+    ]);
+    peer.send_to("do", me.clone(), request).await;
+    let (
+        Control::Send {
+            token: Some(token), ..
+        },
+        Some(_),
+    ) = peer.receive().await
+    else {
+        panic!("wanted a SEND_TT")
+    };
+    assert_eq!(
+        token.as_tuple().map(|fields| (fields.len(), fields[1].as_int())),
+        Some((5, Some(17)))
+    );
+    let message = Term::tuple([me.clone().into(), Term::atom("traced")]);
+    let to = Atom::from("echo");
+    peer.send(
+        Control::RegSend {
+            from: me.clone(),
+            to,
+            token: Some(token),
+        },
+        Some(&message),
+    )
+    .await;
+    let (
+        Control::Send {
+            token: Some(token), ..
+        },
+        Some(answer),
+    ) = peer.receive().await
+    else {
+        panic!("wanted a SEND_TT that answers")
+    };
+    assert_eq!(
+        token.as_tuple().map(|fields| fields[1].clone()),
+        Some(Term::Int(17))
+    );
+    assert_eq!(answer, Term::tuple([Term::atom("echo"), Term::atom("traced")]));
+    // A message without a token ends the trace in the process that gets it.
+    let message = Term::tuple([me.clone().into(), Term::atom("untraced")]);
+    peer.send_to("echo", me.clone(), message).await;
+    assert!(matches!(
+        peer.receive().await.0,
+        Control::Send { token: None, .. }
+    ));
 }
 
 async fn a_second_link_of_the_same_name(beam: &Beam) {

@@ -5,7 +5,7 @@ mod support;
 
 use meshx_dist::control::{Control, Proc};
 use meshx_dist::flags::DistFlags;
-use meshx_dist::handshake::{HandshakeError, LocalNode};
+use meshx_dist::handshake::{Admission, HandshakeError, LocalNode};
 use meshx_etf::{Atom, Pid, Term};
 use proptest::prelude::*;
 use proptest::strategy::ValueTree as _;
@@ -72,6 +72,36 @@ async fn a_real_beam_is_met_in_both_roles() {
 
     drop(beam);
     epmd.unregistered("beam").await;
+}
+
+#[tokio::test]
+async fn a_beam_without_a_name_is_given_one() {
+    let epmd = Epmd::start().await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    epmd.register("d", listener.local_addr().unwrap().port());
+    let _beam = Beam::start_without_name(&epmd, "d@127.0.0.1");
+    let (stream, _) = soon("the BEAM's connection", listener.accept()).await.unwrap();
+    let admission = Admission::Named {
+        name: "given@127.0.0.1",
+        creation: 0x0304_0506,
+    };
+    let mut peer = Peer::accept_as(stream, node("d"), COOKIE, admission)
+        .await
+        .unwrap();
+    assert!(peer.established.peer_flags.contains(DistFlags::NAME_ME));
+    assert_eq!(peer.established.peer_name, "given@127.0.0.1");
+    let identity = Term::tuple([Term::atom("given@127.0.0.1"), Term::Int(0x0304_0506)]);
+    loop {
+        match peer.receive().await {
+            (Control::RegSend { from, to, .. }, Some(message)) if to == "named" => {
+                assert_eq!((message, from.node.as_str()), (identity, "given@127.0.0.1"));
+                break;
+            }
+            // Background talk of the BEAM's kernel processes.
+            (Control::RegSend { .. } | Control::MonitorP { .. }, _) => {}
+            other => panic!("waited for its name, got {other:?}"),
+        }
+    }
 }
 
 /// What `net_adm:ping/1` does once the nodes are connected.
@@ -423,6 +453,10 @@ async fn a_dynamic_name(beam: &Beam) {
         peer.established.local_name
     );
     assert!(peer.established.local_creation > 3);
+    assert!(
+        peer.established.peer_flags.contains(DistFlags::NAME_ME),
+        "as our acceptor does"
+    );
     is_auth(&mut peer).await;
 }
 

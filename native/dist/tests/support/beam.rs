@@ -30,47 +30,54 @@ impl Beam {
     /// Starts a visible node `ALIVE@127.0.0.1` and waits until it has registered and runs its program: a node can
     /// be dialled before that.
     pub async fn start(epmd: &Epmd, alive: &str) -> Self {
-        let name = format!("{alive}@127.0.0.1");
-        let mut child = Command::new("erl")
-            .args([
-                "-noshell",
-                "-start_epmd",
-                "false",
-                "-name",
-                &name,
-                "-setcookie",
-                COOKIE,
-            ])
-            .args([
-                "-kernel",
-                "inet_dist_use_interface",
-                "{127,0,0,1}",
-                "-kernel",
-                "logger_level",
-                "emergency",
-            ])
-            .args(["-eval", PROGRAM])
-            .env("ERL_EPMD_PORT", epmd.port.to_string())
-            .env("ERL_EPMD_ADDRESS", "127.0.0.1")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("erl, which this test needs, could not be started");
-        let stdout = child.stdout.take().unwrap();
-        let mut beam = Self { child, name, port: 0 };
+        let mut beam = Self::spawn(epmd, alive, PROGRAM);
         beam.port = epmd.registered(alive).await.port;
+        let stdout = beam.child.stdout.take().unwrap();
         let first_line = tokio::task::spawn_blocking(|| {
             let mut line = String::new();
             BufReader::new(stdout).read_line(&mut line).map(|_| line)
         });
-        assert_eq!(
-            super::soon("the BEAM's program", first_line)
-                .await
-                .unwrap()
-                .unwrap(),
-            "ready\n"
-        );
+        let first_line = super::soon("the BEAM's program", first_line).await.unwrap();
+        assert_eq!(first_line.unwrap(), "ready\n");
         beam
+    }
+
+    /// Starts a node that is given its name by the first node that it connects to, here `peer`, and tells the
+    /// process `named` there what it is called.
+    pub fn start_without_name(epmd: &Epmd, peer: &str) -> Self {
+        let program = format!(
+            r#"
+            spawn(fun() -> io:get_line(""), erlang:halt(0, [{{flush, false}}]) end),
+            true = net_kernel:connect_node('{peer}'),
+            {{named, '{peer}'}} ! {{node(), erlang:system_info(creation)}}.
+            "#
+        );
+        Self::spawn(epmd, "undefined", &program)
+    }
+
+    fn spawn(epmd: &Epmd, alive: &str, program: &str) -> Self {
+        let name = format!("{alive}@127.0.0.1");
+        let child = Command::new("erl")
+            .args([
+                "-noshell",
+                "-start_epmd",
+                "false",
+                "-setcookie",
+                COOKIE,
+                "-name",
+                &name,
+            ])
+            .args(["-kernel", "inet_dist_use_interface", "{127,0,0,1}"])
+            .args(["-kernel", "logger_level", "emergency"])
+            .args(["-eval", program])
+            .env("ERL_EPMD_PORT", epmd.port.to_string())
+            .env("ERL_EPMD_ADDRESS", "127.0.0.1")
+            .env("ERL_CRASH_DUMP_BYTES", "0")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("erl, which this test needs, could not be started");
+        Self { child, name, port: 0 }
     }
 }
 

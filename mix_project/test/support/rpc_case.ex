@@ -69,11 +69,9 @@ defmodule MeshxRpc.Case do
   @doc "Starts a client and does not wait."
   def client_down(address, options \\ []) do
     id = unique("client")
-
-    start_supervised!(
-      Client.Pool.child_spec(id, Keyword.merge([address: address, pool_opts: [size: 1]], options))
-    )
-
+    address = if address, do: [address: address], else: []
+    options = Keyword.merge([pool_opts: [size: 1]] ++ address, options)
+    start_supervised!(Client.Pool.child_spec(id, options))
     id
   end
 

@@ -49,5 +49,5 @@ defmodule MeshxRpc.Client.Upstream do
   end
 
   defp proxy_id({_name, id}), do: id
-  defp proxy_id(nil), do: nil
+  defp proxy_id(_name), do: nil
 end

@@ -119,6 +119,13 @@ defmodule MeshxRpc.Server.Listener do
     end
   end
 
+  # What was registered is lost for good: start anew.
+  def handle_info(
+        {adapter, :lost, id},
+        %{registration: id, config: %{mesh: %{adapter: adapter}}} = state
+      ),
+      do: {:stop, {:shutdown, :registration_lost}, %{state | registration: nil}}
+
   def handle_info(:register, state), do: {:noreply, register(state)}
   def handle_info({:EXIT, _acceptor, reason}, state), do: {:stop, reason, state}
   def handle_info(_other, state), do: {:noreply, state}

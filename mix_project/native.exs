@@ -18,7 +18,7 @@ defmodule Mix.Tasks.Compile.MeshxNif do
 
   # The repository beside the mix project, or the copy of it that a package carries.
   @roots ["..", "native_src"]
-  @sources ~w(Cargo.toml Cargo.lock native/{etf,frame,nif}/Cargo.toml native/{etf,frame,nif}/src/**/*.rs)
+  @sources ~w(Cargo.toml Cargo.lock native/{etf,frame,nif}/Cargo.toml native/nif/build.rs native/{etf,frame,nif}/src/**/*.rs)
   @library if match?({:unix, :darwin}, :os.type()),
              do: "libmeshx_nif.dylib",
              else: "libmeshx_nif.so"
@@ -127,6 +127,9 @@ defmodule Mix.Tasks.Compile.MeshxNif do
     do: Mix.raise("the NIF could not be built (MESHX_NIF=require): " <> reason)
 
   defp failed(:warning, reason) do
+    # Not an older one either: it may speak an older protocol than the code beside it.
+    clean()
+
     Mix.shell().error(
       "warning: the NIF could not be built, RPC will use its slower Elixir codec: #{reason}\n" <>
         "         MESHX_NIF=skip silences this, MESHX_NIF=require makes it an error"

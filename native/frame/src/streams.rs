@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use crate::assembly::Assembly;
+use crate::assembly::{Assembly, Discard};
 use crate::control_rate::ControlRate;
 use crate::header::{Header, REQUEST_HEAD_FIXED, REQUEST_HEAD_MAX, block_too_large, frame_type::*};
 use crate::{Cause, Event, Failure, Kind, Options, Output, Role, Status, encode};
@@ -17,6 +17,7 @@ const SEQ_MASK: u32 = 0xFF_FFFF;
 #[derive(Debug)]
 pub(crate) struct Streams {
     options: Options,
+    discard: Discard,
     pub(crate) block_size: usize,
     pub(crate) control: ControlRate,
     table: HashMap<u32, Stream>,
@@ -77,8 +78,9 @@ struct Window {
 type Fault = (Cause, String);
 
 impl Streams {
-    pub(crate) fn new(options: Options) -> Self {
+    pub(crate) fn new(options: Options, discard: Discard) -> Self {
         Self {
+            discard,
             block_size: crate::MAX_PAYLOAD,
             control: ControlRate::new(),
             table: HashMap::new(),
@@ -275,7 +277,7 @@ impl Streams {
         }
         let mut receiving = Receiving {
             head,
-            message: Assembly::new(size),
+            message: Assembly::new(size, self.discard),
             next: 1,
         };
         receiving.append(data)?;

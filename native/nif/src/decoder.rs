@@ -5,14 +5,17 @@ use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
 use meshx_frame::{Cause, Decoder, Failure, Options, Output, Role, encode};
-use rustler::schedule::consume_timeslice;
 use rustler::{Binary, Encoder, Env, Error, NifMap, NifResult, NifUnitEnum, Resource, ResourceArc, Term};
 
 use crate::{atoms, event};
 
 /// One call looks at so many bytes and frames at most.
+///
+/// Measured on one busy core of two, OTP 25, release build, median and worst of 100 or more calls: 256 KiB of a 256 MiB
+/// message in blocks of 16 KiB with checksums 0.16 and 0.47 ms (mostly the first touch of new pages); 512 requests of
+/// 64 bytes, each an event, 0.28 ms.
 const MAX_SLICE: usize = 256 * 1024;
-const MAX_FRAMES: usize = 1024;
+const MAX_FRAMES: usize = 512;
 
 struct Connection {
     began: Instant,
@@ -60,7 +63,8 @@ fn new(options: OptionsMap) -> NifResult<ResourceArc<Connection>> {
         stream_window: options.stream_window,
         connection_window: options.connection_window,
     };
-    let decoder = Decoder::new(options).map_err(|error| Error::Term(Box::new(error.to_string())))?;
+    let decoder = Decoder::with_discard(options, event::discard)
+        .map_err(|error| Error::Term(Box::new(error.to_string())))?;
     Ok(ResourceArc::new(Connection {
         began: Instant::now(),
         decoder: Mutex::new(decoder),
@@ -132,9 +136,7 @@ fn feed<'a>(
         .map(|event| event::encode(env, event))
         .collect();
     let out = event::copied(env, &output.bytes);
-    // A call counts as one reduction, however long it was; say how much of a millisecond it really took.
-    let percent = before.elapsed().as_micros() / 10;
-    consume_timeslice(env, percent.clamp(1, 100) as i32);
+    crate::count_time(env, before);
     Ok(match result {
         Ok(used) => (atoms::ok(), offset + used, events, out).encode(env),
         Err(failure) => (

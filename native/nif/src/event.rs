@@ -11,12 +11,31 @@ use crate::atoms;
 /// a resource and its destructor.
 const ZERO_COPY_FROM: usize = 4096;
 
+/// From this size on memory is given back by a thread of its own: 64 MiB take the system some 5 ms, and whoever
+/// drops them is a scheduler. build.rs keeps the library mapped while such a thread runs.
+const DISCARD_ASIDE_FROM: usize = 4 << 20;
+
 /// The bytes of a large message, owned by the binaries that show them.
 pub(crate) struct Message(Vec<u8>);
 
 #[rustler::resource_impl]
 impl Resource for Message {}
 impl RefUnwindSafe for Message {}
+
+impl Drop for Message {
+    fn drop(&mut self) {
+        discard(std::mem::take(&mut self.0));
+    }
+}
+
+pub(crate) fn discard(bytes: Vec<u8>) {
+    if bytes.capacity() >= DISCARD_ASIDE_FROM {
+        // Without a thread to be had, the closure and what it holds are dropped here.
+        let _ = std::thread::Builder::new()
+            .stack_size(64 << 10)
+            .spawn(move || drop(bytes));
+    }
+}
 
 pub(crate) fn encode<'a>(env: Env<'a>, event: Event) -> Term<'a> {
     match event {

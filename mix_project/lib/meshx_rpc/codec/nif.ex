@@ -8,7 +8,7 @@ defmodule MeshxRpc.Codec.Nif do
 
   # Below this the VM's own crc32 is as fast as a NIF call with its list of binaries; above the other, one call
   # could hold a scheduler for too long, and the VM's own yields.
-  @crc_from 512
+  @crc_from 1024
   @crc_to 4 * 1024 * 1024
 
   @doc "Whether the library is there, or why not."
@@ -34,7 +34,7 @@ defmodule MeshxRpc.Codec.Nif do
   @impl true
   def feed(decoder, bytes), do: feed(decoder, bytes, 0, [], [])
 
-  # A call takes 256 KiB or 1,024 frames, whichever comes first. `events` and `out` hold earlier calls', last first.
+  # A call takes 256 KiB or 512 frames, whichever comes first. `events` and `out` hold earlier calls', last first.
   defp feed(decoder, bytes, offset, events, out) do
     case Native.feed(decoder, bytes, offset) do
       {:ok, next, new, more} when next < byte_size(bytes) ->

@@ -156,6 +156,9 @@ pub fn check(bytes: &[u8], policy: &GuardPolicy) -> Result<GuardStats, GuardErro
     }
 }
 
+/// What the smallest token counts as in [`Guard::step`]: its handling takes longer than reading its one byte.
+const TOKEN_WORK: usize = 8;
+
 /// A check that can be interrupted. It owns no part of the input.
 #[derive(Debug)]
 pub struct Guard {
@@ -184,7 +187,7 @@ impl Guard {
     }
 
     /// Goes on for about `max_work` bytes of the term and at least one token. Contents of binaries and strings,
-    /// which are not looked at, cost nothing. One token costs at most `max_integer_bytes` or about 2 KiB.
+    /// which are not looked at, cost nothing; no token counts as less than 8 bytes. One costs at most `max_integer_bytes` or about 2 KiB.
     ///
     /// # Errors
     /// Any [`GuardError`]; further steps then return the same one.
@@ -240,7 +243,8 @@ impl Guard {
             let token = cursor.token()?;
             self.nesting.advance(&token, at, cursor.pos())?;
             self.admit(&token, at)?;
-            work = work.saturating_add(cursor.pos() - at - unread_len(&token));
+            let read = cursor.pos() - at - unread_len(&token);
+            work = work.saturating_add(read.max(TOKEN_WORK));
             if work >= max_work {
                 break;
             }

@@ -50,10 +50,15 @@ impl<'a> Walk<'a> {
         if self.cursor.owed() == 0 {
             return Ok(None);
         }
+        self.step().map(Some)
+    }
+
+    #[inline]
+    fn step(&mut self) -> Result<Token<'a>, DecodeError> {
         let at = self.cursor.pos();
         let token = self.cursor.token()?;
         self.nesting.advance(&token, at, self.cursor.pos())?;
-        Ok(Some(token))
+        Ok(token)
     }
 
     /// Bytes read so far, the version byte included.
@@ -76,7 +81,10 @@ impl<'a> Walk<'a> {
 /// As [`Walk::next_token`]; a compressed term has no length that shows without inflating it and is refused.
 pub fn term_len(bytes: &[u8], limits: &Limits) -> Result<usize, DecodeError> {
     let mut walk = Walk::new(bytes, limits)?;
-    while walk.next_token()?.is_some() {}
+    // Not `next_token`: handing tokens out costs more than reading them.
+    while walk.cursor.owed() > 0 {
+        walk.step()?;
+    }
     Ok(walk.offset())
 }
 
@@ -153,6 +161,7 @@ impl Nesting {
         self.deepest
     }
 
+    #[inline]
     /// Takes note of a token that began at `at` and whose own bytes end at `end`.
     pub(crate) fn advance(&mut self, token: &Token<'_>, at: usize, end: usize) -> Result<(), DecodeError> {
         let mut in_tail = false;

@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 use std::thread;
 
-use meshx_etf::{DEPTH_CEILING, DecodeError, Limits, Term, decode, encode};
+use meshx_etf::{DEPTH_CEILING, DecodeError, Limits, decode, encode};
 
 /// Half of what a Rust thread gets by default (2 MiB).
 const STACK: usize = 1024 << 10;
@@ -116,6 +116,6 @@ fn conversion_fits_a_small_stack() {
     let term = decode(&nested(DEPTH_CEILING), &limits).unwrap();
     on_small_stack(move || {
         let theirs = eetf::Term::try_from(&term).unwrap();
-        assert_eq!(Term::try_from(&theirs).unwrap(), term);
+        assert_eq!(meshx_etf::Term::try_from(&theirs).unwrap(), term);
     });
 }

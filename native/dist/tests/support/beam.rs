@@ -69,6 +69,8 @@ impl Beam {
             ])
             .args(["-kernel", "inet_dist_use_interface", "{127,0,0,1}"])
             .args(["-kernel", "logger_level", "emergency"])
+            // Longest time for a handshake, in seconds: a busy machine must not fail a test.
+            .args(["-kernel", "net_setuptime", "60"])
             .args(["-eval", program])
             .env("ERL_EPMD_PORT", epmd.port.to_string())
             .env("ERL_EPMD_ADDRESS", "127.0.0.1")

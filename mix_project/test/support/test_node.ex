@@ -50,7 +50,10 @@ defmodule Meshx.TestNode do
   def init(opts) do
     args = Keyword.fetch!(opts, :args)
     env = for {k, v} <- Keyword.get(opts, :env, %{}), do: {to_charlist(k), to_charlist(v)}
-    paths = for app <- [:meshx, :elixir, :logger], do: ["-pa", to_string(:code.lib_dir(app, :ebin))]
+
+    paths =
+      for app <- [:meshx, :elixir, :logger],
+          do: ["-pa", Path.join(to_string(:code.lib_dir(app)), "ebin")]
 
     port =
       Port.open({:spawn_executable, System.find_executable("erl")}, [
@@ -58,7 +61,7 @@ defmodule Meshx.TestNode do
         :exit_status,
         :stderr_to_stdout,
         {:line, 100_000},
-        {:env, [{'ERL_CRASH_DUMP_BYTES', '0'} | env]},
+        {:env, [{~c"ERL_CRASH_DUMP_BYTES", ~c"0"} | env]},
         {:args,
          ["-noshell", "-proto_dist", "meshx", "-no_epmd", "-setcookie", "meshxtest"] ++
            List.flatten(paths) ++ args ++ ["-s", "meshx_test_node"]}

@@ -573,3 +573,37 @@ fn protocol(text: String) -> Failure {
         text,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn blocks_are_numbered_modulo_2_pow_24() {
+        let head = Head::Response {
+            status: Status::Result,
+            term: 0,
+        };
+        let message = Assembly::new(3, drop);
+        let state = State::Receiving(Receiving {
+            head,
+            message,
+            next: SEQ_MASK,
+        });
+        let mut stream = Stream {
+            window: Window { left: 9, pending: 0 },
+            state,
+        };
+        for seq in [SEQ_MASK, 0, 1] {
+            let header = Header {
+                len: 1,
+                frame_type: DATA,
+                flags: 0,
+                seq,
+                stream: 1,
+            };
+            stream.data(&header, &[7]).unwrap();
+        }
+    }
+}

@@ -44,19 +44,9 @@ defmodule MeshxRpc.Server.Connection do
 
   @impl true
   def handle_info({:socket, socket}, state) do
-    config = state.config
-
-    options = %{
-      role: :server,
-      max_message: config.max_message,
-      max_bytes: config.max_bytes,
-      # One above what may run, so that the refusal names what is full.
-      max_streams: config.max_concurrency + 1,
-      stream_window: config.stream_window,
-      connection_window: config.connection_window
-    }
-
-    state = %{state | link: Link.new(socket, config.codec, options), peer: Address.peer(socket)}
+    # One stream more than may run, so that the refusal names what is full.
+    link = Link.new(socket, :server, state.config, state.config.max_concurrency + 1)
+    state = %{state | link: link, peer: Address.peer(socket)}
 
     case Link.activate(state.link) do
       :ok -> continue(state)

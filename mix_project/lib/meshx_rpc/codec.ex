@@ -130,7 +130,7 @@ defmodule MeshxRpc.Codec do
         {:error, reason} ->
           Logger.warning(
             "meshx: RPC runs on its Elixir codec, which is slower: the NIF could not be loaded (#{reason}). " <>
-              "Install cargo and run `mix compile --force`; set MESHX_NIF=require to make this an error"
+              "Install cargo and compile meshx again (as a dependency: mix deps.compile meshx --force)"
           )
 
           MeshxRpc.Codec.Elixir

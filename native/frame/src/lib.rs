@@ -56,6 +56,7 @@
 
 mod assembly;
 mod cause;
+mod contain;
 mod control_rate;
 mod decoder;
 pub mod encode;
@@ -66,6 +67,7 @@ mod streams;
 
 pub use assembly::Discard;
 pub use cause::Cause;
+pub use contain::contain;
 pub use decoder::{Decoder, Stats};
 pub use event::{Event, Failure, Kind, Output, Status};
 pub use header::{FLAG_CKS, FLAG_END, Header, frame_type};

@@ -147,7 +147,8 @@ defmodule MeshxNode.AcceptTest do
     # The accepting end can be told as well.
     ref = TestNode.cast(cart, :meshx_test_node, :nodedown_reason, [:shop@h1, 20_000])
     :ok = TestNode.await_output(cart, "@connected")
-    [{link, "cart@h2", "shop@h1"} | _] = ScriptedAgent.links(agent)
+    {:ok, %{link: id}} = TestNode.call(cart, MeshxNode, :peer, [:shop@h1])
+    link = Base.decode16!(id, case: :lower)
 
     ScriptedAgent.push(
       agent,

@@ -136,13 +136,13 @@ defmodule MeshxRpc.CodecDifferentialTest do
 
   defp flip(wire, times) do
     at = number(byte_size(wire)) - 1
-    <<before::binary-size(at), byte, rest::binary>> = wire
+    {before, byte, rest} = at(wire, at)
     flip(<<before::binary, Bitwise.bxor(byte, number(255)), rest::binary>>, times - 1)
   end
 
   defp cut(wire) do
     at = number(byte_size(wire)) - 1
-    <<before::binary-size(at), _, rest::binary>> = wire
+    {before, _, rest} = at(wire, at)
     before <> rest
   end
 
@@ -150,8 +150,7 @@ defmodule MeshxRpc.CodecDifferentialTest do
 
   defp pieces(wire) do
     size = min(pick([1, number(20), number(400), number(5_000)]), byte_size(wire))
-    <<piece::binary-size(size), rest::binary>> = wire
-    [piece | pieces(rest)]
+    [binary_part(wire, 0, size) | pieces(binary_part(wire, size, byte_size(wire) - size))]
   end
 
   defp number(max), do: :rand.uniform(max)

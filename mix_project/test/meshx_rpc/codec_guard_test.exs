@@ -1,6 +1,7 @@
 defmodule MeshxRpc.CodecGuardTest do
   use ExUnit.Case, async: true
 
+  import MeshxRpc.CodecPeer, only: [at: 2]
   alias MeshxRpc.Codec
 
   # The names of what is refused are part of the contract; texts are for people.
@@ -159,7 +160,7 @@ defmodule MeshxRpc.CodecGuardTest do
 
   defp damage(binary, times) do
     at = :rand.uniform(byte_size(binary)) - 1
-    <<before::binary-size(at), byte, rest::binary>> = binary
+    {before, byte, rest} = at(binary, at)
 
     case :rand.uniform(4) do
       1 -> <<before::binary, rest::binary, 0>>

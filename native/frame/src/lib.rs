@@ -63,7 +63,9 @@ pub mod encode;
 mod event;
 mod header;
 mod options;
+mod stream;
 mod streams;
+mod window;
 
 pub use assembly::Discard;
 pub use cause::Cause;

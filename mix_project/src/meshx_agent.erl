@@ -2,8 +2,8 @@
 %%
 %% It says hello, registers this VM's node, carries requests and replies, obeys `cut', and comes back by itself
 %% when the agent restarts; the node is then registered again under its running creation. It is a child of the
-%% supervisor of the distribution (`meshx_dist:childspecs/0'); a VM that uses the mesh without distribution calls
-%% `start/0'. It runs while a VM boots: kernel and stdlib only.
+%% supervisor of the distribution (`meshx_dist:childspecs/0'); a VM that uses the mesh without distribution
+%% calls `start/0'. It runs while a VM boots: kernel and stdlib only.
 %%
 %% Whoever may carry a link is tied to this process (`link/4', `register_node/3'): when it crashes, links and
 %% listening socket end with it, because nobody would be left to cut them.
@@ -53,7 +53,9 @@
     hello = #{} :: map(),
     next_id = 1 :: pos_integer(),
     %% What to do with a reply; `abandoned' when its caller gave up.
-    pending = #{} :: #{integer() => {call, gen_statem:from()} | {register, undefined | gen_statem:from()} | abandoned},
+    pending = #{} :: #{
+        integer() => {call, gen_statem:from()} | {register, undefined | gen_statem:from()} | abandoned
+    },
     waiting = [] :: [gen_statem:from()],
     node :: undefined | #node{},
     failures = 0 :: non_neg_integer(),
@@ -113,7 +115,8 @@ subscribe() ->
 
 %% Registers the node of this VM, which listens on `Listen' at `Path'. The caller is net_kernel: when it ends, the
 %% node is deregistered.
--spec register_node(binary(), {port(), binary()}, boolean()) -> {ok, meshx_control:registration()} | {error, {atom(), binary()}}.
+-spec register_node(binary(), {port(), binary()}, boolean()) ->
+    {ok, meshx_control:registration()} | {error, {atom(), binary()}}.
 register_node(Name, {Listen, Path}, Hidden) ->
     ask({register_node, self(), Name, Listen, Path, Hidden}).
 
@@ -123,7 +126,8 @@ deregister_node() ->
     ok.
 
 %% What a link needs: the agent's dist socket and the secret of this node's registration.
--spec credentials() -> {ok, #{dist_socket := binary(), secret := meshx_frame:secret()}} | {error, {atom(), binary()}}.
+-spec credentials() ->
+    {ok, #{dist_socket := binary(), secret := meshx_frame:secret()}} | {error, {atom(), binary()}}.
 credentials() ->
     ask(credentials).
 

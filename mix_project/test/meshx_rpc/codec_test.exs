@@ -356,6 +356,20 @@ defmodule MeshxRpc.CodecTest do
         end
       end
 
+      test "a stream that was reset is over though its budget is held", %{codec: codec} do
+        {decoder, _} = fed(codec, up(codec), request(1, "x") <> control(:reset, 1, <<5::16>>))
+        assert %{reserved: 1} = codec.stats(decoder)
+        {decoder, @no_events} = fed(codec, decoder, block(:data, 1, "", seq: 1))
+        assert_end(codec, decoder, block(:data, 1, "x", seq: 1), :protocol, "0 can be on their way")
+      end
+
+      test "streams in error are limited, overload is not", %{codec: codec} do
+        bad = for stream <- 1..60_000, into: "", do: request(stream, "", seq: 1)
+        assert_end(codec, up(codec), bad, :protocol, "control frames")
+        many = for stream <- 1..20_000, into: "", do: request(stream, "")
+        assert {_, {_, _}} = fed(codec, up(codec, %{max_streams: 1}), many)
+      end
+
       test "counts every frame and byte", %{codec: codec} do
         decoder = up(codec)
         %{frames: frames, bytes: bytes} = codec.stats(decoder)

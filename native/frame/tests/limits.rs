@@ -4,45 +4,9 @@
 
 mod common;
 
-use std::time::Duration;
-
 use common::*;
 use meshx_frame::frame_type::*;
-use meshx_frame::{CONTROL_BURST, CONTROL_PER_SECOND, Cause, Decoder, Event, Options, Output, Role, Status};
-
-/// Feeds and expects the connection to end with this cause and a text that holds `text`.
-#[track_caller]
-fn ends(decoder: &mut Decoder, wire: &[u8], cause: Cause, text: &str) {
-    let (_, out, result) = feed(decoder, wire);
-    let failure = result.expect_err("the connection must end");
-    assert_eq!(failure.cause, cause, "{failure}");
-    assert!(failure.text.contains(text), "{failure}");
-    let last_words = failure.text.as_bytes();
-    assert!(out.ends_with(last_words), "a GOAWAY or REFUSED must say why");
-    assert_eq!(decoder.stats().reserved, 0);
-    let (events, out, again) = feed(decoder, b"more");
-    assert_eq!((events.len(), out.len(), again.unwrap_err()), (0, 0, failure));
-}
-
-/// Feeds and expects this stream alone to end.
-#[track_caller]
-fn resets(decoder: &mut Decoder, wire: &[u8], stream: u32, cause: Cause, text: &str) {
-    let (events, out, result) = feed(decoder, wire);
-    result.unwrap();
-    let Some(Event::StreamError {
-        stream: s,
-        cause: c,
-        text: t,
-    }) = events.last()
-    else {
-        panic!("a stream error wanted, got {events:?}")
-    };
-    assert_eq!((*s, *c), (stream, cause), "{t}");
-    assert!(t.contains(text), "{t}");
-    let mut reset = Vec::new();
-    meshx_frame::encode::reset(&mut reset, stream, cause, t);
-    assert!(out.ends_with(&reset), "the RESET must be sent");
-}
+use meshx_frame::{Cause, Decoder, Event, Options, Role, Status};
 
 fn header(len: u32, frame_type: u8, flags: u8, stream: u32) -> Vec<u8> {
     let mut out = Vec::new();
@@ -450,99 +414,6 @@ fn windows_are_granted_in_halves_and_never_late() {
     assert!(out.is_empty(), "{out:?}");
     let out = feed(&mut decoder, &request(2, &[0; 20])).1;
     assert_eq!(out, control(WINDOW, 0, &200u32.to_be_bytes()));
-}
-
-#[test]
-fn what_was_on_its_way_to_a_released_stream_is_ignored_and_nothing_beyond() {
-    let options = Options {
-        role: Role::Client,
-        stream_window: 100,
-        connection_window: 100_000,
-        ..OPTIONS
-    };
-    let mut decoder = up(options, true, 16_384);
-    decoder.open(1);
-    decoder.release(1);
-    let first = block(
-        RESPONSE,
-        1,
-        0,
-        false,
-        &response_payload(Status::Result, 500, &[0; 60]),
-    );
-    assert_eq!(feed(&mut decoder, &first), (vec![], vec![], Ok(())));
-    assert_eq!(
-        feed(&mut decoder, &block(DATA, 1, 1, false, &[0; 40])),
-        (vec![], vec![], Ok(()))
-    );
-    ends(
-        &mut decoder,
-        &block(DATA, 1, 2, false, &[0]),
-        Cause::Protocol,
-        "1 bytes on a stream that is over",
-    );
-}
-
-#[test]
-fn completed_streams_leave_no_room_for_strays() {
-    let mut decoder = server();
-    for stream in 1..=10 {
-        feed(&mut decoder, &request(stream, b"x")).2.unwrap();
-        decoder.release(stream);
-    }
-    ends(
-        &mut decoder,
-        &block(DATA, 3, 1, false, &[0]),
-        Cause::Protocol,
-        "0 can be on their way",
-    );
-}
-
-#[test]
-fn floods_end_the_connection_and_time_forgives() {
-    let ping = control(PING, 0, b"12345678");
-    let cancel = control(CANCEL, 1, b"");
-    let reset = control(RESET, 1, b"\0\x05");
-    let late = control(WINDOW, 1, b"\0\0\0\x01");
-    let stray = block(DATA, 1, 1, true, b"");
-    let unknown = control(0x99, 7, b"what");
-    for frame in [
-        ping,
-        cancel,
-        reset,
-        late,
-        stray,
-        unknown,
-        control(PONG, 0, b"12345678"),
-    ] {
-        let mut decoder = server();
-        feed(&mut decoder, &request(1, b"")).2.unwrap();
-        decoder.release(1);
-        let mut output = Output::default();
-        let burst = frame.repeat(CONTROL_BURST as usize);
-        decoder.feed(Duration::ZERO, &burst, &mut output).unwrap();
-        assert!(output.bytes.len() <= burst.len());
-        let second = Duration::from_secs(1);
-        let more = frame.repeat(CONTROL_PER_SECOND as usize);
-        decoder.feed(second, &more, &mut output).unwrap();
-        let failure = decoder.feed(second, &frame, &mut output).unwrap_err();
-        assert!(failure.text.contains("control frames"), "{failure}");
-    }
-}
-
-#[test]
-fn rapid_resets_are_limited() {
-    let mut decoder = server();
-    for stream in 1..=CONTROL_BURST {
-        let wire = [request(stream, b""), control(CANCEL, stream, b"")].concat();
-        let (events, _, result) = feed(&mut decoder, &wire);
-        result.unwrap();
-        assert_eq!(events.len(), 2);
-        decoder.release(stream);
-    }
-    let stream = CONTROL_BURST + 1;
-    let wire = [request(stream, b""), control(CANCEL, stream, b"")].concat();
-    ends(&mut decoder, &wire, Cause::Protocol, "control frames");
 }
 
 #[test]

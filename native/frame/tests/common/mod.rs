@@ -1,10 +1,16 @@
 //! A peer that writes what the tests want, and a decoder for it to write to.
 
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic
+)]
 
 use std::time::Duration;
 
-use meshx_frame::{Decoder, Event, Failure, Kind, Options, Output, Role, Status, encode, frame_type};
+use meshx_frame::{Cause, Decoder, Event, Failure, Kind, Options, Output, Role, Status, encode, frame_type};
 
 pub const OPTIONS: Options = Options {
     role: Role::Server,
@@ -133,4 +139,38 @@ pub fn message(
         out
     };
     blocks.iter().enumerate().map(frame).collect()
+}
+
+/// Feeds and expects the connection to end with this cause and a text that holds `text`.
+#[track_caller]
+pub fn ends(decoder: &mut Decoder, wire: &[u8], cause: Cause, text: &str) {
+    let (_, out, result) = feed(decoder, wire);
+    let failure = result.expect_err("the connection must end");
+    assert_eq!(failure.cause, cause, "{failure}");
+    assert!(failure.text.contains(text), "{failure}");
+    let last_words = failure.text.as_bytes();
+    assert!(out.ends_with(last_words), "a GOAWAY or REFUSED must say why");
+    assert_eq!(decoder.stats().reserved, 0);
+    let (events, out, again) = feed(decoder, b"more");
+    assert_eq!((events.len(), out.len(), again.unwrap_err()), (0, 0, failure));
+}
+
+/// Feeds and expects this stream alone to end.
+#[track_caller]
+pub fn resets(decoder: &mut Decoder, wire: &[u8], stream: u32, cause: Cause, text: &str) {
+    let (events, out, result) = feed(decoder, wire);
+    result.unwrap();
+    let Some(Event::StreamError {
+        stream: s,
+        cause: c,
+        text: t,
+    }) = events.last()
+    else {
+        panic!("a stream error wanted, got {events:?}")
+    };
+    assert_eq!((*s, *c), (stream, cause), "{t}");
+    assert!(t.contains(text), "{t}");
+    let mut reset = Vec::new();
+    meshx_frame::encode::reset(&mut reset, stream, cause, t);
+    assert!(out.ends_with(&reset), "the RESET must be sent");
 }

@@ -102,7 +102,7 @@ defmodule MeshxRpc.CallTest do
         assert_receive {:running, pid, 1}, 5_000
         monitor = Process.monitor(pid)
         Process.exit(caller, :kill)
-        assert_receive {:DOWN, ^monitor, :process, ^pid, :killed}, 5_000
+        assert_receive {:DOWN, ^monitor, :process, ^pid, _killed}, 5_000
         assert Client.Pool.call(client, :echo, 1) == 1
         assert Client.Pool.info(client).in_flight == 0
       end

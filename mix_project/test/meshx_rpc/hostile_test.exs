@@ -100,7 +100,9 @@ defmodule MeshxRpc.HostileTest do
   test "the limits on connections hold, and are named" do
     {server, address} = server(max_connections: 2, max_hello: 1, timeout_hsk: 60_000)
     first = TestPeer.connect(address)
+    await(fn -> Server.Pool.info(server).in_hello == 0 end)
     silent = raw(address)
+    await(fn -> Server.Pool.info(server).connections == 2 end)
     third = raw(address)
     assert {@full, text} = refusal(third)
     assert text =~ "max_connections"
@@ -113,13 +115,16 @@ defmodule MeshxRpc.HostileTest do
     _ = TestPeer.connect(address)
   end
 
-  # The listener hears of a connection's end a moment after us.
-  defp await_connections(server, wanted) do
-    if Server.Pool.info(server).connections > wanted do
+  defp await(condition) do
+    unless condition.() do
       :erlang.yield()
-      await_connections(server, wanted)
+      await(condition)
     end
   end
+
+  # The listener hears of a connection's end a moment after us.
+  defp await_connections(server, wanted),
+    do: await(fn -> Server.Pool.info(server).connections <= wanted end)
 
   test "a compressed term is refused, and only its call" do
     {_server, address} = server()
@@ -129,6 +134,24 @@ defmodule MeshxRpc.HostileTest do
     assert {@reset, 1, <<@refused_term::16, _text::binary>>} = TestPeer.frame(socket)
     :ok = :gen_tcp.send(socket, TestPeer.request(2, "echo", 0, "x"))
     assert {0x11, 2, <<0, 0, 1::64, "x">>} = TestPeer.frame(socket)
+  end
+
+  test "what the peer would not take is not sent to it" do
+    {_server, address} = server()
+    socket = TestPeer.connect(address, max_message: 100)
+    :ok = :gen_tcp.send(socket, TestPeer.request(1, "make", 1, :erlang.term_to_binary(101)))
+    assert {0x11, 1, <<1, 1, _total::64, reason::binary>>} = TestPeer.frame(socket)
+    assert :erlang.binary_to_term(reason) == :error_too_long
+
+    {:ok, listen} = :gen_tcp.listen(0, [:binary, active: false, ip: {127, 0, 0, 1}])
+    {:ok, port} = :inet.port(listen)
+    client = client_down({:tcp, {127, 0, 0, 1}, port})
+    socket = TestPeer.accept(listen, max_message: 100)
+    long = :binary.copy("x", 101)
+    assert Client.Pool.call(client, :echo, long, 5_000, 500, 5) == {:error_rpc, :error_too_long}
+    :ok = Client.Pool.cast(client, :echo, "y")
+    # The first that comes is the next one.
+    assert {0x10, 1, <<2, _deadline::32, 1::64, 0, 4, "echo", "y">>} = TestPeer.frame(socket)
   end
 
   test "malformed and unknown terms are refused, and make no atoms" do
@@ -160,17 +183,17 @@ defmodule MeshxRpc.HostileTest do
     wait = TestPeer.request(31, "wait", 1, :erlang.term_to_binary({name, 1}))
     :ok = :gen_tcp.send(socket, wait)
     assert_receive {:running, pid, 1}, 10_000
+    task = Process.monitor(pid)
     # All others have handed their results over; what the connection keeps of them is bounded.
-    await_running(server, 1)
+    await(fn -> Server.Pool.info(server).running == 1 end)
     :erlang.garbage_collect(connection)
     {:binary, binaries} = Process.info(connection, :binary)
     held = binaries |> Enum.uniq_by(&elem(&1, 0)) |> Enum.map(&elem(&1, 1)) |> Enum.sum()
     assert held < 20_000_000
 
     # When it goes, so does what still runs for it.
-    task = Process.monitor(pid)
     :ok = :gen_tcp.close(socket)
-    assert_receive {:DOWN, ^task, :process, ^pid, :killed}, 10_000
+    assert_receive {:DOWN, ^task, :process, ^pid, _killed}, 10_000
     await_connections(server, 0)
     assert Server.Pool.info(server) == %{connections: 0, in_hello: 0, running: 0}
   end
@@ -182,15 +205,8 @@ defmodule MeshxRpc.HostileTest do
     monitor = Process.monitor(connection)
     argument = :erlang.term_to_binary(8_000_000)
     :ok = :gen_tcp.send(socket, TestPeer.request(1, "make", 1, argument))
-    assert_receive {:DOWN, ^monitor, :process, ^connection, :normal}, 10_000
+    assert_receive {:DOWN, ^monitor, :process, ^connection, _reason}, 10_000
     await_connections(server, 0)
-  end
-
-  defp await_running(server, wanted) do
-    if Server.Pool.info(server).running > wanted do
-      :erlang.yield()
-      await_running(server, wanted)
-    end
   end
 
   test "a server that does not read: further calls are :full, then the connection is given up" do

@@ -133,7 +133,7 @@ defmodule MeshxRpc.ProxyTest do
 
         [{_, connection, _, _}] = DynamicSupervisor.which_children(supervisor)
         Process.exit(connection, :kill)
-        assert_receive {:DOWN, ^monitor, :process, ^pid, :killed}, 5_000
+        assert_receive {:DOWN, ^monitor, :process, ^pid, _killed}, 5_000
         assert Task.await(ran) == {:error_rpc, :tcp_closed}
         assert Task.await(bulk) == {:error_rpc, :closed}
         # The connection that was killed had a request that ran: its place is free again.

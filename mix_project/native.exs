@@ -90,21 +90,31 @@ defmodule Mix.Tasks.Compile.MeshxNif do
 
   defp cargo(cargo, root) do
     # The manifest makes meshx_nif the primary package: only then is `nif_init` exported.
-    args = [
-      "build",
-      "--release",
-      "--locked",
-      "--manifest-path",
-      Path.join(root, "native/nif/Cargo.toml")
-    ]
-
-    # An absolute target directory: cargo takes a relative one from where it runs.
-    env = [{"CARGO_TARGET_DIR", target_dir()}]
+    common = ["--release", "--locked", "--manifest-path", Path.join(root, "native/nif/Cargo.toml")]
     Mix.shell().info("Compiling the NIF (cargo build --release)")
+    with :ok <- forget(cargo, common), do: run_cargo(cargo, ["build" | common])
+  end
 
-    case System.cmd(cargo, args, env: env, stderr_to_stdout: true) do
+  # cargo tells crates of two checkouts apart by the times of their files alone: in a target directory that they
+  # share, it may take the other's library for ours.
+  defp forget(cargo, common) do
+    case System.get_env("CARGO_TARGET_DIR", "") do
+      "" ->
+        :ok
+
+      _ ->
+        run_cargo(
+          cargo,
+          ["clean", "-p", "meshx_nif", "-p", "meshx-frame", "-p", "meshx-etf"] ++ common
+        )
+    end
+  end
+
+  defp run_cargo(cargo, args) do
+    # Absolute: cargo takes a relative directory from where it runs.
+    case System.cmd(cargo, args, env: [{"CARGO_TARGET_DIR", target_dir()}], stderr_to_stdout: true) do
       {_output, 0} -> :ok
-      {output, status} -> {:error, "cargo ended with status #{status}:\n#{output}"}
+      {output, status} -> {:error, "cargo #{hd(args)} ended with status #{status}:\n#{output}"}
     end
   end
 

@@ -19,6 +19,10 @@ defmodule MeshxRpc.Address do
     low_watermark: @watermark,
     show_econnreset: true
   ]
+  # A peer whose host is gone says nothing: after 20 s of silence it is asked, and given up after a minute.
+  # TCP_KEEPIDLE, TCP_KEEPINTVL, TCP_KEEPCNT and TCP_USER_TIMEOUT (milliseconds) of Linux.
+  @probes for {option, value} <- [{4, 20}, {5, 10}, {6, 4}, {18, 60_000}],
+              do: {:raw, 6, option, <<value::32-native>>}
   @tcp_options [nodelay: true, keepalive: true]
 
   @type t :: {:tcp, :inet.ip_address(), :inet.port_number()} | {:uds, String.t()}
@@ -51,12 +55,7 @@ defmodule MeshxRpc.Address do
   @doc "Listens, and answers with the socket and the address that it got."
   @spec listen(t(), pos_integer()) :: {:ok, port(), t()} | {:error, term()}
   def listen({:tcp, ip, port}, backlog) do
-    options = [
-      family(ip),
-      {:ip, ip},
-      {:reuseaddr, true},
-      {:backlog, backlog} | @options ++ @tcp_options
-    ]
+    options = [family(ip), {:ip, ip}, {:reuseaddr, true}, {:backlog, backlog} | tcp_options()]
 
     with {:ok, socket} <- :gen_tcp.listen(port, options),
          {:ok, {ip, port}} <- :inet.sockname(socket),
@@ -93,7 +92,7 @@ defmodule MeshxRpc.Address do
 
   @spec connect(t(), timeout()) :: {:ok, port()} | {:error, term()}
   def connect({:tcp, ip, port}, timeout),
-    do: :gen_tcp.connect(ip, port, [family(ip) | @options ++ @tcp_options], timeout)
+    do: :gen_tcp.connect(ip, port, [family(ip) | tcp_options()], timeout)
 
   def connect({:uds, path}, timeout),
     do: :gen_tcp.connect({:local, path}, 0, [:local | @options], timeout)
@@ -115,6 +114,11 @@ defmodule MeshxRpc.Address do
       {:ok, {ip, port}} -> "#{:inet.ntoa(ip)}:#{port}"
       _ -> "a peer that is gone"
     end
+  end
+
+  defp tcp_options do
+    probes = if :os.type() == {:unix, :linux}, do: @probes, else: []
+    @options ++ @tcp_options ++ probes
   end
 
   defp family(ip) when tuple_size(ip) == 8, do: :inet6

@@ -89,7 +89,7 @@ defmodule MeshxRpc.Frame do
     do: split(rest, n - byte_size(binary), [binary | taken])
 
   defp split([binary | rest], n, taken) do
-    <<head::binary-size(n), tail::binary>> = binary
+    {head, tail} = :erlang.split_binary(binary, n)
     {:lists.reverse(taken, [head]), [tail | rest]}
   end
 

@@ -48,7 +48,7 @@ defmodule MeshxRpc.Link do
       Writer.new(
         [
           block: agreed.block,
-          crc: if(agreed.checksum == 1, do: &link.module.crc32/1),
+          crc: if(agreed.checksum == 1, do: Function.capture(link.module, :crc32, 1)),
           stream_window: agreed.peer_stream_window,
           connection_window: agreed.peer_connection_window
         ] ++ writer_options

@@ -132,7 +132,7 @@ defmodule MeshxRpc.HelloTest do
     {:ok, _, ack, _} = Hello.answer(config, hello, Hello.nonce())
 
     for at <- 0..(byte_size(ack) - 1) do
-      <<before::binary-size(at), byte, rest::binary>> = ack
+      {before, <<byte, rest::binary>>} = :erlang.split_binary(ack, at)
       changed = before <> <<Bitwise.bxor(byte, 1)>> <> rest
       assert {:refused, _, _} = Hello.accept(config, hello, changed)
     end
@@ -176,7 +176,7 @@ defmodule MeshxRpc.HelloTest do
 
     for _ <- 1..2_000 do
       at = :rand.uniform(byte_size(hello)) - 1
-      <<before::binary-size(at), _byte, rest::binary>> = hello
+      {before, <<_byte, rest::binary>>} = :erlang.split_binary(hello, at)
 
       payload =
         Enum.random([before <> <<:rand.uniform(256) - 1>> <> rest, :crypto.strong_rand_bytes(at)])

@@ -17,7 +17,7 @@ defmodule MeshxRpc.WriterTest do
        do: [{type, stream, seq, flags == 1, payload} | split(rest)]
 
   defp split(<<len::24, type, flags, seq::24, stream::32, rest::binary>>) do
-    <<payload::binary-size(len), crc::32, rest::binary>> = rest
+    {payload, <<crc::32, rest::binary>>} = :erlang.split_binary(rest, len)
     assert crc == :erlang.crc32([<<len::24, type, flags, seq::24, stream::32>>, payload])
     [{type, stream, seq, Bitwise.band(flags, 1) == 1, payload} | split(rest)]
   end

@@ -94,9 +94,11 @@ defmodule MeshxRpc.TestProxy do
   defp split(<<len::24, _type, flags, _::binary>> = bytes, frames) do
     size = 12 + len + if(flags >= 0x80, do: 4, else: 0)
 
-    case bytes do
-      <<frame::binary-size(size), rest::binary>> -> split(rest, [frame | frames])
-      _ -> {Enum.reverse(frames), bytes}
+    if byte_size(bytes) < size do
+      {Enum.reverse(frames), bytes}
+    else
+      {frame, rest} = :erlang.split_binary(bytes, size)
+      split(rest, [frame | frames])
     end
   end
 

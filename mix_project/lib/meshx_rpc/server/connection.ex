@@ -200,7 +200,7 @@ defmodule MeshxRpc.Server.Connection do
   end
 
   # Nobody waits for it any more.
-  defp event({over, stream}, state) when over == :cancel, do: forget(state, stream)
+  defp event({:cancel, stream}, state), do: forget(state, stream)
 
   defp event({over, stream, _cause, _text}, state) when over in [:reset, :stream_error],
     do: forget(state, stream)

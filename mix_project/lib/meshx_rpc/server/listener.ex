@@ -10,6 +10,8 @@ defmodule MeshxRpc.Server.Listener do
   alias MeshxRpc.Server.Connection
 
   @retry 1_000
+  # While it registers with the mesh, it answers nobody.
+  @ask 30_000
 
   @enforce_keys [:config, :supervisor]
   defstruct [
@@ -26,10 +28,10 @@ defmodule MeshxRpc.Server.Listener do
   def start_link({config, supervisor}), do: GenServer.start_link(__MODULE__, {config, supervisor})
 
   @spec address(pid()) :: {:ok, Address.t()} | {:error, :not_registered}
-  def address(listener), do: GenServer.call(listener, :address)
+  def address(listener), do: GenServer.call(listener, :address, @ask)
 
   @spec info(pid()) :: map()
-  def info(listener), do: GenServer.call(listener, :info)
+  def info(listener), do: GenServer.call(listener, :info, @ask)
 
   @impl true
   def init({config, supervisor}) do

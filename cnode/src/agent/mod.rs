@@ -1,1 +1,7 @@
-//! agent
+//! The daemon, one per host: directory, control socket, local trust, registrations.
+
+pub mod config;
+pub mod dir;
+pub mod hosts;
+pub mod paths;
+pub mod trust;

@@ -1,1 +1,52 @@
-//! End-to-end tests with real BEAMs, real TLS and the real meshx program.
+//! What the end-to-end tests and the demo share: real agents, real BEAMs and C-nodes, started and ended for sure.
+//!
+//! Every process runs in a process group of its own and dies with the thread that started it
+//! (`setpriv --pdeathsig`), so an aborted run leaves nothing behind.
+
+mod agent;
+mod beam;
+mod process;
+
+pub use agent::{Agent, Mesh};
+pub use beam::{Beam, BeamBuilder, COOKIE, libraries};
+pub use process::{Process, kill_all};
+
+/// A failure in words: what was done, what was seen.
+pub type Result<T> = std::result::Result<T, String>;
+
+/// Adds what was being done to a failure.
+pub trait Context<T> {
+    /// `what` in front of the error's own text.
+    fn context(self, what: impl std::fmt::Display) -> Result<T>;
+}
+
+impl<T, E: std::fmt::Display> Context<T> for std::result::Result<T, E> {
+    fn context(self, what: impl std::fmt::Display) -> Result<T> {
+        self.map_err(|e| format!("{what}: {e}"))
+    }
+}
+
+/// The repository's root, as it was when this crate was built.
+pub fn repository() -> std::path::PathBuf {
+    std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// A program of this workspace, built beside the running one.
+///
+/// # Errors
+/// When it has not been built: the text says how.
+pub fn program(name: &str) -> Result<std::path::PathBuf> {
+    let exe = std::env::current_exe().context("find the running program")?;
+    // target/PROFILE/demo or target/PROFILE/deps/test-HASH
+    exe.ancestors()
+        .skip(1)
+        .take(2)
+        .map(|dir| dir.join(name))
+        .find(|path| path.is_file())
+        .ok_or_else(|| {
+            format!(
+                "{name} is not built beside {}: run `make build` or `make test`",
+                exe.display()
+            )
+        })
+}

@@ -1,0 +1,66 @@
+# make demo    the main job on the embedded mesh, line by line (KEEP=1: stays up)
+# make test    everything: format, lints, unit, property, differential and end-to-end tests
+# make build   the meshx program, the NIF and the Elixir application
+# make clean   what the others made in this tree
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := build
+export CARGO_TARGET_DIR ?= $(CURDIR)/target
+# A VM started by a test must not find somebody's settings.
+unexport ERL_FLAGS ERL_AFLAGS ERL_ZFLAGS ERL_LIBS MESHX_DIR
+
+MIX := cd mix_project && mix
+TEST_ENV := MIX_ENV=test MESHX_NIF=require
+
+.PHONY: build demo test preflight-demo preflight-test lint test-rust test-elixir test-end-to-end clean
+
+build: preflight-demo
+	cargo build --release --locked -p meshx -p search_node -p meshx-tests --bins
+	cd examples/shop && MIX_ENV=prod MESHX_NIF=require mix do deps.get, compile
+
+demo: build
+	@exec $(CARGO_TARGET_DIR)/release/demo $(if $(KEEP),--keep)
+
+test: preflight-test lint test-rust test-elixir test-end-to-end
+
+preflight-demo:
+	@scripts/preflight demo
+
+preflight-test:
+	@scripts/preflight test
+
+lint:
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet
+	$(MIX) format --check-formatted
+	cd examples/shop && mix format --check-formatted
+
+# The crate meshx-tests holds the end-to-end tests, which need both halves built: they come last.
+test-rust:
+	cargo build --locked -p meshx -p search_node
+	if cargo nextest --version >/dev/null 2>&1; then \
+	    cargo nextest run --workspace --exclude meshx-tests --exclude meshx_nif --locked --no-fail-fast; \
+	else \
+	    cargo test --workspace --exclude meshx-tests --exclude meshx_nif --locked --no-fail-fast --lib --bins --tests; \
+	fi
+	cargo test --doc --workspace --exclude meshx-tests --exclude meshx_nif --locked --quiet
+
+test-elixir:
+	$(MIX) deps.get
+	cd mix_project && $(TEST_ENV) mix compile --warnings-as-errors
+	cd mix_project && $(TEST_ENV) mix test --warnings-as-errors
+
+test-end-to-end:
+	cargo build --locked -p meshx -p search_node
+	cd examples/shop && MIX_ENV=prod MESHX_NIF=require mix do deps.get, compile --warnings-as-errors
+	if cargo nextest --version >/dev/null 2>&1; then \
+	    cargo nextest run -p meshx-tests --locked --no-fail-fast; \
+	else \
+	    cargo test -p meshx-tests --locked --no-fail-fast --tests; \
+	fi
+
+clean:
+	cargo clean
+	rm -rf mix_project/_build mix_project/deps examples/shop/_build examples/shop/deps

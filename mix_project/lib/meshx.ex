@@ -1,0 +1,5 @@
+defmodule Meshx do
+  @moduledoc """
+  Erlang distribution and RPC over a service mesh, with mutual TLS.
+  """
+end

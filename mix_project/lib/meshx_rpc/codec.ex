@@ -1,0 +1,96 @@
+defmodule MeshxRpc.Codec do
+  @moduledoc """
+  Turns what a socket delivers into RPC messages: the receiving half of `docs/rpc-protocol.md`.
+
+  Two implementations do the same: `MeshxRpc.Codec.Nif` (Rust, `native/frame`) and `MeshxRpc.Codec.Elixir`,
+  which is used when the NIF cannot be loaded. `impl/0` says which one this VM uses.
+
+  A codec belongs to one connection and one process. It does no I/O: `feed/2` takes a whole read
+  and answers with events and with bytes that must be written to the peer (WINDOW, RESET, PONG).
+  """
+
+  @typedoc "A connection's decoder: a NIF resource or a struct."
+  @type t :: term()
+
+  @typedoc """
+  - `:role` - `:client` or `:server`: which frame types the peer may send
+  - `:max_message` - largest message in bytes
+  - `:max_bytes` - byte budget for messages that are being reassembled or used
+  - `:max_streams` - messages that may be open at once
+  - `:stream_window`, `:connection_window` - what our hello grants, in bytes
+  """
+  @type options :: %{
+          role: :client | :server,
+          max_message: pos_integer(),
+          max_bytes: pos_integer(),
+          max_streams: pos_integer(),
+          stream_window: pos_integer(),
+          connection_window: pos_integer()
+        }
+
+  @typedoc "Names of causes on the wire; an unknown number stays a number."
+  @type cause :: atom() | non_neg_integer()
+
+  @type event ::
+          {:hello, payload :: binary()}
+          | {:hello_ack, payload :: binary()}
+          | {:auth, proof :: binary()}
+          | :ready
+          | {:refused, cause(), text :: binary()}
+          | {:request, stream :: pos_integer(), :call | :cast,
+             deadline :: non_neg_integer() | :infinity, fun :: binary(), term_flag :: byte(),
+             argument :: binary()}
+          | {:response, stream :: pos_integer(), :result | :error | :started, term_flag :: byte(),
+             result :: binary()}
+          | {:cancel, stream :: pos_integer()}
+          | {:reset, stream :: pos_integer(), cause(), text :: binary()}
+          | {:stream_error, stream :: pos_integer(), cause(), text :: binary()}
+          | {:window, stream :: non_neg_integer(), increment :: pos_integer()}
+          | {:pong, binary()}
+          | {:goaway, last :: non_neg_integer(), cause(), text :: binary()}
+
+  @doc "A codec for a fresh connection. Before `agree/2` it takes hello frames only."
+  @callback new(options()) :: t()
+
+  @doc "Sets what the hello agreed on: checksum id (0 none, 1 crc32) and block size in bytes."
+  @callback agree(t(), %{checksum: 0 | 1, blk_max_size: pos_integer()}) :: t()
+
+  @doc """
+  Takes one read. `{:error, ...}` means the connection is over: handle the events, write the bytes
+  (a GOAWAY or REFUSED is among them), close.
+  """
+  @callback feed(t(), binary()) ::
+              {:ok, t(), [event()], iodata()}
+              | {:error, t(), [event()], iodata(), cause(), text :: binary()}
+
+  @doc "The client opened this stream: its response is expected (and may be at most `max_message`)."
+  @callback open(t(), stream :: pos_integer()) :: t()
+
+  @doc """
+  This stream is over for us (answered, cancelled, timed out): drops what was reassembled, gives the
+  budget of its message back, and ignores frames that still come for it.
+  """
+  @callback release(t(), stream :: pos_integer()) :: t()
+
+  @doc "Counters: `frames` received and parsed, `bytes` received, `open` messages, `reserved` bytes of the budget."
+  @callback stats(t()) :: %{
+              frames: non_neg_integer(),
+              bytes: non_neg_integer(),
+              open: non_neg_integer(),
+              reserved: non_neg_integer()
+            }
+
+  @doc "The checksum of header and payload of one outgoing block, without joining them."
+  @callback crc32(iodata()) :: non_neg_integer()
+
+  @doc """
+  Looks through an external term of a peer before it may be decoded: depth, counts, size when decoded,
+  no functions, no compression unless allowed. Runs in slices that do not block a scheduler.
+  `MeshxRpc.Guard` has the keys of `policy` and their defaults.
+  """
+  @callback guard(binary(), policy :: map()) :: :ok | {:error, reason :: term()}
+
+  @doc "The codec that this VM uses."
+  @spec impl() :: module()
+  def impl, do: MeshxRpc.Codec.Elixir
+end

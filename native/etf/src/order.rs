@@ -1,0 +1,192 @@
+//! Equality, order and hash of terms.
+
+use std::cmp::Ordering;
+use std::hash::{Hash, Hasher};
+use std::iter;
+
+use crate::term::Term;
+
+impl Ord for Term {
+    fn cmp(&self, other: &Self) -> Ordering {
+        match (self, other) {
+            (Self::Int(a), Self::Int(b)) => a.cmp(b),
+            (Self::BigInt(a), Self::BigInt(b)) => a.cmp(b),
+            // A BigInt lies outside the range of Int, on the side of its sign.
+            (Self::BigInt(a), Self::Int(_)) if a.is_negative() => Ordering::Less,
+            (Self::BigInt(_), Self::Int(_)) => Ordering::Greater,
+            (Self::Int(_), Self::BigInt(_)) => other.cmp(self).reverse(),
+            (Self::Float(a), Self::Float(b)) => a.total_cmp(b),
+            (Self::Atom(a), Self::Atom(b)) => a.cmp(b),
+            (Self::Reference(a), Self::Reference(b)) => a.cmp(b),
+            (Self::Fun(a), Self::Fun(b)) => a.cmp(b),
+            (Self::Export(a), Self::Export(b)) => a.cmp(b),
+            (Self::Port(a), Self::Port(b)) => a.cmp(b),
+            (Self::Pid(a), Self::Pid(b)) => a.cmp(b),
+            (Self::Tuple(a), Self::Tuple(b)) => a.len().cmp(&b.len()).then_with(|| a.cmp(b)),
+            (Self::Map(a), Self::Map(b)) => {
+                let (a, b) = (a.pairs(), b.pairs());
+                let keys = || a.iter().map(|(k, _)| k).cmp(b.iter().map(|(k, _)| k));
+                let values = || a.iter().map(|(_, v)| v).cmp(b.iter().map(|(_, v)| v));
+                a.len().cmp(&b.len()).then_with(keys).then_with(values)
+            }
+            (Self::List(a), Self::List(b)) => a.cmp(b),
+            (Self::List(_) | Self::ImproperList(..), Self::List(_) | Self::ImproperList(..)) => {
+                compare_lists(self, other)
+            }
+            (
+                Self::Binary(a) | Self::BitBinary { bytes: a, .. },
+                Self::Binary(b) | Self::BitBinary { bytes: b, .. },
+            ) => a.cmp(b).then_with(|| last_bits(self).cmp(&last_bits(other))),
+            _ => rank(self).cmp(&rank(other)),
+        }
+    }
+}
+
+/// Element by element; then `[]` or an improper tail stands against what the other list has there.
+fn compare_lists(a: &Term, b: &Term) -> Ordering {
+    let (a_items, a_tail) = list_parts(a);
+    let (b_items, b_tail) = list_parts(b);
+    let common = a_items
+        .iter()
+        .zip(b_items)
+        .map(|(a, b)| a.cmp(b))
+        .find(|order| order.is_ne());
+    if let Some(order) = common {
+        return order;
+    }
+    match (a_items.len().cmp(&b_items.len()), a_tail, b_tail) {
+        (Ordering::Equal, Some(a), Some(b)) => a.cmp(b),
+        // `[]` sorts below a non-empty list, and both above all but bit strings.
+        (Ordering::Equal, None, Some(tail)) => LIST_RANK.cmp(&rank(tail)),
+        (Ordering::Equal, Some(tail), None) => rank(tail).cmp(&LIST_RANK),
+        (Ordering::Equal, None, None) => Ordering::Equal,
+        (Ordering::Less, Some(tail), _) => rank(tail).cmp(&LIST_RANK),
+        (Ordering::Greater, _, Some(tail)) => LIST_RANK.cmp(&rank(tail)),
+        (order, _, _) => order,
+    }
+}
+
+fn list_parts(list: &Term) -> (&[Term], Option<&Term>) {
+    match list {
+        Term::List(items) => (items, None),
+        Term::ImproperList(items, tail) => (items, Some(tail)),
+        _ => (&[], None),
+    }
+}
+
+fn last_bits(term: &Term) -> u8 {
+    match term {
+        Term::BitBinary { bits, .. } => *bits,
+        _ => 8,
+    }
+}
+
+const LIST_RANK: u8 = 10;
+
+/// Erlang's order of types, with integers and floats apart as they are in map keys.
+fn rank(term: &Term) -> u8 {
+    match term {
+        Term::Int(_) | Term::BigInt(_) => 0,
+        Term::Float(_) => 1,
+        Term::Atom(_) => 2,
+        Term::Reference(_) => 3,
+        Term::Fun(_) => 4,
+        Term::Export(_) => 5,
+        Term::Port(_) => 6,
+        Term::Pid(_) => 7,
+        Term::Tuple(_) => 8,
+        Term::Map(_) => 9,
+        Term::List(_) | Term::ImproperList(..) => LIST_RANK,
+        Term::Binary(_) | Term::BitBinary { .. } => 11,
+    }
+}
+
+impl PartialOrd for Term {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Term {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Term {}
+
+impl Hash for Term {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        state.write_u8(rank(self));
+        match self {
+            Self::Int(value) => value.hash(state),
+            Self::BigInt(value) => value.hash(state),
+            Self::Float(value) => value.to_bits().hash(state),
+            Self::Atom(atom) => atom.hash(state),
+            Self::Reference(reference) => reference.hash(state),
+            Self::Fun(fun) => fun.hash(state),
+            Self::Export(export) => export.hash(state),
+            Self::Port(port) => port.hash(state),
+            Self::Pid(pid) => pid.hash(state),
+            Self::Tuple(items) => items.hash(state),
+            Self::Map(map) => map.hash(state),
+            Self::List(items) => items.hash(state),
+            Self::ImproperList(items, tail) => {
+                iter::once(&**tail).chain(items).for_each(|term| term.hash(state))
+            }
+            Self::Binary(bytes) | Self::BitBinary { bytes, .. } => {
+                bytes.hash(state);
+                last_bits(self).hash(state);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sorts_as_erlang_sorts_map_keys() {
+        // lists:sort/1 of these on OTP 25 gives the same order.
+        let sorted = [
+            Term::from(i128::MIN),
+            Term::from(-1),
+            Term::from(2),
+            Term::from(u64::MAX),
+            Term::from(-0.5),
+            Term::from(1.5),
+            Term::atom("a"),
+            Term::atom("b"),
+            Term::tuple([]),
+            Term::tuple([Term::from(9)]),
+            Term::tuple([Term::from(1), Term::from(1)]),
+            Term::map([]),
+            Term::map([(Term::from(1), Term::from(2))]),
+            Term::list([]),
+            Term::list_with_tail(vec![Term::from(1)], Term::from(2)),
+            Term::list([Term::from(1)]),
+            Term::list_with_tail(vec![Term::from(1), Term::from(2)], Term::from(0)),
+            Term::list([Term::from(1), Term::from(2)]),
+            Term::list_with_tail(vec![Term::from(1)], Term::binary("x")),
+            Term::binary(""),
+            Term::BitBinary {
+                bytes: vec![0b1000_0000],
+                bits: 1,
+            },
+            Term::binary([0b1000_0000]),
+            Term::binary([0b1000_0001]),
+        ];
+        for (i, a) in sorted.iter().enumerate() {
+            for (j, b) in sorted.iter().enumerate() {
+                assert_eq!(a.cmp(b), i.cmp(&j), "{a} against {b}");
+            }
+        }
+    }
+
+    #[test]
+    fn zero_and_minus_zero_differ() {
+        assert_ne!(Term::from(0.0), Term::from(-0.0));
+        assert_ne!(Term::from(1), Term::from(1.0));
+    }
+}

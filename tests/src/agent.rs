@@ -1,0 +1,157 @@
+//! Agents of one embedded mesh, each a "host" on its own loopback address.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::time::Duration;
+
+use tempfile::TempDir;
+
+use crate::{Context, Process, Result, program};
+
+/// How long a start may take on a busy machine.
+const START: Duration = Duration::from_secs(30);
+
+/// One embedded mesh directory, and a short path for everything else of a test.
+#[derive(Debug)]
+pub struct Mesh {
+    dir: TempDir,
+}
+
+impl Mesh {
+    /// A new mesh in a temporary directory, removed with it.
+    ///
+    /// # Errors
+    /// When the directory cannot be made.
+    pub fn new() -> Result<Self> {
+        // Short: socket paths have 108 bytes.
+        let dir = tempfile::Builder::new()
+            .prefix("mx")
+            .tempdir()
+            .context("make a temporary directory")?;
+        Ok(Self { dir })
+    }
+
+    /// The directory that holds everything of this mesh.
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// The embedded mesh's own directory.
+    pub fn mesh_dir(&self) -> PathBuf {
+        self.dir.path().join("mesh")
+    }
+
+    /// Starts the agent `name`, inbound port on `ip`, that owns `hosts`.
+    ///
+    /// # Errors
+    /// When it does not get ready.
+    pub fn agent(&self, name: &str, ip: &str, hosts: &[&str]) -> Result<Agent> {
+        self.agent_with(name, ip, hosts, &[])
+    }
+
+    /// As [`Mesh::agent`], with further options.
+    ///
+    /// # Errors
+    /// When it does not get ready.
+    pub fn agent_with(&self, name: &str, ip: &str, hosts: &[&str], options: &[&str]) -> Result<Agent> {
+        let dir = self.dir.path().join(name);
+        let mut arguments: Vec<String> = ["agent", "--mesh", "embedded", "--mesh-dir"]
+            .map(String::from)
+            .into();
+        arguments.push(self.mesh_dir().display().to_string());
+        arguments.extend([
+            "--dir".into(),
+            dir.display().to_string(),
+            "--bind".into(),
+            format!("{ip}:0"),
+        ]);
+        for host in hosts {
+            arguments.extend(["--host".into(), (*host).to_owned()]);
+        }
+        arguments.extend(options.iter().map(|o| (*o).to_owned()));
+        let mut process = Process::start(&format!("agent {name}"), program("meshx")?, arguments, |c| {
+            c.env("RUST_LOG", "info");
+        })?;
+        let inbound = process.wait_for(START, |line| {
+            line.starts_with("meshx agent ready").then(|| {
+                line.split(' ')
+                    .find_map(|field| field.strip_prefix("inbound="))
+                    .unwrap_or_default()
+                    .to_owned()
+            })
+        })?;
+        Ok(Agent {
+            process,
+            dir,
+            mesh_dir: self.mesh_dir(),
+            inbound,
+        })
+    }
+}
+
+/// A running agent.
+#[derive(Debug)]
+pub struct Agent {
+    /// The process itself.
+    pub process: Process,
+    dir: PathBuf,
+    mesh_dir: PathBuf,
+    inbound: String,
+}
+
+impl Agent {
+    /// Its directory, with the sockets.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Address and port where other agents dial it.
+    pub fn inbound(&self) -> &str {
+        &self.inbound
+    }
+
+    /// Runs `meshx` with these arguments against this agent.
+    ///
+    /// # Errors
+    /// When it cannot be started; its own failure is in the output.
+    pub fn meshx(&self, arguments: &[&str]) -> Result<Output> {
+        Command::new(program("meshx")?)
+            .args(arguments)
+            .env("MESHX_DIR", &self.dir)
+            .env("MESHX_MESH_DIR", &self.mesh_dir)
+            .output()
+            .context("run meshx")
+    }
+
+    /// As [`Agent::meshx`]; its standard output, and an error when it fails.
+    ///
+    /// # Errors
+    /// When the program exits with another code than 0.
+    pub fn meshx_ok(&self, arguments: &[&str]) -> Result<String> {
+        let output = self.meshx(arguments)?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        if output.status.success() {
+            Ok(text)
+        } else {
+            let error = String::from_utf8_lossy(&output.stderr);
+            Err(format!(
+                "meshx {}: {}: {text}{error}",
+                arguments.join(" "),
+                output.status
+            ))
+        }
+    }
+
+    /// Waits until `meshx names` at this agent lists `node` (or does not, when `present` is false).
+    ///
+    /// # Errors
+    /// When it stays otherwise for `timeout`.
+    pub fn wait_name(&self, node: &str, present: bool, timeout: Duration) -> Result<()> {
+        let mut last = String::new();
+        crate::process::wait_until(timeout, || {
+            last = self.meshx_ok(&["names"]).unwrap_or_else(|e| e);
+            last.split_whitespace().any(|word| word == node) == present
+        })
+        .map_err(|()| format!("{node}: present should be {present} within {timeout:?}, names says:\n{last}"))
+    }
+}

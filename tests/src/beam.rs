@@ -1,0 +1,165 @@
+//! Real BEAM nodes that answer one Elixir expression a line (`tests/support/console.exs`).
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use crate::{Agent, Context, Process, Result, program, repository};
+
+/// The cookie of every node in tests and demo.
+pub const COOKIE: &str = "meshx-test-cookie";
+
+const START: Duration = Duration::from_secs(60);
+const EVAL: Duration = Duration::from_secs(120);
+
+/// How a node is to be started.
+#[derive(Debug, Clone)]
+pub struct BeamBuilder {
+    name: String,
+    run_options: Vec<String>,
+    erl: String,
+    apps: Vec<String>,
+}
+
+impl BeamBuilder {
+    /// A node of this full name.
+    pub fn new(name: &str) -> Self {
+        Self {
+            name: name.into(),
+            run_options: Vec::new(),
+            erl: String::new(),
+            apps: vec!["meshx".into()],
+        }
+    }
+
+    /// Options of `meshx run`.
+    #[must_use]
+    pub fn run_options(mut self, options: &[&str]) -> Self {
+        self.run_options.extend(options.iter().map(|o| (*o).to_owned()));
+        self
+    }
+
+    /// Emulator flags, as in `elixir --erl`.
+    #[must_use]
+    pub fn erl(mut self, flags: &str) -> Self {
+        self.erl = flags.into();
+        self
+    }
+
+    /// Applications to start besides `:meshx`.
+    #[must_use]
+    pub fn app(mut self, app: &str) -> Self {
+        self.apps.push(app.into());
+        self
+    }
+
+    /// Starts it with `meshx run` at this agent, and waits until it answers.
+    ///
+    /// # Errors
+    /// When it does not boot: the text has its output.
+    pub fn start(self, agent: &Agent) -> Result<Beam> {
+        let mut beam = self.spawn(agent)?;
+        beam.process
+            .wait_for(START, |line| line.starts_with("ready ").then_some(()))?;
+        Ok(beam)
+    }
+
+    /// Starts it without waiting: for nodes that should fail to boot.
+    ///
+    /// # Errors
+    /// When the process cannot be started.
+    pub fn spawn(self, agent: &Agent) -> Result<Beam> {
+        let libs = libraries();
+        let ebin = libs.join("meshx/ebin");
+        let mut arguments = vec![
+            "run".to_owned(),
+            self.name.clone(),
+            "--cookie".into(),
+            COOKIE.into(),
+        ];
+        arguments.extend(["--ebin".into(), ebin.display().to_string()]);
+        arguments.extend(self.run_options);
+        arguments.extend([
+            "--".into(),
+            "elixir".into(),
+            "-pa".into(),
+            format!("{}/*/ebin", libs.display()),
+        ]);
+        if !self.erl.is_empty() {
+            arguments.extend(["--erl".into(), self.erl]);
+        }
+        arguments.push(
+            repository()
+                .join("tests/support/console.exs")
+                .display()
+                .to_string(),
+        );
+        arguments.extend(self.apps);
+        let process = Process::start(&self.name, program("meshx")?, arguments, |command| {
+            command.env("MESHX_DIR", agent.dir());
+        })
+        .context("start a node")?;
+        Ok(Beam {
+            process,
+            name: self.name,
+        })
+    }
+}
+
+/// Where `make build` and `make test` put the compiled example with its dependency `:meshx`.
+pub fn libraries() -> PathBuf {
+    repository().join("examples/shop/_build/prod/lib")
+}
+
+/// A running node.
+#[derive(Debug)]
+pub struct Beam {
+    /// The process itself.
+    pub process: Process,
+    name: String,
+}
+
+impl Beam {
+    /// Starts a node with the defaults.
+    ///
+    /// # Errors
+    /// When it does not boot.
+    pub fn start(agent: &Agent, name: &str) -> Result<Self> {
+        BeamBuilder::new(name).start(agent)
+    }
+
+    /// Its node name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Evaluates one line of Elixir. The value as `inspect` prints it.
+    ///
+    /// # Errors
+    /// When the expression fails: what it raised.
+    pub fn eval(&mut self, expression: &str) -> Result<String> {
+        self.process.write_line(expression)?;
+        self.process.wait_for(EVAL, |line| {
+            let ok = line.strip_prefix("ok ").map(|value| Ok(value.to_owned()));
+            ok.or_else(|| {
+                line.strip_prefix("error ")
+                    .map(|e| Err(format!("{expression}: {e}")))
+            })
+        })?
+    }
+
+    /// Evaluates, and holds the value against what it should be.
+    ///
+    /// # Errors
+    /// When it is another, or the expression fails.
+    pub fn expect(&mut self, expression: &str, value: &str) -> Result<()> {
+        let seen = self.eval(expression)?;
+        if seen == value {
+            Ok(())
+        } else {
+            Err(format!(
+                "{}: {expression}: seen {seen}, wanted {value}",
+                self.name
+            ))
+        }
+    }
+}

@@ -1,8 +1,17 @@
 //! The control socket: framing, messages, sessions and commands.
 
 mod args;
+pub(in crate::agent) mod commands;
 pub mod frame;
 pub mod message;
+mod outbox;
+pub(in crate::agent) mod server;
+mod session;
+mod slots;
+
+pub use outbox::{QUEUE_BYTES_MAX, QUEUE_FRAMES_MAX, WRITE_TIME};
+pub use session::HELLO_TIME;
+pub use slots::{CLIENTS_MAX, CLIENTS_PER_USER_MAX};
 
 /// Requests of one client that may be unanswered at a time.
 pub const UNANSWERED_MAX: usize = 64;

@@ -4,7 +4,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
     net::{TcpListener, UnixListener},
-    task::JoinHandle,
+    task::{JoinHandle, JoinSet},
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
@@ -12,14 +12,14 @@ use tracing::{info, warn};
 
 use super::{
     config::{AgentConfig, MeshKind},
-    control::{commands::Context, server},
+    control::{commands::Context, server, upstreams::Budget},
     dir::AgentDir,
-    paths::{CONTROL_SOCKET, DirError},
+    paths::{CONTROL_SOCKET, DIST_SOCKET, DirError},
     registry::{Place, Registry},
 };
 use crate::{
     mesh::{Mesh, MeshError, embedded::EmbeddedMesh},
-    proxy::{links::LinkTable, local::LocalTable},
+    proxy::{Proxy, Settings, links::LinkTable, local::LocalTable},
 };
 
 /// How long clients' registrations may take to be given up when the agent ends.
@@ -56,6 +56,8 @@ pub struct Agent {
     mesh: &'static str,
     stop: CancellationToken,
     control: JoinHandle<()>,
+    /// The data plane; its links end when this is dropped.
+    data: JoinSet<()>,
 }
 
 impl Agent {
@@ -97,12 +99,21 @@ impl Agent {
         };
         let registry = Registry::new(mesh.clone(), local.clone(), config.trust, place)?;
 
+        let proxy = Proxy::new(mesh, local, links.clone(), Settings::default());
+        let dist = UnixListener::from_std(dir.bind(DIST_SOCKET)?)?;
+        let mut data = JoinSet::new();
+        data.spawn(proxy.clone().serve_inbound(port));
+        data.spawn(proxy.clone().serve_dist(dist));
+
         let stop = CancellationToken::new();
+        let upstreams = Budget::default();
         let context = Context {
             registry,
+            proxy,
             links,
             dir: dir.clone(),
             mesh: kind,
+            upstreams,
         };
         // Last: who finds the control socket finds an agent that is whole.
         let control = UnixListener::from_std(dir.bind(CONTROL_SOCKET)?)?;
@@ -114,6 +125,7 @@ impl Agent {
             mesh: kind,
             stop,
             control,
+            data,
         };
         info!(dir = %agent.dir.path().display(), %inbound, %advertise, mesh = kind, "agent started");
         Ok(agent)
@@ -136,14 +148,15 @@ impl Agent {
     }
 
     /// Ends: no new connections, everything deregistered, all files removed.
-    pub async fn stop(self) {
+    pub async fn stop(mut self) {
         self.stop.cancel();
-        if timeout(STOP_TIME, self.control).await.is_err() {
+        if timeout(STOP_TIME, &mut self.control).await.is_err() {
             warn!(
                 "some registrations were not given up within {} s",
                 STOP_TIME.as_secs()
             );
         }
+        self.data.shutdown().await;
         self.dir.remove();
         info!("agent ended");
     }

@@ -7,15 +7,19 @@ use meshx_etf::Term;
 use super::{
     args::{Args, missing, wrong},
     message::{map, text},
+    upstreams::{Budget, Upstreams},
 };
 use crate::{
     agent::{
         dir::AgentDir,
-        registry::{NodeRequest, Owner, Registry, ServiceRequest, answer},
+        paths,
+        registry::{NodeRequest, Owner, Registry, ServiceRequest, answer, chosen_socket},
     },
+    mesh::ServiceName,
     proxy::{
+        Proxy, Upstream,
         cause::{Cause, Refusal},
-        links::{LinkId, LinkSnapshot, LinkTable, RefusalRecord},
+        links::{LinkId, LinkSnapshot, LinkTable, Purpose, RefusalRecord},
         local::Endpoint,
     },
 };
@@ -28,20 +32,26 @@ const SWEEP_DELAY: Duration = Duration::from_millis(1500);
 /// What all sessions share.
 pub(in crate::agent) struct Context {
     pub(in crate::agent) registry: Registry,
+    pub(in crate::agent) proxy: Arc<Proxy>,
     pub(in crate::agent) links: LinkTable,
     pub(in crate::agent) dir: Arc<AgentDir>,
     /// The mesh's kind.
     pub(in crate::agent) mesh: &'static str,
+    pub(in crate::agent) upstreams: Budget,
 }
 
 /// One session, as its commands see it.
 pub(super) struct Client {
     pub(super) owner: Owner,
+    pub(super) upstreams: Upstreams,
 }
 
 impl Client {
     pub(super) fn new(owner: Owner) -> Self {
-        Self { owner }
+        Self {
+            owner,
+            upstreams: Upstreams::new(),
+        }
     }
 }
 
@@ -70,6 +80,12 @@ impl Context {
                 self.registry.deregister(owner, args.text("id")?).await?;
                 Ok(map([]))
             }
+            "connect" => self.connect(client, &args),
+            "disconnect" => {
+                let existed = client.upstreams.close(args.text("upstream")?);
+                Ok(map([("existed", Term::from(existed))]))
+            }
+            "check" => self.check(&args).await,
             "names" => self.names().await,
             "links" => Ok(map([(
                 "links",
@@ -124,6 +140,71 @@ impl Context {
             ("service", text(service.service)),
             ("spiffe", text(service.spiffe.to_string())),
             ("address", endpoint_term(&service.address)),
+        ]))
+    }
+
+    /// A socket in `up/` for this client's user alone.
+    fn connect(&self, client: &Client, args: &Args<'_>) -> Result<Term, Refusal> {
+        let peer = client.owner.peer;
+        let name = |key| {
+            let text = args.text(key)?;
+            ServiceName::new(text)
+                .map_err(|error| Cause::InvalidName.because(format!("{key} {text:?}: {error}")))
+        };
+        let (target, source) = (name("service")?, name("as")?);
+        self.registry
+            .trust()
+            .check(peer, source.as_ref())
+            .map_err(|text| Cause::NotPermitted.because(text))?;
+        let purpose = match args.term("purpose").map(Term::as_atom) {
+            None | Some(Some("rpc")) => Purpose::Rpc,
+            Some(Some("tcp")) => Purpose::Tcp,
+            Some(_) => return Err(wrong("purpose", "rpc or tcp")),
+        };
+        let path = chosen_socket(&self.registry.place().up)?;
+        let id = path
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default();
+        let upstream = Upstream {
+            source,
+            target,
+            instance: args.optional_text("instance")?.map(str::to_owned),
+            purpose,
+            path: path.clone(),
+            uid: peer.uid,
+            owner: client.owner.id,
+        };
+        client.upstreams.open(&id, &self.upstreams, || {
+            let fault = |error: String| Cause::NotReady.because(format!("no socket can be made: {error}"));
+            let handle = self
+                .proxy
+                .upstream(upstream)
+                .map_err(|error| fault(error.to_string()))?;
+            // The socket belongs to the agent's user; whoever connects is checked by the proxy.
+            if peer.uid != paths::uid() {
+                self.dir
+                    .open_to_clients(&path)
+                    .map_err(|error| fault(error.to_string()))?;
+            }
+            Ok(handle)
+        })?;
+        Ok(map([
+            ("upstream", text(id)),
+            ("address", endpoint_term(&Endpoint::Uds(path))),
+        ]))
+    }
+
+    async fn check(&self, args: &Args<'_>) -> Result<Term, Refusal> {
+        let decision = self.proxy.check(args.text("from")?, args.text("to")?).await;
+        let (cause, why) = match &decision {
+            Ok(rules) => ("ok", rules.as_str()),
+            Err(refusal) => (refusal.cause.as_str(), refusal.text.as_str()),
+        };
+        Ok(map([
+            ("allowed", Term::from(decision.is_ok())),
+            ("cause", Term::atom(cause)),
+            ("text", text(why)),
         ]))
     }
 

@@ -8,10 +8,12 @@ mod outbox;
 pub(in crate::agent) mod server;
 mod session;
 mod slots;
+pub(in crate::agent) mod upstreams;
 
 pub use outbox::{QUEUE_BYTES_MAX, QUEUE_FRAMES_MAX, WRITE_TIME};
 pub use session::HELLO_TIME;
 pub use slots::{CLIENTS_MAX, CLIENTS_PER_USER_MAX};
+pub use upstreams::{UPSTREAMS_MAX, UPSTREAMS_PER_CLIENT_MAX};
 
 /// Requests of one client that may be unanswered at a time.
 pub const UNANSWERED_MAX: usize = 64;

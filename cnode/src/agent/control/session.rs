@@ -208,10 +208,11 @@ impl Session {
     /// Gives up what was registered. What is still being registered finds its owner gone.
     async fn end(self) {
         let owner = self.client.owner;
+        let upstreams = self.client.upstreams.close_all();
         let released = self.context.registry.release(owner.id).await;
         self.commands.close();
         self.commands.wait().await;
-        debug!(client = owner.id, released, "client gone");
+        debug!(client = owner.id, released, upstreams, "client gone");
         if released > 0 {
             self.context.sweep_later();
         }

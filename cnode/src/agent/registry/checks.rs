@@ -126,8 +126,8 @@ pub(super) fn endpoint(
     }
 }
 
-/// A fresh name in `up/` for a service that did not say where it listens.
-pub(super) fn chosen_socket(up: &Path) -> Result<PathBuf, Refusal> {
+/// A fresh name in `up/`: for an upstream, or a service that did not say where it listens.
+pub(in crate::agent) fn chosen_socket(up: &Path) -> Result<PathBuf, Refusal> {
     let random = getrandom::u64()
         .map_err(|error| Cause::NotReady.because(format!("the system gave no random bytes: {error}")))?;
     Ok(up.join(format!("{random:016x}")))

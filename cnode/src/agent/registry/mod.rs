@@ -15,6 +15,7 @@ use std::{
     time::Duration,
 };
 
+pub(super) use checks::chosen_socket;
 use creation::Creations;
 use futures::future::join_all;
 use tokio::time::timeout;
@@ -251,7 +252,7 @@ impl Registry {
         };
         let endpoint = match request.address {
             Some(endpoint) => checks::endpoint(endpoint, &self.place, owner.peer, &self.trust)?,
-            None => Endpoint::Uds(checks::chosen_socket(&self.place.up)?),
+            None => Endpoint::Uds(chosen_socket(&self.place.up)?),
         };
         let instance = self.instance(&id, &service, None);
         let pending = self.reserve(owner, &id)?;

@@ -166,10 +166,8 @@ mod tests {
             .into_string()
             .unwrap()
             .replace("-name ", "-node_name ");
-        let line = line
-            .replace("-proto_dist", "-proto")
-            .replace("-setcookie", "-cookie_word");
-        let print = "[io:format(\"~s=~ts~n\", [F, V]) || {F, Vs} <- init:get_arguments(), V <- Vs], halt().";
+        let line = line.replace("-setcookie", "-cookie_word");
+        let print = "io:setopts([{encoding, unicode}]), [io:format(\"~s=~ts~n\", [F, V]) || {F, Vs} <- init:get_arguments(), V <- Vs], halt().";
         let output = Command::new("erl")
             .env(ERL_FLAGS_NAME, &line)
             .args(["+pc", "unicode", "-noinput", "-eval", print])
@@ -178,7 +176,7 @@ mod tests {
             .expect("erl must be installed to run the tests");
         let text = String::from_utf8(output.stdout).unwrap();
         for wanted in [
-            "proto=meshx",
+            "proto_dist=meshx",
             "node_name=shop@h1",
             "pa=/tmp/with  two blanks/it's \"x\"/ünï/$HOME/ebin",
             "cookie_word=a 'b\"c\\d$e`f;g*(h)~i",

@@ -87,7 +87,7 @@ fn agent_for(args: &RunArgs) -> Result<PathBuf, Failure> {
             && !hosts.iter().any(|owned| owned == host)
         {
             return Err(Failure::usage(format!(
-                "host part {host:?} of {:?} is not one of the agent's: {}; choose one of these or start the \
+                "host_not_owned: host part {host:?} of {:?} is not one of the agent's: {}; choose one of these or start the \
                  agent with --host {host}",
                 args.name,
                 hosts.join(", ")

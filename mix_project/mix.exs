@@ -1,3 +1,6 @@
+# The compiler that builds the NIF must exist before anything is compiled.
+Code.require_file("native.exs", __DIR__)
+
 defmodule Meshx.MixProject do
   use Mix.Project
 
@@ -9,9 +12,10 @@ defmodule Meshx.MixProject do
       version: @version,
       elixir: "~> 1.14",
       start_permanent: Mix.env() == :prod,
+      compilers: [:meshx_nif] ++ Mix.compilers(),
       elixirc_paths: elixirc_paths(Mix.env()),
       elixirc_options: [warnings_as_errors: Mix.env() == :test],
-      erlc_paths: ["src"],
+      erlc_paths: erlc_paths(Mix.env()),
       erlc_options: erlc_options(Mix.env()),
       test_coverage: [summary: [threshold: 80]],
       deps: [],
@@ -29,6 +33,9 @@ defmodule Meshx.MixProject do
   defp elixirc_paths(:test), do: ["lib", "test/support"]
   defp elixirc_paths(_env), do: ["lib"]
 
+  defp erlc_paths(:test), do: ["src", "test/support"]
+  defp erlc_paths(_env), do: ["src"]
+
   defp erlc_options(:test), do: [:debug_info, :warnings_as_errors]
   defp erlc_options(_env), do: [:debug_info]
 
@@ -36,7 +43,7 @@ defmodule Meshx.MixProject do
     [
       licenses: ["Apache-2.0"],
       links: %{},
-      files: ~w(lib src mix.exs .formatter.exs)
+      files: ~w(lib src mix.exs native.exs .formatter.exs)
     ]
   end
 end

@@ -148,40 +148,41 @@ fn a_client_that_does_not_read_is_dropped() {
 }
 
 #[test]
-fn too_many_requests_at_once_are_refused() {
+fn too_many_unanswered_requests_are_refused() {
     let root = temp();
     let agent = Agent::start(root.path(), "a", &["h1"], &[]);
+    let mut other = agent.connect();
     let mut client = agent.connect();
-    // Each waits for the mesh's files in another thread, so many are unanswered for a moment.
-    let sent = 4 * UNANSWERED_MAX;
-    let requests: Vec<u8> = (0..sent)
-        .flat_map(|id| {
-            let request = meshx::agent::control::message::Request {
-                id: id as i64,
-                command: "names".into(),
-                args: map([]),
-            };
-            request.encode().unwrap()
-        })
-        .collect();
-    client.stream.write_all(&requests).unwrap();
-    let mut limited = 0;
-    for _ in 0..sent {
-        match client.receive() {
-            Some(Message::Reply { result: Ok(_), .. }) => {}
-            Some(Message::Reply {
-                result: Err((cause, text)),
-                ..
-            }) => {
-                assert_eq!(cause, "limit");
-                assert!(text.contains("UNANSWERED_MAX"), "{text}");
-                limited += 1;
-            }
-            other => panic!("{other:?}"),
-        }
+    // Who holds the mesh's lock holds up every registration.
+    let lock = std::fs::File::open(root.path().join("mesh/lock")).unwrap();
+    lock.lock().unwrap();
+    for number in 0..=UNANSWERED_MAX {
+        client.send(
+            "register_service",
+            map([("name", text(format!("service-{number}")))]),
+        );
     }
-    println!("{limited} of {sent} were refused");
-    client.ask("names", map([])).unwrap();
+    let Some(Message::Reply { id, result }) = client.receive() else {
+        panic!("no reply")
+    };
+    let (cause, text) = result.unwrap_err();
+    assert_eq!(
+        (id, cause.as_str()),
+        (UNANSWERED_MAX as i64 + 2, "limit"),
+        "the last one, at once"
+    );
+    assert!(
+        text.contains("64 requests") && text.contains("UNANSWERED_MAX"),
+        "{text}"
+    );
+    other.ask("names", map([])).unwrap();
+    drop(lock);
+    for _ in 0..UNANSWERED_MAX {
+        let Some(Message::Reply { result, .. }) = client.receive() else {
+            panic!("no reply")
+        };
+        result.unwrap();
+    }
 }
 
 #[test]

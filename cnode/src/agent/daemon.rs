@@ -97,7 +97,7 @@ impl Agent {
             vm: dir.vm(),
             up: dir.up(),
         };
-        let registry = Registry::new(mesh.clone(), local.clone(), config.trust, place)?;
+        let registry = Arc::new(Registry::new(mesh.clone(), local.clone(), config.trust, place)?);
 
         let proxy = Proxy::new(mesh, local, links.clone(), Settings::default());
         let dist = UnixListener::from_std(dir.bind(DIST_SOCKET)?)?;

@@ -139,7 +139,7 @@ fn a_killed_process_frees_its_name_in_time() {
         let node = format!("shop{round}@h1");
         let mut helper = Helper::start(&program, &agent.dir, &node, socket.to_str().unwrap(), None);
         assert_eq!(helper.answer(), "ok");
-        assert_eq!(agent.names(), [node.clone()]);
+        assert_eq!(agent.names(), std::slice::from_ref(&node));
         let killed = Instant::now();
         helper.child.kill().unwrap();
         // Free is what another can have; the catalogue lets it go an instant earlier.

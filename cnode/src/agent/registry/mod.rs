@@ -6,6 +6,7 @@
 
 mod checks;
 mod creation;
+mod pending;
 
 use std::{
     collections::HashMap,
@@ -18,6 +19,7 @@ use std::{
 pub(super) use checks::chosen_socket;
 use creation::Creations;
 use futures::future::join_all;
+use pending::Pending;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
@@ -366,10 +368,7 @@ impl Registry {
                 phase: Phase::Pending,
             },
         );
-        Ok(Pending {
-            registry: self.clone(),
-            id: id.to_owned(),
-        })
+        Ok(Pending::new(self.clone(), id.to_owned()))
     }
 
     /// From reserved to live: locally first, so that whoever finds it in the mesh can reach it.
@@ -466,47 +465,6 @@ struct LocalEntry {
     owner: Owner,
 }
 
-/// A reserved id; free again when dropped before it is live.
-struct Pending {
-    registry: Arc<Registry>,
-    id: String,
-}
-
-impl Pending {
-    /// False when the owner has gone meanwhile.
-    fn to_live(&self, owner: u64) -> bool {
-        let mut guard = self.registry.lock();
-        let state = &mut *guard;
-        match state.ids.get_mut(&self.id) {
-            Some(entry) if state.owners.contains_key(&owner) => {
-                entry.phase = Phase::Live;
-                true
-            }
-            _ => false,
-        }
-    }
-}
-
-impl Pending {
-    /// Takes it out of the mesh again, then frees the id.
-    async fn withdraw(self) {
-        self.registry.take_out_of_mesh(&self.id).await;
-    }
-}
-
-impl Drop for Pending {
-    fn drop(&mut self) {
-        let mut state = self.registry.lock();
-        if state
-            .ids
-            .get(&self.id)
-            .is_some_and(|entry| entry.phase == Phase::Pending)
-        {
-            state.forget(&self.id);
-        }
-    }
-}
-
 fn owner_gone() -> Refusal {
     Cause::InvalidRequest.because("the connection that asked for it has ended")
 }
@@ -535,56 +493,4 @@ fn silent() -> Refusal {
 }
 
 #[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-
-    use super::*;
-    use crate::mesh::embedded::EmbeddedMesh;
-
-    #[test]
-    fn an_agent_takes_so_many_registrations_and_no_more() {
-        let temp = tempfile::tempdir().unwrap();
-        let address = "127.0.0.1:1".parse().unwrap();
-        let dir = temp.path().join("mesh");
-        let mesh = EmbeddedMesh::open(&dir, "a", vec!["h1".to_owned()], address).unwrap();
-        let place = Place {
-            agent: "a".into(),
-            inbound: address,
-            hosts: vec!["h1".into()],
-            vm: "/vm".into(),
-            up: "/up".into(),
-        };
-        let trust = Trust::new(0, vec![]);
-        let registry = Arc::new(Registry::new(Arc::new(mesh), LocalTable::default(), trust, place).unwrap());
-        let owner = |id| Owner {
-            id,
-            peer: Peer {
-                uid: 0,
-                gid: 0,
-                pid: None,
-            },
-        };
-        let mut held = Vec::new();
-        for number in 0..INSTANCES_MAX {
-            let id = (number / INSTANCES_PER_CLIENT_MAX) as u64;
-            if number % INSTANCES_PER_CLIENT_MAX == 0 {
-                registry.enter(id);
-            }
-            held.push(registry.reserve(owner(id), &format!("i{number}")).ok().unwrap());
-        }
-        registry.enter(99);
-        let refusal = registry.reserve(owner(99), "more").err().unwrap();
-        assert!(
-            refusal.cause == Cause::Limit && refusal.text.contains("INSTANCES_MAX"),
-            "{refusal}"
-        );
-        held.pop();
-        let refusal = registry.reserve(owner(0), "more").err().unwrap();
-        assert!(refusal.text.contains("INSTANCES_PER_CLIENT_MAX"), "{refusal}");
-        assert!(
-            registry.reserve(owner(100), "more").is_err(),
-            "a connection that is not there"
-        );
-        assert!(registry.reserve(owner(99), "more").is_ok());
-    }
-}
+mod tests;

@@ -1,1 +1,13 @@
-//! agent
+//! The daemon, one per host: directory, control socket, local trust, registrations.
+
+pub mod client;
+pub mod config;
+pub mod control;
+mod daemon;
+pub mod dir;
+pub mod hosts;
+pub mod paths;
+pub mod registry;
+pub mod trust;
+
+pub use daemon::{Agent, STOP_TIME, StartError};

@@ -1,0 +1,9 @@
+//! The real agent, spoken to over its real control socket.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod hostile;
+mod library;
+mod lifecycle;
+mod registration;
+mod support;
+mod trust;

@@ -11,7 +11,7 @@ defmodule Meshx.MixProject do
       start_permanent: Mix.env() == :prod,
       elixirc_paths: elixirc_paths(Mix.env()),
       elixirc_options: [warnings_as_errors: Mix.env() == :test],
-      erlc_paths: ["src"],
+      erlc_paths: erlc_paths(Mix.env()),
       erlc_options: erlc_options(Mix.env()),
       test_coverage: [summary: [threshold: 80]],
       deps: [],
@@ -28,6 +28,9 @@ defmodule Meshx.MixProject do
 
   defp elixirc_paths(:test), do: ["lib", "test/support"]
   defp elixirc_paths(_env), do: ["lib"]
+
+  defp erlc_paths(:test), do: ["src", "test/support"]
+  defp erlc_paths(_env), do: ["src"]
 
   defp erlc_options(:test), do: [:debug_info, :warnings_as_errors]
   defp erlc_options(_env), do: [:debug_info]

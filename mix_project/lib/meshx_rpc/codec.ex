@@ -37,9 +37,11 @@ defmodule MeshxRpc.Codec do
           | {:auth, proof :: binary()}
           | :ready
           | {:refused, cause(), text :: binary()}
-          | {:request, stream :: pos_integer(), :call | :cast, deadline :: non_neg_integer() | :infinity,
-             fun :: binary(), term_flag :: byte(), argument :: binary()}
-          | {:response, stream :: pos_integer(), :result | :error | :started, term_flag :: byte(), result :: binary()}
+          | {:request, stream :: pos_integer(), :call | :cast,
+             deadline :: non_neg_integer() | :infinity, fun :: binary(), term_flag :: byte(),
+             argument :: binary()}
+          | {:response, stream :: pos_integer(), :result | :error | :started, term_flag :: byte(),
+             result :: binary()}
           | {:cancel, stream :: pos_integer()}
           | {:reset, stream :: pos_integer(), cause(), text :: binary()}
           | {:stream_error, stream :: pos_integer(), cause(), text :: binary()}
@@ -58,7 +60,8 @@ defmodule MeshxRpc.Codec do
   (a GOAWAY or REFUSED is among them), close.
   """
   @callback feed(t(), binary()) ::
-              {:ok, t(), [event()], iodata()} | {:error, t(), [event()], iodata(), cause(), text :: binary()}
+              {:ok, t(), [event()], iodata()}
+              | {:error, t(), [event()], iodata(), cause(), text :: binary()}
 
   @doc "The client opened this stream: its response is expected (and may be at most `max_message`)."
   @callback open(t(), stream :: pos_integer()) :: t()
@@ -83,6 +86,11 @@ defmodule MeshxRpc.Codec do
   @doc """
   Looks through an external term of a peer before it may be decoded: depth, counts, size when decoded,
   no functions, no compression unless allowed. Runs in slices that do not block a scheduler.
+  `MeshxRpc.Guard` has the keys of `policy` and their defaults.
   """
   @callback guard(binary(), policy :: map()) :: :ok | {:error, reason :: term()}
+
+  @doc "The codec that this VM uses."
+  @spec impl() :: module()
+  def impl, do: MeshxRpc.Codec.Elixir
 end

@@ -14,6 +14,8 @@
 //! | [`handshake`] | both roles as typed states | Distribution Handshake |
 //! | [`name_frame`] | the first frame of a link, read by whoever relays it | `send_name` |
 //! | [`framing`] | `{packet, 2}` and `{packet, 4}` frames from a byte stream | Protocol between Connected Nodes |
+//! | [`control`] | control messages | Protocol between Connected Nodes |
+//! | [`link`] | frames to messages and back, fragments included | Distribution Header |
 //!
 //! # The handshake
 //!
@@ -45,9 +47,11 @@
 //!   Established                                             Established
 //! ```
 
+pub mod control;
 pub mod epmd;
 pub mod flags;
 pub mod framing;
 pub mod handshake;
+pub mod link;
 pub mod name_frame;
 mod wire;

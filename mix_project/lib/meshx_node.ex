@@ -1,0 +1,212 @@
+defmodule MeshxNode do
+  @moduledoc """
+  Erlang distribution over the mesh: connecting nodes, and knowing who is at the other end.
+
+  A node takes part when its VM was started with the carrier, for example
+
+      erl -proto_dist meshx -no_epmd -name shop@h1
+
+  or by `meshx run shop@h1 -- iex -S mix`, which sets all that is needed. From there `Node.connect/1`,
+  `Node.ping/1`, `:erpc`, monitors, links and `:global` work as ever. Host parts are names in the mesh: they need
+  neither DNS nor a dot, and `-name` and `-sname` nodes meet.
+
+  `Node.connect/1` answers only `true` or `false`; `connect/1` here says why. `peer/1` tells which identity was
+  verified for a link.
+
+  ## Causes
+
+  A refusal is `{cause, text}`: the cause is one of the atoms in docs/mesh-protocol.md (`:no_such_node`,
+  `:unreachable`, `:intention_denied`, `:identity_mismatch`, `:not_ready`, `:timeout` ...), or `:handshake_failed`
+  when the agents let the link through and the nodes themselves did not agree, most often because of different
+  cookies. The text is for people and names the rule, limit or address.
+  """
+
+  @typedoc "Why a link was refused."
+  @type refusal :: {cause :: atom, text :: String.t()}
+
+  @typedoc """
+  The other end of a link.
+
+    * `:node` - the node's name
+    * `:direction` - who dialled: `:outbound` for this node, `:inbound` for the other
+    * `:link` - the link's id in hexadecimal, the same at both ends and in the agents' logs
+    * `:spiffe` - the SPIFFE URI of the certificate that was verified
+    * `:agent` - the address of the other node's agent
+    * `:service` - the service that the SPIFFE URI names, or `nil` when it names none
+    * `:certificate_expires_at` - when the verified certificate expires, or `nil` while the agent can't be asked
+    * `:since` - seconds since the link was made, or `nil` while the agent can't be asked
+    * `:bytes_in`, `:bytes_out` - what the link carried so far, or `nil` while the agent can't be asked
+  """
+  @type peer :: %{
+          node: node,
+          direction: :outbound | :inbound,
+          link: String.t(),
+          spiffe: String.t(),
+          agent: String.t(),
+          service: String.t() | nil,
+          certificate_expires_at: DateTime.t() | nil,
+          since: non_neg_integer | nil,
+          bytes_in: non_neg_integer | nil,
+          bytes_out: non_neg_integer | nil
+        }
+
+  @doc """
+  Connects to a node, and says why when that fails.
+
+  `:ok` also when the nodes are connected already. Without distribution the cause is `:not_ready`.
+
+      iex> MeshxNode.connect(:"cart@h2")
+      {:error, {:not_ready, "this VM is not distributed: start it with -proto_dist meshx and a name"}}
+  """
+  @spec connect(node) :: :ok | {:error, refusal}
+  def connect(node) when is_atom(node) do
+    started = :erlang.monotonic_time()
+
+    case Node.connect(node) do
+      true ->
+        :ok
+
+      :ignored ->
+        {:error,
+         {:not_ready, "this VM is not distributed: start it with -proto_dist meshx and a name"}}
+
+      false ->
+        case :meshx_links.refusal(node) do
+          {:ok, %{monotonic: at} = refusal} when at >= started ->
+            {:error, {refusal.cause, refusal.text}}
+
+          _ ->
+            {:error, unexplained(node)}
+        end
+    end
+  end
+
+  # The setup timer and net_kernel itself end an attempt without a word.
+  defp unexplained(node) do
+    if :meshx_dist.is_node_name(node) do
+      {:timeout,
+       "the handshake with #{node} was not done within the setup time (kernel parameter net_setuptime)"}
+    else
+      {:invalid_name, "#{node} is no node name, wanted NAME@HOST"}
+    end
+  end
+
+  @doc """
+  Why the last attempt to reach a node was refused, with the time of it.
+
+  This VM remembers its own attempts; for others the agent is asked. `:error` when nothing is known.
+  """
+  @spec refusal(node) :: {:ok, %{cause: atom, text: String.t(), at: DateTime.t()}} | :error
+  def refusal(node) when is_atom(node) do
+    with :error <- :meshx_links.refusal(node),
+         {:error, _} <- :meshx_agent.call(:refusal, %{node: Atom.to_string(node)}) do
+      :error
+    else
+      {:ok, %{cause: cause, text: text, at: at}}
+      when is_atom(cause) and is_binary(text) and is_integer(at) ->
+        {:ok, %{cause: cause, text: text, at: DateTime.from_unix!(at)}}
+
+      {:ok, _} ->
+        :error
+    end
+  end
+
+  @doc "The verified other end of the link to a connected node."
+  @spec peer(node) :: {:ok, peer} | {:error, refusal}
+  def peer(node) when is_atom(node) do
+    case Enum.find(peers(), &(&1.node == node)) do
+      nil -> {:error, {:no_such_node, "there is no link to #{node}"}}
+      peer -> {:ok, peer}
+    end
+  end
+
+  @doc "The verified other ends of all links of this node."
+  @spec peers() :: [peer]
+  def peers() do
+    case Enum.filter(:meshx_links.list(), fn {_, link} -> link.up end) do
+      [] -> []
+      links -> with_details(links, details())
+    end
+  end
+
+  defp with_details(links, details) do
+    for {id, link} <- links do
+      hex = Base.encode16(id, case: :lower)
+
+      Map.merge(
+        %{
+          # Made by the emulator when the link came up: no atom is made here.
+          node: String.to_existing_atom(link.node),
+          direction: link.direction,
+          link: hex,
+          spiffe: link.spiffe,
+          agent: link.agent,
+          service: service(link.spiffe)
+        },
+        Map.get(details, hex, %{
+          certificate_expires_at: nil,
+          since: nil,
+          bytes_in: nil,
+          bytes_out: nil
+        })
+      )
+    end
+  end
+
+  defp details() do
+    case :meshx_agent.call(:links, %{}) do
+      {:ok, %{links: links}} when is_list(links) ->
+        for %{
+              id: id,
+              since: since,
+              bytes_in: bytes_in,
+              bytes_out: bytes_out,
+              remote_not_after: expiry
+            } <- links,
+            into: %{} do
+          {id,
+           %{
+             certificate_expires_at: time(expiry),
+             since: since,
+             bytes_in: bytes_in,
+             bytes_out: bytes_out
+           }}
+        end
+
+      _ ->
+        %{}
+    end
+  end
+
+  defp time(seconds) when is_integer(seconds) do
+    case DateTime.from_unix(seconds) do
+      {:ok, time} -> time
+      {:error, _} -> nil
+    end
+  end
+
+  defp time(_), do: nil
+
+  # spiffe://TRUST-DOMAIN/ns/NS/dc/DC/svc/SERVICE (Consul's form of SPIFFE ids).
+  defp service(spiffe) do
+    case String.split(spiffe, "/svc/") do
+      [_, service] -> service
+      _ -> nil
+    end
+  end
+
+  @doc """
+  The nodes that the agent knows in the mesh.
+
+  Each is `%{node: String.t(), service: String.t(), host: String.t(), agent: String.t(), local: boolean}`; `local`
+  says that it is registered with this host's agent. Names stay strings: they come from other hosts.
+  """
+  @spec names() :: {:ok, [map]} | {:error, refusal}
+  def names() do
+    case :meshx_agent.call(:names, %{}) do
+      {:ok, %{nodes: nodes}} when is_list(nodes) -> {:ok, nodes}
+      {:ok, _} -> {:error, {:invalid_request, "the agent's answer to names has no list of nodes"}}
+      {:error, _} = error -> error
+    end
+  end
+end

@@ -1,0 +1,92 @@
+%% What this VM knows of its own links: which port carries which link and who was verified at its other end, and
+%% why the last attempts failed. One public table, so that a connecting process leaves its reason before it ends
+%% and the caller of `Node.connect/1' finds it at once.
+-module(meshx_links).
+
+-export([new/0, add/5, up/1, down/1, port/1, list/0, refuse/3, refusal/1]).
+-export_type([direction/0, refusal/0]).
+
+-define(TABLE, meshx_links).
+%% Refusals kept, one per node name. Names come from this VM's own calls, so this is only a bound on memory.
+-define(MAX_REFUSALS, 1024).
+
+-type direction() :: outbound | inbound.
+-type refusal() :: #{cause := atom(), text := binary(), at := integer(), monotonic := integer()}.
+
+-spec new() -> ok.
+new() ->
+    ?TABLE = ets:new(?TABLE, [named_table, public, set, {read_concurrency, true}]),
+    ok.
+
+%% Notes a link before its handshake: from here on it can be cut.
+-spec add(meshx_frame:link_id(), pid(), port(), direction(), meshx_frame:peer()) -> ok.
+add(Link, Owner, Port, Direction, Peer) ->
+    true = ets:insert(?TABLE, {{link, Link}, Port, Owner, Peer#{direction => Direction, up => false}}),
+    ok.
+
+%% Notes that the nodes' handshake is done.
+-spec up(meshx_frame:link_id()) -> ok.
+up(Link) ->
+    [{Key, Port, Owner, Peer}] = ets:lookup(?TABLE, {link, Link}),
+    true = ets:insert(?TABLE, {Key, Port, Owner, Peer#{up := true}}),
+    ok.
+
+%% Forgets the links of a process that ended.
+-spec down(pid()) -> ok.
+down(Owner) ->
+    true = ets:match_delete(?TABLE, {{link, '_'}, '_', Owner, '_'}),
+    ok.
+
+-spec port(meshx_frame:link_id()) -> {ok, port()} | error.
+port(Link) ->
+    case ets:lookup(?TABLE, {link, Link}) of
+        [{_, Port, _, _}] -> {ok, Port};
+        [] -> error
+    end.
+
+-spec list() -> [{meshx_frame:link_id(), map()}].
+list() ->
+    try ets:match(?TABLE, {{link, '$1'}, '_', '_', '$2'}) of
+        Links -> [{Link, Peer} || [Link, Peer] <- Links]
+    catch
+        error:badarg -> []
+    end.
+
+%% Notes why the last link to a node was refused.
+-spec refuse(node(), atom(), binary()) -> ok.
+refuse(Node, Cause, Text) ->
+    Refusal = #{
+        cause => Cause, text => Text, at => erlang:system_time(second), monotonic => erlang:monotonic_time()
+    },
+    try
+        bound(Node),
+        ets:insert(?TABLE, {{refusal, Node}, Refusal}),
+        ok
+    catch
+        %% The table goes with the distribution.
+        error:badarg -> ok
+    end.
+
+bound(Node) ->
+    case ets:member(?TABLE, {refusal, Node}) of
+        true ->
+            ok;
+        false ->
+            Kept = ets:select(?TABLE, [{{{refusal, '$1'}, #{monotonic => '$2'}}, [], [{{'$2', '$1'}}]}]),
+            case length(Kept) >= ?MAX_REFUSALS of
+                true ->
+                    {_, Oldest} = lists:min(Kept),
+                    ets:delete(?TABLE, {refusal, Oldest});
+                false ->
+                    ok
+            end
+    end.
+
+-spec refusal(node()) -> {ok, refusal()} | error.
+refusal(Node) ->
+    try ets:lookup(?TABLE, {refusal, Node}) of
+        [{_, Refusal}] -> {ok, Refusal};
+        [] -> error
+    catch
+        error:badarg -> error
+    end.

@@ -1,0 +1,46 @@
+defmodule Meshx.DistCase do
+  @moduledoc "A scripted agent in a directory of its own, and BEAMs that use it."
+  use ExUnit.CaseTemplate
+
+  alias Meshx.{ScriptedAgent, TestNode}
+
+  using do
+    quote do
+      import Meshx.DistCase
+      alias Meshx.{ScriptedAgent, TestNode}
+    end
+  end
+
+  setup do
+    # Short, because a socket's path has at most 107 bytes.
+    dir = Path.join("/tmp", "mx" <> Base.encode16(:crypto.strong_rand_bytes(5), case: :lower))
+    File.mkdir!(dir)
+    File.chmod!(dir, 0o700)
+    on_exit(fn -> File.rm_rf!(dir) end)
+    {:ok, dir: dir}
+  end
+
+  @doc "Starts the scripted agent in the test's directory."
+  def start_agent(%{dir: dir}, scripts \\ []) do
+    ExUnit.Callbacks.start_supervised!({ScriptedAgent, dir: dir, scripts: scripts},
+      id: ScriptedAgent
+    )
+  end
+
+  @doc "Ends the agent as a crash would: its connections close, its sockets stay behind."
+  def stop_agent(), do: ExUnit.Callbacks.stop_supervised!(ScriptedAgent)
+
+  @doc "Starts a node and waits until it is up."
+  def start_node(context, name, args \\ ["-name"]) do
+    node = launch(context, name, args)
+    :ok = TestNode.await_boot(node)
+    node
+  end
+
+  @doc "Starts a node without waiting. `args` end with the flag that takes the name."
+  def launch(%{dir: dir}, name, args \\ ["-name"]) do
+    ExUnit.Callbacks.start_supervised!({TestNode, args: args ++ [name], env: %{"MESHX_DIR" => dir}},
+      id: make_ref()
+    )
+  end
+end

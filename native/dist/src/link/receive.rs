@@ -1,0 +1,332 @@
+use std::collections::HashMap;
+
+use meshx_etf::{DecodeError, Limits, decode_prefix};
+
+use super::{CONTINUATION, DIST_HEADER, FIRST_FRAGMENT, PASS_THROUGH, VERSION, with_headers};
+use crate::control::{Control, ControlError, Op, Payload};
+use crate::flags::DistFlags;
+use crate::wire::{Reader, Short};
+
+/// Space of the last message that is kept for the next one, in bytes.
+const RETAINED_CAPACITY: usize = 1024 * 1024;
+
+/// What a peer may make a receiver keep.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LinkLimits {
+    /// Bytes of one message put together from fragments; 128 MiB. Messages in one frame are bounded by the frame.
+    pub max_message: usize,
+    /// Messages that are being put together at once; 1024. A BEAM has one for each process that is sending.
+    pub max_sequences: usize,
+    /// Bytes of all of them; 256 MiB. As buffers double while they grow, up to twice that is allocated.
+    pub max_reassembly: usize,
+    /// Bounds on the control message's term. `max_bytes` and `allow_compressed` don't apply: the frame bounds the
+    /// bytes, and control messages are never compressed.
+    pub control: Limits,
+}
+
+impl Default for LinkLimits {
+    fn default() -> Self {
+        Self {
+            max_message: 128 * 1024 * 1024,
+            max_sequences: 1024,
+            max_reassembly: 256 * 1024 * 1024,
+            control: Limits::default(),
+        }
+    }
+}
+
+/// A message as it came.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Message<'a> {
+    /// What is to be done.
+    pub control: Control,
+    /// What [`Control::payload`] says belongs to it, as an encoded term with its version byte: unchecked, to be
+    /// given to [`meshx_etf::decode`] or walked when it is needed.
+    pub payload: Option<&'a [u8]>,
+}
+
+/// Why frames are no messages. The connection is over.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum LinkError {
+    /// The frame begins with other bytes than the agreed flags say.
+    #[error("frame begins with {got:?}, wanted {wanted}")]
+    UnknownFrame {
+        /// Its first bytes, at most two.
+        got: Vec<u8>,
+        /// What begins a frame on this link.
+        wanted: &'static str,
+    },
+    /// The frame ends inside its distribution header.
+    #[error("frame of {len} bytes ends inside its distribution header")]
+    CutShort {
+        /// Bytes of the frame.
+        len: usize,
+    },
+    /// References to an atom cache that this crate never agrees to.
+    #[error("frame refers to {refs} entries of an atom cache, which was not agreed")]
+    AtomCache {
+        /// How many.
+        refs: u8,
+    },
+    /// The control message is no term.
+    #[error("control message: {0}")]
+    Term(#[from] DecodeError),
+    /// The control message is a term, but none of a control message.
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    /// A control message without the payload that belongs to it.
+    #[error("{op} came without its payload")]
+    MissingPayload {
+        /// Its operation.
+        op: Op,
+    },
+    /// A control message with a payload that doesn't belong to it.
+    #[error("{op} came with {len} bytes behind it, wanted none")]
+    UnexpectedPayload {
+        /// Its operation.
+        op: Op,
+        /// Bytes behind it.
+        len: usize,
+    },
+    /// A fragment that doesn't follow the one before it.
+    #[error("fragment {got} of sequence {sequence:#x}, wanted {wanted}")]
+    FragmentOrder {
+        /// The sequence it names.
+        sequence: u64,
+        /// Its number.
+        got: u64,
+        /// What should have come.
+        wanted: &'static str,
+    },
+    /// More messages in fragments at once than the limit.
+    #[error("a message begins while {max} are being put together from fragments, no more are taken")]
+    TooManySequences {
+        /// The limit.
+        max: usize,
+    },
+    /// A message in fragments beyond the limit.
+    #[error("message of {len} bytes in fragments so far, at most {max} are taken")]
+    MessageTooLarge {
+        /// Bytes seen.
+        len: usize,
+        /// The limit.
+        max: usize,
+    },
+    /// All messages in fragments together beyond the limit.
+    #[error("fragments of {len} bytes wait for the rest of their messages, at most {max} are kept")]
+    ReassemblyFull {
+        /// Bytes seen.
+        len: usize,
+        /// The limit.
+        max: usize,
+    },
+}
+
+/// Makes messages of frames, for one direction of one link.
+#[derive(Debug)]
+pub struct Receiver {
+    headers: bool,
+    limits: LinkLimits,
+    sequences: HashMap<u64, Sequence>,
+    /// Bytes in `sequences`.
+    waiting: usize,
+    /// The message handed out last: a version byte, then control message and payload.
+    whole: Vec<u8>,
+}
+
+#[derive(Debug)]
+struct Sequence {
+    /// Number of the last fragment that came; the next one is smaller by 1.
+    fragment: u64,
+    /// A version byte, then what came.
+    bytes: Vec<u8>,
+}
+
+impl Receiver {
+    /// A receiver for a link with these agreed flags ([`crate::handshake::Established::flags`]).
+    #[must_use]
+    pub fn new(agreed: DistFlags, limits: LinkLimits) -> Self {
+        let control = Limits {
+            max_bytes: usize::MAX,
+            allow_compressed: false,
+            ..limits.control
+        };
+        Self {
+            headers: with_headers(agreed),
+            limits: LinkLimits { control, ..limits },
+            sequences: HashMap::new(),
+            waiting: 0,
+            whole: Vec::new(),
+        }
+    }
+
+    /// Takes one frame that is no tick. `Ok(None)`: a fragment, the rest is to come.
+    ///
+    /// # Errors
+    /// Any [`LinkError`]; the link is over then.
+    pub fn receive<'a>(&'a mut self, frame: &'a [u8]) -> Result<Option<Message<'a>>, LinkError> {
+        let unknown = |wanted| LinkError::UnknownFrame {
+            got: frame.iter().take(2).copied().collect(),
+            wanted,
+        };
+        if !self.headers {
+            let Some((&PASS_THROUGH, terms)) = frame.split_first() else {
+                return Err(unknown("112"));
+            };
+            let (control, behind) = decode_prefix(terms, &self.limits.control)?;
+            return message(control.try_into()?, behind).map(Some);
+        }
+        let cut_short = |Short| LinkError::CutShort { len: frame.len() };
+        let mut r = Reader::new(frame);
+        match r.array().map_err(cut_short)? {
+            [VERSION, DIST_HEADER] => {
+                no_atom_cache(&mut r).map_err(cut_short)??;
+                if self.whole.capacity() > RETAINED_CAPACITY {
+                    self.whole = Vec::new();
+                }
+                self.whole.clear();
+                self.whole.push(VERSION);
+                self.whole.extend_from_slice(r.rest());
+            }
+            [VERSION, FIRST_FRAGMENT] => {
+                let (sequence, fragment) = (r.u64().map_err(cut_short)?, r.u64().map_err(cut_short)?);
+                no_atom_cache(&mut r).map_err(cut_short)??;
+                self.begin(sequence, fragment)?;
+                if !self.append(sequence, fragment, r.rest())? {
+                    return Ok(None);
+                }
+            }
+            [VERSION, CONTINUATION] => {
+                let (sequence, fragment) = (r.u64().map_err(cut_short)?, r.u64().map_err(cut_short)?);
+                self.follow(sequence, fragment)?;
+                if !self.append(sequence, fragment, r.rest())? {
+                    return Ok(None);
+                }
+            }
+            _ => return Err(unknown("131 and then 68, 69 or 70")),
+        }
+        self.split_whole().map(Some)
+    }
+
+    /// Bytes that wait for the rest of their messages.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.waiting
+    }
+
+    fn begin(&mut self, sequence: u64, fragment: u64) -> Result<(), LinkError> {
+        let order = |wanted| LinkError::FragmentOrder {
+            sequence,
+            got: fragment,
+            wanted,
+        };
+        if fragment == 0 {
+            return Err(order("a number above 0"));
+        }
+        if self.sequences.contains_key(&sequence) {
+            return Err(order("the rest of the message that this sequence is in"));
+        }
+        if self.sequences.len() >= self.limits.max_sequences {
+            return Err(LinkError::TooManySequences {
+                max: self.limits.max_sequences,
+            });
+        }
+        self.sequences.insert(
+            sequence,
+            Sequence {
+                fragment,
+                bytes: vec![VERSION],
+            },
+        );
+        self.waiting += 1;
+        Ok(())
+    }
+
+    fn follow(&mut self, sequence: u64, fragment: u64) -> Result<(), LinkError> {
+        let order = |wanted| LinkError::FragmentOrder {
+            sequence,
+            got: fragment,
+            wanted,
+        };
+        let state = self
+            .sequences
+            .get_mut(&sequence)
+            .ok_or(order("a first fragment"))?;
+        if fragment == 0 || state.fragment.checked_sub(1) != Some(fragment) {
+            return Err(order("the number below that of the fragment before"));
+        }
+        state.fragment = fragment;
+        Ok(())
+    }
+
+    /// True when that was the last fragment: the message is in `whole` then.
+    fn append(&mut self, sequence: u64, fragment: u64, bytes: &[u8]) -> Result<bool, LinkError> {
+        let Some(state) = self.sequences.get_mut(&sequence) else {
+            return Ok(false);
+        };
+        let len = state.bytes.len().saturating_add(bytes.len());
+        if len > self.limits.max_message {
+            return Err(LinkError::MessageTooLarge {
+                len,
+                max: self.limits.max_message,
+            });
+        }
+        let waiting = self.waiting.saturating_add(bytes.len());
+        if waiting > self.limits.max_reassembly {
+            return Err(LinkError::ReassemblyFull {
+                len: waiting,
+                max: self.limits.max_reassembly,
+            });
+        }
+        state.bytes.extend_from_slice(bytes);
+        self.waiting = waiting;
+        if fragment > 1 {
+            return Ok(false);
+        }
+        if let Some(done) = self.sequences.remove(&sequence) {
+            self.waiting = self.waiting.saturating_sub(done.bytes.len());
+            self.whole = done.bytes;
+        }
+        Ok(true)
+    }
+
+    /// Behind a distribution header terms have no version byte. The payload gets one: in place of the last byte
+    /// of the control message, which has been read by then.
+    fn split_whole(&mut self) -> Result<Message<'_>, LinkError> {
+        let (control, behind) = decode_prefix(&self.whole, &self.limits.control)?;
+        let control = Control::try_from(control)?;
+        let behind = behind.len();
+        let start = self.whole.len().saturating_sub(behind).saturating_sub(1);
+        if let Some(before) = self.whole.get_mut(start).filter(|_| behind > 0) {
+            *before = VERSION;
+        }
+        let payload = self.whole.get(start..).filter(|_| behind > 0).unwrap_or_default();
+        message(control, payload)
+    }
+}
+
+fn message(control: Control, behind: &[u8]) -> Result<Message<'_>, LinkError> {
+    match (control.payload(), behind.len()) {
+        (Payload::Required, 0) => Err(LinkError::MissingPayload { op: control.op() }),
+        (Payload::Forbidden, 1..) => Err(LinkError::UnexpectedPayload {
+            op: control.op(),
+            len: behind.len(),
+        }),
+        (_, 0) => Ok(Message {
+            control,
+            payload: None,
+        }),
+        _ => Ok(Message {
+            control,
+            payload: Some(behind),
+        }),
+    }
+}
+
+fn no_atom_cache(r: &mut Reader<'_>) -> Result<Result<(), LinkError>, Short> {
+    Ok(match r.u8()? {
+        0 => Ok(()),
+        refs => Err(LinkError::AtomCache { refs }),
+    })
+}

@@ -1,0 +1,155 @@
+use meshx_etf::{EncodeError, Term, encode, encode_bare};
+
+use super::{CONTINUATION, DIST_HEADER, FIRST_FRAGMENT, PASS_THROUGH, VERSION, with_headers};
+use crate::control::{Control, Op, Payload};
+use crate::flags::DistFlags;
+use crate::framing::{FrameError, encode_frame};
+
+/// Bytes of a payload in one fragment, as in a BEAM. Larger messages are cut when `FRAGMENTS` is agreed.
+pub const FRAGMENT_SIZE: usize = 64 * 1024;
+
+/// Space of the last message that is kept for the next one, in bytes.
+const RETAINED_CAPACITY: usize = 1024 * 1024;
+/// What the 32 bits of a frame's length can say.
+const MAX_FRAME: usize = u32::MAX as usize;
+
+/// Why a message can't be sent. Nothing was appended; the link may go on.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SendError {
+    /// A term that the external format can't hold.
+    #[error(transparent)]
+    Term(#[from] EncodeError),
+    /// Beyond what a frame's length can say.
+    #[error(transparent)]
+    Frame(#[from] FrameError),
+    /// A payload belongs to this message, or doesn't; sent otherwise it would end the link.
+    #[error("{op} with{} a payload", if *.given { "" } else { "out" })]
+    WrongPayload {
+        /// The operation.
+        op: Op,
+        /// Whether one was given.
+        given: bool,
+    },
+}
+
+/// Makes frames of messages, for one direction of one link.
+#[derive(Debug)]
+pub struct Sender {
+    headers: bool,
+    fragments: bool,
+    next_sequence: u64,
+    scratch: Vec<u8>,
+}
+
+impl Sender {
+    /// A sender for a link with these agreed flags ([`crate::handshake::Established::flags`]).
+    #[must_use]
+    pub fn new(agreed: DistFlags) -> Self {
+        Self {
+            headers: with_headers(agreed),
+            fragments: agreed.contains(DistFlags::FRAGMENTS),
+            next_sequence: 1,
+            scratch: Vec::new(),
+        }
+    }
+
+    /// Appends the frames of one message to `out`, lengths included, so that many messages make one write.
+    ///
+    /// # Errors
+    /// Any [`SendError`]; `out` is then as it was.
+    pub fn send(
+        &mut self,
+        control: Control,
+        payload: Option<&Term>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), SendError> {
+        let op = control.op();
+        let fits = match control.payload() {
+            Payload::Required => payload.is_some(),
+            Payload::Forbidden => payload.is_none(),
+            Payload::Optional => true,
+        };
+        if !fits {
+            return Err(SendError::WrongPayload {
+                op,
+                given: payload.is_some(),
+            });
+        }
+        let start = out.len();
+        let control = Term::from(control);
+        let sent = if self.headers {
+            self.send_with_header(&control, payload, out)
+        } else {
+            send_pass_through(&control, payload, out)
+        };
+        if sent.is_err() {
+            out.truncate(start);
+        }
+        sent
+    }
+
+    fn send_with_header(
+        &mut self,
+        control: &Term,
+        payload: Option<&Term>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), SendError> {
+        let mut bytes = std::mem::take(&mut self.scratch);
+        bytes.clear();
+        encode_bare(control, &mut bytes)?;
+        let control_len = bytes.len();
+        payload.map_or(Ok(()), |payload| encode_bare(payload, &mut bytes))?;
+        if self.fragments && bytes.len() - control_len > FRAGMENT_SIZE {
+            self.cut(&bytes, control_len, out)?;
+        } else {
+            encode_frame(out, MAX_FRAME, |out| {
+                out.extend_from_slice(&[VERSION, DIST_HEADER, 0]);
+                out.extend_from_slice(&bytes);
+            })?;
+        }
+        if bytes.capacity() <= RETAINED_CAPACITY {
+            self.scratch = bytes;
+        }
+        Ok(())
+    }
+
+    /// The control message must be whole in the first fragment.
+    fn cut(&mut self, bytes: &[u8], control_len: usize, out: &mut Vec<u8>) -> Result<(), SendError> {
+        let sequence = self.next_sequence;
+        self.next_sequence = sequence.wrapping_add(1);
+        let (first, rest) = bytes
+            .split_at_checked(control_len + FRAGMENT_SIZE)
+            .unwrap_or((bytes, &[]));
+        let continuations = rest.chunks(FRAGMENT_SIZE);
+        let mut fragment = continuations.len() as u64 + 1;
+        encode_frame(out, MAX_FRAME, |out| {
+            put_fragment(out, FIRST_FRAGMENT, sequence, fragment);
+            out.push(0);
+            out.extend_from_slice(first);
+        })?;
+        for chunk in continuations {
+            fragment -= 1;
+            encode_frame(out, MAX_FRAME, |out| {
+                put_fragment(out, CONTINUATION, sequence, fragment);
+                out.extend_from_slice(chunk);
+            })?;
+        }
+        Ok(())
+    }
+}
+
+fn send_pass_through(control: &Term, payload: Option<&Term>, out: &mut Vec<u8>) -> Result<(), SendError> {
+    let mut encoded = Ok(());
+    encode_frame(out, MAX_FRAME, |out| {
+        out.push(PASS_THROUGH);
+        encoded = encode(control, out).and_then(|()| payload.map_or(Ok(()), |payload| encode(payload, out)));
+    })?;
+    Ok(encoded?)
+}
+
+fn put_fragment(out: &mut Vec<u8>, tag: u8, sequence: u64, fragment: u64) {
+    out.extend_from_slice(&[VERSION, tag]);
+    out.extend_from_slice(&sequence.to_be_bytes());
+    out.extend_from_slice(&fragment.to_be_bytes());
+}

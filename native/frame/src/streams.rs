@@ -1,0 +1,573 @@
+//! What arrives on streams: reassembly, byte budget, receive windows.
+
+use std::collections::HashMap;
+
+use crate::assembly::Assembly;
+use crate::control_rate::ControlRate;
+use crate::header::{Header, REQUEST_HEAD_FIXED, REQUEST_HEAD_MAX, block_too_large, frame_type::*};
+use crate::{Cause, Event, Failure, Kind, Options, Output, Role, Status, encode};
+
+/// What a block's checksum said, or what was wrong with it.
+pub(crate) type Check = Result<(), &'static str>;
+
+const SEQ_MASK: u32 = 0xFF_FFFF;
+
+/// All streams of a connection. One that is not in the table is over when its id is at most `last`, and was never
+/// opened otherwise.
+#[derive(Debug)]
+pub(crate) struct Streams {
+    options: Options,
+    pub(crate) block_size: usize,
+    pub(crate) control: ControlRate,
+    table: HashMap<u32, Stream>,
+    last: u32,
+    window: Window,
+    reserved: u64,
+    /// Bytes that may still come for streams that we ended before their message was whole.
+    stray: u64,
+}
+
+/// ```text
+/// Waiting (client: no response yet) --> Receiving --END--> Used --RESET, CANCEL--> Dead
+/// ```
+/// Used and Dead streams hold their budget until they are released.
+#[derive(Debug)]
+struct Stream {
+    window: Window,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    Waiting,
+    Receiving(Receiving),
+    Used { total: u64 },
+    Dead { total: u64 },
+}
+
+#[derive(Debug)]
+struct Receiving {
+    head: Head,
+    message: Assembly,
+    next: u32,
+}
+
+#[derive(Debug)]
+enum Head {
+    Request {
+        kind: Kind,
+        deadline: Option<u32>,
+        fun: Vec<u8>,
+        term: u8,
+    },
+    Response {
+        status: Status,
+        term: u8,
+    },
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Window {
+    left: u32,
+    /// Received and not yet granted again.
+    pending: u32,
+}
+
+/// Why a stream was ended.
+type Fault = (Cause, String);
+
+impl Streams {
+    pub(crate) fn new(options: Options) -> Self {
+        Self {
+            block_size: crate::MAX_PAYLOAD,
+            control: ControlRate::new(),
+            table: HashMap::new(),
+            last: 0,
+            window: Window {
+                left: options.connection_window,
+                pending: 0,
+            },
+            reserved: 0,
+            stray: 0,
+            options,
+        }
+    }
+
+    pub(crate) fn open_count(&self) -> usize {
+        self.table.len()
+    }
+
+    pub(crate) fn reserved(&self) -> u64 {
+        self.reserved
+    }
+
+    pub(crate) fn goaway_last(&self) -> u32 {
+        if self.options.role == Role::Server {
+            self.last
+        } else {
+            0
+        }
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.table = HashMap::new();
+        self.reserved = 0;
+    }
+
+    pub(crate) fn open(&mut self, stream: u32) {
+        self.last = self.last.max(stream);
+        let stream_entry = self.fresh();
+        self.table.insert(stream, stream_entry);
+    }
+
+    pub(crate) fn release(&mut self, stream: u32) {
+        if let Some(entry) = self.table.remove(&stream) {
+            self.allow_stray(&entry);
+            self.reserved -= entry.state.reserved();
+        }
+    }
+
+    pub(crate) fn cancel(&mut self, stream: u32, output: &mut Output) -> Result<(), Failure> {
+        if self.end_by_peer(stream)? {
+            output.events.push(Event::Cancel { stream });
+        }
+        Ok(())
+    }
+
+    pub(crate) fn reset(
+        &mut self,
+        stream: u32,
+        cause: u16,
+        text: &[u8],
+        output: &mut Output,
+    ) -> Result<(), Failure> {
+        if self.end_by_peer(stream)? {
+            output.events.push(Event::Reset {
+                stream,
+                cause,
+                text: text.to_vec(),
+            });
+        }
+        Ok(())
+    }
+
+    pub(crate) fn window(&mut self, stream: u32, increment: u32, output: &mut Output) -> Result<(), Failure> {
+        self.check_known(stream)?;
+        match self.table.get(&stream) {
+            Some(entry) if entry.state.is_live() => {}
+            None if stream == 0 => {}
+            _ => return self.control.spend(),
+        }
+        output.events.push(Event::Window { stream, increment });
+        Ok(())
+    }
+
+    /// One block, complete.
+    pub(crate) fn block(
+        &mut self,
+        header: &Header,
+        payload: &[u8],
+        check: Check,
+        output: &mut Output,
+    ) -> Result<(), Failure> {
+        if header.frame_type == REQUEST {
+            return self.request(header, payload, check, output);
+        }
+        let (response, data) = match header.frame_type {
+            RESPONSE => split_response(payload),
+            _ => (None, payload),
+        };
+        self.check_known(header.stream)?;
+        self.window
+            .receive(0, data.len(), self.options.connection_window, output)?;
+        // Out of the table while it is worked on, so that what fails simply stays out.
+        let Some(mut entry) = self.table.remove(&header.stream) else {
+            return self.take_stray(data.len());
+        };
+        if !entry.state.is_live() {
+            self.table.insert(header.stream, entry);
+            return self.take_stray(data.len());
+        }
+        entry.window.count("stream", data.len())?;
+        let result = match check {
+            Err(text) => Err((Cause::InvalidCks, text.to_owned())),
+            Ok(()) if header.frame_type == RESPONSE => self.response(&mut entry, header, response, data),
+            Ok(()) => entry.data(header, data),
+        };
+        self.settle(entry, header, result, output)
+    }
+
+    fn request(
+        &mut self,
+        header: &Header,
+        payload: &[u8],
+        check: Check,
+        output: &mut Output,
+    ) -> Result<(), Failure> {
+        if header.stream <= self.last {
+            return Err(protocol(format!(
+                "request {} after request {}",
+                header.stream, self.last
+            )));
+        }
+        let parsed = check.ok().and_then(|()| split_request(payload));
+        // The sender did not count the head. When it cannot be read, count what is certainly not head.
+        let size = parsed
+            .as_ref()
+            .map_or(payload.len().saturating_sub(REQUEST_HEAD_MAX), |(_, _, data)| {
+                data.len()
+            });
+        if size > self.block_size {
+            return Err(block_too_large(size, self.block_size));
+        }
+        self.last = header.stream;
+        self.window
+            .receive(0, size, self.options.connection_window, output)?;
+        let mut entry = self.fresh();
+        entry.window.count("stream", size)?;
+        let result = match (check, parsed) {
+            (Err(text), _) => Err((Cause::InvalidCks, text.to_owned())),
+            (Ok(()), _) if header.seq != 0 => Err(sequence(header.seq, 0)),
+            (Ok(()), None) => Err((Cause::Protocol, "the head of a request is malformed".to_owned())),
+            (Ok(()), Some(_)) if self.table.len() >= self.options.max_streams => {
+                Err((Cause::Full, "too many streams".to_owned()))
+            }
+            (Ok(()), Some((total, head, data))) => self.begin(&mut entry, total, head, data),
+        };
+        self.settle(entry, header, result, output)
+    }
+
+    fn response(
+        &mut self,
+        entry: &mut Stream,
+        header: &Header,
+        response: Option<(u8, u8, u64)>,
+        data: &[u8],
+    ) -> Result<(), Fault> {
+        if !matches!(entry.state, State::Waiting) {
+            return Err((Cause::Protocol, "a second response".to_owned()));
+        }
+        if header.seq != 0 {
+            return Err(sequence(header.seq, 0));
+        }
+        let (status, term, total) = response.unwrap_or_default();
+        let status = match status {
+            0 => Status::Result,
+            1 => Status::Error,
+            2 => Status::Started,
+            other => return Err((Cause::Protocol, format!("response status {other} is unknown"))),
+        };
+        self.begin(entry, total, Head::Response { status, term }, data)
+    }
+
+    /// Reserves the message's bytes and takes the first.
+    fn begin(&mut self, entry: &mut Stream, total: u64, head: Head, data: &[u8]) -> Result<(), Fault> {
+        let max = self.options.max_message;
+        let size = usize::try_from(total).ok().filter(|_| total <= max);
+        let Some(size) = size else {
+            return Err((
+                Cause::TooLarge,
+                format!("a message of {total} bytes, at most {max} taken"),
+            ));
+        };
+        if total > self.options.max_bytes.saturating_sub(self.reserved) {
+            return Err((Cause::Full, "the byte budget is used up".to_owned()));
+        }
+        let mut receiving = Receiving {
+            head,
+            message: Assembly::new(size),
+            next: 1,
+        };
+        receiving.append(data)?;
+        self.reserved += total;
+        entry.state = State::Receiving(receiving);
+        Ok(())
+    }
+
+    /// What happens to a stream after a block of it was looked at: it ends, is handed over, or gets more window.
+    fn settle(
+        &mut self,
+        mut entry: Stream,
+        header: &Header,
+        result: Result<(), Fault>,
+        output: &mut Output,
+    ) -> Result<(), Failure> {
+        let stream = header.stream;
+        let result = result.and_then(|()| {
+            if header.end() {
+                entry.state.check_whole()
+            } else {
+                Ok(())
+            }
+        });
+        if let Err((cause, text)) = result {
+            // These two happen to honest peers.
+            if !matches!(cause, Cause::Full | Cause::TooLarge) {
+                self.control.spend()?;
+            }
+            self.allow_stray(&entry);
+            self.end(stream, entry);
+            encode::reset(&mut output.bytes, stream, cause, &text);
+            output.events.push(Event::StreamError { stream, cause, text });
+            return Ok(());
+        }
+        if header.end() {
+            if let State::Receiving(receiving) = entry.state {
+                let total = receiving.message.total() as u64;
+                output.events.push(receiving.into_event(stream));
+                entry.state = State::Used { total };
+            }
+        } else if let State::Receiving(receiving) = &entry.state {
+            // In halves of the window, and no more than the message still needs: so no grant comes late.
+            let needed = receiving.message.total() - receiving.message.len();
+            if (entry.window.left as usize) < needed {
+                entry.window.grant(stream, self.options.stream_window, output);
+            }
+        }
+        self.table.insert(stream, entry);
+        Ok(())
+    }
+
+    /// A peer that has not yet read our RESET or CANCEL may use up the window it had, and no more.
+    fn take_stray(&mut self, size: usize) -> Result<(), Failure> {
+        if size == 0 {
+            return self.control.spend();
+        }
+        let Some(left) = self.stray.checked_sub(size as u64) else {
+            return Err(protocol(format!(
+                "{size} bytes on a stream that is over, {} can be on their way",
+                self.stray
+            )));
+        };
+        self.stray = left;
+        Ok(())
+    }
+
+    fn allow_stray(&mut self, entry: &Stream) {
+        // A message that came whole leaves nothing on its way.
+        if matches!(entry.state, State::Waiting | State::Receiving(_)) {
+            self.stray = self.stray.saturating_add(u64::from(entry.window.left));
+        }
+    }
+
+    fn end_by_peer(&mut self, stream: u32) -> Result<bool, Failure> {
+        self.check_known(stream)?;
+        let Some(entry) = self.table.remove(&stream) else {
+            return Ok(false);
+        };
+        let live = entry.state.is_live();
+        self.end(stream, entry);
+        Ok(live)
+    }
+
+    /// Takes a stream out; if something of ours still works with its message, keeps its budget until the release.
+    fn end(&mut self, stream: u32, mut entry: Stream) {
+        match entry.state {
+            State::Used { total } | State::Dead { total } => {
+                entry.state = State::Dead { total };
+                self.table.insert(stream, entry);
+            }
+            ref state => self.reserved -= state.reserved(),
+        }
+    }
+
+    fn check_known(&self, stream: u32) -> Result<(), Failure> {
+        if stream <= self.last {
+            return Ok(());
+        }
+        let text = format!("stream {stream} was never opened, the last is {}", self.last);
+        Err(Failure {
+            cause: Cause::UnknownStream,
+            text,
+        })
+    }
+
+    fn fresh(&self) -> Stream {
+        Stream {
+            window: Window {
+                left: self.options.stream_window,
+                pending: 0,
+            },
+            state: State::Waiting,
+        }
+    }
+}
+
+impl Stream {
+    fn data(&mut self, header: &Header, data: &[u8]) -> Result<(), Fault> {
+        let State::Receiving(receiving) = &mut self.state else {
+            return Err((Cause::Protocol, "data without an open message".to_owned()));
+        };
+        if header.seq != receiving.next {
+            return Err(sequence(header.seq, receiving.next));
+        }
+        if data.is_empty() && !header.end() {
+            return Err((Cause::Protocol, "an empty block that ends nothing".to_owned()));
+        }
+        receiving.next = (receiving.next + 1) & SEQ_MASK;
+        receiving.append(data)
+    }
+}
+
+impl State {
+    fn is_live(&self) -> bool {
+        !matches!(self, Self::Dead { .. })
+    }
+
+    fn reserved(&self) -> u64 {
+        match self {
+            Self::Waiting => 0,
+            Self::Receiving(receiving) => receiving.message.total() as u64,
+            Self::Used { total } | Self::Dead { total } => *total,
+        }
+    }
+
+    fn check_whole(&self) -> Result<(), Fault> {
+        let Self::Receiving(receiving) = self else {
+            return Ok(());
+        };
+        let (len, total) = (receiving.message.len(), receiving.message.total());
+        if len == total {
+            return Ok(());
+        }
+        Err((
+            Cause::Protocol,
+            format!("a message ended after {len} of {total} bytes"),
+        ))
+    }
+}
+
+impl Receiving {
+    fn append(&mut self, data: &[u8]) -> Result<(), Fault> {
+        let (len, total) = (self.message.len() + data.len(), self.message.total());
+        if len > total {
+            return Err((Cause::Protocol, format!("{len} bytes of a message of {total}")));
+        }
+        self.message
+            .push(data)
+            .map_err(|_| (Cause::Full, format!("no memory for {total} bytes")))
+    }
+
+    fn into_event(self, stream: u32) -> Event {
+        let bytes = self.message.into_bytes();
+        match self.head {
+            Head::Request {
+                kind,
+                deadline,
+                fun,
+                term,
+            } => Event::Request {
+                stream,
+                kind,
+                deadline,
+                fun,
+                term,
+                argument: bytes,
+            },
+            Head::Response { status, term } => Event::Response {
+                stream,
+                status,
+                term,
+                result: bytes,
+            },
+        }
+    }
+}
+
+impl Window {
+    /// Counts bytes of the connection and grants them again: they were read.
+    fn receive(&mut self, stream: u32, size: usize, full: u32, output: &mut Output) -> Result<(), Failure> {
+        self.count("connection", size)?;
+        if size > 0 {
+            self.grant(stream, full, output);
+        }
+        Ok(())
+    }
+
+    fn count(&mut self, whose: &str, size: usize) -> Result<(), Failure> {
+        let held = self.left;
+        let spent = u32::try_from(size).ok().filter(|&size| size <= held);
+        let Some(spent) = spent else {
+            return Err(protocol(format!(
+                "{size} bytes sent, the {whose}'s window held {held}"
+            )));
+        };
+        self.left -= spent;
+        self.pending += spent;
+        Ok(())
+    }
+
+    /// Grants what was received, once it is half of the full window.
+    fn grant(&mut self, stream: u32, full: u32, output: &mut Output) {
+        if self.pending >= full.div_ceil(2) {
+            encode::window(&mut output.bytes, stream, self.pending);
+            self.left += self.pending;
+            self.pending = 0;
+        }
+    }
+}
+
+fn split_request(payload: &[u8]) -> Option<(u64, Head, &[u8])> {
+    let (fixed, rest) = payload.split_first_chunk::<REQUEST_HEAD_FIXED>()?;
+    let &[
+        kind,
+        d0,
+        d1,
+        d2,
+        d3,
+        t0,
+        t1,
+        t2,
+        t3,
+        t4,
+        t5,
+        t6,
+        t7,
+        term,
+        fun_len,
+    ] = fixed;
+    let kind = match kind {
+        1 => Kind::Call,
+        2 => Kind::Cast,
+        _ => return None,
+    };
+    if fun_len == 0 {
+        return None;
+    }
+    let (fun, data) = rest.split_at_checked(usize::from(fun_len))?;
+    let deadline = Some(u32::from_be_bytes([d0, d1, d2, d3])).filter(|&d| d != u32::MAX);
+    let total = u64::from_be_bytes([t0, t1, t2, t3, t4, t5, t6, t7]);
+    Some((
+        total,
+        Head::Request {
+            kind,
+            deadline,
+            fun: fun.to_vec(),
+            term,
+        },
+        data,
+    ))
+}
+
+/// Status, term and total; the header's check has made sure of the length.
+fn split_response(payload: &[u8]) -> (Option<(u8, u8, u64)>, &[u8]) {
+    let Some((&[status, term, t0, t1, t2, t3, t4, t5, t6, t7], data)) = payload.split_first_chunk::<10>()
+    else {
+        return (None, &[]);
+    };
+    (
+        Some((status, term, u64::from_be_bytes([t0, t1, t2, t3, t4, t5, t6, t7]))),
+        data,
+    )
+}
+
+fn sequence(seen: u32, wanted: u32) -> Fault {
+    (Cause::Sequence, format!("block {seen}, block {wanted} wanted"))
+}
+
+fn protocol(text: String) -> Failure {
+    Failure {
+        cause: Cause::Protocol,
+        text,
+    }
+}

@@ -1,0 +1,93 @@
+//! A node written in Rust, in one cluster with BEAMs, through the mesh.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::time::Duration;
+
+use meshx_tests::{Agent, Beam, BeamBuilder, COOKIE, Mesh, Process, program};
+
+fn search_node(agent: &Agent, more: &[&str]) -> Process {
+    let arguments = ["--name", "search@h3", "--cookie", COOKIE].iter().chain(more);
+    let mut search = Process::start(
+        "search@h3",
+        program("search_node").unwrap(),
+        arguments,
+        |command| {
+            command.env("MESHX_DIR", agent.dir());
+        },
+    )
+    .unwrap();
+    search
+        .wait_for(Duration::from_secs(30), |line| {
+            line.starts_with("ready").then_some(())
+        })
+        .unwrap();
+    search
+}
+
+#[test]
+fn a_rust_node_is_called_calls_and_stays() {
+    let mesh = Mesh::new().unwrap();
+    let h1 = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    let h3 = mesh.agent("b", "127.0.0.3", &["h2", "h3"]).unwrap();
+    // Ticks once a second: staying connected past several of them takes seconds, not minutes.
+    let mut shop = BeamBuilder::new("shop@h1")
+        .erl("-kernel net_ticktime 4")
+        .start(&h1)
+        .unwrap();
+    let _search = search_node(&h3, &[]);
+
+    shop.expect(":net_adm.ping(:search@h3)", ":pong").unwrap();
+    shop.expect("Node.list(:hidden)", "[:search@h3]").unwrap();
+    shop.expect("Node.list()", "[]").unwrap();
+    let found = shop
+        .eval("GenServer.call({:search, :search@h3}, {:find, \"lamp\"})")
+        .unwrap();
+    assert!(found.contains("lamp"), "{found}");
+
+    // A name that nobody has is told at once.
+    let missing =
+        shop.eval("catch_exit = try do GenServer.call({:nobody, :search@h3}, 1) catch :exit, e -> e end");
+    assert!(missing.as_ref().unwrap().contains(":noproc"), "{missing:?}");
+
+    // Past three whole tick times the link is still the same one: nodedown would have come.
+    shop.eval(":net_kernel.monitor_nodes(true, node_type: :hidden)")
+        .unwrap();
+    shop.expect(
+        "receive do {:nodedown, node, _} -> node after 12_500 -> :still_up end",
+        ":still_up",
+    )
+    .unwrap();
+    shop.expect("Node.list(:hidden)", "[:search@h3]").unwrap();
+}
+
+#[test]
+fn a_rust_node_calls_a_beam_and_prints_the_result() {
+    let mesh = Mesh::new().unwrap();
+    let h2 = mesh.agent("b", "127.0.0.3", &["h2", "h3"]).unwrap();
+    let _cart = BeamBuilder::new("cart@h2").app("shop").start(&h2).unwrap();
+    let search = search_node(&h2, &["--call-on", "cart@h2"]);
+    search.wait_log("called ", Duration::from_secs(10)).unwrap();
+}
+
+#[test]
+fn ping_and_call_from_the_command_line() {
+    let mesh = Mesh::new().unwrap();
+    let h1 = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    let h2 = mesh.agent("b", "127.0.0.3", &["h2"]).unwrap();
+    let _cart = Beam::start(&h2, "cart@h2").unwrap();
+    let options = ["--name", "tool@h1", "--cookie", COOKIE];
+    let pong = h1
+        .meshx_ok(&[&["ping", "cart@h2"], &options[..]].concat())
+        .unwrap();
+    assert!(pong.contains("pong"), "{pong}");
+    let sum = h1
+        .meshx_ok(&[&["call", "cart@h2", "lists", "sum", "[[1, 2, 39]]"], &options[..]].concat())
+        .unwrap();
+    assert_eq!(sum.trim(), "42");
+    let missing = h1
+        .meshx(&[&["ping", "nobody@h2"], &options[..]].concat())
+        .unwrap();
+    assert!(!missing.status.success());
+    let text = String::from_utf8_lossy(&missing.stderr);
+    assert!(text.contains("no_such_node"), "{text}");
+}

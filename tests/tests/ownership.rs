@@ -1,0 +1,74 @@
+//! What a VM started ends with it; what an agent's restart takes away comes back by itself.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::time::Duration;
+
+use meshx_tests::{Beam, Mesh};
+
+/// Promised: within 1 s. Three times that is the deadline here.
+const FREED: Duration = Duration::from_secs(3);
+
+#[test]
+fn a_killed_vm_leaves_no_name_behind_and_the_name_can_be_used_again() {
+    let mesh = Mesh::new().unwrap();
+    let h1 = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    let h2 = mesh.agent("b", "127.0.0.3", &["h2"]).unwrap();
+    let mut shop = Beam::start(&h1, "shop@h1").unwrap();
+    let mut creations = Vec::new();
+    for _ in 0..3 {
+        let mut cart = Beam::start(&h2, "cart@h2").unwrap();
+        shop.expect("MeshxNode.connect(:cart@h2)", ":ok").unwrap();
+        creations.push(
+            cart.eval(":erlang.system_info(:creation)")
+                .unwrap()
+                .parse::<u32>()
+                .unwrap(),
+        );
+        let at = cart.process.kill();
+        h1.wait_name("cart@h2", false, FREED).unwrap();
+        println!(
+            "cart@h2 was free {:?} after SIGKILL, seen from the other host",
+            at.elapsed()
+        );
+    }
+    creations.sort_unstable();
+    creations.dedup();
+    assert_eq!(
+        creations.len(),
+        3,
+        "each registration has a creation of its own: {creations:?}"
+    );
+    assert!(creations.iter().all(|c| *c >= 4), "{creations:?}");
+}
+
+#[test]
+fn a_node_registers_again_when_its_agent_comes_back() {
+    let mesh = Mesh::new().unwrap();
+    let mut h1 = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    let h2 = mesh.agent("b", "127.0.0.3", &["h2"]).unwrap();
+    let mut shop = Beam::start(&h1, "shop@h1").unwrap();
+    let mut cart = Beam::start(&h2, "cart@h2").unwrap();
+    let creation = shop.eval(":erlang.system_info(:creation)").unwrap();
+    h1.process.kill();
+    h2.wait_name("shop@h1", false, FREED).unwrap();
+    let h1 = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    h1.wait_name("shop@h1", true, Duration::from_secs(15)).unwrap();
+    cart.expect("MeshxNode.connect(:shop@h1)", ":ok").unwrap();
+    assert_eq!(shop.eval(":erlang.system_info(:creation)").unwrap(), creation);
+    shop.expect("MeshxNode.peer(:cart@h2) |> elem(0)", ":ok").unwrap();
+}
+
+#[test]
+fn an_agent_that_ends_leaves_no_socket_and_no_entry() {
+    let mesh = Mesh::new().unwrap();
+    let mut h1 = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    let h2 = mesh.agent("b", "127.0.0.3", &["h2"]).unwrap();
+    let _shop = Beam::start(&h1, "shop@h1").unwrap();
+    h2.wait_name("shop@h1", true, FREED).unwrap();
+    let status = h1.process.terminate(Duration::from_secs(10)).unwrap();
+    assert!(status.success(), "{status}");
+    h2.wait_name("shop@h1", false, FREED).unwrap();
+    for socket in ["control.sock", "dist.sock"] {
+        assert!(!h1.dir().join(socket).exists(), "{socket} is left");
+    }
+}

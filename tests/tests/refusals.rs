@@ -1,0 +1,98 @@
+//! Who may not talk is refused at once, and the cause is seen by the caller and in the agent's log.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::time::{Duration, Instant};
+
+use meshx_tests::{Beam, Mesh};
+
+/// "At once" is well below the 7 s that OTP's own setup timer would take; three times what is promised.
+const AT_ONCE: Duration = Duration::from_secs(3);
+
+fn refused(node: &mut Beam, target: &str, cause: &str) -> String {
+    let at = Instant::now();
+    let answer = node.eval(&format!("MeshxNode.connect(:\"{target}\")")).unwrap();
+    let took = at.elapsed();
+    println!("{target}: refused after {took:?}: {answer}");
+    assert!(answer.starts_with(&format!("{{:error, {{:{cause}, ")), "{answer}");
+    assert!(took < AT_ONCE, "{took:?}");
+    // The plain way answers false, and the VM's own log has the cause.
+    node.expect(&format!("Node.connect(:\"{target}\")"), "false")
+        .unwrap();
+    node.process.wait_log(cause, AT_ONCE).unwrap();
+    answer
+}
+
+#[test]
+fn a_node_that_does_not_exist() {
+    let mesh = Mesh::new().unwrap();
+    let agent = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    let mut shop = Beam::start(&agent, "shop@h1").unwrap();
+    let answer = refused(&mut shop, "cart@h2", "no_such_node");
+    assert!(answer.contains("cart@h2"), "{answer}");
+    agent.process.wait_log("no_such_node", AT_ONCE).unwrap();
+}
+
+#[test]
+fn a_denied_pair_in_each_direction() {
+    let mesh = Mesh::new().unwrap();
+    let h1 = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    let h2 = mesh.agent("b", "127.0.0.3", &["h2"]).unwrap();
+    let mut shop = Beam::start(&h1, "shop@h1").unwrap();
+    let mut cart = Beam::start(&h2, "cart@h2").unwrap();
+    // Distribution needs both directions: one denied direction is enough, whoever dials.
+    for (source, destination) in [("shop", "cart"), ("cart", "shop")] {
+        h1.meshx_ok(&["deny", source, destination]).unwrap();
+        refused(&mut shop, "cart@h2", "intention_denied");
+        refused(&mut cart, "shop@h1", "intention_denied");
+        h1.meshx_ok(&["allow", source, destination]).unwrap();
+    }
+    h1.process.wait_log("intention_denied", AT_ONCE).unwrap();
+    h2.process.wait_log("intention_denied", AT_ONCE).unwrap();
+    shop.expect("MeshxNode.connect(:cart@h2)", ":ok").unwrap();
+    cart.expect("Node.list()", "[:shop@h1]").unwrap();
+}
+
+#[test]
+fn a_host_that_the_agent_does_not_own_and_a_name_that_is_taken() {
+    let mesh = Mesh::new().unwrap();
+    let agent = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    for (name, cause) in [("shop@elsewhere", "host_not_owned"), ("shop@h1", "name_taken")] {
+        let _first = Beam::start(&agent, "shop@h1").ok();
+        let mut second = meshx_tests::BeamBuilder::new(name).spawn(&agent).unwrap();
+        let status = second.process.wait_exit(Duration::from_secs(30)).unwrap();
+        assert!(!status.success(), "{status}");
+        assert!(second.process.log().contains(cause), "{}", second.process.log());
+    }
+}
+
+#[test]
+fn an_agent_that_is_gone_is_unreachable_and_no_agent_is_a_clear_boot_error() {
+    let mesh = Mesh::new().unwrap();
+    let h1 = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    let mut h2 = mesh.agent("b", "127.0.0.3", &["h2"]).unwrap();
+    let mut shop = Beam::start(&h1, "shop@h1").unwrap();
+    let _cart = Beam::start(&h2, "cart@h2").unwrap();
+    shop.expect("MeshxNode.connect(:cart@h2)", ":ok").unwrap();
+    shop.eval(":net_kernel.monitor_nodes(true)").unwrap();
+    h2.process.kill();
+    shop.expect(
+        "receive do {:nodedown, node} -> node after 3_000 -> :none end",
+        ":cart@h2",
+    )
+    .unwrap();
+    let answer = shop.eval("MeshxNode.connect(:cart@h2)").unwrap();
+    assert!(
+        answer.contains(":no_such_node") || answer.contains(":unreachable"),
+        "{answer}"
+    );
+
+    let output = h2
+        .meshx(&["run", "late@h2", "--ebin", ".", "--", "true"])
+        .unwrap();
+    assert!(!output.status.success());
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        text.contains("meshx agent"),
+        "should say how to start one: {text}"
+    );
+}

@@ -10,7 +10,9 @@ pub mod embedded;
 use std::net::SocketAddr;
 
 use futures::future::BoxFuture;
-pub use identity::{Identity, NameError, ServiceName, SpiffeId};
+pub use identity::{
+    Identity, MAX_NODE_NAME, MAX_SERVICE_NAME, MAX_SPIFFE_ID, NameError, ServiceName, SpiffeId, split_node,
+};
 use serde::{Deserialize, Serialize};
 
 /// Answer of one mesh question.

@@ -1,0 +1,435 @@
+//! What an agent is told: command line, then environment, then a TOML file, then defaults.
+//!
+//! Everything is read and checked before any port opens, and every bad value is reported at once.
+
+use std::{
+    fmt, fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use serde::Deserialize;
+
+use super::{
+    dir::Access,
+    hosts, paths,
+    trust::{AllowRule, Trust},
+};
+
+/// The agent's options. In the file they have the same names, with `_` for `-`.
+#[derive(Debug, Clone, Default, clap::Args)]
+pub struct AgentArgs {
+    /// The service mesh: embedded (this machine and user only)
+    #[arg(long, value_name = "MESH")]
+    pub mesh: Option<String>,
+    /// Directory of the embedded mesh [default: $MESHX_MESH_DIR, $XDG_RUNTIME_DIR/meshx-mesh, /tmp/meshx-mesh-UID]
+    #[arg(long, value_name = "DIR")]
+    pub mesh_dir: Option<PathBuf>,
+    /// The agent's directory [default: $MESHX_DIR, $XDG_RUNTIME_DIR/meshx, /tmp/meshx-UID]
+    #[arg(long, value_name = "DIR")]
+    pub dir: Option<PathBuf>,
+    /// Host part of node names that this agent owns; may be given more than once [default: the short and the full host name]
+    #[arg(long, value_name = "NAME")]
+    pub host: Vec<String>,
+    /// Where other agents connect [default: 127.0.0.1:0]
+    #[arg(long, value_name = "IP:PORT")]
+    pub bind: Option<String>,
+    /// The address that other agents are told; port 0 stands for the bound one [default: the bound address]
+    #[arg(long, value_name = "IP:PORT")]
+    pub advertise: Option<String>,
+    /// Which services another user may be, as uid:1000=shop*,cart or gid:50=search; may be given more than once [default: the agent's own user alone]
+    #[arg(long, value_name = "RULE")]
+    pub allow_register: Vec<String>,
+    /// Permission bits of the sockets, in octal [default: 0600]
+    #[arg(long, value_name = "MODE")]
+    pub socket_mode: Option<String>,
+    /// Group of the sockets, by name or number [default: the agent's own]
+    #[arg(long, value_name = "GROUP")]
+    pub socket_group: Option<String>,
+    /// File with these options, in TOML
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// How log lines look: text or json [default: text]
+    #[arg(long, value_name = "FORMAT")]
+    pub log_format: Option<String>,
+}
+
+/// Everything an agent needs to know to start.
+#[derive(Debug, Clone)]
+pub struct AgentConfig {
+    /// Which mesh.
+    pub mesh: MeshKind,
+    /// The agent's directory.
+    pub dir: PathBuf,
+    /// Host parts that it owns, at least one.
+    pub hosts: Vec<String>,
+    /// Where other agents connect.
+    pub bind: SocketAddr,
+    /// What they are told instead of the bound address; port 0 stands for the bound one.
+    pub advertise: Option<SocketAddr>,
+    /// Which user may be which service.
+    pub trust: Trust,
+    /// Who may open the sockets.
+    pub access: Access,
+    /// How log lines look.
+    pub log_format: LogFormat,
+}
+
+/// The mesh that answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MeshKind {
+    /// One directory on this machine.
+    Embedded {
+        /// That directory.
+        dir: PathBuf,
+    },
+}
+
+impl MeshKind {
+    /// Its name in options and replies.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Embedded { .. } => "embedded",
+        }
+    }
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum LogFormat {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// All bad values, one a line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConfigErrors(Vec<String>);
+
+impl fmt::Display for ConfigErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.0.join("\n"))
+    }
+}
+
+impl std::error::Error for ConfigErrors {}
+
+/// Largest configuration file that is read.
+const CONFIG_FILE_MAX: u64 = 1 << 20;
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileSettings {
+    mesh: Option<String>,
+    mesh_dir: Option<PathBuf>,
+    dir: Option<PathBuf>,
+    #[serde(default)]
+    host: Vec<String>,
+    bind: Option<String>,
+    advertise: Option<String>,
+    #[serde(default)]
+    allow_register: Vec<String>,
+    socket_mode: Option<String>,
+    socket_group: Option<String>,
+    log_format: Option<String>,
+}
+
+impl AgentConfig {
+    /// Reads the file that the arguments name and checks everything.
+    ///
+    /// # Errors
+    /// Every bad value, with what was wanted.
+    pub fn from_args(args: AgentArgs) -> Result<Self, ConfigErrors> {
+        let mut faults = Faults(Vec::new());
+        let file = args.config.as_deref().map(|path| faults.check(read_file(path)));
+        let file = file.flatten().unwrap_or_default();
+
+        let mesh = faults.check(mesh_kind(args.mesh.or(file.mesh), args.mesh_dir, file.mesh_dir));
+        let bind = args
+            .bind
+            .or(file.bind)
+            .unwrap_or_else(|| "127.0.0.1:0".to_owned());
+        let bind = faults.check(address("bind", &bind));
+        let advertise = args.advertise.or(file.advertise);
+        let advertise = advertise.and_then(|text| faults.check(address("advertise", &text)));
+        if let Some(MeshKind::Embedded { .. }) = mesh {
+            for (option, address) in [("bind", bind), ("advertise", advertise)] {
+                faults.check(address.map_or(Ok(()), |address| loopback(option, address)));
+            }
+        }
+        let hosts = match either(args.host, file.host) {
+            hosts if hosts.is_empty() => hosts::own_hosts(),
+            hosts => faults.check_all(hosts.into_iter().map(host)),
+        };
+        let rules = either(args.allow_register, file.allow_register);
+        let rules = faults.check_all(rules.iter().map(|rule| {
+            rule.parse::<AllowRule>()
+                .map_err(|error| format!("allow-register: {error}"))
+        }));
+        let mode = args
+            .socket_mode
+            .or(file.socket_mode)
+            .unwrap_or_else(|| "0600".to_owned());
+        let socket_mode = faults.check(socket_mode(&mode));
+        let group = args.socket_group.or(file.socket_group);
+        let group = group.and_then(|group| faults.check(find_group(&group)));
+        let log_format = args.log_format.or(file.log_format);
+        let log_format = faults.check(
+            log_format
+                .as_deref()
+                .map_or(Ok(LogFormat::Text), parse_log_format),
+        );
+
+        match (mesh, bind, socket_mode, log_format) {
+            (Some(mesh), Some(bind), Some(socket_mode), Some(log_format)) if faults.0.is_empty() => {
+                Ok(Self {
+                    mesh,
+                    dir: paths::agent_dir(
+                        prefer_environment(args.dir, paths::DIR_VARIABLE, file.dir).as_deref(),
+                    ),
+                    hosts,
+                    bind,
+                    advertise,
+                    trust: Trust::new(paths::uid(), rules),
+                    access: Access { socket_mode, group },
+                    log_format,
+                })
+            }
+            _ => Err(ConfigErrors(faults.0)),
+        }
+    }
+}
+
+/// Collects what is wrong, so that all of it is told at once.
+struct Faults(Vec<String>);
+
+impl Faults {
+    fn check<T>(&mut self, result: Result<T, String>) -> Option<T> {
+        result.map_err(|fault| self.0.push(fault)).ok()
+    }
+
+    fn check_all<T>(&mut self, results: impl Iterator<Item = Result<T, String>>) -> Vec<T> {
+        results.filter_map(|result| self.check(result)).collect()
+    }
+}
+
+fn read_file(path: &Path) -> Result<FileSettings, String> {
+    let name = path.display();
+    let size = fs::metadata(path)
+        .map_err(|error| format!("config {name}: {error}"))?
+        .len();
+    if size > CONFIG_FILE_MAX {
+        return Err(format!(
+            "config {name}: {size} bytes, at most {CONFIG_FILE_MAX} are read"
+        ));
+    }
+    let text = fs::read_to_string(path).map_err(|error| format!("config {name}: {error}"))?;
+    toml::from_str(&text).map_err(|error| format!("config {name}: {error}"))
+}
+
+fn mesh_kind(
+    mesh: Option<String>,
+    dir: Option<PathBuf>,
+    in_file: Option<PathBuf>,
+) -> Result<MeshKind, String> {
+    match mesh.as_deref() {
+        Some("embedded") => {
+            let dir = prefer_environment(dir, paths::MESH_DIR_VARIABLE, in_file);
+            Ok(MeshKind::Embedded {
+                dir: paths::mesh_dir(dir.as_deref()),
+            })
+        }
+        Some(other) => Err(format!("mesh {other:?}: wanted embedded")),
+        None => Err("no mesh; wanted --mesh embedded".to_owned()),
+    }
+}
+
+/// The option when it was given on the command line; none, when the environment answers; else the file's.
+fn prefer_environment(option: Option<PathBuf>, variable: &str, in_file: Option<PathBuf>) -> Option<PathBuf> {
+    let set = std::env::var_os(variable).is_some_and(|value| !value.is_empty());
+    option.or(if set { None } else { in_file })
+}
+
+fn either<T>(options: Vec<T>, in_file: Vec<T>) -> Vec<T> {
+    if options.is_empty() { in_file } else { options }
+}
+
+fn address(option: &str, text: &str) -> Result<SocketAddr, String> {
+    text.parse()
+        .map_err(|_| format!("{option} {text:?}: wanted an address and port such as 127.0.0.1:0"))
+}
+
+fn loopback(option: &str, address: SocketAddr) -> Result<(), String> {
+    if address.ip().is_loopback() {
+        return Ok(());
+    }
+    Err(format!(
+        "{option} {address}: the embedded mesh is for one machine, wanted a loopback address such as 127.0.0.1:0"
+    ))
+}
+
+fn host(name: String) -> Result<String, String> {
+    if hosts::is_valid(&name) {
+        return Ok(name);
+    }
+    Err(format!(
+        "host {name:?}: wanted a host name or address of at most {} bytes, without @",
+        hosts::HOST_MAX
+    ))
+}
+
+/// Execute bits mean nothing on a socket, and the owner must be able to connect.
+fn socket_mode(text: &str) -> Result<u32, String> {
+    match u32::from_str_radix(text, 8) {
+        Ok(mode) if mode & !0o666 == 0 && mode & 0o600 == 0o600 => Ok(mode),
+        _ => Err(format!(
+            "socket-mode {text:?}: wanted octal permission bits such as 0600, 0660 or 0666"
+        )),
+    }
+}
+
+/// A group's number, looked up in group(5).
+fn find_group(group: &str) -> Result<u32, String> {
+    if let Ok(number) = group.parse() {
+        return Ok(number);
+    }
+    let table =
+        fs::read_to_string("/etc/group").map_err(|error| format!("socket-group: /etc/group: {error}"))?;
+    table
+        .lines()
+        .map(|line| line.split(':').collect::<Vec<_>>())
+        .find_map(|fields| match fields.as_slice() {
+            [name, _, number, ..] if *name == group => number.parse().ok(),
+            _ => None,
+        })
+        .ok_or_else(|| format!("socket-group {group:?}: there is no such group"))
+}
+
+fn parse_log_format(text: &str) -> Result<LogFormat, String> {
+    match text {
+        "text" => Ok(LogFormat::Text),
+        "json" => Ok(LogFormat::Json),
+        other => Err(format!("log-format {other:?}: wanted text or json")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+    use super::*;
+
+    fn embedded() -> AgentArgs {
+        AgentArgs {
+            mesh: Some("embedded".into()),
+            ..AgentArgs::default()
+        }
+    }
+
+    #[test]
+    fn defaults() {
+        let config = AgentConfig::from_args(embedded()).unwrap();
+        assert_eq!(config.bind, "127.0.0.1:0".parse().unwrap());
+        assert_eq!(config.access, Access::default());
+        assert!(!config.hosts.is_empty());
+        assert_eq!(config.mesh.name(), "embedded");
+    }
+
+    #[test]
+    fn every_bad_value_is_told_at_once() {
+        let args = AgentArgs {
+            mesh: Some("consul".into()),
+            host: vec!["h1".into(), "a@b".into()],
+            bind: Some("localhost".into()),
+            advertise: Some("h1:x".into()),
+            allow_register: vec!["uid:1000=shop".into(), "bob=shop".into()],
+            socket_mode: Some("0777".into()),
+            socket_group: Some("no-such-group".into()),
+            config: Some("/no/such/file".into()),
+            log_format: Some("xml".into()),
+            ..AgentArgs::default()
+        };
+        let text = AgentConfig::from_args(args).unwrap_err().to_string();
+        for seen in [
+            "consul",
+            "a@b",
+            "localhost",
+            "h1:x",
+            "bob=shop",
+            "0777",
+            "no-such-group",
+            "/no/such/file",
+            "xml",
+        ] {
+            assert!(text.contains(seen), "{seen} not in {text}");
+        }
+        assert_eq!(text.lines().count(), 9, "{text}");
+    }
+
+    #[test]
+    fn the_embedded_mesh_stays_on_loopback() {
+        for (bind, advertise) in [
+            ("0.0.0.0:0", None),
+            ("127.0.0.1:0", Some("10.0.0.1:1")),
+            ("[::]:0", None),
+        ] {
+            let args = AgentArgs {
+                bind: Some(bind.into()),
+                advertise: advertise.map(str::to_owned),
+                ..embedded()
+            };
+            let text = AgentConfig::from_args(args).unwrap_err().to_string();
+            assert!(text.contains("wanted a loopback address"), "{text}");
+        }
+        for bind in ["127.0.0.2:0", "[::1]:0"] {
+            AgentConfig::from_args(AgentArgs {
+                bind: Some(bind.into()),
+                ..embedded()
+            })
+            .unwrap();
+        }
+    }
+
+    #[test]
+    fn a_file_is_read_and_the_command_line_comes_first() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("agent.toml");
+        fs::write(
+            &path,
+            "mesh = \"embedded\"\nhost = [\"h1\", \"h2\"]\nbind = \"127.0.0.2:7\"\n\
+             allow_register = [\"uid:1=a\"]\nsocket_mode = \"0660\"\nsocket_group = \"root\"\n\
+             log_format = \"json\"\n",
+        )
+        .unwrap();
+        let args = AgentArgs {
+            config: Some(path.clone()),
+            bind: Some("127.0.0.3:0".into()),
+            dir: Some("/d".into()),
+            ..AgentArgs::default()
+        };
+        let config = AgentConfig::from_args(args).unwrap();
+        assert_eq!(config.hosts, ["h1", "h2"]);
+        assert_eq!(config.bind, "127.0.0.3:0".parse().unwrap());
+        assert_eq!(
+            config.access,
+            Access {
+                socket_mode: 0o660,
+                group: Some(0)
+            }
+        );
+        assert_eq!(
+            (config.log_format, config.dir),
+            (LogFormat::Json, PathBuf::from("/d"))
+        );
+
+        fs::write(&path, "mesh = \"embedded\"\nbindd = \"x\"\n").unwrap();
+        let args = AgentArgs {
+            config: Some(path),
+            ..AgentArgs::default()
+        };
+        let text = AgentConfig::from_args(args).unwrap_err().to_string();
+        assert!(text.contains("bindd"), "{text}");
+    }
+}

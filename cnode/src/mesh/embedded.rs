@@ -1,1 +1,0 @@
-//! The embedded mesh: one directory, one user, one machine.

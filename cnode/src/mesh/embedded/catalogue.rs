@@ -1,0 +1,248 @@
+//! Which agents live, and what they serve.
+
+use std::fs::{self, File};
+use std::net::SocketAddr;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use super::dir::{MeshDir, open_lock, unavailable};
+use crate::mesh::{Instance, MeshError};
+
+/// Most entries that are looked at; more is no mesh of one machine.
+pub(super) const MAX_AGENTS: usize = 1024;
+/// Longest agent id in bytes.
+pub(super) const MAX_AGENT_ID: usize = 64;
+/// A reader holds an entry's lock for a moment to see whether it is free; longer, and an agent has it.
+const LOCK_PATIENCE: Duration = Duration::from_secs(1);
+const LOCK_RETRY: Duration = Duration::from_millis(5);
+
+/// `agents/ID.json`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct AgentEntry {
+    id: String,
+    hosts: Vec<String>,
+    address: SocketAddr,
+    /// Nanoseconds since 1970, to tell which of two agents is older.
+    started: u64,
+    instances: Vec<Instance>,
+}
+
+impl AgentEntry {
+    pub(super) fn new(id: &str, hosts: Vec<String>, address: SocketAddr) -> Result<Self, MeshError> {
+        let good = |b: u8| b.is_ascii_alphanumeric() || b"-_".contains(&b);
+        if !(1..=MAX_AGENT_ID).contains(&id.len()) || !id.bytes().all(good) {
+            return Err(MeshError::Refused(format!(
+                "agent id {id:?} is not 1 to {MAX_AGENT_ID} letters, digits, - and _"
+            )));
+        }
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let started = u64::try_from(now.as_nanos()).unwrap_or(u64::MAX);
+        Ok(Self {
+            id: id.to_owned(),
+            hosts,
+            address,
+            started,
+            instances: Vec::new(),
+        })
+    }
+}
+
+/// This agent's entry. It is there as long as the lock is held.
+#[derive(Debug)]
+pub(super) struct OwnEntry {
+    entry: Mutex<AgentEntry>,
+    dir: MeshDir,
+    id: String,
+    _alive: File,
+}
+
+impl OwnEntry {
+    /// Enters an agent. The caller holds the mesh's lock.
+    pub(super) fn open(dir: &MeshDir, entry: AgentEntry) -> Result<Self, MeshError> {
+        sweep(dir)?;
+        let path = dir.join(&format!("agents/{}.lock", entry.id));
+        let alive = open_lock(&path).map_err(|error| unavailable(&path, &error))?;
+        let began = Instant::now();
+        while let Err(error) = flock(&alive, FlockOperation::NonBlockingLockExclusive) {
+            if began.elapsed() > LOCK_PATIENCE || !matches!(error, Errno::WOULDBLOCK | Errno::INTR) {
+                return Err(MeshError::Refused(format!(
+                    "an agent of the id {} lives ({error}): stop it or choose another id",
+                    entry.id
+                )));
+            }
+            std::thread::sleep(LOCK_RETRY);
+        }
+        write(dir, &entry)?;
+        let id = entry.id.clone();
+        Ok(Self {
+            entry: Mutex::new(entry),
+            dir: dir.clone(),
+            id,
+            _alive: alive,
+        })
+    }
+
+    pub(super) fn register(&self, dir: &MeshDir, instance: Instance) -> Result<(), MeshError> {
+        let _lock = dir.lock()?;
+        let mut own = self.entry.lock().unwrap_or_else(PoisonError::into_inner);
+        let others = live(dir)?.into_iter().filter(|other| other.id != own.id);
+        for other in others {
+            if let Some(host) = shared_host(&own, &other) {
+                tracing::warn!(
+                    agent = own.id,
+                    other = other.id,
+                    host,
+                    "two agents own the same host name"
+                );
+                if (other.started, &other.id) < (own.started, &own.id) {
+                    return Err(MeshError::Refused(format!(
+                        "agent {} owned host {host} first: give one of them other hosts",
+                        other.id
+                    )));
+                }
+            }
+            let same = |i: &&Instance| i.id == instance.id || i.node.is_some() && i.node == instance.node;
+            if let Some(taken) = other.instances.iter().find(same) {
+                return Err(MeshError::Refused(format!(
+                    "{} is registered by agent {}",
+                    taken.id, other.id
+                )));
+            }
+        }
+        let mut next = own.clone();
+        next.instances.retain(|old| old.id != instance.id);
+        next.instances.push(instance);
+        write(dir, &next)?;
+        *own = next;
+        Ok(())
+    }
+
+    pub(super) fn deregister(&self, dir: &MeshDir, id: &str) -> Result<(), MeshError> {
+        let _lock = dir.lock()?;
+        let mut own = self.entry.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut next = own.clone();
+        next.instances.retain(|old| old.id != id);
+        if next.instances.len() < own.instances.len() {
+            write(dir, &next)?;
+            *own = next;
+        }
+        Ok(())
+    }
+
+    pub(super) fn host_conflicts(&self, dir: &MeshDir) -> Result<Vec<String>, MeshError> {
+        let own = self.entry.lock().unwrap_or_else(PoisonError::into_inner);
+        let others = live(dir)?.into_iter().filter(|other| other.id != own.id);
+        let conflict = |other: AgentEntry| {
+            shared_host(&own, &other)
+                .map(|host| format!("agent {} at {} owns {host}", other.id, other.address))
+        };
+        Ok(others.filter_map(conflict).collect())
+    }
+}
+
+impl Drop for OwnEntry {
+    fn drop(&mut self) {
+        // Only the entry: another agent may open the lock file at this moment. The next one sweeps it.
+        let _ = fs::remove_file(self.dir.join(&format!("agents/{}.json", self.id)));
+    }
+}
+
+/// All instances of all live agents.
+pub(super) fn instances(dir: &MeshDir) -> Result<Vec<Instance>, MeshError> {
+    Ok(live(dir)?.into_iter().flat_map(|entry| entry.instances).collect())
+}
+
+fn shared_host<'a>(a: &'a AgentEntry, b: &AgentEntry) -> Option<&'a str> {
+    a.hosts
+        .iter()
+        .find(|host| b.hosts.contains(host))
+        .map(String::as_str)
+}
+
+fn write(dir: &MeshDir, entry: &AgentEntry) -> Result<(), MeshError> {
+    let text = serde_json::to_string(entry).map_err(|error| MeshError::Unavailable(error.to_string()))?;
+    dir.replace(&format!("agents/{}.json", entry.id), &text)
+}
+
+fn live(dir: &MeshDir) -> Result<Vec<AgentEntry>, MeshError> {
+    let mut entries = Vec::new();
+    for id in ids(dir)? {
+        if is_free(dir, &id)? {
+            continue;
+        }
+        let name = format!("agents/{id}.json");
+        // It may be just about to come or go.
+        let Some(text) = dir.read(&name)? else { continue };
+        let entry: AgentEntry = serde_json::from_str(&text)
+            .map_err(|error| MeshError::Unavailable(format!("{name}: {error}")))?;
+        if entry.id != id {
+            return Err(MeshError::Unavailable(format!(
+                "{name} is of agent {:?}",
+                entry.id
+            )));
+        }
+        if let Some(far) = entry
+            .instances
+            .iter()
+            .find(|instance| !instance.address.ip().is_loopback())
+        {
+            return Err(MeshError::Unavailable(format!(
+                "{name}: {} is not a loopback address",
+                far.address
+            )));
+        }
+        entries.push(entry);
+    }
+    Ok(entries)
+}
+
+/// Ids of the agents that have a lock file, held or not.
+fn ids(dir: &MeshDir) -> Result<Vec<String>, MeshError> {
+    let path = dir.join("agents");
+    let mut ids = Vec::new();
+    for entry in fs::read_dir(&path).map_err(|error| unavailable(&path, &error))? {
+        let name = entry.map_err(|error| unavailable(&path, &error))?.file_name();
+        let Some(id) = name.to_str().and_then(|name| name.strip_suffix(".lock")) else {
+            continue;
+        };
+        if ids.len() == MAX_AGENTS {
+            return Err(MeshError::Unavailable(format!(
+                "{} has more than {MAX_AGENTS} agents",
+                path.display()
+            )));
+        }
+        ids.push(id.to_owned());
+    }
+    Ok(ids)
+}
+
+/// Whether nobody holds this agent's lock.
+fn is_free(dir: &MeshDir, id: &str) -> Result<bool, MeshError> {
+    let path = dir.join(&format!("agents/{id}.lock"));
+    let file = match File::open(&path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(true),
+        Err(error) => return Err(unavailable(&path, &error)),
+    };
+    match flock(&file, FlockOperation::NonBlockingLockShared) {
+        Ok(()) => Ok(true),
+        Err(Errno::WOULDBLOCK) => Ok(false),
+        Err(error) => Err(unavailable(&path, &error.into())),
+    }
+}
+
+/// Removes what dead agents left. The caller holds the mesh's lock, under which alone lock files are made.
+fn sweep(dir: &MeshDir) -> Result<(), MeshError> {
+    for id in ids(dir)? {
+        if is_free(dir, &id)? {
+            let _ = fs::remove_file(dir.join(&format!("agents/{id}.json")));
+            let _ = fs::remove_file(dir.join(&format!("agents/{id}.lock")));
+        }
+    }
+    Ok(())
+}

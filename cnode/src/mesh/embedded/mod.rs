@@ -1,0 +1,188 @@
+//! The embedded mesh: one directory, one user, one machine.
+//!
+//! Every agent that names the directory belongs to the mesh. The file system is what they share:
+//! files are replaced by rename, changes are made under one lock, and an agent is alive as long as it
+//! holds the lock of its own entry, so a killed one is gone at once. The layout is in
+//! `docs/mesh-protocol.md`.
+//!
+//! Not for more than one user or machine: whoever may read the directory may sign any name.
+
+mod authority;
+mod catalogue;
+mod dir;
+mod rules;
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+pub use dir::MeshDir;
+pub use rules::{Action, Pattern, Rule, Rules};
+
+use self::authority::Authority;
+use self::catalogue::{AgentEntry, OwnEntry};
+use super::{
+    Answer, Authorization, Catalogue, Certificates, Decision, Identity, Instance, MeshError, Registration,
+    ServiceName, SpiffeId,
+};
+use crate::proxy::links::unix_now;
+
+/// One agent's membership in the mesh of a directory. It ends when this is dropped.
+#[derive(Debug)]
+pub struct EmbeddedMesh {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    dir: MeshDir,
+    authority: Authority,
+    own: OwnEntry,
+    // Held while a leaf is looked up or made, never across an await.
+    leaves: Mutex<HashMap<ServiceName, Arc<Identity>>>,
+}
+
+impl EmbeddedMesh {
+    /// Joins the mesh of `dir` and makes it when it is not there. Blocks for a moment: call it at start.
+    ///
+    /// `agent` is this agent's id, `hosts` the host parts of node names that it owns, `advertise` where it
+    /// accepts mesh connections (loopback only).
+    ///
+    /// # Errors
+    /// [`MeshError::Refused`] when the directory is open to others, an agent of this id lives, or the
+    /// address is not loopback; [`MeshError::Unavailable`] when a file cannot be read or written.
+    pub fn open(
+        dir: &Path,
+        agent: &str,
+        hosts: Vec<String>,
+        advertise: SocketAddr,
+    ) -> Result<Self, MeshError> {
+        if !advertise.ip().is_loopback() {
+            return Err(MeshError::Refused(format!(
+                "the embedded mesh is for one machine: {advertise} is not a loopback address"
+            )));
+        }
+        let dir = MeshDir::open(dir)?;
+        let lock = dir.lock()?;
+        let authority = Authority::open(&dir)?;
+        let own = OwnEntry::open(&dir, AgentEntry::new(agent, hosts, advertise)?)?;
+        drop(lock);
+        for conflict in own.host_conflicts(&dir)? {
+            tracing::warn!(agent, %conflict, "two agents own the same host name");
+        }
+        Ok(Self {
+            inner: Arc::new(Inner {
+                dir,
+                authority,
+                own,
+                leaves: Mutex::default(),
+            }),
+        })
+    }
+
+    /// Other live agents that own one of this agent's host names, in words.
+    ///
+    /// # Errors
+    /// [`MeshError::Unavailable`] when the catalogue cannot be read.
+    pub fn host_conflicts(&self) -> Result<Vec<String>, MeshError> {
+        self.inner.own.host_conflicts(&self.inner.dir)
+    }
+
+    /// Runs `work`, which reads and writes files, where it holds nobody up.
+    fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Inner) -> Result<T, MeshError> + Send + 'static,
+    ) -> Answer<'_, T> {
+        let inner = self.inner.clone();
+        Box::pin(async move {
+            tokio::task::spawn_blocking(move || work(&inner))
+                .await
+                .unwrap_or_else(|error| Err(MeshError::Unavailable(error.to_string())))
+        })
+    }
+}
+
+impl Inner {
+    fn identity(&self, service: &ServiceName) -> Result<Arc<Identity>, MeshError> {
+        let mut leaves = self.leaves.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(leaf) = leaves.get(service)
+            && authority::is_fresh(leaf, unix_now())
+        {
+            return Ok(leaf.clone());
+        }
+        let leaf = Arc::new(self.authority.issue(service)?);
+        leaves.retain(|_, leaf| leaf.not_after > unix_now());
+        leaves.insert(service.clone(), leaf.clone());
+        Ok(leaf)
+    }
+}
+
+impl Certificates for EmbeddedMesh {
+    fn identity(&self, service: &ServiceName) -> Answer<'_, Arc<Identity>> {
+        let service = service.clone();
+        self.blocking(move |inner| inner.identity(&service))
+    }
+
+    fn trust_domain(&self) -> &str {
+        self.inner.authority.trust_domain()
+    }
+}
+
+impl Catalogue for EmbeddedMesh {
+    fn node(&self, node: &str) -> Answer<'_, Option<Instance>> {
+        let node = node.to_owned();
+        self.blocking(move |inner| {
+            let all = catalogue::instances(&inner.dir)?;
+            Ok(all
+                .into_iter()
+                .find(|instance| instance.node.as_deref() == Some(&node)))
+        })
+    }
+
+    fn instances(&self, service: &ServiceName) -> Answer<'_, Vec<Instance>> {
+        let service = service.clone();
+        self.blocking(move |inner| {
+            let mut all = catalogue::instances(&inner.dir)?;
+            all.retain(|instance| instance.service == service);
+            Ok(all)
+        })
+    }
+
+    fn nodes(&self) -> Answer<'_, Vec<Instance>> {
+        self.blocking(|inner| {
+            let mut all = catalogue::instances(&inner.dir)?;
+            all.retain(|instance| instance.node.is_some());
+            Ok(all)
+        })
+    }
+}
+
+impl Authorization for EmbeddedMesh {
+    fn authorize(&self, source: &SpiffeId, target: &ServiceName) -> Answer<'_, Decision> {
+        let (source, target) = (source.clone(), target.clone());
+        self.blocking(move |inner| {
+            let ours = inner.authority.trust_domain();
+            if source.trust_domain() != ours {
+                let rule = format!("{source} is not of the trust domain {ours}");
+                return Ok(Decision { allowed: false, rule });
+            }
+            Ok(Rules::load(&inner.dir)?.decide(source.service(), &target))
+        })
+    }
+}
+
+impl Registration for EmbeddedMesh {
+    fn register(&self, instance: &Instance) -> Answer<'_, ()> {
+        let instance = instance.clone();
+        self.blocking(move |inner| inner.own.register(&inner.dir, instance))
+    }
+
+    fn deregister(&self, id: &str) -> Answer<'_, ()> {
+        let id = id.to_owned();
+        self.blocking(move |inner| inner.own.deregister(&inner.dir, &id))
+    }
+}
+
+#[cfg(test)]
+mod tests;

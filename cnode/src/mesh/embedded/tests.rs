@@ -1,0 +1,300 @@
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+use super::*;
+use crate::mesh::Mesh;
+
+fn open(dir: &Path, agent: &str, host: &str) -> EmbeddedMesh {
+    EmbeddedMesh::open(
+        dir,
+        agent,
+        vec![host.to_owned()],
+        "127.0.0.2:4000".parse().unwrap(),
+    )
+    .unwrap()
+}
+
+fn node(name: &str, agent: &str) -> Instance {
+    Instance {
+        id: name.to_owned(),
+        service: ServiceName::from_node(name).unwrap(),
+        node: Some(name.to_owned()),
+        agent: agent.to_owned(),
+        address: "127.0.0.2:4000".parse().unwrap(),
+    }
+}
+
+fn service(name: &str) -> ServiceName {
+    ServiceName::new(name).unwrap()
+}
+
+fn rule(source: &str, destination: &str, action: Action) -> Rule {
+    Rule {
+        source: source.parse().unwrap(),
+        destination: destination.parse().unwrap(),
+        action,
+    }
+}
+
+#[tokio::test]
+async fn two_agents_share_names_and_one_authority() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path().join("mesh");
+    let (a, b) = (open(&dir, "a1", "h1"), open(&dir, "a2", "h2"));
+    assert_eq!(a.trust_domain(), b.trust_domain());
+    assert!(a.trust_domain().ends_with(".embedded"));
+
+    a.register(&node("shop@h1", "a1")).await.unwrap();
+    assert_eq!(b.node("shop@h1").await.unwrap().unwrap(), node("shop@h1", "a1"));
+    assert_eq!(b.instances(&service("shop")).await.unwrap().len(), 1);
+    assert!(matches!(
+        b.register(&node("shop@h1", "a2")).await,
+        Err(MeshError::Refused(_))
+    ));
+    a.deregister("shop@h1").await.unwrap();
+    a.deregister("shop@h1").await.unwrap();
+    assert!(b.nodes().await.unwrap().is_empty());
+    b.register(&node("shop@h1", "a2")).await.unwrap();
+}
+
+#[tokio::test]
+async fn an_agent_that_is_gone_takes_its_names_along() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path().join("mesh");
+    let (a, b) = (open(&dir, "a1", "h1"), open(&dir, "a2", "h2"));
+    a.register(&node("shop@h1", "a1")).await.unwrap();
+    let file = dir.join("agents/a1.json");
+    let left_behind = fs::read(&file).unwrap();
+    drop(a);
+    assert!(b.node("shop@h1").await.unwrap().is_none());
+    // A killed agent leaves its entry, but not its lock.
+    fs::write(&file, left_behind).unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+    assert!(b.node("shop@h1").await.unwrap().is_none());
+    open(&dir, "a3", "h3");
+    assert!(!file.exists(), "the next agent sweeps");
+}
+
+#[tokio::test]
+async fn one_id_and_one_host_belong_to_one_agent() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path().join("mesh");
+    let older = open(&dir, "a1", "h1");
+    let again = EmbeddedMesh::open(&dir, "a1", vec![], "127.0.0.1:1".parse().unwrap()).unwrap_err();
+    assert!(again.to_string().contains("lives"), "{again}");
+    let newer = open(&dir, "a2", "h1");
+    assert_eq!(
+        (
+            older.host_conflicts().unwrap().len(),
+            newer.host_conflicts().unwrap().len()
+        ),
+        (1, 1)
+    );
+    let refused = newer.register(&node("shop@h1", "a2")).await.unwrap_err();
+    assert!(
+        refused.to_string().contains("a1 owned host h1 first"),
+        "{refused}"
+    );
+    older.register(&node("shop@h1", "a1")).await.unwrap();
+}
+
+#[test]
+fn bad_places_and_ids_are_refused() {
+    let temp = tempfile::tempdir().unwrap();
+    let at = |dir: &str, id: &str, address: &str| {
+        EmbeddedMesh::open(&temp.path().join(dir), id, vec![], address.parse().unwrap())
+            .map(|_| ())
+            .map_err(|error| error.to_string())
+    };
+    assert!(at("a", "a1", "192.0.2.1:1").unwrap_err().contains("loopback"));
+    for id in ["", "../x", "a.b", &"x".repeat(catalogue::MAX_AGENT_ID + 1)] {
+        assert!(
+            at("a", id, "127.0.0.1:1").unwrap_err().contains("agent id"),
+            "{id}"
+        );
+    }
+    fs::create_dir(temp.path().join("open")).unwrap();
+    fs::set_permissions(temp.path().join("open"), fs::Permissions::from_mode(0o750)).unwrap();
+    assert!(at("open", "a1", "127.0.0.1:1").unwrap_err().contains("mode 0750"));
+    std::os::unix::fs::symlink(temp.path().join("a"), temp.path().join("link")).unwrap();
+    assert!(at("link", "a1", "127.0.0.1:1").is_err());
+
+    at("b", "a1", "127.0.0.1:1").unwrap();
+    let mode = |name: &str| fs::metadata(temp.path().join(name)).unwrap().permissions().mode() & 0o777;
+    assert_eq!(
+        (mode("b"), mode("b/ca.key"), mode("b/rules.json")),
+        (0o700, 0o600, 0o600)
+    );
+    fs::set_permissions(temp.path().join("b/ca.key"), fs::Permissions::from_mode(0o640)).unwrap();
+    assert!(at("b", "a1", "127.0.0.1:1").unwrap_err().contains("ca.key"));
+}
+
+#[tokio::test]
+async fn leaves_are_kept_until_they_are_old() {
+    let temp = tempfile::tempdir().unwrap();
+    let mesh = open(&temp.path().join("mesh"), "a1", "h1");
+    let leaf = mesh.identity(&service("shop")).await.unwrap();
+    assert!(Arc::ptr_eq(
+        &leaf,
+        &mesh.identity(&service("shop")).await.unwrap()
+    ));
+    assert_eq!(leaf.id, SpiffeId::new(mesh.trust_domain(), service("shop")));
+    assert!(authority::is_fresh(&leaf, unix_now()));
+    assert!(!authority::is_fresh(&leaf, leaf.not_after - 3600));
+    let other = mesh.identity(&service("cart")).await.unwrap();
+    assert_ne!(other.chain, leaf.chain);
+    let mut old = Arc::into_inner(
+        mesh.inner
+            .authority
+            .issue(&service("shop"))
+            .map(Arc::new)
+            .unwrap(),
+    )
+    .unwrap();
+    old.not_after = unix_now() + 60;
+    mesh.inner
+        .leaves
+        .lock()
+        .unwrap()
+        .insert(service("shop"), Arc::new(old));
+    let renewed = mesh.identity(&service("shop")).await.unwrap();
+    assert!(authority::is_fresh(&renewed, unix_now()));
+    assert!(!format!("{leaf:?}").contains("key"), "{leaf:?}");
+}
+
+#[test]
+fn the_most_precise_rule_holds() {
+    let mut rules = Rules {
+        default: Action::Allow,
+        rules: Vec::new(),
+    };
+    let decide = |rules: &Rules, a: &str, b: &str| rules.decide(&service(a), &service(b)).allowed;
+    assert!(decide(&rules, "shop", "cart"));
+    rules.rules.push(rule("*", "*", Action::Deny));
+    assert!(!decide(&rules, "shop", "cart"));
+    rules.rules.push(rule("shop", "*", Action::Allow));
+    assert!(decide(&rules, "shop", "cart"));
+    rules.rules.push(rule("*", "cart", Action::Deny));
+    assert!(!decide(&rules, "shop", "cart"), "the destination counts first");
+    rules.rules.push(rule("shop", "cart", Action::Allow));
+    assert!(decide(&rules, "shop", "cart"));
+    assert!(
+        !decide(&rules, "cart", "shop"),
+        "one direction says nothing of the other"
+    );
+    rules.rules.insert(0, rule("shop", "cart", Action::Deny));
+    assert!(!decide(&rules, "shop", "cart"), "of two for one pair the denial");
+    assert_eq!(
+        rules.decide(&service("shop"), &service("cart")).rule,
+        "rule shop -> cart deny"
+    );
+}
+
+#[tokio::test]
+async fn rules_change_at_once_and_broken_ones_are_no_answer() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("mesh");
+    let mesh = open(&path, "a1", "h1");
+    let dir = MeshDir::open(&path).unwrap();
+    let shop = SpiffeId::new(mesh.trust_domain(), service("shop"));
+    let cart = service("cart");
+    assert!(mesh.authorize(&shop, &cart).await.unwrap().allowed);
+    Rules::set(&dir, rule("shop", "cart", Action::Deny)).unwrap();
+    Rules::set(&dir, rule("shop", "cart", Action::Deny)).unwrap();
+    assert_eq!(Rules::load(&dir).unwrap().rules.len(), 1);
+    assert!(!mesh.authorize(&shop, &cart).await.unwrap().allowed);
+    assert!(
+        Rules::remove(
+            &dir,
+            &Pattern::Exact(service("shop")),
+            &Pattern::Exact(cart.clone())
+        )
+        .unwrap()
+    );
+    assert!(!Rules::remove(&dir, &Pattern::Any, &Pattern::Any).unwrap());
+    assert!(mesh.authorize(&shop, &cart).await.unwrap().allowed);
+    Rules::set_default(&dir, Action::Deny).unwrap();
+    assert_eq!(mesh.authorize(&shop, &cart).await.unwrap().rule, "default deny");
+    Rules::set_default(&dir, Action::Allow).unwrap();
+
+    let stranger = SpiffeId::new("elsewhere.embedded", service("shop"));
+    assert!(!mesh.authorize(&stranger, &cart).await.unwrap().allowed);
+
+    let file = path.join("rules.json");
+    for broken in [
+        "",
+        "{",
+        r#"{"default":"allow"}"#,
+        r#"{"default":"maybe","rules":[]}"#,
+        r#"{"default":"allow","rules":[],"permissions":[]}"#,
+        r#"{"default":"allow","rules":[{"source":"a","destination":"b","action":"allow","path":"/"}]}"#,
+        r#"{"default":"allow","rules":[{"source":"A*","destination":"b","action":"allow"}]}"#,
+    ] {
+        fs::write(&file, broken).unwrap();
+        assert!(
+            matches!(mesh.authorize(&shop, &cart).await, Err(MeshError::Unavailable(_))),
+            "{broken}"
+        );
+    }
+    fs::write(&file, vec![b' '; usize::try_from(dir::MAX_FILE).unwrap() + 1]).unwrap();
+    assert!(
+        mesh.authorize(&shop, &cart)
+            .await
+            .unwrap_err()
+            .to_string()
+            .contains("longer than")
+    );
+    let many = Rules {
+        default: Action::Allow,
+        rules: vec![rule("a", "b", Action::Allow); rules::MAX_RULES + 1],
+    };
+    fs::write(&file, serde_json::to_string(&many).unwrap()).unwrap();
+    assert!(
+        mesh.authorize(&shop, &cart)
+            .await
+            .unwrap_err()
+            .to_string()
+            .contains("at most 4096")
+    );
+    fs::remove_file(&file).unwrap();
+    assert!(
+        mesh.authorize(&shop, &cart).await.is_err(),
+        "a lost file is no yes"
+    );
+    open(&path, "a2", "h2");
+    assert!(
+        mesh.authorize(&shop, &cart).await.is_err(),
+        "and is not made anew"
+    );
+}
+
+#[tokio::test]
+async fn a_broken_catalogue_is_no_answer() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("mesh");
+    let (a, b) = (open(&path, "a1", "h1"), open(&path, "a2", "h2"));
+    fs::write(path.join("agents/a2.json"), "{").unwrap();
+    assert!(matches!(a.node("shop@h1").await, Err(MeshError::Unavailable(_))));
+    let far = Instance {
+        address: "192.0.2.1:1".parse().unwrap(),
+        ..node("shop@h2", "a2")
+    };
+    drop(b);
+    let b = open(&path, "a2", "h2");
+    b.register(&far).await.unwrap();
+    assert!(
+        a.node("shop@h1")
+            .await
+            .unwrap_err()
+            .to_string()
+            .contains("loopback")
+    );
+}
+
+#[test]
+fn it_is_a_mesh() {
+    fn takes(_: &dyn Mesh) {}
+    let temp = tempfile::tempdir().unwrap();
+    takes(&open(&temp.path().join("mesh"), "a1", "h1"));
+}

@@ -1,0 +1,438 @@
+//! Live links, and why others were refused.
+
+use std::collections::{HashMap, VecDeque};
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use super::cause::{Cause, Refusal};
+use crate::mesh::SpiffeId;
+
+/// Refusals that are remembered for the `refusal` command; older ones are forgotten.
+pub const MAX_REFUSALS: usize = 256;
+/// Cut events that may wait for one control connection; a link is closed all the same.
+pub const MAX_CUT_EVENTS: usize = 256;
+
+/// The 16 bytes that name a link at both of its ends.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct LinkId(pub [u8; 16]);
+
+impl fmt::Display for LinkId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for LinkId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LinkId({self})")
+    }
+}
+
+/// Which end made a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// An instance of this agent dialled another agent.
+    Outbound,
+    /// Another agent dialled an instance of this one.
+    Inbound,
+    /// Both ends are here.
+    Local,
+}
+
+impl Direction {
+    /// The name in the `links` command.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Outbound => "outbound",
+            Self::Inbound => "inbound",
+            Self::Local => "local",
+        }
+    }
+}
+
+/// What a link carries. The numbers are those of the `meshx/1` request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// Erlang distribution.
+    Dist = 1,
+    /// MeshxRpc.
+    Rpc = 2,
+    /// Plain bytes.
+    Tcp = 3,
+}
+
+impl Purpose {
+    /// The purpose of this number.
+    pub fn from_wire(number: u8) -> Option<Self> {
+        [Self::Dist, Self::Rpc, Self::Tcp]
+            .into_iter()
+            .find(|purpose| *purpose as u8 == number)
+    }
+
+    /// The name in the `links` command.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Dist => "dist",
+            Self::Rpc => "rpc",
+            Self::Tcp => "tcp",
+        }
+    }
+}
+
+/// What is known of a link from its start.
+#[derive(Debug, Clone)]
+pub struct LinkInfo {
+    /// Its name.
+    pub id: LinkId,
+    /// Which end made it.
+    pub direction: Direction,
+    /// What it carries.
+    pub purpose: Purpose,
+    /// Node or service at this end (of a local link: the one that dialled).
+    pub local: String,
+    /// Node or service at the other end.
+    pub remote: String,
+    /// Proven identity of this end.
+    pub local_spiffe: SpiffeId,
+    /// Proven identity of the other end.
+    pub remote_spiffe: SpiffeId,
+    /// Where the other agent is; none on a local link.
+    pub remote_agent: Option<SocketAddr>,
+    /// End of this end's certificate, unix seconds; none on a local link.
+    pub local_not_after: Option<i64>,
+    /// End of the other end's certificate, unix seconds; none on a local link.
+    pub remote_not_after: Option<i64>,
+    /// Control connections of the ends that are here, to be told of a cut.
+    pub owners: Vec<u64>,
+}
+
+/// A live link as seen at one moment.
+#[derive(Debug, Clone)]
+pub struct LinkSnapshot {
+    /// What is known from its start.
+    pub info: LinkInfo,
+    /// When it started, unix seconds.
+    pub since: i64,
+    /// Bytes towards this end.
+    pub bytes_in: u64,
+    /// Bytes from this end.
+    pub bytes_out: u64,
+}
+
+/// Tells the owner of an end to close a link.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CutEvent {
+    /// The link.
+    pub link: LinkId,
+    /// Why.
+    pub cause: Cause,
+    /// Why, for people.
+    pub text: String,
+}
+
+/// A link that was refused.
+#[derive(Debug, Clone)]
+pub struct RefusalRecord {
+    /// Its name, when the request had one.
+    pub link: Option<LinkId>,
+    /// Node or service that was dialled.
+    pub target: String,
+    /// Why.
+    pub refusal: Refusal,
+    /// When, unix seconds.
+    pub at: i64,
+}
+
+/// Live links and past refusals of one agent. Clones share one table.
+#[derive(Clone, Default)]
+pub struct LinkTable {
+    inner: Arc<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    // Each is held for a look-up or a change, never across an await.
+    live: Mutex<HashMap<LinkId, Arc<Live>>>,
+    refusals: Mutex<VecDeque<RefusalRecord>>,
+    owners: Mutex<HashMap<u64, mpsc::Sender<CutEvent>>>,
+    counts: [AtomicU64; Cause::ALL.len()],
+}
+
+struct Live {
+    info: LinkInfo,
+    since: i64,
+    counters: Arc<Counters>,
+    cut: CancellationToken,
+}
+
+/// Bytes that a link has carried.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Towards this end.
+    pub bytes_in: AtomicU64,
+    /// From this end.
+    pub bytes_out: AtomicU64,
+}
+
+impl LinkTable {
+    /// Enters a link; it is live until the guard is dropped.
+    ///
+    /// # Errors
+    /// [`Cause::InvalidRequest`] when a live link has this id: ids are random, so one of the two
+    /// is an imitation.
+    pub fn insert(&self, info: LinkInfo) -> Result<LinkGuard, Refusal> {
+        let id = info.id;
+        let live = Arc::new(Live {
+            info,
+            since: unix_now(),
+            counters: Arc::default(),
+            cut: CancellationToken::new(),
+        });
+        match lock(&self.inner.live).entry(id) {
+            std::collections::hash_map::Entry::Occupied(_) => {
+                Err(Cause::InvalidRequest.because(format!("link id {id} names a live link already")))
+            }
+            std::collections::hash_map::Entry::Vacant(entry) => {
+                entry.insert(live.clone());
+                Ok(LinkGuard {
+                    table: self.clone(),
+                    live,
+                })
+            }
+        }
+    }
+
+    /// All live links, in no order.
+    pub fn snapshot(&self) -> Vec<LinkSnapshot> {
+        lock(&self.inner.live)
+            .values()
+            .map(|live| live.snapshot())
+            .collect()
+    }
+
+    /// The live link of this id.
+    pub fn get(&self, id: LinkId) -> Option<LinkSnapshot> {
+        lock(&self.inner.live).get(&id).map(|live| live.snapshot())
+    }
+
+    /// Ends a link: tells the owners of its ends, then stops it. False when there is none.
+    pub fn cut(&self, id: LinkId, cause: Cause, text: &str) -> bool {
+        let Some(live) = lock(&self.inner.live).get(&id).cloned() else {
+            return false;
+        };
+        let event = CutEvent {
+            link: id,
+            cause,
+            text: text.to_owned(),
+        };
+        {
+            let owners = lock(&self.inner.owners);
+            for sender in live.info.owners.iter().filter_map(|owner| owners.get(owner)) {
+                // A full queue loses only the reason; the link ends either way.
+                let _ = sender.try_send(event.clone());
+            }
+        }
+        live.cut.cancel();
+        tracing::info!(link = %id, %cause, text, local = live.info.local, remote = live.info.remote, "link cut");
+        true
+    }
+
+    /// The cut events for one control connection, until the receiver is dropped.
+    pub fn subscribe(&self, owner: u64) -> mpsc::Receiver<CutEvent> {
+        let (sender, receiver) = mpsc::channel(MAX_CUT_EVENTS);
+        let mut owners = lock(&self.inner.owners);
+        owners.retain(|_, sender| !sender.is_closed());
+        owners.insert(owner, sender);
+        receiver
+    }
+
+    /// Remembers and counts a refusal.
+    pub fn refused(&self, link: Option<LinkId>, target: &str, refusal: &Refusal) {
+        if let Some(count) = self.inner.counts.get(refusal.cause.index()) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+        let mut refusals = lock(&self.inner.refusals);
+        if refusals.len() >= MAX_REFUSALS {
+            refusals.pop_front();
+        }
+        refusals.push_back(RefusalRecord {
+            link,
+            target: target.to_owned(),
+            refusal: refusal.clone(),
+            at: unix_now(),
+        });
+    }
+
+    /// Why the link of this id was refused.
+    pub fn refusal_of_link(&self, link: LinkId) -> Option<RefusalRecord> {
+        lock(&self.inner.refusals)
+            .iter()
+            .rev()
+            .find(|record| record.link == Some(link))
+            .cloned()
+    }
+
+    /// Why the last link to this node or service was refused.
+    pub fn refusal_of_target(&self, target: &str) -> Option<RefusalRecord> {
+        lock(&self.inner.refusals)
+            .iter()
+            .rev()
+            .find(|record| record.target == target)
+            .cloned()
+    }
+
+    /// How many refusals there were by this cause since the start.
+    pub fn refusals(&self, cause: Cause) -> u64 {
+        self.inner
+            .counts
+            .get(cause.index())
+            .map_or(0, |count| count.load(Ordering::Relaxed))
+    }
+}
+
+impl fmt::Debug for LinkTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LinkTable")
+            .field("live", &lock(&self.inner.live).len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Live {
+    fn snapshot(&self) -> LinkSnapshot {
+        LinkSnapshot {
+            info: self.info.clone(),
+            since: self.since,
+            bytes_in: self.counters.bytes_in.load(Ordering::Relaxed),
+            bytes_out: self.counters.bytes_out.load(Ordering::Relaxed),
+        }
+    }
+}
+
+/// A live link. Dropping it takes the link out of the table.
+pub struct LinkGuard {
+    table: LinkTable,
+    live: Arc<Live>,
+}
+
+impl LinkGuard {
+    /// Where to count.
+    pub fn counters(&self) -> &Arc<Counters> {
+        &self.live.counters
+    }
+
+    /// Fires when the link is to be cut.
+    pub fn cut(&self) -> &CancellationToken {
+        &self.live.cut
+    }
+}
+
+impl Drop for LinkGuard {
+    fn drop(&mut self) {
+        lock(&self.table.inner.live).remove(&self.live.info.id);
+    }
+}
+
+/// Seconds since 1970.
+pub(crate) fn unix_now() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(now.as_secs()).unwrap_or(i64::MAX)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Nothing that can panic runs under these locks, so what they hold is whole.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+    use crate::mesh::ServiceName;
+
+    fn info(id: u8, owner: u64) -> LinkInfo {
+        let spiffe = |name| SpiffeId::new("td", ServiceName::new(name).unwrap());
+        LinkInfo {
+            id: LinkId([id; 16]),
+            direction: Direction::Local,
+            purpose: Purpose::Dist,
+            local: "shop@h1".to_owned(),
+            remote: "cart@h1".to_owned(),
+            local_spiffe: spiffe("shop"),
+            remote_spiffe: spiffe("cart"),
+            remote_agent: None,
+            local_not_after: None,
+            remote_not_after: None,
+            owners: vec![owner],
+        }
+    }
+
+    #[test]
+    fn a_link_lives_as_long_as_its_guard_and_ids_are_unique() {
+        let table = LinkTable::default();
+        let guard = table.insert(info(1, 7)).unwrap();
+        guard.counters().bytes_in.fetch_add(5, Ordering::Relaxed);
+        assert_eq!(
+            table.insert(info(1, 8)).err().unwrap().cause,
+            Cause::InvalidRequest
+        );
+        assert_eq!(table.snapshot().len(), 1);
+        assert_eq!(table.get(LinkId([1; 16])).unwrap().bytes_in, 5);
+        drop(guard);
+        assert!(table.snapshot().is_empty());
+        assert!(table.insert(info(1, 8)).is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_cut_reaches_its_owner_and_the_link() {
+        let table = LinkTable::default();
+        let guard = table.insert(info(1, 7)).unwrap();
+        let mut mine = table.subscribe(7);
+        let mut others = table.subscribe(8);
+        assert!(table.cut(LinkId([1; 16]), Cause::IntentionDenied, "no"));
+        assert!(!table.cut(LinkId([2; 16]), Cause::IntentionDenied, "no"));
+        let event = mine.recv().await.unwrap();
+        assert_eq!(
+            (event.link, event.cause),
+            (LinkId([1; 16]), Cause::IntentionDenied)
+        );
+        assert!(others.try_recv().is_err());
+        guard.cut().cancelled().await;
+    }
+
+    #[test]
+    fn refusals_are_counted_and_bounded() {
+        let table = LinkTable::default();
+        for i in 0..MAX_REFUSALS + 10 {
+            table.refused(
+                Some(LinkId([1; 16])),
+                &format!("n{i}@h"),
+                &Cause::Timeout.because(format!("{i}")),
+            );
+        }
+        assert_eq!(table.refusals(Cause::Timeout), (MAX_REFUSALS + 10) as u64);
+        assert!(
+            table.refusal_of_target("n0@h").is_none(),
+            "the oldest are forgotten"
+        );
+        assert!(table.refusal_of_target("n10@h").is_some());
+        assert_eq!(
+            table.refusal_of_link(LinkId([1; 16])).unwrap().refusal.text,
+            format!("{}", MAX_REFUSALS + 9)
+        );
+        assert!(table.refusal_of_link(LinkId([2; 16])).is_none());
+    }
+
+    #[test]
+    fn ids_and_purposes_have_their_spelling() {
+        assert_eq!(LinkId([0xab; 16]).to_string(), "ab".repeat(16));
+        assert_eq!(Purpose::from_wire(2), Some(Purpose::Rpc));
+        assert_eq!(Purpose::from_wire(4), None);
+    }
+}

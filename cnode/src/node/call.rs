@@ -135,7 +135,7 @@ async fn ask(mut mailbox: Mailbox, target: Address, request: Term) -> Result<Ter
     // Monitoring swallows a failed connection; the caller is to hear of that as what it is.
     mailbox.inner().ensure_connected(target.node()).await.map_err(SendError::from)?;
     let reference = mailbox.monitor(target.clone()).await;
-    let caller = Term::Tuple(vec![Term::Pid(mailbox.pid().clone()), Term::Reference(reference.clone())]);
+    let caller = Term::Tuple(vec![Term::Pid(mailbox.pid().clone()), Term::from(reference.clone())]);
     let message = Term::Tuple(vec![Term::Atom(Atom::from("$gen_call")), caller, request]);
     mailbox.send(target.clone(), &message).await?;
     loop {
@@ -146,7 +146,7 @@ async fn ask(mut mailbox: Mailbox, target: Address, request: Term) -> Result<Ter
             }
             Some(Message::Term { term: Term::Tuple(parts), .. }) => {
                 if let Ok([Term::Reference(tag), reply]) = <[Term; 2]>::try_from(parts)
-                    && tag == reference
+                    && *tag == reference
                 {
                     return Ok(reply);
                 }

@@ -29,8 +29,6 @@ pub(crate) struct Connection {
     pub(crate) flags: DistFlags,
     pub(crate) link: Option<[u8; 16]>,
     pub(crate) outbound: Outbound,
-    /// Numbers the messages that are sent in fragments.
-    pub(crate) sequence: AtomicU64,
     watch: Mutex<Watch>,
     hidden: bool,
     direction: Direction,
@@ -57,7 +55,6 @@ impl Connection {
                 limits.reply_queue_bytes,
                 limits.answer_queue_bytes,
             ),
-            sequence: AtomicU64::new(1),
             watch: Mutex::new(Watch::new(limits.watches_per_connection)),
             hidden: !ready.established.peer_flags.contains(DistFlags::PUBLISHED),
             direction,

@@ -79,7 +79,6 @@ pub(crate) fn handle(inner: &Arc<Inner>, peer: &Peer<'_>, received: Received) ->
         Control::Unknown { op, .. } => {
             return Err(DownReason::Protocol(format!("unknown control operation {op}")));
         }
-        other => return Err(DownReason::Protocol(format!("unexpected control operation {}", other.op()))),
     }
     Ok(())
 }

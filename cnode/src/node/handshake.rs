@@ -46,6 +46,8 @@ pub(crate) enum Failure {
     OwnName(String),
     #[error("the agent vouched for {wanted:?}, the handshake names {got:?}")]
     OtherName { wanted: String, got: String },
+    #[error("{0}")]
+    Greeting(String),
     #[error("a connection attempt of our own goes on instead")]
     Simultaneous,
     #[error("a connection that the peer opened is up")]

@@ -7,6 +7,7 @@ use meshx_dist::control::{Control, Proc};
 use meshx_dist::handshake::{Cookie, LocalNode};
 use meshx_etf::{Atom, Pid, Reference, Term};
 use tokio::sync::broadcast;
+use tokio::sync::broadcast::error::RecvError;
 use tokio_util::sync::CancellationToken;
 
 use super::address::Address;
@@ -59,9 +60,24 @@ impl Inner {
         let _ = self.events.send(event);
     }
 
+    /// Writes what is queued, then ends everything.
+    pub(crate) async fn stop(self: &Arc<Self>, grace: Duration) {
+        let mut events = self.events.subscribe();
+        for connection in self.connections.close() {
+            connection.outbound.finish();
+        }
+        let flushed = async {
+            // An event that was lost leaves at least one more to come, or nothing to wait for.
+            while !self.connections.all().is_empty() && !matches!(events.recv().await, Err(RecvError::Closed)) {}
+        };
+        let _ = tokio::time::timeout(grace, flushed).await;
+        self.shut_down(&DownReason::Disconnected);
+    }
+
     /// Ends everything at once.
     pub(crate) fn shut_down(self: &Arc<Self>, reason: &DownReason) {
         self.stop.cancel();
+        self.carrier.release();
         for connection in self.connections.close() {
             connection.close(reason.clone());
         }

@@ -35,8 +35,11 @@ pub struct Limits {
     /// Bytes of signals that a peer's own signals caused and that it does not read. More ends its connection.
     /// Default 4 MiB.
     pub answer_queue_bytes: usize,
-    /// Messages that a peer may send in fragments at the same time. Default 64.
+    /// Messages that a peer may send in fragments at the same time; a BEAM sends one for each of its processes that
+    /// is sending. Default 1,024.
     pub fragmented_messages: usize,
+    /// Bytes of all of a peer's messages in fragments that are not complete. Default 256 MiB.
+    pub reassembly_bytes: usize,
 }
 
 impl Default for Limits {
@@ -54,7 +57,8 @@ impl Default for Limits {
             reply_queue_bytes: 64 << 20,
             reply_wait: Duration::from_secs(5),
             answer_queue_bytes: 4 << 20,
-            fragmented_messages: 64,
+            fragmented_messages: 1024,
+            reassembly_bytes: 256 << 20,
         }
     }
 }

@@ -9,7 +9,6 @@ use super::address::Address;
 use super::error::SendError;
 use super::inner::{Alive, Inner};
 use super::process::{Item, Process, RegisterError};
-use super::watch::Outgoing;
 
 /// What a mailbox receives.
 #[derive(Debug, Clone, PartialEq)]

@@ -1,3 +1,6 @@
+# The compiler that builds the NIF must exist before anything is compiled.
+Code.require_file("native.exs", __DIR__)
+
 defmodule Meshx.MixProject do
   use Mix.Project
 
@@ -9,6 +12,7 @@ defmodule Meshx.MixProject do
       version: @version,
       elixir: "~> 1.14",
       start_permanent: Mix.env() == :prod,
+      compilers: [:meshx_nif] ++ Mix.compilers(),
       elixirc_paths: elixirc_paths(Mix.env()),
       elixirc_options: [warnings_as_errors: Mix.env() == :test],
       erlc_paths: erlc_paths(Mix.env()),
@@ -39,7 +43,7 @@ defmodule Meshx.MixProject do
     [
       licenses: ["Apache-2.0"],
       links: %{},
-      files: ~w(lib src mix.exs .formatter.exs)
+      files: ~w(lib src mix.exs native.exs .formatter.exs)
     ]
   end
 end

@@ -320,7 +320,7 @@ greeted(Hello, #data{waiting = Waiting} = Data0) ->
     Data = Data0#data{hello = Hello, waiting = [], failures = 0, refusals = 0},
     case Data#data.failures =:= Data0#data.failures of
         true -> ok;
-        false -> ?LOG_NOTICE("meshx: connected to the agent", [], #{domain => [meshx]})
+        false -> ?LOG_NOTICE("meshx: connected to the agent")
     end,
     tell(up, Data),
     Replies = [{reply, From, {ok, Hello}} || From <- Waiting],
@@ -339,7 +339,7 @@ lost({Cause, Text} = Error, #data{socket = Socket, pending = Pending, waiting = 
     end,
     case Error =:= Data#data.error of
         true -> ok;
-        false -> ?LOG_WARNING("meshx: ~ts: ~ts", [Cause, Text], #{domain => [meshx]})
+        false -> ?LOG_WARNING("meshx: ~ts: ~ts", [Cause, Text])
     end,
     tell(down, Data),
     Waiters = [From || {_, From} <- maps:values(maps:filter(fun waited/2, Pending))] ++ Waiting,
@@ -436,7 +436,7 @@ received({unknown_words, Id}, ready, Data) when is_integer(Id) ->
     Error = {version_mismatch, <<"the agent's answer has words that this version does not know">>},
     answered(Id, {error, Error}, Data);
 received({unknown_words, event}, ready, _) ->
-    ?LOG_WARNING("meshx: the agent sent an event that this version does not know", [], #{domain => [meshx]}),
+    ?LOG_WARNING("meshx: the agent sent an event that this version does not know", []),
     keep_state_and_data;
 received({unknown_words, _}, _, Data) ->
     lost({version_mismatch, <<"the agent's hello has words that this version does not know">>}, Data);
@@ -448,7 +448,7 @@ received({event, cut, #{link := <<_:16/binary>> = Link, cause := Cause, text := 
 received({event, protocol_error, #{text := Text}}, _, Data) when is_binary(Text) ->
     lost({invalid_request, <<"the agent did not understand this client: ", Text/binary>>}, Data);
 received({event, Event, _}, _, _) ->
-    ?LOG_WARNING("meshx: the agent sent the event ~tp, which is unknown or incomplete", [Event], #{domain => [meshx]}),
+    ?LOG_WARNING("meshx: the agent sent the event ~tp, which is unknown or incomplete", [Event]),
     keep_state_and_data;
 received({error, Text}, _, Data) ->
     lost({invalid_request, <<"the agent sent ", Text/binary>>}, Data).
@@ -470,7 +470,7 @@ finish(Kind, Reply, Data) -> {keep_state, Data, replies(Kind, Reply)}.
 cut(Link, Cause, Text) ->
     case meshx_links:port(Link) of
         {ok, Port} ->
-            ?LOG_WARNING("meshx: a link was cut: ~ts: ~ts", [Cause, Text], #{domain => [meshx]}),
+            ?LOG_WARNING("meshx: a link was cut: ~ts: ~ts", [Cause, Text]),
             %% The reason that `net_kernel:monitor_nodes/2' tells.
             exit(Port, {meshx, Cause});
         error ->
@@ -509,7 +509,7 @@ registered({ok, Registration}, From, #data{node = Node} = Data) ->
     {keep_state, Data#data{node = Known, refusals = 0}, replies({register, From}, {ok, Registration})};
 registered({error, {Cause, Text} = Error}, undefined, #data{refusals = Refusals} = Data) ->
     %% A node that runs: try for as long as it does.
-    ?LOG_ERROR("meshx: the agent refuses this node: ~ts: ~ts", [Cause, Text], #{domain => [meshx]}),
+    ?LOG_ERROR("meshx: the agent refuses this node: ~ts: ~ts", [Cause, Text]),
     {keep_state, Data#data{refusals = Refusals + 1, error = Error}, [
         {{timeout, register}, backoff(Refusals + 4), again}
     ]};

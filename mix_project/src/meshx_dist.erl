@@ -155,7 +155,7 @@ boot_error(Node, Cause, Text) ->
             true = port_command(Port, Message),
             true = port_close(Port);
         _ ->
-            ?LOG_ERROR("meshx: cannot start ~ts: ~ts: ~ts", [Node, Cause, Text], #{domain => [meshx]})
+            ?LOG_ERROR("meshx: cannot start ~ts: ~ts: ~ts", [Node, Cause, Text])
     end.
 
 remedy(unreachable) ->
@@ -201,9 +201,7 @@ make_room(Unproven) ->
     {Oldest, Monitor} = lists:last(Unproven),
     demonitor(Monitor, [flush]),
     exit(Oldest, kill),
-    ?LOG_WARNING("meshx: more than ~b unproven connections to this node's socket: closed the oldest", [?MAX_UNPROVEN], #{
-        domain => [meshx]
-    }),
+    ?LOG_WARNING("meshx: more than ~b unproven connections to this node's socket: closed the oldest", [?MAX_UNPROVEN]),
     lists:droplast(Unproven).
 
 %% One process for each connection until it has proven itself: net_kernel hears only of those that come from the
@@ -225,7 +223,7 @@ greet(Kernel, Socket) ->
             end;
         {error, Text} ->
             gen_tcp:close(Socket),
-            ?LOG_WARNING("meshx: closed a connection to this node's socket: ~ts", [Text], #{domain => [meshx]})
+            ?LOG_WARNING("meshx: closed a connection to this node's socket: ~ts", [Text])
     end.
 
 proven(Socket) ->
@@ -259,27 +257,45 @@ accepted(Greeter, Socket, Handshake0, SetupTime) ->
             Timer = dist_util:start_timer(SetupTime),
             meshx_agent:link(Link, Socket, inbound, Peer),
             handshake_options(Socket),
-            Handshake = Handshake0#hs_data{
-                timer = Timer,
-                %% Called with the name of the handshake before net_kernel takes it in.
-                f_address = fun(_, Node) -> claimed_address(Node, Claimed) end
-            },
-            dist_util:handshake_other_started(with_socket(Socket, Link, Handshake))
+            Handshake = with_socket(Socket, Link, Handshake0#hs_data{timer = Timer}),
+            dist_util:handshake_other_started(Handshake#hs_data{f_recv = receive_name(Claimed)})
     after SetupTime ->
         ?shutdown(no_node)
     end.
 
 %% The agent holds the name in the handshake against the peer's certificate. The name must also be the one that
-%% the agent spoke of.
-claimed_address(Node, Claimed) ->
-    case atom_to_binary(Node, utf8) of
-        Claimed ->
-            net_address(Node);
-        Name ->
-            ?LOG_ERROR("meshx: refused a link: the handshake names ~ts, the agent ~ts", [Name, Claimed], #{
-                domain => [meshx]
-            }),
-            ?shutdown2(Node, {meshx, identity_mismatch})
+%% the agent spoke of in ACCEPT. It is in the first message (Distribution Protocol, "send_name"), which is
+%% checked before `dist_util' makes an atom of it.
+receive_name(Claimed) ->
+    fun(Socket, Length, Timeout) ->
+        case {get(meshx_named), gen_tcp:recv(Socket, Length, Timeout)} of
+            {undefined, {ok, Message}} ->
+                put(meshx_named, true),
+                check_name(Message, Claimed, Socket);
+            {_, Result} ->
+                Result
+        end
+    end.
+
+check_name(Message, Claimed, Socket) ->
+    case list_to_binary(Message) of
+        <<$N, _Flags:8/binary, _Creation:4/binary, Size:16, Claimed:Size/binary, _/binary>> ->
+            {ok, Message};
+        <<$N, _Flags:8/binary, _Creation:4/binary, Size:16, Name:Size/binary, _/binary>> ->
+            refuse_name(Socket, text("the handshake names ~ts, the agent ~ts", [printable(Name), Claimed]));
+        _ ->
+            refuse_name(Socket, <<"the handshake begins with no name message of version 6">>)
+    end.
+
+refuse_name(Socket, Text) ->
+    _ = gen_tcp:send(Socket, "snot_allowed"),
+    ?LOG_ERROR("meshx: refused a link: ~ts", [Text]),
+    ?shutdown2(no_node, {meshx, identity_mismatch}).
+
+printable(Name) ->
+    case unicode:characters_to_list(Name) of
+        Text when is_list(Text) -> io_lib:write_string(Text);
+        _ -> io_lib:format("~w", [Name])
     end.
 
 %% === Dialling
@@ -299,8 +315,7 @@ connecting(Kernel, Node, Type, MyNode, SetupTime) ->
                 other_node = Node,
                 this_node = MyNode,
                 timer = Timer,
-                request_type = Type,
-                f_address = fun(_, _) -> net_address(Node) end
+                request_type = Type
             },
             try
                 dist_util:handshake_we_started(with_socket(Socket, Link, Handshake))
@@ -311,7 +326,7 @@ connecting(Kernel, Node, Type, MyNode, SetupTime) ->
             end;
         {error, {Cause, Text}} ->
             meshx_links:refuse(Node, Cause, Text),
-            ?LOG_ERROR("meshx: cannot reach ~ts: ~ts: ~ts", [Node, Cause, Text], #{domain => [meshx]}),
+            ?LOG_ERROR("meshx: cannot reach ~ts: ~ts: ~ts", [Node, Cause, Text]),
             ?shutdown2(Node, {meshx, Cause})
     end.
 
@@ -385,6 +400,7 @@ with_socket(Socket, Link, Handshake) ->
             ])
         end,
         f_getll = fun inet:getll/1,
+        f_address = fun(_, Node) -> net_address(Node) end,
         mf_tick = fun ?MODULE:tick/1,
         mf_getstat = fun ?MODULE:getstat/1,
         mf_setopts = fun ?MODULE:setopts/2,

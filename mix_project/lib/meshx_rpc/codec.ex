@@ -9,6 +9,10 @@ defmodule MeshxRpc.Codec do
   and answers with events and with bytes that must be written to the peer (WINDOW, RESET, PONG).
   """
 
+  require Logger
+
+  @chosen {__MODULE__, :impl}
+
   @typedoc "A connection's decoder: a NIF resource or a struct."
   @type t :: term()
 
@@ -90,7 +94,41 @@ defmodule MeshxRpc.Codec do
   """
   @callback guard(binary(), policy :: map()) :: :ok | {:error, reason :: term()}
 
-  @doc "The codec that this VM uses."
+  @doc """
+  The codec that this VM uses: `config :meshx, rpc_codec: module` when that is set, else the NIF, else plain
+  Elixir. That the NIF is not there is logged once, with the reason.
+  """
   @spec impl() :: module()
-  def impl, do: MeshxRpc.Codec.Elixir
+  def impl do
+    case Application.get_env(:meshx, :rpc_codec) do
+      nil -> :persistent_term.get(@chosen, nil) || choose()
+      module -> module
+    end
+  end
+
+  # Under a lock of this node: callers that start at once log once.
+  defp choose do
+    :global.trans({@chosen, self()}, fn -> :persistent_term.get(@chosen, nil) || load() end, [
+      node()
+    ])
+  end
+
+  defp load do
+    module =
+      case MeshxRpc.Codec.Nif.load() do
+        :ok ->
+          MeshxRpc.Codec.Nif
+
+        {:error, reason} ->
+          Logger.warning(
+            "meshx: RPC runs on its Elixir codec, which is slower: the NIF could not be loaded (#{reason}). " <>
+              "Install cargo and run `mix compile --force`; set MESHX_NIF=require to make this an error"
+          )
+
+          MeshxRpc.Codec.Elixir
+      end
+
+    :persistent_term.put(@chosen, module)
+    module
+  end
 end

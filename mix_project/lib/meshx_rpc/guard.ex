@@ -7,28 +7,50 @@ defmodule MeshxRpc.Guard do
   | `max_bytes` | 128 MiB | bytes of the encoded term |
   | `max_depth` | 256 | containers inside one another, at most 512 |
   | `max_terms` | 4,194,304 | terms in all, elements included |
-  | `max_integer_bytes` | 65,536 | bytes of one integer |
-  | `allow_compressed` | `false` | whether a compressed term is taken |
-  | `max_inflated` | 64 MiB | bytes that a compressed term may inflate to |
+  | `max_atoms` | 1,048,576 | atoms in all, each occurrence counted |
+  | `max_atom_bytes` | 16 MiB | bytes of all their texts together |
+  | `max_integer_bytes` | 4,096 | bytes of one integer |
+  | `max_heap_words` | 16,777,216 | words of 8 bytes that the decoded term may take on the heap |
+  | `allow_funs`, `allow_exports` | `false` | functions with code, functions by name |
+  | `allow_pids`, `allow_ports`, `allow_references` | `true` | |
 
-  Functions are never taken. Atoms are left to `:erlang.binary_to_term(binary, [:safe])`.
+  A compressed term is always refused: what it holds shows only after inflating it. Whether an atom exists is left to
+  `:erlang.binary_to_term(binary, [:safe])`.
   """
 
   @defaults %{
     max_bytes: 128 * 1024 * 1024,
     max_depth: 256,
     max_terms: 4 * 1024 * 1024,
-    max_integer_bytes: 65_536,
-    allow_compressed: false,
-    max_inflated: 64 * 1024 * 1024
+    max_atoms: 1024 * 1024,
+    max_atom_bytes: 16 * 1024 * 1024,
+    max_integer_bytes: 4096,
+    max_heap_words: 16 * 1024 * 1024,
+    allow_funs: false,
+    allow_exports: false,
+    allow_pids: true,
+    allow_ports: true,
+    allow_references: true
   }
 
-  @doc "A policy with the defaults where it says nothing. Raises on a key that does not exist."
+  @doc "A policy with the defaults where it says nothing. Raises `ArgumentError` on what it does not know."
   @spec policy(map()) :: map()
   def policy(policy) do
-    for key <- Map.keys(policy), not is_map_key(@defaults, key) do
-      raise ArgumentError,
-            "unknown guard policy #{inspect(key)}, known are #{inspect(Map.keys(@defaults))}"
+    for {key, value} <- policy do
+      case @defaults do
+        %{^key => default} when is_boolean(default) and is_boolean(value) ->
+          :ok
+
+        %{^key => default} when is_integer(default) and is_integer(value) and value >= 0 ->
+          :ok
+
+        %{^key => _} ->
+          raise ArgumentError, "guard policy #{inspect(key)} cannot be #{inspect(value)}"
+
+        _ ->
+          raise ArgumentError,
+                "unknown guard policy #{inspect(key)}, known are #{inspect(Map.keys(@defaults))}"
+      end
     end
 
     Map.update!(Map.merge(@defaults, policy), :max_depth, &min(&1, 512))

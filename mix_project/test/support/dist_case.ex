@@ -31,16 +31,15 @@ defmodule Meshx.DistCase do
   def stop_agent(), do: ExUnit.Callbacks.stop_supervised!(ScriptedAgent)
 
   @doc "Starts a node and waits until it is up."
-  def start_node(context, name, args \\ ["-name"]) do
-    node = launch(context, name, args)
+  def start_node(context, name, args \\ []) do
+    node = launch(context, ["-name", name | args])
     :ok = TestNode.await_boot(node)
     node
   end
 
-  @doc "Starts a node without waiting. `args` end with the flag that takes the name."
-  def launch(%{dir: dir}, name, args \\ ["-name"]) do
-    ExUnit.Callbacks.start_supervised!({TestNode, args: args ++ [name], env: %{"MESHX_DIR" => dir}},
-      id: make_ref()
-    )
+  @doc "Starts a BEAM without waiting; `args` follow `erl`'s own."
+  def launch(%{dir: dir}, args, env \\ %{}) do
+    env = Map.merge(%{"MESHX_DIR" => dir}, env)
+    ExUnit.Callbacks.start_supervised!({TestNode, args: args, env: env}, id: make_ref())
   end
 end

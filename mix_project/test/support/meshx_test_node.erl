@@ -2,7 +2,8 @@
 %% on stdout. The BEAM halts when stdin ends, so it never outlives the test run.
 -module(meshx_test_node).
 
--export([start/0, big/1, big_call/2, nodedown_reason/2, monitored_call/2, hold/0]).
+-export([start/0, big/1, big_call/2, nodedown_reason/2, monitored_call/2, hold/0, ticked/2, meet/2, agent_events/1]).
+-export([printed_status/0, kill_client/0]).
 
 start() ->
     spawn(fun() -> loop() end),
@@ -66,3 +67,48 @@ monitored_call(Node, Timeout) ->
 spawn_monitor_at(Node) ->
     Pid = spawn(Node, ?MODULE, hold, []),
     {Pid, monitor(process, Pid)}.
+
+%% Waits until `Count' packets came from a node on a link without traffic, which are ticks.
+ticked(Node, Count) ->
+    {ok, Info} = net_kernel:node_info(Node),
+    Owner = proplists:get_value(owner, Info),
+    {links, Links} = process_info(Owner, links),
+    [Port] = [Port || Port <- Links, is_port(Port)],
+    {ok, [{recv_cnt, Start}]} = inet:getstat(Port, [recv_cnt]),
+    ticked(Node, Port, Start + Count).
+
+ticked(Node, Port, Wanted) ->
+    case inet:getstat(Port, [recv_cnt]) of
+        {ok, [{recv_cnt, N}]} when N >= Wanted ->
+            lists:member(Node, nodes(connected));
+        {ok, _} ->
+            receive
+            after 50 -> ticked(Node, Port, Wanted)
+            end;
+        {error, Reason} ->
+            Reason
+    end.
+
+%% Connects as soon as the other node's name is known, so that both ends dial about at once.
+meet(Node, At) ->
+    erlang:start_timer(max(0, At - erlang:system_time(millisecond)), self(), go),
+    receive
+        {timeout, _, go} -> net_kernel:connect_node(Node)
+    end.
+
+%% The next `Count' things that the agent's client tells its subscribers.
+agent_events(Count) ->
+    {ok, #{state := State}} = meshx_agent:subscribe(),
+    io:put_chars(["@subscribed ", atom_to_list(State), "\n"]),
+    [
+        receive
+            {meshx_agent, What} -> What
+        end
+     || _ <- lists:seq(1, Count)
+    ].
+
+%% What crash reports and `sys:get_status/1' show of the agent's client, with the raw state.
+printed_status() ->
+    unicode:characters_to_binary(io_lib:format("~0p ~0p", [sys:get_status(meshx_agent), sys:get_state(meshx_agent)])).
+
+kill_client() -> exit(whereis(meshx_agent), kill).

@@ -141,19 +141,18 @@ defmodule Meshx.ScriptedAgent do
   end
 
   defp join(socket, path, accept) do
-    {:ok, other} = :gen_tcp.connect({:local, path}, 0, [:binary, packet: 2, active: false])
-    :ok = :gen_tcp.send(other, accept)
+    ok = <<1, 2, str16("spiffe://test/callee")::binary, str16("127.0.0.3:1")::binary>>
 
-    :ok =
-      :gen_tcp.send(
-        socket,
-        <<1, 2, str16("spiffe://test/callee")::binary, str16("127.0.0.3:1")::binary>>
-      )
-
-    for s <- [socket, other], do: :ok = :inet.setopts(s, packet: 0)
-    pid = spawn_link(fn -> copy(other, socket) end)
-    :ok = :gen_tcp.controlling_process(other, pid)
-    copy(socket, other)
+    # A node may be gone at any step.
+    with {:ok, other} <- :gen_tcp.connect({:local, path}, 0, [:binary, packet: 2, active: false]),
+         :ok <- :gen_tcp.send(other, accept),
+         :ok <- :gen_tcp.send(socket, ok),
+         :ok <- :inet.setopts(socket, packet: 0),
+         :ok <- :inet.setopts(other, packet: 0),
+         pid = spawn_link(fn -> copy(other, socket) end),
+         :ok <- :gen_tcp.controlling_process(other, pid) do
+      copy(socket, other)
+    end
   end
 
   # Either side's end is the end of both: the processes are linked.

@@ -43,11 +43,17 @@ defmodule Meshx.TestNode do
   @doc "SIGKILL; returns when the process is gone."
   def kill(node), do: GenServer.call(node, :kill, 20_000)
 
+  @doc "Sends a signal, `STOP` for example."
+  def signal(node, name), do: GenServer.call(node, {:signal, name})
+
   @impl true
   def init(opts) do
     args = Keyword.fetch!(opts, :args)
     env = for {k, v} <- Keyword.get(opts, :env, %{}), do: {to_charlist(k), to_charlist(v)}
-    paths = for app <- [:meshx, :elixir, :logger], do: ["-pa", to_string(:code.lib_dir(app, :ebin))]
+
+    paths =
+      for app <- [:meshx, :elixir, :logger],
+          do: ["-pa", Path.join(to_string(:code.lib_dir(app)), "ebin")]
 
     port =
       Port.open({:spawn_executable, System.find_executable("erl")}, [
@@ -55,7 +61,7 @@ defmodule Meshx.TestNode do
         :exit_status,
         :stderr_to_stdout,
         {:line, 100_000},
-        {:env, [{'ERL_CRASH_DUMP_BYTES', '0'} | env]},
+        {:env, [{~c"ERL_CRASH_DUMP_BYTES", ~c"0"} | env]},
         {:args,
          ["-noshell", "-proto_dist", "meshx", "-no_epmd", "-setcookie", "meshxtest"] ++
            List.flatten(paths) ++ args ++ ["-s", "meshx_test_node"]}
@@ -89,9 +95,11 @@ defmodule Meshx.TestNode do
     do: {:noreply, tell_output(%{state | output: [{pattern, from} | state.output]})}
 
   def handle_call(:kill, from, state) do
-    {_, 0} = System.cmd("kill", ["-9", to_string(state.os_pid)])
+    send_signal("KILL", state)
     {:noreply, %{state | ended: [from | state.ended]}}
   end
+
+  def handle_call({:signal, name}, _from, state), do: {:reply, send_signal(name, state), state}
 
   @impl true
   def handle_cast({:call, mfa, to}, state), do: {:noreply, send_call(state, mfa, to)}
@@ -106,6 +114,11 @@ defmodule Meshx.TestNode do
   def handle_info({port, {:exit_status, status}}, %{port: port} = state) do
     for from <- state.ended, do: GenServer.reply(from, :ok)
     {:noreply, tell_boot(%{state | boot: {:exited, status}, ended: []})}
+  end
+
+  defp send_signal(name, state) do
+    {_, 0} = System.cmd("kill", ["-" <> name, to_string(state.os_pid)])
+    :ok
   end
 
   defp send_call(state, {module, fun, args}, to) do

@@ -16,6 +16,10 @@ pub const DEFAULT_MAX_FRAME: usize = 128 * 1024 * 1024;
 /// A tick: what a node sends when it has had nothing else to say for a quarter of the tick time.
 pub const TICK: [u8; 4] = [0; 4];
 
+/// Least room that `read_buf` lends, in bytes, so that a reader in place gets what one read can give.
+const READ_SPACE: usize = 32 * 1024;
+const HANDSHAKE_READ_SPACE: usize = 512;
+
 /// Buffer space that is kept when everything in it has been consumed, in bytes.
 const RETAINED_CAPACITY: usize = 1024 * 1024;
 
@@ -62,7 +66,9 @@ impl HandshakeDecoder {
 
     /// The buffer that received bytes are to be appended to, for readers that write in place. Append only.
     pub fn read_buf(&mut self) -> &mut Vec<u8> {
-        self.buffer.writable()
+        let bytes = self.buffer.writable();
+        bytes.reserve(HANDSHAKE_READ_SPACE);
+        bytes
     }
 
     /// The next message without its length; `Ok(None)`: more bytes are needed.
@@ -112,7 +118,9 @@ impl FrameDecoder {
     /// The buffer that received bytes are to be appended to, for readers that write in place. Append only. Take
     /// out all frames before the next read: then at most one unfinished frame is ever moved.
     pub fn read_buf(&mut self) -> &mut Vec<u8> {
-        self.buffer.writable()
+        let bytes = self.buffer.writable();
+        bytes.reserve(READ_SPACE);
+        bytes
     }
 
     /// Bytes that are buffered and not yet taken out as a frame.
@@ -285,6 +293,19 @@ mod tests {
         decoder.push(&[0]);
         assert_eq!(decoder.buffered(), 1);
         assert!(decoder.buffer.bytes.capacity() <= 2 * RETAINED_CAPACITY);
+    }
+
+    #[test]
+    fn a_reader_in_place_gets_room_and_an_unfinished_frame_survives_it() {
+        let mut decoder = FrameDecoder::new(DEFAULT_MAX_FRAME);
+        decoder.push(&[0, 0, 0, 0, 0, 0, 0, 2, 8]);
+        assert_eq!(decoder.next_frame(), Ok(Some(Frame::Tick)));
+        let bytes = decoder.read_buf();
+        assert!(bytes.capacity() - bytes.len() >= READ_SPACE);
+        bytes.push(9);
+        assert_eq!(decoder.next_frame(), Ok(Some(Frame::Data(&[8, 9]))));
+        let mut handshake = HandshakeDecoder::new();
+        assert!(handshake.read_buf().capacity() >= HANDSHAKE_READ_SPACE);
     }
 
     #[test]

@@ -46,6 +46,48 @@
 //!        | digest holds                                          |
 //!   Established                                             Established
 //! ```
+//!
+//! # A link, from the first byte to the first message
+//!
+//! ```
+//! use meshx_dist::control::Control;
+//! use meshx_dist::framing::{DEFAULT_MAX_FRAME, Frame, HandshakeDecoder};
+//! use meshx_dist::handshake::{Admission, AfterStatus, AwaitName, Cookie, Initiator, LocalNode};
+//! use meshx_dist::link::{LinkLimits, Receiver, Sender};
+//! use meshx_etf::{Atom, Pid, Term};
+//!
+//! let (mut to_a, mut to_b) = (HandshakeDecoder::new(), HandshakeDecoder::new());
+//! let mut out = Vec::new();
+//! let cookie = || Cookie::new("monster");
+//!
+//! let a = Initiator::start(LocalNode::hidden("a@h1", 11), "b@h2", cookie(), &mut out)?;
+//! to_b.push(&std::mem::take(&mut out)); // in a program: write, and read at the other end
+//!
+//! let b = AwaitName::new(LocalNode::hidden("b@h2", 22)).on_name(to_b.next_frame()?.unwrap())?;
+//! assert_eq!(b.peer_name(), "a@h1"); // is it who it should be?
+//! let b = b.admit(Admission::Ok, cookie(), 0x1234_5678, &mut out)?; // in a program: random
+//! to_a.push(&std::mem::take(&mut out));
+//!
+//! let AfterStatus::Challenge(a) = a.on_status(to_a.next_frame()?.unwrap())? else { unreachable!() };
+//! let a = a.on_challenge(to_a.next_frame()?.unwrap(), 0x9abc_def0, &mut out)?;
+//! to_b.push(&std::mem::take(&mut out));
+//! let b = b.on_reply(to_b.next_frame()?.unwrap(), &mut out)?;
+//! to_a.push(&std::mem::take(&mut out));
+//! let a = a.on_ack(to_a.next_frame()?.unwrap())?;
+//!
+//! let from = Pid { node: Atom::from("a@h1"), id: 1, serial: 0, creation: a.local_creation };
+//! let message = Control::RegSend { from, to: Atom::from("search"), token: None };
+//! Sender::new(a.flags).send(message.clone(), Some(&Term::atom("hello")), &mut out)?;
+//!
+//! let mut frames = to_b.into_connected(DEFAULT_MAX_FRAME);
+//! frames.push(&out);
+//! let Some(Frame::Data(frame)) = frames.next_frame()? else { unreachable!() };
+//! let mut receiver = Receiver::new(b.flags, LinkLimits::default());
+//! let received = receiver.receive(frame)?.unwrap();
+//! assert_eq!(received.control, message);
+//! assert_eq!(meshx_etf::decode(received.payload.unwrap(), &Default::default())?, Term::atom("hello"));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 
 pub mod control;
 pub mod epmd;

@@ -60,10 +60,16 @@ impl<'a> Cursor<'a> {
         self.owed
     }
 
+    /// Terms read so far, the elements of strings counted.
+    pub(crate) fn seen(&self) -> usize {
+        self.seen
+    }
+
     fn remaining(&self) -> usize {
         self.bytes.len().saturating_sub(self.pos)
     }
 
+    #[inline]
     pub(crate) fn token(&mut self) -> Result<Token<'a>, DecodeError> {
         let at = self.pos;
         let tag = self.u8()?;
@@ -268,11 +274,7 @@ impl<'a> Cursor<'a> {
         }
         let left = size - 4;
         if left > self.remaining() {
-            return Err(DecodeError::Truncated {
-                offset: self.pos,
-                needed: left,
-                remaining: self.remaining(),
-            });
+            return Err(self.truncated(left));
         }
         let body = self.bytes.get(start..end).unwrap_or_default();
         let arity = self.u8()?;
@@ -357,14 +359,17 @@ impl<'a> Cursor<'a> {
         self.u32().map(|n| n as usize)
     }
 
+    #[inline]
     fn u8(&mut self) -> Result<u8, DecodeError> {
         self.array::<1>().map(|[b]| b)
     }
 
+    #[inline]
     fn u32(&mut self) -> Result<u32, DecodeError> {
         self.array().map(u32::from_be_bytes)
     }
 
+    #[inline]
     fn array<const N: usize>(&mut self) -> Result<[u8; N], DecodeError> {
         match self
             .bytes
@@ -375,25 +380,27 @@ impl<'a> Cursor<'a> {
                 self.pos += N;
                 Ok(*chunk)
             }
-            None => Err(DecodeError::Truncated {
-                offset: self.pos,
-                needed: N,
-                remaining: self.remaining(),
-            }),
+            None => Err(self.truncated(N)),
         }
     }
 
+    #[cold]
+    fn truncated(&self, needed: usize) -> DecodeError {
+        DecodeError::Truncated {
+            offset: self.pos,
+            needed,
+            remaining: self.remaining(),
+        }
+    }
+
+    #[inline]
     fn take(&mut self, len: usize) -> Result<&'a [u8], DecodeError> {
         match self.bytes.get(self.pos..).and_then(|rest| rest.get(..len)) {
             Some(taken) => {
                 self.pos += len;
                 Ok(taken)
             }
-            None => Err(DecodeError::Truncated {
-                offset: self.pos,
-                needed: len,
-                remaining: self.remaining(),
-            }),
+            None => Err(self.truncated(len)),
         }
     }
 }

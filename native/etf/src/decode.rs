@@ -37,7 +37,7 @@ pub fn decode_prefix<'a>(bytes: &'a [u8], limits: &Limits) -> Result<(Term, &'a 
             bytes: inflated,
             rest,
         }) => {
-            let (term, end) = Decoder::new(&inflated, limits).run()?;
+            let (term, end) = Decoder::new(&inflated, 1, limits).run()?;
             if end != inflated.len() {
                 return Err(DecodeError::Trailing {
                     offset: end,
@@ -47,10 +47,16 @@ pub fn decode_prefix<'a>(bytes: &'a [u8], limits: &Limits) -> Result<(Term, &'a 
             Ok((term, rest))
         }
         None => {
-            let (term, end) = Decoder::new(bytes, limits).run()?;
+            let (term, end) = Decoder::new(bytes, 1, limits).run()?;
             Ok((term, bytes.get(end..).unwrap_or_default()))
         }
     }
+}
+
+/// Decodes the term at `pos`, which has no version byte; also returns where it ends.
+#[cfg(feature = "eetf")]
+pub(crate) fn decode_bare(bytes: &[u8], pos: usize, limits: &Limits) -> Result<(Term, usize), DecodeError> {
+    Decoder::new(bytes, pos, limits).run()
 }
 
 /// Atoms that were just made, by a cheap hash: a list of maps names the same keys over and over.
@@ -82,9 +88,9 @@ enum Open {
 }
 
 impl<'a> Decoder<'a> {
-    fn new(bytes: &'a [u8], limits: &Limits) -> Self {
+    fn new(bytes: &'a [u8], pos: usize, limits: &Limits) -> Self {
         Self {
-            cursor: Cursor::new(bytes, 1, limits),
+            cursor: Cursor::new(bytes, pos, limits),
             open: Vec::new(),
             max_depth: limits.depth(),
             atoms: [const { None }; CACHED_ATOMS],

@@ -5,6 +5,7 @@
 //!
 //! - [`Walk`] goes through an encoded term and yields borrowed [`Token`]s: nothing is built.
 //! - [`decode()`] and [`decode_prefix`] build an owned [`Term`]; [`encode()`] writes one.
+//! - [`guard`] looks through a term before a BEAM decodes it, and refuses what a policy does not allow.
 //! - [`Limits`] bounds what any of them spends on bytes that a peer wrote.
 //!
 //! No input makes this crate panic, recurse, or reserve memory that the input does not back: containers are kept on
@@ -42,8 +43,11 @@ mod decode;
 mod display;
 mod encode;
 mod error;
+pub mod guard;
 mod ids;
 mod inflate;
+#[cfg(feature = "eetf")]
+mod interop;
 mod limits;
 mod map;
 mod order;
@@ -59,6 +63,8 @@ pub use encode::{encode, encode_bare};
 pub use error::{DecodeError, EncodeError};
 pub use ids::{Export, Fun, Pid, Port, Reference};
 pub use inflate::inflate;
+#[cfg(feature = "eetf")]
+pub use interop::ConvertError;
 pub use limits::{DEPTH_CEILING, Limits};
 pub use map::Map;
 pub use term::Term;

@@ -2,8 +2,8 @@
 
 /// The deepest nesting any decoder or encoder of this crate accepts, whatever [`Limits::max_depth`] says.
 ///
-/// An owned [`Term`](crate::Term) is compared, printed and dropped by recursion. This ceiling keeps those below a
-/// quarter of the smallest stack a Rust thread gets by default (2 MiB).
+/// An owned [`Term`](crate::Term) is compared, printed, converted and dropped by recursion. At this ceiling those
+/// fit half of the stack that a Rust thread gets by default (2 MiB), in a build without optimisation.
 pub const DEPTH_CEILING: u32 = 512;
 
 /// Limits on one encoded term. Every field is something that the peer who wrote the bytes chooses.

@@ -22,14 +22,8 @@ impl Ord for Term {
             (Self::Export(a), Self::Export(b)) => a.cmp(b),
             (Self::Port(a), Self::Port(b)) => a.cmp(b),
             (Self::Pid(a), Self::Pid(b)) => a.cmp(b),
-            (Self::Tuple(a), Self::Tuple(b)) => a.len().cmp(&b.len()).then_with(|| a.cmp(b)),
-            (Self::Map(a), Self::Map(b)) => {
-                let (a, b) = (a.pairs(), b.pairs());
-                let keys = || a.iter().map(|(k, _)| k).cmp(b.iter().map(|(k, _)| k));
-                let values = || a.iter().map(|(_, v)| v).cmp(b.iter().map(|(_, v)| v));
-                a.len().cmp(&b.len()).then_with(keys).then_with(values)
-            }
-            (Self::List(a), Self::List(b)) => a.cmp(b),
+            (Self::Tuple(a), Self::Tuple(b)) => a.len().cmp(&b.len()).then_with(|| compare_items(a, b)),
+            (Self::Map(a), Self::Map(b)) => compare_maps(a.pairs(), b.pairs()),
             (Self::List(_) | Self::ImproperList(..), Self::List(_) | Self::ImproperList(..)) => {
                 compare_lists(self, other)
             }
@@ -42,27 +36,58 @@ impl Ord for Term {
     }
 }
 
+// Comparing goes as deep as terms are nested, so what recurses is kept to plain loops: adapters on iterators cost
+// several frames per level in a build without optimisation.
+
+/// Element by element, as far as both go.
+fn compare_items(a: &[Term], b: &[Term]) -> Ordering {
+    for (a, b) in a.iter().zip(b) {
+        let order = a.cmp(b);
+        if order.is_ne() {
+            return order;
+        }
+    }
+    Ordering::Equal
+}
+
+/// By size, then all keys, then all values.
+fn compare_maps(a: &[(Term, Term)], b: &[(Term, Term)]) -> Ordering {
+    if a.len() != b.len() {
+        return a.len().cmp(&b.len());
+    }
+    for ((a, _), (b, _)) in a.iter().zip(b) {
+        let order = a.cmp(b);
+        if order.is_ne() {
+            return order;
+        }
+    }
+    for ((_, a), (_, b)) in a.iter().zip(b) {
+        let order = a.cmp(b);
+        if order.is_ne() {
+            return order;
+        }
+    }
+    Ordering::Equal
+}
+
 /// Element by element; then `[]` or an improper tail stands against what the other list has there.
 fn compare_lists(a: &Term, b: &Term) -> Ordering {
     let (a_items, a_tail) = list_parts(a);
     let (b_items, b_tail) = list_parts(b);
-    let common = a_items
-        .iter()
-        .zip(b_items)
-        .map(|(a, b)| a.cmp(b))
-        .find(|order| order.is_ne());
-    if let Some(order) = common {
-        return order;
+    let common = compare_items(a_items, b_items);
+    if common.is_ne() {
+        return common;
     }
     match (a_items.len().cmp(&b_items.len()), a_tail, b_tail) {
         (Ordering::Equal, Some(a), Some(b)) => a.cmp(b),
         // `[]` sorts below a non-empty list, and both above all but bit strings.
         (Ordering::Equal, None, Some(tail)) => LIST_RANK.cmp(&rank(tail)),
         (Ordering::Equal, Some(tail), None) => rank(tail).cmp(&LIST_RANK),
-        (Ordering::Equal, None, None) => Ordering::Equal,
         (Ordering::Less, Some(tail), _) => rank(tail).cmp(&LIST_RANK),
         (Ordering::Greater, _, Some(tail)) => LIST_RANK.cmp(&rank(tail)),
-        (order, _, _) => order,
+        (order, None, None) | (order @ Ordering::Less, None, _) | (order @ Ordering::Greater, _, None) => {
+            order
+        }
     }
 }
 

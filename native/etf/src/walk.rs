@@ -50,10 +50,15 @@ impl<'a> Walk<'a> {
         if self.cursor.owed() == 0 {
             return Ok(None);
         }
+        self.step().map(Some)
+    }
+
+    #[inline]
+    fn step(&mut self) -> Result<Token<'a>, DecodeError> {
         let at = self.cursor.pos();
         let token = self.cursor.token()?;
         self.nesting.advance(&token, at, self.cursor.pos())?;
-        Ok(Some(token))
+        Ok(token)
     }
 
     /// Bytes read so far, the version byte included.
@@ -76,7 +81,10 @@ impl<'a> Walk<'a> {
 /// As [`Walk::next_token`]; a compressed term has no length that shows without inflating it and is refused.
 pub fn term_len(bytes: &[u8], limits: &Limits) -> Result<usize, DecodeError> {
     let mut walk = Walk::new(bytes, limits)?;
-    while walk.next_token()?.is_some() {}
+    // Not `next_token`: handing tokens out costs more than reading them.
+    while walk.cursor.owed() > 0 {
+        walk.step()?;
+    }
     Ok(walk.offset())
 }
 
@@ -116,6 +124,7 @@ pub(crate) fn skip_fun(
 #[derive(Debug)]
 pub(crate) struct Nesting {
     open: Vec<Open>,
+    deepest: usize,
     max_depth: usize,
 }
 
@@ -138,6 +147,7 @@ impl Nesting {
     pub(crate) fn new(max_depth: usize) -> Self {
         Self {
             open: Vec::new(),
+            deepest: 0,
             max_depth,
         }
     }
@@ -146,6 +156,12 @@ impl Nesting {
         self.open.len()
     }
 
+    /// The deepest it was so far.
+    pub(crate) fn deepest(&self) -> usize {
+        self.deepest
+    }
+
+    #[inline]
     /// Takes note of a token that began at `at` and whose own bytes end at `end`.
     pub(crate) fn advance(&mut self, token: &Token<'_>, at: usize, end: usize) -> Result<(), DecodeError> {
         let mut in_tail = false;
@@ -172,6 +188,7 @@ impl Nesting {
                 });
             }
             self.open.push(Open { left, kind });
+            self.deepest = self.deepest.max(self.open.len());
         }
         while let Some(Open { left: 0, kind }) = self.open.last() {
             if let Kind::Fun(announced) = *kind

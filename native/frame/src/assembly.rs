@@ -8,18 +8,33 @@ use std::collections::TryReserveError;
 const DOUBLING_UP_TO: usize = 1 << 20;
 const FIRST_STEP: usize = 4 << 10;
 
+/// What to do with the memory of a message that nobody gets.
+///
+/// To give hundreds of MiB back to the system takes milliseconds: an owner that must not stall can do it elsewhere.
+pub type Discard = fn(Vec<u8>);
+
 /// Collects a message of a known length. Never reserves more than `total`.
 #[derive(Debug)]
 pub(crate) struct Assembly {
     total: usize,
     bytes: Vec<u8>,
+    discard: Discard,
+}
+
+impl Drop for Assembly {
+    fn drop(&mut self) {
+        if self.bytes.capacity() > 0 {
+            (self.discard)(std::mem::take(&mut self.bytes));
+        }
+    }
 }
 
 impl Assembly {
-    pub(crate) fn new(total: usize) -> Self {
+    pub(crate) fn new(total: usize, discard: Discard) -> Self {
         Self {
             total,
             bytes: Vec::new(),
+            discard,
         }
     }
 
@@ -50,8 +65,8 @@ impl Assembly {
         Ok(())
     }
 
-    pub(crate) fn into_bytes(self) -> Vec<u8> {
-        self.bytes
+    pub(crate) fn into_bytes(mut self) -> Vec<u8> {
+        std::mem::take(&mut self.bytes)
     }
 }
 
@@ -62,7 +77,7 @@ mod tests {
 
     #[test]
     fn an_announced_gibibyte_costs_nothing() {
-        let mut assembly = Assembly::new(1 << 30);
+        let mut assembly = Assembly::new(1 << 30, drop);
         assert_eq!(assembly.bytes.capacity(), 0);
         assembly.push(&[1; 100]).unwrap();
         assert!(assembly.bytes.capacity() <= FIRST_STEP);
@@ -75,7 +90,7 @@ mod tests {
     #[test]
     fn never_reserves_more_than_the_total() {
         for total in [0, 1, 5_000, (1 << 20) + 7, 5 << 20] {
-            let mut assembly = Assembly::new(total);
+            let mut assembly = Assembly::new(total, drop);
             while assembly.len() < total {
                 let n = 1000.min(total - assembly.len());
                 assembly.push(&vec![7; n]).unwrap();

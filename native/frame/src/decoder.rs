@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use crate::header::{FLAG_CKS, HEADER_LEN, Header, frame_type::*};
 use crate::streams::{Check, Streams};
-use crate::{Cause, Event, Failure, MAX_PAYLOAD, MAX_WINDOW, Options, OptionsError, Output, Role, encode};
+use crate::{
+    Cause, Discard, Event, Failure, MAX_PAYLOAD, MAX_WINDOW, Options, OptionsError, Output, Role, encode,
+};
 
 /// How far the handshake is.
 ///
@@ -56,6 +58,14 @@ impl Decoder {
     /// # Errors
     /// A window that is 0 or above [`MAX_WINDOW`].
     pub fn new(options: Options) -> Result<Self, OptionsError> {
+        Self::with_discard(options, drop)
+    }
+
+    /// As [`new`](Self::new), with a way of the owner's to free the memory of messages that nobody gets.
+    ///
+    /// # Errors
+    /// A window that is 0 or above [`MAX_WINDOW`].
+    pub fn with_discard(options: Options, discard: Discard) -> Result<Self, OptionsError> {
         options.check()?;
         Ok(Self {
             role: options.role,
@@ -63,7 +73,7 @@ impl Decoder {
             checksum: false,
             block: MAX_PAYLOAD,
             partial: Vec::new(),
-            streams: Streams::new(options),
+            streams: Streams::new(options, discard),
             failure: None,
             frames: 0,
             bytes: 0,

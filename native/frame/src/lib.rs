@@ -64,6 +64,7 @@ mod header;
 mod options;
 mod streams;
 
+pub use assembly::Discard;
 pub use cause::Cause;
 pub use decoder::{Decoder, Stats};
 pub use event::{Event, Failure, Kind, Output, Status};

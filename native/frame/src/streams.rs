@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use crate::assembly::Assembly;
+use crate::assembly::{Assembly, Discard};
 use crate::control_rate::ControlRate;
 use crate::header::{Header, REQUEST_HEAD_FIXED, REQUEST_HEAD_MAX, block_too_large, frame_type::*};
 use crate::{Cause, Event, Failure, Kind, Options, Output, Role, Status, encode};
@@ -17,6 +17,7 @@ const SEQ_MASK: u32 = 0xFF_FFFF;
 #[derive(Debug)]
 pub(crate) struct Streams {
     options: Options,
+    discard: Discard,
     pub(crate) block_size: usize,
     pub(crate) control: ControlRate,
     table: HashMap<u32, Stream>,
@@ -77,8 +78,9 @@ struct Window {
 type Fault = (Cause, String);
 
 impl Streams {
-    pub(crate) fn new(options: Options) -> Self {
+    pub(crate) fn new(options: Options, discard: Discard) -> Self {
         Self {
+            discard,
             block_size: crate::MAX_PAYLOAD,
             control: ControlRate::new(),
             table: HashMap::new(),
@@ -275,7 +277,7 @@ impl Streams {
         }
         let mut receiving = Receiving {
             head,
-            message: Assembly::new(size),
+            message: Assembly::new(size, self.discard),
             next: 1,
         };
         receiving.append(data)?;
@@ -569,5 +571,39 @@ fn protocol(text: String) -> Failure {
     Failure {
         cause: Cause::Protocol,
         text,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    #[test]
+    fn blocks_are_numbered_modulo_2_pow_24() {
+        let head = Head::Response {
+            status: Status::Result,
+            term: 0,
+        };
+        let message = Assembly::new(3, drop);
+        let state = State::Receiving(Receiving {
+            head,
+            message,
+            next: SEQ_MASK,
+        });
+        let mut stream = Stream {
+            window: Window { left: 9, pending: 0 },
+            state,
+        };
+        for seq in [SEQ_MASK, 0, 1] {
+            let header = Header {
+                len: 1,
+                frame_type: DATA,
+                flags: 0,
+                seq,
+                stream: 1,
+            };
+            stream.data(&header, &[7]).unwrap();
+        }
     }
 }

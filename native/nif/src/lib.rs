@@ -1,1 +1,48 @@
 //! NIF: terms to and from meshx-frame and meshx-etf, nothing else.
+//!
+//! The Elixir side is `MeshxRpc.Codec.Nif`; its module `Native` has the stubs. Every call here returns within about a
+//! millisecond whatever a peer sent: work is done in slices, and the Elixir side loops.
+
+mod decoder;
+mod event;
+mod guard;
+
+use std::time::Instant;
+
+use rustler::schedule::consume_timeslice;
+use rustler::{Binary, Env, ListIterator, NifResult};
+
+mod atoms {
+    rustler::atoms! {
+        ok, error, more, infinity, call, cast, result, started,
+        hello, hello_ack, auth, ready, refused, request, response, cancel, reset, stream_error, window, pong, goaway,
+        protocol, invalid_cks, full, too_large, cancelled, sequence, unknown_stream, version, settings, timeout,
+        shutdown, internal, refused_term,
+        malformed, trailing, too_long, too_deep, too_many_terms, integer_too_long, compressed_not_allowed,
+        not_allowed, too_many_atoms, too_many_atom_bytes, too_many_heap_words,
+    }
+}
+
+/// CRC-32 of a list of binaries, one after the other.
+#[rustler::nif]
+fn crc32(iovec: ListIterator<'_>) -> NifResult<u32> {
+    let mut hasher = crc32fast::Hasher::new();
+    for part in iovec {
+        hasher.update(part.decode::<Binary<'_>>()?.as_slice());
+    }
+    Ok(hasher.finalize())
+}
+
+/// To the VM a call is one reduction, however long it was: this says how much of a millisecond it really took.
+pub(crate) fn count_time(env: Env<'_>, began: Instant) {
+    let percent = began.elapsed().as_micros() / 10;
+    consume_timeslice(env, percent.clamp(1, 100) as i32);
+}
+
+/// Tells a loaded library from the stubs.
+#[rustler::nif]
+fn loaded() -> bool {
+    true
+}
+
+rustler::init!("Elixir.MeshxRpc.Codec.Nif.Native");

@@ -71,6 +71,7 @@ defmodule MeshxRpc.Codec.Wire do
   def goaway(last, cause, text),
     do: control(0x23, 0, <<last::32, cause_number(cause)::16, text(text)::binary>>)
 
+  # Never half a character.
   defp text(text) when byte_size(text) <= 1_024, do: text
-  defp text(text), do: binary_part(text, 0, 1_024)
+  defp text(text), do: text |> binary_part(0, 1_024) |> String.chunk(:valid) |> hd()
 end

@@ -154,8 +154,11 @@ impl NameGiven {
         out: &mut Vec<u8>,
     ) -> Result<AwaitReply, HandshakeError> {
         let Self { local, established } = self;
+        // A BEAM takes the name that it asked for only from an acceptor that has the flag as well: `dist_util` does
+        // so, the specification doesn't say it.
+        let flags = local.flags | (established.peer_flags & DistFlags::NAME_ME);
         Challenge {
-            flags: local.flags,
+            flags,
             challenge,
             creation: local.creation,
             name: &local.name,

@@ -50,12 +50,12 @@ impl LocalNode {
     }
 
     fn agree(&self, peer: DistFlags) -> Result<DistFlags, HandshakeError> {
-        match peer.missing(self.required_flags) {
-            missing if missing == DistFlags::default() => {
-                Ok(self.flags.expand_digest() & peer.expand_digest())
-            }
-            missing => Err(HandshakeError::MissingFlags { missing }),
+        let missing = peer.missing(self.required_flags);
+        if missing != DistFlags::default() {
+            return Err(HandshakeError::MissingFlags { missing });
         }
+        // `NAME_ME` is a request, nothing that is used on the link.
+        Ok((self.flags.expand_digest() & peer.expand_digest()).without(DistFlags::NAME_ME))
     }
 }
 

@@ -164,6 +164,11 @@ fn a_node_without_a_name_is_given_one() {
     let a = challenged(a.on_status(&messages[0]).unwrap());
     let (a, b) = finish(a, b, &messages[1]);
     assert_eq!((&a.local_name[..], a.local_creation), ("x7@h1", 77));
+    assert!(
+        a.peer_flags.contains(DistFlags::NAME_ME),
+        "a BEAM takes the name only with this"
+    );
+    assert!(!a.flags.contains(DistFlags::NAME_ME) && !b.flags.contains(DistFlags::NAME_ME));
     assert_eq!((&b.peer_name[..], b.peer_creation), ("x7@h1", 77));
 
     let (a, b) = named(local);

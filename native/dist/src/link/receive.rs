@@ -253,7 +253,8 @@ impl Receiver {
             .sequences
             .get_mut(&sequence)
             .ok_or(order("a first fragment"))?;
-        if fragment == 0 || state.fragment.checked_sub(1) != Some(fragment) {
+        // A sequence ends with fragment 1, so the one waited for is never 0.
+        if state.fragment.checked_sub(1) != Some(fragment) {
             return Err(order("the number below that of the fragment before"));
         }
         state.fragment = fragment;

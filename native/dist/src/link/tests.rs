@@ -74,7 +74,10 @@ fn exact_bytes() {
     let pass = [&[112, 131], &control[..], &[131], &payload].concat();
     let header = [&[131, 68, 0], &control[..], &payload].concat();
     for (flags, frame) in [(PASS, pass), (HEADERS, header)] {
-        assert_eq!(sent(flags, to_name(), Some(&Term::Int(7))), std::slice::from_ref(&frame));
+        assert_eq!(
+            sent(flags, to_name(), Some(&Term::Int(7))),
+            std::slice::from_ref(&frame)
+        );
         let mut receiver = Receiver::new(flags, LinkLimits::default());
         let message = receiver.receive(&frame).unwrap().unwrap();
         assert_eq!(

@@ -1,0 +1,37 @@
+defmodule MeshxRpc do
+  @moduledoc """
+  Remote calls over TCP, Unix sockets or a service mesh, with many calls at once on one connection.
+
+  `MeshxRpc.Server` offers a module's functions, `MeshxRpc.Client` calls them;
+  `MeshxRpc.Server.Pool` and `MeshxRpc.Client.Pool` are the same without macros.
+  The bytes are described in `docs/rpc-protocol.md`.
+
+  ## Processes
+
+  ```
+  server: Supervisor (registered as the server's id)
+    DynamicSupervisor
+      connection                one for each client connection
+        request                 one for each call that runs, linked to its connection
+    listener                    listening socket, limits, registration with the mesh
+      acceptor                  :acceptors of them, linked to the listener
+
+  client: Supervisor (registered as the client's id; owner of an ETS table of that name)
+    upstream                    with :mesh only: asks the mesh for an address
+    connection                  pool_opts[:size] of them
+  ```
+
+  Nothing else is registered, so a VM can have any number of them. The supervisor of a server restarts
+  listener and connections together; a connection of a server is not restarted, one of a client is.
+
+  A call runs in its caller's process as far as it can: it serialises the argument, chooses the connection
+  with the fewest calls, and decodes the result. The connection process decides what is sent next
+  (`MeshxRpc.Writer`) and collects what waits for it into one write. It monitors the caller before the first
+  byte goes out; a caller that dies or gives up makes it send CANCEL, and the server kills the request's process.
+
+  ## Stopping
+
+  A server that stops says which calls it began (GOAWAY) and closes; calls that it did not begin are
+  `:closed` for their callers, and made again elsewhere or later, the others `:tcp_closed`.
+  """
+end

@@ -1,0 +1,123 @@
+defmodule MeshxRpc.Client.Call do
+  @moduledoc false
+  # The caller's half of a call, in the caller's process: serialise, choose a connection, wait, decode.
+  #
+  # The answer comes to a process alias that is gone when the caller has given up: late answers vanish.
+
+  alias MeshxRpc.{Client, Term}
+
+  @max_fun 255
+
+  @spec call(atom(), atom() | binary(), term(), timeout(), non_neg_integer(), non_neg_integer()) ::
+          term()
+  def call(pool, fun, argument, timeout, retry, retry_sleep) do
+    run(pool, :call, fun, argument, timeout, retry, retry_sleep)
+  end
+
+  @spec cast(atom(), atom() | binary(), term(), timeout(), non_neg_integer(), non_neg_integer()) ::
+          :ok
+  def cast(pool, fun, argument, timeout, retry, retry_sleep) do
+    case run(pool, :cast, fun, argument, timeout, retry, retry_sleep) do
+      :ok -> :ok
+      {:error_rpc, _reason} -> Client.Pool.cast_failed(pool)
+    end
+  end
+
+  defp run(pool, kind, fun, argument, timeout, retry, retry_sleep) do
+    request = %{
+      pool: Client.Pool.fetch!(pool),
+      kind: kind,
+      fun: name!(fun),
+      encoded: Term.encode(argument),
+      until: until(timeout),
+      sleep: retry_sleep
+    }
+
+    attempt(request, retry)
+  end
+
+  defp attempt(request, retry) do
+    case once(request) do
+      {:error_rpc, reason} = error when retry > 0 ->
+        cond do
+          reason not in request.pool.retry_on -> error
+          pause(request) -> attempt(request, retry - 1)
+          true -> {:error_rpc, :timeout}
+        end
+
+      result ->
+        result
+    end
+  end
+
+  defp once(%{encoded: {_flag, _iovec, size}} = request) do
+    case Client.Pool.connection(request.pool) do
+      {:ok, _pid, max_message} when size > max_message -> {:error_rpc, :error_too_long}
+      {:ok, pid, _max_message} -> ask(request, pid)
+      :none -> {:error_rpc, :closed}
+    end
+  end
+
+  defp ask(request, pid) do
+    left = left(request.until)
+    alias = :erlang.monitor(:process, pid, alias: :reply_demonitor)
+    send(pid, {request.kind, alias, self(), request.fun, left, request.encoded})
+
+    receive do
+      {^alias, :queued} -> :ok
+      {^alias, :result, flag, bytes} -> decoded(request, flag, bytes)
+      {^alias, :error, flag, bytes} -> {:error_rpc, request |> decoded(flag, bytes) |> reason()}
+      {^alias, :failed, reason} -> {:error_rpc, reason}
+      # It was gone before our message came.
+      {:DOWN, ^alias, :process, _pid, :noproc} -> {:error_rpc, :closed}
+      {:DOWN, ^alias, :process, _pid, _reason} -> {:error_rpc, :tcp_closed}
+    after
+      left ->
+        :erlang.demonitor(alias, [:flush])
+        send(pid, {:cancel, alias})
+        # What came between the timeout and the end of the alias.
+        receive do
+          {^alias, _queued} -> :ok
+          {^alias, _failed, _reason} -> :ok
+          {^alias, _status, _flag, _bytes} -> :ok
+        after
+          0 -> :ok
+        end
+
+        {:error_rpc, :timeout}
+    end
+  end
+
+  defp decoded(request, flag, bytes) do
+    case Term.decode(request.pool.codec, flag, bytes, request.pool.guard) do
+      {:ok, term} -> term
+      {:error, _why} -> {:error_rpc, :serialization_fail}
+    end
+  end
+
+  defp reason({:error_rpc, :serialization_fail}), do: :serialization_fail
+  defp reason(reason), do: Term.localize(reason)
+
+  defp pause(%{sleep: sleep, until: until}) do
+    left = left(until)
+    wait = min(Client.Backoff.jitter(sleep), left)
+    Process.sleep(wait)
+    left == :infinity or left > wait
+  end
+
+  defp until(:infinity), do: :infinity
+  defp until(timeout), do: System.monotonic_time(:millisecond) + timeout
+
+  defp left(:infinity), do: :infinity
+  defp left(until), do: max(until - System.monotonic_time(:millisecond), 0)
+
+  defp name!(fun) when is_atom(fun), do: fun |> Atom.to_string() |> name!()
+  defp name!(fun) when is_binary(fun) and byte_size(fun) in 1..@max_fun, do: fun
+
+  defp name!(fun),
+    do:
+      raise(
+        ArgumentError,
+        "function name is #{inspect(fun)}, wanted an atom or a binary of 1 to #{@max_fun} bytes"
+      )
+end

@@ -1,0 +1,466 @@
+defmodule MeshxRpc.Client.Connection do
+  @moduledoc false
+  # One connection of a client: connects, says hello, multiplexes calls, connects again.
+  #
+  #   :down -> connect -> :hello -> HELLO_ACK, READY -> :up -> (:draining ->) :down
+  #
+  # `:draining`: the server said GOAWAY or the stream ids are used up; calls that run may end, new ones
+  # are answered with `:closed`. While it is `:up` the pool's table has a row for it.
+
+  use GenServer
+  require Logger
+
+  alias MeshxRpc.{Address, Frame, Hello, Link, Reason, Writer}
+  alias MeshxRpc.Client.{Backoff, Upstream}
+
+  @enforce_keys [:config, :index, :table, :load]
+  defstruct [
+    :config,
+    :index,
+    :table,
+    :load,
+    :link,
+    :address,
+    :hello,
+    :agreed,
+    :proved,
+    :hello_timer,
+    :send_timer,
+    phase: :down,
+    attempt: 0,
+    failed: nil,
+    logged: nil,
+    calls: %{},
+    streams: %{},
+    monitors: %{}
+  ]
+
+  def child_spec({config, index, _table, _load} = argument) do
+    %{id: {config.id, index}, start: {__MODULE__, :start_link, [argument]}}
+  end
+
+  def start_link({config, index, table, load}) do
+    GenServer.start_link(__MODULE__, %__MODULE__{
+      config: config,
+      index: index,
+      table: table,
+      load: load
+    })
+  end
+
+  @impl true
+  def init(state) do
+    # What a connection that crashed has left.
+    :ets.delete(state.table, state.index)
+    :counters.put(state.load, state.index, 0)
+    {:ok, state, {:continue, :connect}}
+  end
+
+  @impl true
+  def handle_continue(:connect, state), do: connect(state)
+
+  @impl true
+  def handle_info({kind, key, caller, fun, deadline, encoded}, state) when kind in [:call, :cast] do
+    {_flag, _iovec, size} = encoded
+    queued = if state.phase == :up, do: Writer.bytes(state.link.writer), else: 0
+
+    cond do
+      state.phase != :up ->
+        send(key, {key, :failed, :closed})
+        continue(state)
+
+      queued > 0 and queued + size > state.config.max_queue ->
+        send(key, {key, :failed, :full})
+        continue(state)
+
+      true ->
+        state |> enqueue(kind, key, caller, fun, deadline, encoded) |> continue()
+    end
+  end
+
+  def handle_info({:cancel, key}, state), do: state |> give_up(key) |> continue()
+
+  def handle_info({:DOWN, monitor, :process, _pid, _reason}, state) do
+    case state.monitors do
+      %{^monitor => key} -> state |> give_up(key) |> continue()
+      _over -> continue(state)
+    end
+  end
+
+  def handle_info({:tcp, socket, bytes}, %{link: %{socket: socket}} = state) do
+    case Link.feed(state.link, bytes) do
+      {:ok, link, events} ->
+        %{state | link: link} |> events(events) |> continue()
+
+      {:error, link, events, out, cause, text} ->
+        state = events(%{state | link: link}, events)
+        if state.link, do: Link.shutdown(state.link, out)
+        state |> lost({cause, text}) |> continue()
+    end
+  end
+
+  def handle_info({:tcp_passive, socket}, %{link: %{socket: socket}} = state) do
+    case Link.activate(state.link) do
+      :ok -> continue(state)
+      {:error, reason} -> state |> lost(reason) |> continue()
+    end
+  end
+
+  def handle_info(:timeout, state), do: write(state)
+
+  def handle_info({:drained, socket}, %{link: %{socket: socket}} = state),
+    do: write(%{state | link: Link.drained(state.link)})
+
+  def handle_info({:tcp_closed, socket}, %{link: %{socket: socket}} = state),
+    do: state |> lost(:closed) |> continue()
+
+  def handle_info({:tcp_error, socket, reason}, %{link: %{socket: socket}} = state),
+    do: state |> lost(reason) |> continue()
+
+  def handle_info({:timeout, timer, :hello}, %{hello_timer: timer} = state) do
+    text = "the server's hello took longer than #{state.config.timeout_hsk} ms"
+    Link.shutdown(state.link, Frame.refused(:timeout, text))
+    state |> lost({:timeout, text}) |> continue()
+  end
+
+  def handle_info({:timeout, timer, :send}, %{send_timer: timer} = state) do
+    text = "the server left our bytes unread for #{state.config.timeout_send} ms"
+    state |> lost({:timeout, text}) |> continue()
+  end
+
+  def handle_info({:timeout, timer, :connect}, %{hello_timer: timer, phase: :down} = state),
+    do: connect(state)
+
+  def handle_info(_of_a_connection_that_is_gone, state), do: continue(state)
+
+  # Connecting
+
+  defp connect(%{config: config} = state) do
+    with {:ok, address} <- address(state),
+         state = %{state | address: address},
+         {:ok, socket} <- at(state, Address.connect(address, config.timeout_connect)) do
+      link = Link.new(socket, config.codec, codec_options(config))
+      hello = Hello.hello(config, Hello.nonce())
+      link = Link.queue(link, Frame.hello(hello))
+      timer = :erlang.start_timer(config.timeout_hsk, self(), :hello)
+      state = %{state | link: link, phase: :hello, hello: hello, hello_timer: timer, proved: false}
+
+      case Link.activate(link) do
+        :ok -> {:noreply, state}
+        {:error, reason} -> state |> lost(reason) |> continue()
+      end
+    else
+      {:error, reason, state} ->
+        {:noreply, again(%{state | failed: state.address}, {:connect, reason}, :proxy)}
+
+      {:error, reason} ->
+        {:noreply, again(state, {:mesh, reason}, :proxy)}
+    end
+  end
+
+  defp at(_state, {:ok, socket}), do: {:ok, socket}
+  defp at(state, {:error, reason}), do: {:error, reason, state}
+
+  defp address(%{config: %{mesh: nil, address: address}}), do: {:ok, address}
+
+  defp address(state) do
+    [{:upstream, upstream}] = :ets.lookup(state.table, :upstream)
+    Upstream.address(upstream, state.failed)
+  end
+
+  defp codec_options(config) do
+    %{
+      role: :client,
+      max_message: config.max_message,
+      max_bytes: config.max_bytes,
+      max_streams: 0xFFFF_FFFF,
+      stream_window: config.stream_window,
+      connection_window: config.connection_window
+    }
+  end
+
+  # The connection is over, or was never there: answer who waits, and try again later.
+  defp lost(%{link: nil} = state, _reason), do: state
+
+  defp lost(state, reason) do
+    :ets.delete(state.table, state.index)
+    Link.close(state.link)
+    for timer <- [state.hello_timer, state.send_timer], timer, do: :erlang.cancel_timer(timer)
+
+    state =
+      Enum.reduce(Map.keys(state.calls), state, fn key, state ->
+        {how_far, _writer} =
+          if state.agreed, do: Writer.drop(state.link.writer, key), else: {:unsent, nil}
+
+        # What was not wholly sent has not run.
+        fail(state, key, if(how_far == :sent, do: :tcp_closed, else: :closed))
+      end)
+
+    was_up = state.phase in [:up, :draining]
+    state = %{state | link: nil, agreed: nil, phase: :down, send_timer: nil, streams: %{}}
+
+    if was_up,
+      do: again(%{state | attempt: 0}, reason, :idle),
+      else: again(%{state | failed: state.address}, reason, :hello)
+  end
+
+  defp again(%{config: config} = state, reason, kind) do
+    longest =
+      case kind do
+        :idle -> config.retry_idle_error
+        :proxy -> config.retry_proxy_fail
+        :hello -> config.retry_hsk_fail
+      end
+
+    # A hello that failed once will not do better at once.
+    attempt = if kind == :hello, do: 20, else: state.attempt
+    timer = :erlang.start_timer(Backoff.wait(attempt, longest), self(), :connect)
+    :ets.insert(state.table, {{:down, state.index}, reason})
+    log(%{state | hello_timer: timer, attempt: state.attempt + 1}, kind, reason)
+  end
+
+  # Once for each reason, not once for each try.
+  defp log(%{logged: reason} = state, _kind, reason), do: state
+
+  defp log(%{config: %{quiet_on_hsk_error?: true}} = state, :hello, reason),
+    do: %{state | logged: reason}
+
+  defp log(state, _kind, reason) do
+    text =
+      case reason do
+        {cause, text} when is_binary(text) -> "#{cause}: #{text}"
+        other -> inspect(other)
+      end
+
+    where = if state.address, do: inspect(state.address), else: inspect(state.config.mesh.service)
+
+    Logger.warning(
+      "MeshxRpc.Client #{inspect(state.config.id)}: no connection to #{where}: #{text}"
+    )
+
+    %{state | logged: reason}
+  end
+
+  # Events
+
+  defp events(state, events), do: Enum.reduce(events, state, &event/2)
+
+  defp event(_event, %{link: nil} = state), do: state
+
+  defp event({:hello_ack, ack}, %{phase: :hello, agreed: nil} = state) do
+    case Hello.accept(state.config, state.hello, ack) do
+      {:ok, agreed, nil} ->
+        %{state | agreed: agreed}
+
+      {:ok, agreed, proof} ->
+        %{state | agreed: agreed, link: Link.queue(state.link, Frame.auth(proof))}
+
+      {:refused, cause, text} ->
+        Link.shutdown(state.link, Frame.refused(cause, text))
+        lost(state, {cause, text})
+    end
+  end
+
+  defp event(:ready, %{phase: :hello, agreed: agreed} = state) when agreed != nil do
+    :erlang.cancel_timer(state.hello_timer)
+    link = Link.agree(state.link, agreed, Map.get(state.config, :writer, []))
+    :ets.delete(state.table, {:down, state.index})
+    :ets.insert(state.table, {state.index, self(), agreed.peer_max_message})
+    %{state | link: link, phase: :up, attempt: 0, hello_timer: nil, failed: nil, logged: nil}
+  end
+
+  defp event({:refused, cause, text}, state), do: lost(state, {cause, text})
+
+  defp event({:response, stream, :started, _flag, _bytes}, state), do: done(state, stream, :started)
+
+  defp event({:response, stream, status, flag, bytes}, state),
+    do: done(state, stream, {status, flag, bytes})
+
+  defp event({over, stream, cause, _text}, state) when over in [:reset, :stream_error],
+    do: done(state, stream, {:failed, Reason.of(cause)})
+
+  defp event({:window, stream, increment}, %{agreed: agreed} = state) when agreed != nil do
+    case Link.window(state.link, stream, increment) do
+      {:ok, link} ->
+        %{state | link: link}
+
+      :error ->
+        text = "a window of stream #{stream} grew beyond 2147483647 bytes"
+        Link.shutdown(state.link, Frame.goaway(0, :protocol, text))
+        lost(state, {:protocol, text})
+    end
+  end
+
+  # What the server will not run may be sent to another.
+  defp event({:goaway, last, cause, text}, %{phase: phase} = state)
+       when phase in [:up, :draining] do
+    state = Enum.reduce(Map.keys(state.calls), state, &refused(&2, &1, last))
+    drain(state, {cause, text})
+  end
+
+  defp event({:pong, _bytes}, state), do: state
+
+  defp event(_unexpected, state) do
+    text = "a frame came out of turn"
+    Link.shutdown(state.link, Frame.refused(:protocol, text))
+    lost(state, {:protocol, text})
+  end
+
+  defp refused(state, key, last) do
+    stream = state.calls[key].stream
+    if stream == nil or stream > last, do: state |> drop(key) |> fail(key, :closed), else: state
+  end
+
+  defp drain(%{calls: calls} = state, reason) when calls == %{}, do: lost(state, reason)
+
+  defp drain(state, _reason) do
+    :ets.delete(state.table, state.index)
+    %{state | phase: :draining}
+  end
+
+  # Calls
+
+  defp enqueue(state, kind, key, caller, fun, deadline, {flag, iovec, size}) do
+    monitor = if kind == :call, do: Process.monitor(caller)
+    call = %{kind: kind, monitor: monitor, stream: nil}
+    head = Frame.request_head(kind, deadline, size, flag, fun)
+    if kind == :cast, do: send(key, {key, :queued})
+    :counters.add(state.load, state.index, 1)
+
+    %{
+      state
+      | calls: Map.put(state.calls, key, call),
+        monitors: if(monitor, do: Map.put(state.monitors, monitor, key), else: state.monitors),
+        link: Link.update(state.link, &Writer.request(&1, key, head, iovec, size))
+    }
+  end
+
+  # A stream has ended at the server.
+  defp done(state, stream, outcome) do
+    case state.streams do
+      %{^stream => key} ->
+        state = %{state | link: Link.release(state.link, stream)}
+        # A RESET may come before all was sent.
+        {_how_far, writer} = Writer.drop(state.link.writer, key)
+        answer(%{state | link: %{state.link | writer: writer}}, key, outcome)
+
+      _over ->
+        state
+    end
+  end
+
+  defp answer(state, key, outcome) do
+    {call, state} = pop(state, key)
+
+    case {call.kind, outcome} do
+      {:call, {:failed, reason}} -> send(key, {key, :failed, reason})
+      {:call, {status, flag, bytes}} -> send(key, {key, status, flag, bytes})
+      {:call, :started} -> send(key, {key, :failed, :invalid_state})
+      {:cast, :started} -> :ok
+      {:cast, _failure} -> MeshxRpc.Client.Pool.cast_failed(state.config.id)
+    end
+
+    if state.phase == :draining and state.calls == %{}, do: lost(state, :drained), else: state
+  end
+
+  defp fail(state, key, reason),
+    do: answer(%{state | phase: :down}, key, {:failed, reason}) |> Map.put(:phase, state.phase)
+
+  # The caller is dead or has given up.
+  defp give_up(state, key) do
+    case state.calls do
+      %{^key => %{stream: nil}} ->
+        {_call, state} = state |> drop(key) |> pop(key)
+        state
+
+      %{^key => %{stream: stream}} ->
+        {_call, state} = state |> drop(key) |> pop(key)
+        link = state.link |> Link.release(stream) |> Link.queue(Frame.cancel(stream))
+        %{state | link: link}
+
+      _over ->
+        state
+    end
+  end
+
+  defp drop(state, key) do
+    {_how_far, writer} = Writer.drop(state.link.writer, key)
+    %{state | link: %{state.link | writer: writer}}
+  end
+
+  defp pop(state, key) do
+    {call, calls} = Map.pop!(state.calls, key)
+    :counters.sub(state.load, state.index, 1)
+    if call.monitor, do: Process.demonitor(call.monitor, [:flush])
+
+    {call,
+     %{
+       state
+       | calls: calls,
+         monitors: Map.delete(state.monitors, call.monitor),
+         streams: Map.delete(state.streams, call.stream)
+     }}
+  end
+
+  # Writing
+
+  defp continue(%{agreed: agreed, link: link} = state) when link != nil and agreed != nil do
+    cond do
+      state.phase == :hello -> {:noreply, state}
+      Link.next(link) == :write -> write(state)
+      Link.next(link) == :soon -> {:noreply, state, 0}
+      true -> {:noreply, state}
+    end
+  end
+
+  defp continue(state), do: {:noreply, state}
+
+  defp write(%{link: %{writer: writer}} = state) when writer != nil do
+    case Link.write(state.link) do
+      {:ok, link, notes} ->
+        state = %{state | link: link} |> sent(notes) |> watch()
+        state = if Writer.exhausted?(link.writer), do: exhausted(state), else: state
+
+        if state.link == nil or Link.next(state.link) == :wait,
+          do: {:noreply, state},
+          else: {:noreply, state, 0}
+
+      {:error, reason} ->
+        state |> lost(reason) |> continue()
+    end
+  end
+
+  defp write(state), do: {:noreply, state}
+
+  defp sent(state, notes) do
+    Enum.reduce(notes, state, fn
+      {:opened, key, stream}, state ->
+        %{
+          state
+          | calls: Map.update!(state.calls, key, &%{&1 | stream: stream}),
+            streams: Map.put(state.streams, stream, key),
+            link: Link.open(state.link, stream)
+        }
+
+      {:sent, _key}, state ->
+        state
+    end)
+  end
+
+  # What has no stream id gets none any more.
+  defp exhausted(state) do
+    unsent = for {key, %{stream: nil}} <- state.calls, do: key
+    state = Enum.reduce(unsent, state, &(&2 |> drop(&1) |> fail(&1, :closed)))
+    drain(state, {:shutdown, "the stream ids are used up"})
+  end
+
+  defp watch(%{link: %{blocked: true}, send_timer: nil} = state),
+    do: %{state | send_timer: :erlang.start_timer(state.config.timeout_send, self(), :send)}
+
+  defp watch(%{link: %{blocked: false}, send_timer: timer} = state) when timer != nil do
+    :erlang.cancel_timer(timer)
+    %{state | send_timer: nil}
+  end
+
+  defp watch(state), do: state
+end

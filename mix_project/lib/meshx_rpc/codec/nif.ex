@@ -1,0 +1,89 @@
+defmodule MeshxRpc.Codec.Nif do
+  @moduledoc """
+  The codec in Rust (`native/frame` through `native/nif`).
+  """
+  @behaviour MeshxRpc.Codec
+
+  alias MeshxRpc.Codec.Nif.Native
+
+  # Below this the VM's own crc32 is as fast as a NIF call with its list of binaries; above the other, one call
+  # could hold a scheduler for too long, and the VM's own yields.
+  @crc_from 1024
+  @crc_to 4 * 1024 * 1024
+
+  @doc "Whether the library is there, or why not."
+  @spec load() :: :ok | {:error, String.t()}
+  def load do
+    if Native.loaded(), do: :ok, else: {:error, Native.reason()}
+  end
+
+  @impl true
+  def new(options) do
+    case Native.new(options) do
+      decoder when is_reference(decoder) -> decoder
+      {:error, text} -> raise ArgumentError, text
+    end
+  end
+
+  @impl true
+  def agree(decoder, %{checksum: checksum, blk_max_size: block}) when checksum in [0, 1] do
+    :ok = Native.agree(decoder, checksum, block)
+    decoder
+  end
+
+  @impl true
+  def feed(decoder, bytes), do: feed(decoder, bytes, 0, [], [])
+
+  # A call takes 256 KiB or 512 frames, whichever comes first. `events` and `out` hold earlier calls', last first.
+  defp feed(decoder, bytes, offset, events, out) do
+    case Native.feed(decoder, bytes, offset) do
+      {:ok, next, new, more} when next < byte_size(bytes) ->
+        feed(decoder, bytes, next, [new | events], [more | out])
+
+      {:ok, _all, new, more} ->
+        {:ok, decoder, in_order(new, events), all_out(more, out)}
+
+      {:error, new, more, cause, text} ->
+        {:error, decoder, in_order(new, events), all_out(more, out), cause, text}
+    end
+  end
+
+  defp in_order(last, []), do: last
+  defp in_order(last, earlier), do: [last | earlier] |> Enum.reverse() |> Enum.concat()
+
+  defp all_out(last, []), do: last
+  defp all_out(last, earlier), do: Enum.reverse(earlier, [last])
+
+  @impl true
+  def open(decoder, stream) do
+    :ok = Native.open(decoder, stream)
+    decoder
+  end
+
+  @impl true
+  def release(decoder, stream) do
+    :ok = Native.release(decoder, stream)
+    decoder
+  end
+
+  @impl true
+  def stats(decoder), do: Native.stats(decoder)
+
+  @impl true
+  def crc32(iodata) do
+    case :erlang.iolist_size(iodata) do
+      size when size in @crc_from..@crc_to -> Native.crc32(:erlang.iolist_to_iovec(iodata))
+      _ -> :erlang.crc32(iodata)
+    end
+  end
+
+  @impl true
+  def guard(binary, policy), do: step(Native.guard_new(MeshxRpc.Guard.policy(policy)), binary)
+
+  defp step(guard, binary) do
+    case Native.guard_step(guard, binary) do
+      :more -> step(guard, binary)
+      done -> done
+    end
+  end
+end

@@ -1,0 +1,111 @@
+defmodule MeshxRpc.Frame do
+  @moduledoc false
+  # The sending half of docs/rpc-protocol.md: frames as iodata. Payloads are never joined.
+
+  # Control frames are built by the codec's wire module.
+  alias MeshxRpc.Codec.Wire
+
+  @flag_end 0x01
+  @flag_cks 0x80
+
+  @type_hello 0x01
+  @type_hello_ack 0x02
+  @type_auth 0x03
+  @type_ready 0x04
+  @type_request 0x10
+  @type_response 0x11
+  @type_data 0x12
+  @type_cancel 0x13
+  @type_ping 0x21
+
+  @doc "Largest payload of a frame without its head, whatever the hello agreed on, in bytes."
+  @spec max_block() :: pos_integer()
+  def max_block, do: 65_536 - 512
+
+  @spec hello(binary()) :: iodata()
+  def hello(payload), do: control(@type_hello, 0, payload)
+
+  @spec hello_ack(binary()) :: iodata()
+  def hello_ack(payload), do: control(@type_hello_ack, 0, payload)
+
+  @spec auth(<<_::256>>) :: iodata()
+  def auth(proof), do: control(@type_auth, 0, proof)
+
+  @spec ready() :: iodata()
+  def ready, do: control(@type_ready, 0, <<>>)
+
+  @spec refused(MeshxRpc.Codec.cause(), String.t()) :: iodata()
+  defdelegate refused(cause, text), to: Wire
+
+  @spec cancel(pos_integer()) :: iodata()
+  def cancel(stream), do: control(@type_cancel, stream, <<>>)
+
+  @spec reset(pos_integer(), MeshxRpc.Codec.cause(), String.t()) :: iodata()
+  defdelegate reset(stream, cause, text), to: Wire
+
+  @spec ping(<<_::64>>) :: iodata()
+  def ping(data), do: control(@type_ping, 0, data)
+
+  @spec goaway(non_neg_integer(), MeshxRpc.Codec.cause(), String.t()) :: iodata()
+  defdelegate goaway(last, cause, text), to: Wire
+
+  @doc "The head of a REQUEST; `deadline` is the time that is left, in milliseconds."
+  @spec request_head(:call | :cast, timeout(), non_neg_integer(), byte(), binary()) :: binary()
+  def request_head(kind, deadline, total, term_flag, fun) do
+    <<kind(kind), deadline(deadline)::32, total::64, term_flag, byte_size(fun), fun::binary>>
+  end
+
+  @doc "The head of a RESPONSE."
+  @spec response_head(:result | :error | :started, byte(), non_neg_integer()) :: binary()
+  def response_head(status, term_flag, total), do: <<status(status), term_flag, total::64>>
+
+  @doc """
+  One frame of a message. `kind` is `:request`, `:response` or `:data`, `block` is iodata of `size` bytes
+  including the head, `crc` is nil or computes the checksum of iodata.
+  """
+  @spec block(
+          :request | :response | :data,
+          boolean(),
+          non_neg_integer(),
+          pos_integer(),
+          iodata(),
+          non_neg_integer(),
+          nil | (iodata() -> non_neg_integer())
+        ) ::
+          iodata()
+  def block(kind, last?, seq, stream, block, size, crc) do
+    flags = if(last?, do: @flag_end, else: 0) + if(crc, do: @flag_cks, else: 0)
+    header = <<size::24, type(kind), flags, seq::24, stream::32>>
+    if crc, do: [header, block, <<crc.([header, block])::32>>], else: [header, block]
+  end
+
+  @doc "The first `n` bytes of an iovec (a list of binaries) and the rest, by sub-binaries."
+  @spec split([binary()], non_neg_integer()) :: {[binary()], [binary()]}
+  def split(iovec, n), do: split(iovec, n, [])
+
+  defp split(rest, 0, taken), do: {:lists.reverse(taken), rest}
+
+  defp split([binary | rest], n, taken) when byte_size(binary) <= n,
+    do: split(rest, n - byte_size(binary), [binary | taken])
+
+  defp split([binary | rest], n, taken) do
+    <<head::binary-size(n), tail::binary>> = binary
+    {:lists.reverse(taken, [head]), [tail | rest]}
+  end
+
+  defp control(type, stream, payload), do: Wire.control(type, stream, payload)
+
+  defp type(:request), do: @type_request
+  defp type(:response), do: @type_response
+  defp type(:data), do: @type_data
+
+  defp kind(:call), do: 1
+  defp kind(:cast), do: 2
+
+  defp status(:result), do: 0
+  defp status(:error), do: 1
+  defp status(:started), do: 2
+
+  defp deadline(:infinity), do: 0xFFFF_FFFF
+  defp deadline(milliseconds), do: milliseconds |> max(0) |> min(0xFFFF_FFFE)
+end

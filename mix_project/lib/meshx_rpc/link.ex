@@ -1,0 +1,165 @@
+defmodule MeshxRpc.Link do
+  @moduledoc false
+  # One connection's socket, codec and writer: what the client's and the server's connection have in common.
+  #
+  # The connection never waits inside the port: a batch of at most 256 KiB is written only while the port's
+  # queue is below its watermark; `{:drained, socket}` says when it is again. So the queue is short, and small
+  # calls overtake bulk.
+
+  alias MeshxRpc.{Address, Writer}
+
+  @batch 262_144
+  # Messages that are collected for one write while more are in the mailbox.
+  @collect 64
+  @reads 8
+
+  @enforce_keys [:socket, :module, :codec]
+  defstruct [
+    :socket,
+    :module,
+    :codec,
+    writer: nil,
+    dirty: false,
+    collected: 0,
+    written: 0,
+    blocked: false
+  ]
+
+  @type t :: %__MODULE__{}
+
+  @spec new(port(), module(), MeshxRpc.Codec.options()) :: t()
+  def new(socket, module, options),
+    do: %__MODULE__{socket: socket, module: module, codec: module.new(options)}
+
+  @doc "The hello is done: from now on messages may be queued."
+  @spec agree(t(), MeshxRpc.Hello.agreed(), keyword()) :: t()
+  def agree(link, agreed, writer_options) do
+    codec =
+      link.module.agree(link.codec, %{checksum: agreed.checksum, blk_max_size: agreed.blk_max_size})
+
+    writer =
+      Writer.new(
+        [
+          block: agreed.block,
+          crc: if(agreed.checksum == 1, do: &link.module.crc32/1),
+          stream_window: agreed.peer_stream_window,
+          connection_window: agreed.peer_connection_window
+        ] ++ writer_options
+      )
+
+    %{link | codec: codec, writer: writer}
+  end
+
+  @doc "Lets the socket deliver some reads; `{:tcp_passive, socket}` comes when they are used up."
+  @spec activate(t()) :: :ok | {:error, term()}
+  def activate(link), do: :inet.setopts(link.socket, active: @reads)
+
+  @doc "Gives one read to the codec. Bytes that the codec wants to be sent are queued, or sent while the hello lasts."
+  def feed(link, bytes) do
+    case link.module.feed(link.codec, bytes) do
+      {:ok, codec, events, out} ->
+        {:ok, queue(%{link | codec: codec}, out), events}
+
+      {:error, codec, events, out, cause, text} ->
+        {:error, %{link | codec: codec}, events, out, cause, text}
+    end
+  end
+
+  @doc "Tells the codec about a stream."
+  def open(link, stream), do: %{link | codec: link.module.open(link.codec, stream)}
+  def release(link, stream), do: %{link | codec: link.module.release(link.codec, stream)}
+
+  @doc "Changes the writer: something new may be sent."
+  @spec update(t(), (Writer.t() -> Writer.t())) :: t()
+  def update(link, fun),
+    do: %{link | writer: fun.(link.writer), dirty: true, collected: link.collected + 1}
+
+  @doc "Queues control frames."
+  @spec queue(t(), iodata()) :: t()
+  def queue(link, []), do: link
+  def queue(%{writer: nil} = link, frames), do: tap(link, &:gen_tcp.send(&1.socket, frames))
+  def queue(link, frames), do: update(link, &Writer.control(&1, frames))
+
+  @doc "A WINDOW of the peer."
+  @spec window(t(), non_neg_integer(), pos_integer()) :: {:ok, t()} | :error
+  def window(link, stream, increment) do
+    with {:ok, writer} <- Writer.window(link.writer, stream, increment),
+         do: {:ok, %{link | writer: writer, dirty: true}}
+  end
+
+  @doc "What to do after a message was handled: write now, write when the mailbox is empty, or nothing."
+  @spec next(t()) :: :write | :soon | :wait
+  def next(%{dirty: false}), do: :wait
+  def next(%{blocked: true}), do: :wait
+  def next(%{collected: collected}) when collected >= @collect, do: :write
+  def next(_link), do: :soon
+
+  @doc "Writes one batch, if the port has taken the one before."
+  @spec write(t()) :: {:ok, t(), [Writer.note()]} | {:error, term()}
+  def write(%{blocked: true} = link), do: {:ok, link, []}
+
+  def write(link) do
+    {frames, size, notes, writer} = Writer.take(link.writer, @batch)
+
+    link = %{
+      link
+      | writer: writer,
+        dirty: size >= @batch,
+        collected: 0,
+        written: link.written + size
+    }
+
+    with :ok <- if(size == 0, do: :ok, else: :gen_tcp.send(link.socket, frames)),
+         {:ok, link} <- ask(link),
+         do: {:ok, link, notes}
+  end
+
+  @doc "The port has room again."
+  @spec drained(t()) :: t()
+  def drained(link), do: %{link | blocked: false, written: 0}
+
+  @doc "Sends last words, lets them arrive: after this the peer's bytes are ignored until it closes."
+  @spec shutdown(t(), iodata()) :: :ok
+  def shutdown(link, frames) do
+    # A peer that does not read must not keep us: last words are only for those whose way is free.
+    unless link.blocked, do: _ = :gen_tcp.send(link.socket, frames)
+    unless link.blocked, do: _ = :gen_tcp.shutdown(link.socket, :write)
+    :ok
+  end
+
+  @doc "Closes the socket; bytes that a peer leaves unread are thrown away."
+  @spec close(t()) :: :ok
+  def close(link) do
+    if link.blocked, do: _ = :inet.setopts(link.socket, linger: {true, 0})
+    :gen_tcp.close(link.socket)
+  end
+
+  # `written` is at least what the port's queue can hold: it is asked only when that may be too much.
+  defp ask(link) do
+    if link.written < Address.watermark() do
+      {:ok, link}
+    else
+      case :erlang.port_info(link.socket, :queue_size) do
+        {:queue_size, size} ->
+          {:ok, busy(%{link | written: size, blocked: size >= Address.watermark()})}
+
+        :undefined ->
+          {:error, :closed}
+      end
+    end
+  end
+
+  # A write of nothing returns when the port is no longer busy, or closed: somebody else waits for that.
+  defp busy(%{blocked: true, socket: socket} = link) do
+    connection = self()
+
+    spawn(fn ->
+      _ = :gen_tcp.send(socket, [])
+      send(connection, {:drained, socket})
+    end)
+
+    link
+  end
+
+  defp busy(link), do: link
+end

@@ -1,0 +1,396 @@
+defmodule MeshxRpc.Server.Connection do
+  @moduledoc false
+  # One connection of a server: hello, then requests, each in a process of its own.
+  #
+  #   :hello -> HELLO -> (:auth -> AUTH ->) :up -> :closing
+  #
+  # `:closing`: last words are on their way; what the peer still sends is thrown away for at most a second.
+
+  use GenServer, restart: :temporary
+  require Logger
+
+  alias MeshxRpc.{Address, Frame, Hello, Link, Term, Writer}
+  alias MeshxRpc.Server.Task
+
+  @linger 1_000
+
+  @enforce_keys [:config, :listener, :held]
+  defstruct [
+    :config,
+    :listener,
+    :held,
+    :link,
+    :peer,
+    :agreed,
+    :send_timer,
+    phase: :hello,
+    proofs: [],
+    streams: %{},
+    pids: %{},
+    last: 0
+  ]
+
+  @doc "`held` counts the requests of this connection that run: the listener returns them when it dies."
+  def start_link({config, listener, held}),
+    do:
+      GenServer.start_link(__MODULE__, %__MODULE__{config: config, listener: listener, held: held})
+
+  @impl true
+  def init(state) do
+    Process.flag(:trap_exit, true)
+    _ = :erlang.start_timer(state.config.timeout_hsk, self(), :hello)
+    {:ok, state}
+  end
+
+  @impl true
+  def handle_info({:socket, socket}, state) do
+    config = state.config
+
+    options = %{
+      role: :server,
+      max_message: config.max_message,
+      max_bytes: config.max_bytes,
+      # One above what may run, so that the refusal names what is full.
+      max_streams: config.max_concurrency + 1,
+      stream_window: config.stream_window,
+      connection_window: config.connection_window
+    }
+
+    state = %{state | link: Link.new(socket, config.codec, options), peer: Address.peer(socket)}
+
+    case Link.activate(state.link) do
+      :ok -> continue(state)
+      {:error, _reason} -> {:stop, :normal, state}
+    end
+  end
+
+  def handle_info({:tcp, _socket, _bytes}, %{phase: :closing} = state), do: continue(state)
+
+  def handle_info({:tcp, _socket, bytes}, state) do
+    case Link.feed(state.link, bytes) do
+      {:ok, link, events} ->
+        %{state | link: link} |> events(events) |> continue()
+
+      {:error, link, events, out, cause, text} ->
+        state = events(%{state | link: link}, events)
+        unless state.phase == :closing, do: log(state, cause, text)
+        state |> close(out) |> continue()
+    end
+  end
+
+  def handle_info({:tcp_passive, _socket}, state) do
+    case Link.activate(state.link) do
+      :ok -> continue(state)
+      {:error, _reason} -> {:stop, :normal, state}
+    end
+  end
+
+  def handle_info({:done, pid, stream, done}, state) do
+    case state.pids do
+      %{^pid => ^stream} -> state |> finish(stream, done) |> continue()
+      _over -> continue(state)
+    end
+  end
+
+  def handle_info({:EXIT, pid, reason}, state) do
+    case state.pids do
+      %{^pid => stream} ->
+        done = {:error, Term.encode_error(reason)}
+        state |> finish(stream, done) |> continue()
+
+      _over ->
+        continue(state)
+    end
+  end
+
+  def handle_info(:timeout, state), do: write(state)
+  def handle_info({:drained, _socket}, state), do: write(%{state | link: Link.drained(state.link)})
+  def handle_info({:tcp_closed, _socket}, state), do: {:stop, :normal, state}
+  def handle_info({:tcp_error, _socket, _reason}, state), do: continue(state)
+
+  def handle_info({:timeout, _timer, {:deadline, stream}}, state) do
+    if Map.has_key?(state.streams, stream),
+      do:
+        state |> kill(stream) |> finish(stream, {:error, Term.encode_error(:timeout)}) |> continue(),
+      else: continue(state)
+  end
+
+  def handle_info({:timeout, _timer, :hello}, %{phase: phase, link: link} = state)
+      when phase in [:hello, :auth] do
+    if link,
+      do:
+        state
+        |> refuse(:timeout, "the hello took longer than #{state.config.timeout_hsk} ms")
+        |> continue(),
+      else: {:stop, :normal, state}
+  end
+
+  def handle_info({:timeout, _timer, :hello}, state), do: continue(state)
+  def handle_info({:timeout, _timer, :linger}, state), do: {:stop, :normal, state}
+
+  def handle_info({:timeout, timer, :send}, %{send_timer: timer} = state) do
+    log(state, :timeout, "the client left our bytes unread for #{state.config.timeout_send} ms")
+    {:stop, :normal, state}
+  end
+
+  def handle_info({:timeout, _timer, :send}, state), do: continue(state)
+
+  @impl true
+  def terminate(_reason, state) do
+    for {pid, _stream} <- state.pids, do: Process.exit(pid, :kill)
+
+    if state.link do
+      if state.phase == :up,
+        do: Link.shutdown(state.link, Frame.goaway(state.last, :shutdown, "the server stops"))
+
+      Link.close(state.link)
+    end
+  end
+
+  # Events
+
+  defp events(state, events), do: Enum.reduce(events, state, &event/2)
+
+  defp event(_event, %{phase: :closing} = state), do: state
+
+  defp event({:hello, hello}, %{phase: :hello} = state) do
+    case Hello.answer(state.config, hello, Hello.nonce()) do
+      {:ok, agreed, ack, []} ->
+        up(%{
+          state
+          | agreed: agreed,
+            link: Link.queue(state.link, [Frame.hello_ack(ack), Frame.ready()])
+        })
+
+      {:ok, agreed, ack, proofs} ->
+        link = Link.queue(state.link, Frame.hello_ack(ack))
+        %{state | agreed: agreed, link: link, proofs: proofs, phase: :auth}
+
+      {:refused, cause, text} ->
+        refuse(state, cause, text)
+    end
+  end
+
+  defp event({:auth, proof}, %{phase: :auth} = state) do
+    if Hello.proved?(state.proofs, proof),
+      do: up(%{state | proofs: [], link: Link.queue(state.link, Frame.ready())}),
+      else: refuse(state, :auth, "the client does not prove that it holds one of the shared keys")
+  end
+
+  defp event({:request, stream, kind, deadline, fun, flag, argument}, %{phase: :up} = state) do
+    state = %{state | last: stream}
+
+    case state.config.functions do
+      %{^fun => fun} ->
+        if acquire(state),
+          do: start(state, stream, kind, deadline, fun, flag, argument),
+          else:
+            reset(
+              state,
+              stream,
+              :full,
+              "#{state.config.max_concurrency} requests run (max_concurrency)"
+            )
+
+      _ ->
+        answer(state, stream, {:error, Term.encode_error(Term.undef(state.config.module, fun))})
+    end
+  end
+
+  defp event({:window, stream, increment}, %{phase: :up} = state) do
+    case Link.window(state.link, stream, increment) do
+      {:ok, link} ->
+        %{state | link: link}
+
+      :error ->
+        text = "a window of stream #{stream} grew beyond 2147483647 bytes"
+        log(state, :protocol, text)
+        close(state, Frame.goaway(state.last, :protocol, text))
+    end
+  end
+
+  # Nobody waits for it any more.
+  defp event({over, stream}, state) when over == :cancel, do: forget(state, stream)
+
+  defp event({over, stream, _cause, _text}, state) when over in [:reset, :stream_error],
+    do: forget(state, stream)
+
+  defp event({:refused, _cause, _text}, state), do: state
+  defp event({:goaway, _last, _cause, _text}, state), do: state
+  defp event({:pong, _bytes}, state), do: state
+
+  defp event(_unexpected, state), do: refuse(state, :protocol, "a frame came out of turn")
+
+  defp up(state) do
+    send(state.listener, {:up, self()})
+    %{state | phase: :up, link: Link.agree(state.link, state.agreed, [])}
+  end
+
+  # Requests
+
+  defp start(state, stream, kind, deadline, fun, flag, argument) do
+    pid = Task.start(stream, fun, flag, argument, state.config)
+
+    timer =
+      case min(deadline, state.config.timeout_execute) do
+        :infinity -> nil
+        milliseconds -> :erlang.start_timer(milliseconds, self(), {:deadline, stream})
+      end
+
+    request = %{pid: pid, timer: timer, kind: kind}
+
+    state = %{
+      state
+      | streams: Map.put(state.streams, stream, request),
+        pids: Map.put(state.pids, pid, stream)
+    }
+
+    if kind == :cast, do: respond(state, stream, :started, {0, [], 0}), else: state
+  end
+
+  # The caller of a cast had all there is to have when it started.
+  defp finish(state, stream, done) do
+    kind = state.streams[stream].kind
+    state = finished(state, stream)
+    if kind == :call, do: answer(state, stream, done), else: over(state, stream)
+  end
+
+  # The request no longer runs.
+  defp finished(state, stream) do
+    {request, streams} = Map.pop!(state.streams, stream)
+    if request.timer, do: :erlang.cancel_timer(request.timer)
+    release_slot(state)
+    %{state | streams: streams, pids: Map.delete(state.pids, request.pid)}
+  end
+
+  defp kill(state, stream) do
+    Process.exit(state.streams[stream].pid, :kill)
+    state
+  end
+
+  defp forget(state, stream) do
+    state =
+      if Map.has_key?(state.streams, stream),
+        do: state |> kill(stream) |> finished(stream),
+        else: state
+
+    {_how_far, writer} = Writer.drop(state.link.writer, stream)
+    over(%{state | link: %{state.link | writer: writer}}, stream)
+  end
+
+  defp over(state, stream), do: %{state | link: Link.release(state.link, stream)}
+
+  defp answer(%{phase: phase} = state, _stream, _done) when phase != :up, do: state
+
+  defp answer(state, stream, {:refused_term, _}),
+    do: reset(state, stream, :refused_term, "the argument is refused by this server's guard")
+
+  defp answer(state, stream, {status, {_flag, _iovec, size} = encoded}) do
+    queued = Writer.bytes(state.link.writer)
+
+    cond do
+      size > state.agreed.peer_max_message ->
+        respond(state, stream, :error, Term.encode_error(:error_too_long))
+
+      queued > 0 and queued + size > state.config.max_queue ->
+        reset(state, stream, :full, "#{queued} bytes of results wait to be read (max_queue)")
+
+      true ->
+        respond(state, stream, status, encoded)
+    end
+  end
+
+  defp respond(state, stream, status, {flag, iovec, size}) do
+    head = Frame.response_head(status, flag, size)
+    %{state | link: Link.update(state.link, &Writer.response(&1, stream, head, iovec, size))}
+  end
+
+  defp reset(state, stream, cause, text),
+    do: over(%{state | link: Link.queue(state.link, Frame.reset(stream, cause, text))}, stream)
+
+  defp acquire(%{config: %{running: running, max_concurrency: max}} = state) do
+    if :atomics.add_get(running, 1, 1) <= max do
+      :counters.add(state.held, 1, 1)
+      true
+    else
+      :atomics.sub(running, 1, 1)
+      false
+    end
+  end
+
+  defp release_slot(state) do
+    :counters.sub(state.held, 1, 1)
+    :atomics.sub(state.config.running, 1, 1)
+  end
+
+  # Writing
+
+  defp continue(%{phase: :up} = state) do
+    case Link.next(state.link) do
+      :write -> write(state)
+      :soon -> {:noreply, state, 0}
+      :wait -> {:noreply, state}
+    end
+  end
+
+  defp continue(state), do: {:noreply, state}
+
+  defp write(%{phase: :up} = state) do
+    case Link.write(state.link) do
+      {:ok, link, notes} -> %{state | link: link} |> sent(notes) |> watch() |> continue_later()
+      {:error, _reason} -> {:stop, :normal, state}
+    end
+  end
+
+  defp write(state), do: {:noreply, state}
+
+  # A batch was written: what waits in the mailbox comes before the next one.
+  defp continue_later(state) do
+    if Link.next(state.link) == :wait, do: {:noreply, state}, else: {:noreply, state, 0}
+  end
+
+  defp sent(state, notes) do
+    Enum.reduce(notes, state, fn {:sent, stream}, state ->
+      # A cast that still runs keeps its argument.
+      if Map.has_key?(state.streams, stream), do: state, else: over(state, stream)
+    end)
+  end
+
+  # Only a peer that does not read keeps the port's queue from becoming empty.
+  defp watch(%{link: %{blocked: true}, send_timer: nil} = state),
+    do: %{state | send_timer: :erlang.start_timer(state.config.timeout_send, self(), :send)}
+
+  defp watch(%{link: %{blocked: false}, send_timer: timer} = state) when timer != nil do
+    :erlang.cancel_timer(timer)
+    %{state | send_timer: nil}
+  end
+
+  defp watch(state), do: state
+
+  # The end
+
+  defp refuse(state, cause, text) do
+    log(state, cause, text)
+    close(state, Frame.refused(cause, text))
+  end
+
+  defp close(%{phase: :closing} = state, _frames), do: state
+
+  defp close(state, frames) do
+    for {pid, _stream} <- state.pids, do: Process.exit(pid, :kill)
+    state = Enum.reduce(Map.keys(state.streams), state, &finished(&2, &1))
+    Link.shutdown(state.link, frames)
+    _ = :erlang.start_timer(@linger, self(), :linger)
+    %{state | phase: :closing}
+  end
+
+  defp log(%{config: config} = state, cause, text) do
+    unless config.quiet_on_hsk_error? and state.phase != :up,
+      do:
+        Logger.warning(
+          "MeshxRpc.Server #{inspect(config.id)} refuses #{state.peer}: #{cause}: #{text}"
+        )
+
+    :ok
+  end
+end

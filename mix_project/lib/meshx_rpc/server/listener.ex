@@ -1,0 +1,206 @@
+defmodule MeshxRpc.Server.Listener do
+  @moduledoc false
+  # Listens, lets acceptors in, and knows the connections: how many there are, how many are in their hello,
+  # and what must be given back when one dies. With `:mesh` it registers the service first, as long as it takes.
+
+  use GenServer
+  require Logger
+
+  alias MeshxRpc.{Address, Frame}
+  alias MeshxRpc.Server.Connection
+
+  @retry 1_000
+
+  @enforce_keys [:config, :supervisor]
+  defstruct [
+    :config,
+    :supervisor,
+    :connections_supervisor,
+    :socket,
+    :address,
+    :registration,
+    connections: %{},
+    hellos: 0
+  ]
+
+  def start_link({config, supervisor}), do: GenServer.start_link(__MODULE__, {config, supervisor})
+
+  @spec address(pid()) :: {:ok, Address.t()} | {:error, :not_registered}
+  def address(listener), do: GenServer.call(listener, :address)
+
+  @spec info(pid()) :: map()
+  def info(listener), do: GenServer.call(listener, :info)
+
+  @impl true
+  def init({config, supervisor}) do
+    Process.flag(:trap_exit, true)
+    state = %__MODULE__{config: config, supervisor: supervisor}
+
+    if config.mesh do
+      {:ok, state, {:continue, :start}}
+    else
+      case listen(state, config.address) do
+        {:ok, state} -> {:ok, state, {:continue, :start}}
+        {:error, reason} -> {:stop, {:listen, config.address, reason}}
+      end
+    end
+  end
+
+  @impl true
+  def handle_continue(:start, state) do
+    {_id, connections, _type, _modules} =
+      state.supervisor |> Supervisor.which_children() |> List.keyfind!(:connections, 0)
+
+    state = %{state | connections_supervisor: connections}
+    {:noreply, if(state.socket, do: accept(state), else: register(state))}
+  end
+
+  @impl true
+  def handle_call(:address, _from, %{socket: nil} = state),
+    do: {:reply, {:error, :not_registered}, state}
+
+  def handle_call(:address, _from, state), do: {:reply, {:ok, state.address}, state}
+
+  def handle_call(:info, _from, state) do
+    info = %{
+      connections: map_size(state.connections),
+      in_hello: state.hellos,
+      running: :atomics.get(state.config.running, 1)
+    }
+
+    {:reply, info, state}
+  end
+
+  def handle_call(:admit, _from, %{config: config} = state) do
+    cond do
+      map_size(state.connections) >= config.max_connections ->
+        {:reply, {:error, "#{config.max_connections} connections are open (max_connections)"},
+         state}
+
+      state.hellos >= config.max_hello ->
+        {:reply, {:error, "#{config.max_hello} connections are in their hello (max_hello)"}, state}
+
+      true ->
+        held = :counters.new(1, [])
+
+        {:ok, pid} =
+          DynamicSupervisor.start_child(
+            state.connections_supervisor,
+            {Connection, {config, self(), held}}
+          )
+
+        Process.monitor(pid)
+        connections = Map.put(state.connections, pid, {:hello, held})
+        {:reply, {:ok, pid}, %{state | connections: connections, hellos: state.hellos + 1}}
+    end
+  end
+
+  @impl true
+  def handle_info({:up, pid}, state) do
+    case state.connections do
+      %{^pid => {:hello, held}} ->
+        {:noreply,
+         %{state | connections: %{state.connections | pid => {:up, held}}, hellos: state.hellos - 1}}
+
+      _gone ->
+        {:noreply, state}
+    end
+  end
+
+  def handle_info({:DOWN, _monitor, :process, pid, _reason}, state) do
+    case Map.pop(state.connections, pid) do
+      {nil, _connections} ->
+        {:noreply, state}
+
+      {{phase, held}, connections} ->
+        :atomics.sub(state.config.running, 1, :counters.get(held, 1))
+        hellos = if phase == :hello, do: state.hellos - 1, else: state.hellos
+        {:noreply, %{state | connections: connections, hellos: hellos}}
+    end
+  end
+
+  # What was registered is lost for good: start anew.
+  def handle_info(
+        {adapter, :lost, id},
+        %{registration: id, config: %{mesh: %{adapter: adapter}}} = state
+      ),
+      do: {:stop, {:shutdown, :registration_lost}, %{state | registration: nil}}
+
+  def handle_info(:register, state), do: {:noreply, register(state)}
+  def handle_info({:EXIT, _acceptor, reason}, state), do: {:stop, reason, state}
+  def handle_info(_other, state), do: {:noreply, state}
+
+  @impl true
+  def terminate(_reason, state) do
+    if state.registration, do: state.config.mesh.adapter.stop(state.registration)
+
+    if state.socket do
+      :gen_tcp.close(state.socket)
+      Address.remove(state.address)
+    end
+  end
+
+  defp listen(state, address) do
+    with {:ok, socket, address} <- Address.listen(address, state.config.backlog),
+         do: {:ok, %{state | socket: socket, address: address}}
+  end
+
+  # The agent, or the mesh behind it, may come later than we do.
+  defp register(%{config: %{mesh: mesh} = config} = state) do
+    with {:ok, id, address} <- mesh.adapter.start(mesh.service, mesh.template, true, mesh.timeout),
+         {:ok, state} <- listen(state, address) do
+      accept(%{state | registration: id})
+    else
+      other ->
+        Logger.warning(
+          "MeshxRpc.Server #{inspect(config.id)}: service #{inspect(mesh.service)} is not registered: " <>
+            "#{inspect(other)}, next try in #{@retry} ms"
+        )
+
+        Process.send_after(self(), :register, @retry)
+        state
+    end
+  end
+
+  defp accept(%{socket: socket, config: config} = state) do
+    listener = self()
+    for _ <- 1..config.acceptors, do: spawn_link(fn -> acceptor(listener, socket) end)
+    state
+  end
+
+  defp acceptor(listener, socket) do
+    case :gen_tcp.accept(socket) do
+      {:ok, accepted} ->
+        admit(listener, accepted)
+        acceptor(listener, socket)
+
+      {:error, reason} when reason in [:emfile, :enfile, :enobufs, :enomem] ->
+        Logger.error(
+          "MeshxRpc.Server: accepting a connection failed: #{reason}, next try in 100 ms"
+        )
+
+        Process.sleep(100)
+        acceptor(listener, socket)
+
+      {:error, :closed} ->
+        exit(:normal)
+
+      {:error, _that_connection} ->
+        acceptor(listener, socket)
+    end
+  end
+
+  defp admit(listener, accepted) do
+    with {:ok, pid} <- GenServer.call(listener, :admit, :infinity),
+         :ok <- :gen_tcp.controlling_process(accepted, pid) do
+      send(pid, {:socket, accepted})
+    else
+      {:error, text} when is_binary(text) ->
+        _ = :gen_tcp.send(accepted, Frame.refused(:full, text))
+        :gen_tcp.close(accepted)
+
+      {:error, _closed} ->
+        :gen_tcp.close(accepted)
+    end
+  end
+end

@@ -1,0 +1,316 @@
+defmodule MeshxRpc.Writer do
+  @moduledoc """
+  Decides what a connection sends next: `docs/rpc-protocol.md`, "Order of sending" and "Flow control".
+
+  A struct without a process: messages go in, batches of frames come out of `take/2`. It sends
+
+    1. control frames,
+    2. messages of at most 64 KiB, whole,
+    3. at most `max_bulk` larger messages, one frame each in turn; further ones wait in order,
+
+  and lets a bulk frame go first once 256 KiB of small messages overtook it, so that neither starves.
+  Bytes of arguments and results never exceed the window of their stream nor that of the connection.
+
+  Messages are known by a key of the caller's. A request gets its stream id when its first frame is made:
+  ids must grow on the wire, and small requests overtake bulk ones.
+  """
+
+  alias MeshxRpc.Frame
+
+  @small 65_536
+  @overtake 262_144
+  @max_window 0x7FFF_FFFF
+  @max_stream 0xFFFF_FFFF
+
+  defmodule Message do
+    @moduledoc false
+    @enforce_keys [:kind, :head, :data, :left, :class, :window]
+    defstruct [:kind, :head, :data, :left, :class, :window, stream: nil, seq: 0, blocked: false]
+  end
+
+  @enforce_keys [:block, :stream_window, :window]
+  defstruct [
+    :block,
+    :crc,
+    :stream_window,
+    :window,
+    max_bulk: 4,
+    next_stream: 1,
+    control: [],
+    messages: %{},
+    streams: %{},
+    small: :queue.new(),
+    bulk: :queue.new(),
+    waiting: :queue.new(),
+    active_bulk: 0,
+    overtaken: 0,
+    bytes: 0
+  ]
+
+  @type key :: term()
+  @type t :: %__MODULE__{}
+
+  @typedoc "What a batch did: a request got its stream id, a message is wholly in the batch."
+  @type note :: {:opened, key(), stream :: pos_integer()} | {:sent, key()}
+
+  @doc """
+  A writer for a connection whose hello is done. Options: `:block` (bytes per frame), `:crc` (nil or a
+  function from iodata to its checksum), `:stream_window` and `:connection_window` (what the peer grants),
+  `:max_bulk`, `:next_stream`.
+  """
+  @spec new(keyword()) :: t()
+  def new(options) do
+    %__MODULE__{
+      block: Keyword.fetch!(options, :block),
+      crc: options[:crc],
+      stream_window: Keyword.fetch!(options, :stream_window),
+      window: Keyword.fetch!(options, :connection_window),
+      max_bulk: Keyword.get(options, :max_bulk, 4),
+      next_stream: Keyword.get(options, :next_stream, 1)
+    }
+  end
+
+  @doc "Queues control frames: they go first."
+  @spec control(t(), iodata()) :: t()
+  def control(writer, frames), do: %{writer | control: [writer.control | frames]}
+
+  @doc "Queues a request: `head` and `size` bytes of argument. Its stream id is chosen later."
+  @spec request(t(), key(), binary(), [binary()], non_neg_integer()) :: t()
+  def request(writer, key, head, data, size), do: put(writer, key, :request, nil, head, data, size)
+
+  @doc "Queues the response of a stream, known by the stream's id."
+  @spec response(t(), pos_integer(), binary(), [binary()], non_neg_integer()) :: t()
+  def response(writer, stream, head, data, size),
+    do: put(writer, stream, :response, stream, head, data, size)
+
+  @doc """
+  Drops what is left of a message. Says whether nothing of it, a part of it or all of it was taken
+  (`:sent` also when the key was never known).
+  """
+  @spec drop(t(), key()) :: {:unsent | :partial | :sent, t()}
+  def drop(writer, key) do
+    case writer.messages do
+      %{^key => message} ->
+        {if(message.seq == 0, do: :unsent, else: :partial), forget(writer, key, message)}
+
+      _ ->
+        {:sent, writer}
+    end
+  end
+
+  @doc "Adds to the window of the connection (stream 0) or of a stream; one that is over is ignored."
+  @spec window(t(), non_neg_integer(), pos_integer()) :: {:ok, t()} | :error
+  def window(%{window: window}, 0, increment) when window + increment > @max_window, do: :error
+  def window(writer, 0, increment), do: {:ok, %{writer | window: writer.window + increment}}
+
+  def window(writer, stream, increment) do
+    with %{^stream => key} <- writer.streams,
+         message = Map.fetch!(writer.messages, key),
+         true <- message.window + increment <= @max_window do
+      message = %{message | window: message.window + increment}
+
+      if message.blocked,
+        do: {:ok, writer |> save(key, %{message | blocked: false}) |> requeue(key, message.class)},
+        else: {:ok, save(writer, key, message)}
+    else
+      false -> :error
+      _over -> {:ok, writer}
+    end
+  end
+
+  @doc "Bytes of messages that wait here."
+  @spec bytes(t()) :: non_neg_integer()
+  def bytes(writer), do: writer.bytes
+
+  @doc "Messages that wait here, wholly or in part."
+  @spec count(t()) :: non_neg_integer()
+  def count(writer), do: map_size(writer.messages)
+
+  @doc "Whether the stream ids are used up: the connection must be replaced."
+  @spec exhausted?(t()) :: boolean()
+  def exhausted?(writer), do: writer.next_stream > @max_stream
+
+  @doc """
+  Takes the next frames: about `max` bytes (at most one frame more). Empty iodata: nothing may be sent now.
+  """
+  @spec take(t(), pos_integer()) :: {iodata(), size :: non_neg_integer(), [note()], t()}
+  def take(writer, max) do
+    control = writer.control
+    size = if control == [], do: 0, else: IO.iodata_length(control)
+    fill(%{writer | control: []}, max, control, size, [])
+  end
+
+  defp fill(writer, max, frames, size, notes) when size >= max,
+    do: {frames, size, Enum.reverse(notes), writer}
+
+  defp fill(writer, max, frames, size, notes) do
+    case next(writer) do
+      {:emit, key, writer} ->
+        {frame, frame_size, new, writer} = emit(writer, key, Map.fetch!(writer.messages, key))
+        fill(writer, max, [frames | frame], size + frame_size, new ++ notes)
+
+      :none ->
+        {frames, size, Enum.reverse(notes), writer}
+
+      {:again, writer} ->
+        fill(writer, max, frames, size, notes)
+    end
+  end
+
+  # The message that sends the next frame; it is taken out of its queue.
+  defp next(writer) do
+    small? = not :queue.is_empty(writer.small)
+    bulk? = not :queue.is_empty(writer.bulk)
+
+    cond do
+      small? and not (bulk? and writer.overtaken >= @overtake) -> pop(writer, :small)
+      bulk? -> pop(writer, :bulk)
+      true -> :none
+    end
+  end
+
+  defp pop(writer, class) do
+    {{:value, key}, queue} = :queue.out(Map.fetch!(writer, class))
+    popped = Map.put(writer, class, queue)
+
+    case writer.messages do
+      %{^key => message} -> ready(writer, popped, key, message)
+      _dropped -> {:again, popped}
+    end
+  end
+
+  defp ready(writer, popped, key, message) do
+    cond do
+      message.stream == nil and exhausted?(writer) -> {:again, popped}
+      message.left == 0 -> {:emit, key, popped}
+      message.window == 0 -> {:again, save(popped, key, %{message | blocked: true})}
+      # Nothing may be sent, so it keeps its place in the queue.
+      writer.window == 0 -> :none
+      true -> {:emit, key, popped}
+    end
+  end
+
+  defp emit(writer, key, message) do
+    {writer, message, opened} = open(writer, key, message)
+    n = message.left |> min(writer.block) |> min(message.window) |> min(writer.window)
+    {data, rest} = Frame.split(message.data, n)
+    last? = message.left == n
+    kind = if message.seq == 0, do: message.kind, else: :data
+    block = if message.seq == 0, do: [message.head | data], else: data
+    block_size = if message.seq == 0, do: byte_size(message.head) + n, else: n
+
+    frame =
+      Frame.block(
+        kind,
+        last?,
+        rem(message.seq, 0x100_0000),
+        message.stream,
+        block,
+        block_size,
+        writer.crc
+      )
+
+    message = %{
+      message
+      | seq: message.seq + 1,
+        data: rest,
+        left: message.left - n,
+        window: message.window - n
+    }
+
+    writer = %{
+      writer
+      | window: writer.window - n,
+        bytes: writer.bytes - n,
+        overtaken: overtaken(writer, message, n)
+    }
+
+    size = block_size + 12 + if(writer.crc, do: 4, else: 0)
+
+    if last? do
+      {frame, size, [{:sent, key} | opened], forget(writer, key, message)}
+    else
+      {frame, size, opened, writer |> save(key, message) |> requeue(key, message.class)}
+    end
+  end
+
+  defp overtaken(_writer, %{class: :bulk_active}, _n), do: 0
+
+  defp overtaken(writer, _message, n),
+    do: if(writer.active_bulk == 0, do: 0, else: writer.overtaken + n + 12)
+
+  defp open(writer, key, %{stream: nil} = message) do
+    stream = writer.next_stream
+    writer = %{writer | next_stream: stream + 1, streams: Map.put(writer.streams, stream, key)}
+    {writer, %{message | stream: stream}, [{:opened, key, stream}]}
+  end
+
+  defp open(writer, _key, message), do: {writer, message, []}
+
+  defp put(writer, key, kind, stream, head, data, size) do
+    class = if size <= @small, do: :small, else: :bulk
+
+    message = %Message{
+      kind: kind,
+      head: head,
+      data: data,
+      left: size,
+      class: class,
+      stream: stream,
+      window: writer.stream_window
+    }
+
+    streams = if stream, do: Map.put(writer.streams, stream, key), else: writer.streams
+    writer = save(%{writer | streams: streams, bytes: writer.bytes + size}, key, message)
+
+    case class do
+      :small -> %{writer | small: :queue.in(key, writer.small)}
+      :bulk -> promote(%{writer | waiting: :queue.in(key, writer.waiting)})
+    end
+  end
+
+  defp forget(writer, key, message) do
+    writer = %{
+      writer
+      | messages: Map.delete(writer.messages, key),
+        streams: Map.delete(writer.streams, message.stream),
+        bytes: writer.bytes - message.left
+    }
+
+    case message.class do
+      :bulk_active -> promote(%{writer | active_bulk: writer.active_bulk - 1})
+      _ -> writer
+    end
+  end
+
+  # Lets waiting bulk messages in while there is room.
+  defp promote(%{active_bulk: active, max_bulk: max} = writer) when active >= max, do: writer
+
+  defp promote(writer) do
+    case :queue.out(writer.waiting) do
+      {:empty, _} ->
+        writer
+
+      {{:value, key}, waiting} ->
+        writer = %{writer | waiting: waiting}
+
+        case writer.messages do
+          %{^key => message} ->
+            promote(%{
+              save(writer, key, %{message | class: :bulk_active})
+              | bulk: :queue.in(key, writer.bulk),
+                active_bulk: writer.active_bulk + 1
+            })
+
+          _dropped ->
+            promote(writer)
+        end
+    end
+  end
+
+  # A small message goes on at once, a bulk one when the others had their turn.
+  defp requeue(writer, key, :small), do: %{writer | small: :queue.in_r(key, writer.small)}
+  defp requeue(writer, key, :bulk_active), do: %{writer | bulk: :queue.in(key, writer.bulk)}
+
+  defp save(writer, key, message), do: %{writer | messages: Map.put(writer.messages, key, message)}
+end

@@ -1,0 +1,326 @@
+//! What holds for every term and for every input.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use common::{each, encoded, term};
+use meshx_etf::guard::{self, Guard, GuardError, GuardPolicy, Step};
+use meshx_etf::{DecodeError, Limits, Term, Token, Walk, decode, decode_prefix, inflate, term_len};
+use proptest::prelude::*;
+
+/// The guard with no policy but form.
+fn form_only() -> GuardPolicy {
+    GuardPolicy {
+        max_integer_bytes: Limits::default().max_integer_bytes,
+        max_heap_words: usize::MAX,
+        allow_funs: true,
+        allow_exports: true,
+        ..GuardPolicy::default()
+    }
+}
+
+/// Steps through with so much work at a time; also returns the number of steps.
+fn step_through(
+    bytes: &[u8],
+    policy: GuardPolicy,
+    max_work: usize,
+) -> (Result<guard::GuardStats, GuardError>, usize) {
+    let mut guard = Guard::new(policy);
+    for steps in 1.. {
+        match guard.step(bytes, max_work) {
+            Ok(Step::More) => {}
+            Ok(Step::Done(stats)) => return (Ok(stats), steps),
+            Err(error) => {
+                assert_eq!(guard.step(bytes, max_work), Err(error), "a refusal must last");
+                return (Err(error), steps);
+            }
+        }
+    }
+    unreachable!()
+}
+
+/// All ways to read the same bytes come to the same result.
+fn check_agreement(bytes: &[u8]) {
+    let limits = Limits::default();
+    let decoded = decode_prefix(bytes, &limits);
+    if bytes.get(1) == Some(&80) {
+        if let Ok(inflated) = inflate(bytes, &limits) {
+            assert_eq!(decoded.map(|(term, _)| term), decode(&inflated, &limits));
+        }
+        return;
+    }
+    let walked = term_len(bytes, &limits);
+    match decoded {
+        Ok((_, rest)) => assert_eq!(walked, Ok(bytes.len() - rest.len())),
+        // What a walk has no way to see.
+        Err(DecodeError::DuplicateKey { offset }) => assert!(walked.map_or(true, |len| len >= offset)),
+        Err(error) => assert_eq!(walked, Err(error)),
+    }
+    let trailing = |len| match bytes.len() - len {
+        0 => Ok(()),
+        remaining => Err(GuardError::Decode(DecodeError::Trailing {
+            offset: len,
+            remaining,
+        })),
+    };
+    let wanted = walked.map_err(GuardError::Decode).and_then(trailing);
+    let whole = guard::check(bytes, &form_only());
+    assert_eq!(whole.map(|_| ()), wanted);
+    for max_work in [0, 1, 7, 100] {
+        assert_eq!(step_through(bytes, form_only(), max_work).0, whole);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn encode_then_decode_is_the_same_term(term in term()) {
+        let bytes = encoded(&term);
+        prop_assert_eq!(decode(&bytes, &Limits::default()), Ok(term.clone()));
+        check_agreement(&bytes);
+        // And the same as their decoder has it, part by part.
+        let theirs = eetf::Term::decode(bytes.as_slice()).unwrap();
+        prop_assert_eq!(Term::try_from(&theirs), Ok(term.clone()));
+        prop_assert_eq!(Term::try_from(&eetf::Term::try_from(&term).unwrap()), Ok(term));
+    }
+
+    #[test]
+    fn every_prefix_is_refused(term in term()) {
+        let bytes = encoded(&term);
+        for cut in 0..bytes.len() {
+            prop_assert!(decode(&bytes[..cut], &Limits::default()).is_err());
+            prop_assert!(guard::check(&bytes[..cut], &form_only()).is_err());
+        }
+    }
+
+    #[test]
+    fn terms_that_follow_one_another_come_apart(terms in prop::collection::vec(term(), 1..4), tail in any::<Vec<u8>>()) {
+        let mut bytes: Vec<u8> = terms.iter().flat_map(encoded).collect();
+        bytes.extend_from_slice(&tail);
+        let mut rest = bytes.as_slice();
+        for term in &terms {
+            let len = term_len(rest, &Limits::default()).unwrap();
+            let (decoded, after) = decode_prefix(rest, &Limits::default()).unwrap();
+            prop_assert_eq!(&decoded, term);
+            prop_assert_eq!(after, &rest[len..]);
+            rest = after;
+        }
+        prop_assert_eq!(rest, tail.as_slice());
+    }
+
+    #[test]
+    fn damaged_terms_never_panic(
+        term in term(),
+        damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..6),
+        tags in any::<bool>(),
+    ) {
+        let mut bytes = encoded(&term);
+        for (index, byte) in damage {
+            let index = index.index(bytes.len());
+            // Bytes that are tags reach further into the decoder than random ones.
+            bytes[index] = if tags { [67, 70, 77, 80, 82].into_iter().chain(88..=121).nth(usize::from(byte) % 39).unwrap() } else { byte };
+        }
+        check_agreement(&bytes);
+    }
+
+    #[test]
+    fn any_bytes_never_panic(mut bytes in any::<Vec<u8>>()) {
+        check_agreement(&bytes);
+        bytes.insert(0, 131);
+        check_agreement(&bytes);
+    }
+
+    #[test]
+    fn the_guard_accepts_what_the_policy_allows_and_nothing_else(
+        term in term(),
+        (allow_exports, allow_pids, allow_ports, allow_references) in any::<(bool, bool, bool, bool)>(),
+        (max_atoms, max_atom_bytes, max_integer_bytes) in (0usize..12, 0usize..200, 0usize..20),
+    ) {
+        let policy = GuardPolicy {
+            allow_exports, allow_pids, allow_ports, allow_references, max_atoms, max_atom_bytes, max_integer_bytes,
+            ..GuardPolicy::default()
+        };
+        let (mut kinds, mut atoms, mut integer_bytes) = (true, Vec::new(), 0);
+        each(&term, &mut |part| match part {
+            Term::Atom(atom) => atoms.push(atom.clone()),
+            Term::Pid(pid) => { kinds &= allow_pids; atoms.push(pid.node.clone()); }
+            Term::Port(port) => { kinds &= allow_ports; atoms.push(port.node.clone()); }
+            Term::Reference(reference) => { kinds &= allow_references; atoms.push(reference.node.clone()); }
+            Term::Export(export) => { kinds &= allow_exports; atoms.extend([export.module.clone(), export.function.clone()]); }
+            Term::Int(value) if i32::try_from(*value).is_err() => {
+                integer_bytes = integer_bytes.max(8 - value.unsigned_abs().leading_zeros() as usize / 8);
+            }
+            Term::BigInt(value) => integer_bytes = integer_bytes.max(value.magnitude_le().len()),
+            _ => {}
+        });
+        let atom_bytes: usize = atoms.iter().map(|atom| atom.as_str().len()).sum();
+        let allowed = kinds && atoms.len() <= max_atoms && atom_bytes <= max_atom_bytes && integer_bytes <= max_integer_bytes;
+        let verdict = guard::check(&encoded(&term), &policy);
+        prop_assert_eq!(verdict.is_ok(), allowed, "{:?}", verdict);
+        if let Ok(stats) = verdict {
+            prop_assert_eq!((stats.atoms, stats.atom_bytes), (atoms.len(), atom_bytes));
+        }
+    }
+}
+
+#[test]
+fn the_guard_refuses_by_name() {
+    let refusal = |bytes: &[u8], policy: GuardPolicy| guard::check(bytes, &policy).unwrap_err();
+    let default = GuardPolicy::default();
+    let kind = |error| match error {
+        GuardError::NotAllowed { kind, offset: 1 } => kind,
+        other => panic!("{other}"),
+    };
+    let none = GuardPolicy {
+        allow_pids: false,
+        allow_ports: false,
+        allow_references: false,
+        ..default
+    };
+    assert_eq!(
+        kind(refusal(&[131, 113, 119, 1, b'm', 119, 1, b'f', 97, 1], default)),
+        "fun by name"
+    );
+    assert_eq!(
+        kind(refusal(
+            &[131, 88, 119, 1, b'n', 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 9],
+            none
+        )),
+        "pid"
+    );
+    assert_eq!(
+        kind(refusal(&[131, 89, 119, 1, b'n', 0, 0, 0, 1, 0, 0, 0, 9], none)),
+        "port"
+    );
+    assert_eq!(
+        kind(refusal(
+            &[131, 90, 0, 1, 119, 1, b'n', 0, 0, 0, 1, 0, 0, 0, 9],
+            none
+        )),
+        "reference"
+    );
+    let mut fun = vec![131, 112, 0, 0, 0, 52, 1];
+    fun.extend_from_slice(&[0; 20]);
+    fun.extend_from_slice(&[0, 0, 0, 0, 119, 1, b'm', 97, 0, 97, 0]);
+    fun.extend_from_slice(&[88, 119, 1, b'n', 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 9]);
+    assert_eq!(kind(refusal(&fun, default)), "fun");
+    assert!(
+        guard::check(
+            &fun,
+            &GuardPolicy {
+                allow_funs: true,
+                ..default
+            }
+        )
+        .is_ok()
+    );
+    assert!(matches!(
+        refusal(
+            &[131, 104, 2, 106, 106],
+            GuardPolicy {
+                max_heap_words: 2,
+                ..default
+            }
+        ),
+        GuardError::TooManyHeapWords {
+            words: 3,
+            limit: 2,
+            offset: 1
+        }
+    ));
+    for (policy, bytes) in [
+        (
+            GuardPolicy {
+                max_depth: 1,
+                ..default
+            },
+            &[131, 104, 1, 104, 1, 106][..],
+        ),
+        (
+            GuardPolicy {
+                max_terms: 2,
+                ..default
+            },
+            &[131, 104, 2, 106, 106],
+        ),
+        (
+            GuardPolicy {
+                max_bytes: 2,
+                ..default
+            },
+            &[131, 97, 1],
+        ),
+        (default, &[131, 106, 106]),
+        (default, &[131, 80, 0, 0, 0, 1, 0]),
+    ] {
+        assert!(
+            matches!(refusal(bytes, policy), GuardError::Decode(_)),
+            "{bytes:?}"
+        );
+    }
+}
+
+#[test]
+fn a_step_does_bounded_work() {
+    // 300,000 small integers and a 16 MiB binary, whose contents are not looked at.
+    let term = Term::tuple([
+        Term::binary(vec![1; 16 << 20]),
+        Term::list((0..300_000).map(|i| Term::from(i % 1000))),
+    ]);
+    let bytes = encoded(&term);
+    let (whole, one) = step_through(&bytes, GuardPolicy::default(), usize::MAX);
+    assert_eq!(one, 1);
+    let work = 128 << 10;
+    let (sliced, steps) = step_through(&bytes, GuardPolicy::default(), work);
+    assert_eq!(sliced, whole);
+    // No token here has more than the 8 bytes that each counts as at least.
+    assert_eq!(steps, (whole.unwrap().terms * 8).div_ceil(work));
+    let mut guard = Guard::new(GuardPolicy::default());
+    let mut before = guard.offset();
+    while guard.step(&bytes, work).unwrap() == Step::More {
+        let passed = guard.offset() - before;
+        assert!(passed <= work + (16 << 20) + 16, "{passed}");
+        before = guard.offset();
+    }
+}
+
+#[test]
+fn later_steps_need_the_same_input() {
+    let bytes = encoded(&Term::list((1000..2000).map(Term::from)));
+    let mut guard = Guard::new(GuardPolicy::default());
+    assert_eq!(guard.step(&bytes, 10), Ok(Step::More));
+    let wanted = Err(GuardError::OtherInput {
+        began: bytes.len(),
+        now: 10,
+    });
+    assert_eq!(guard.step(&bytes[..10], 10), wanted);
+    assert_eq!(guard.step(&bytes, 10), wanted);
+}
+
+#[test]
+fn a_walk_borrows() {
+    let bytes = [
+        131, 104, 3, 109, 0, 0, 0, 2, 7, 8, 107, 0, 2, 1, 2, 108, 0, 0, 0, 1, 100, 0, 1, 0xE9, 106,
+    ];
+    let mut walk = Walk::new(&bytes, &Limits::default()).unwrap();
+    let mut tokens = Vec::new();
+    let mut depths = Vec::new();
+    while let Some(token) = walk.next_token().unwrap() {
+        tokens.push(token);
+        depths.push(walk.depth());
+    }
+    assert!(matches!(
+        tokens.as_slice(),
+        [
+            Token::Tuple { arity: 3 },
+            Token::Binary([7, 8]),
+            Token::ByteList([1, 2]),
+            Token::List { len: 1 },
+            Token::Atom(_),
+            Token::Nil
+        ]
+    ));
+    assert_eq!(depths, [1, 1, 1, 2, 2, 0]);
+    assert_eq!(walk.offset(), bytes.len());
+}

@@ -1,0 +1,567 @@
+//! What a peer may not do, and what it costs it.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod common;
+
+use std::time::Duration;
+
+use common::*;
+use meshx_frame::frame_type::*;
+use meshx_frame::{CONTROL_BURST, CONTROL_PER_SECOND, Cause, Decoder, Event, Options, Output, Role, Status};
+
+/// Feeds and expects the connection to end with this cause and a text that holds `text`.
+#[track_caller]
+fn ends(decoder: &mut Decoder, wire: &[u8], cause: Cause, text: &str) {
+    let (_, out, result) = feed(decoder, wire);
+    let failure = result.expect_err("the connection must end");
+    assert_eq!(failure.cause, cause, "{failure}");
+    assert!(failure.text.contains(text), "{failure}");
+    let last_words = failure.text.as_bytes();
+    assert!(out.ends_with(last_words), "a GOAWAY or REFUSED must say why");
+    assert_eq!(decoder.stats().reserved, 0);
+    let (events, out, again) = feed(decoder, b"more");
+    assert_eq!((events.len(), out.len(), again.unwrap_err()), (0, 0, failure));
+}
+
+/// Feeds and expects this stream alone to end.
+#[track_caller]
+fn resets(decoder: &mut Decoder, wire: &[u8], stream: u32, cause: Cause, text: &str) {
+    let (events, out, result) = feed(decoder, wire);
+    result.unwrap();
+    let Some(Event::StreamError {
+        stream: s,
+        cause: c,
+        text: t,
+    }) = events.last()
+    else {
+        panic!("a stream error wanted, got {events:?}")
+    };
+    assert_eq!((*s, *c), (stream, cause), "{t}");
+    assert!(t.contains(text), "{t}");
+    let mut reset = Vec::new();
+    meshx_frame::encode::reset(&mut reset, stream, cause, t);
+    assert!(out.ends_with(&reset), "the RESET must be sent");
+}
+
+fn header(len: u32, frame_type: u8, flags: u8, stream: u32) -> Vec<u8> {
+    let mut out = Vec::new();
+    meshx_frame::Header {
+        len,
+        frame_type,
+        flags,
+        seq: 0,
+        stream,
+    }
+    .write(&mut out);
+    out
+}
+
+#[test]
+fn lengths_are_refused_from_the_header_alone() {
+    ends(
+        &mut server(),
+        &header(65_537, 0x80, 0, 0),
+        Cause::TooLarge,
+        "65537 bytes, at most 65536",
+    );
+    ends(
+        &mut server(),
+        &header(16_385, DATA, 0x80, 1),
+        Cause::TooLarge,
+        "16385 bytes, at most 16384",
+    );
+    ends(
+        &mut server(),
+        &header(16_384 + 271, REQUEST, 0x80, 1),
+        Cause::TooLarge,
+        "a block of",
+    );
+    ends(
+        &mut client(),
+        &header(16_384 + 11, RESPONSE, 0x80, 1),
+        Cause::TooLarge,
+        "a block of",
+    );
+    let mut fresh = Decoder::new(OPTIONS).unwrap();
+    ends(
+        &mut fresh,
+        &header(4_097, HELLO, 0, 0),
+        Cause::Protocol,
+        "4097 bytes, 0 to 4096",
+    );
+    for (frame_type, len) in [
+        (PING, 9),
+        (WINDOW, 5),
+        (RESET, 1_027),
+        (RESET, 1),
+        (GOAWAY, 5),
+        (CANCEL, 1),
+    ] {
+        let stream = if frame_type == RESET || frame_type == CANCEL {
+            1
+        } else {
+            0
+        };
+        ends(
+            &mut server(),
+            &header(len, frame_type, 0, stream),
+            Cause::Protocol,
+            "wanted",
+        );
+    }
+}
+
+#[test]
+fn a_block_beyond_the_agreed_size_cannot_hide_behind_a_short_name() {
+    let wire = block(REQUEST, 1, 0, true, &request_payload(16_400, &[0; 16_400]));
+    ends(
+        &mut server(),
+        &wire,
+        Cause::TooLarge,
+        "16400 bytes, at most 16384",
+    );
+}
+
+#[test]
+fn headers_that_make_no_sense_end_the_connection() {
+    for (wire, text) in [
+        (header(0, 0x30, 0, 0), "frame type 48 is unknown"),
+        (header(8, PING, 0x01, 0), "flags 1 on frame type 33"),
+        (header(0, DATA, 0x02, 1), "flags 2 on frame type 18"),
+        (header(8, PING, 0, 1), "frame type 33 on stream 1"),
+        (header(16, REQUEST, 0x80, 0), "frame type 16 on stream 0"),
+        (header(0, HELLO_ACK, 0, 0), "not for a client to send"),
+        (header(10, RESPONSE, 0, 1), "not for a client to send"),
+        (header(0, HELLO, 0, 0), "at the wrong time"),
+    ] {
+        ends(&mut server(), &wire, Cause::Protocol, text);
+    }
+    ends(
+        &mut client(),
+        &header(16, REQUEST, 0x80, 1),
+        Cause::Protocol,
+        "not for a server to send",
+    );
+    ends(
+        &mut client(),
+        &header(0, CANCEL, 0, 1),
+        Cause::Protocol,
+        "not for a server to send",
+    );
+    let mut wire = header(8, PING, 0, 0);
+    wire[7] = 1;
+    ends(&mut server(), &wire, Cause::Protocol, "sequence number 1");
+}
+
+#[test]
+fn before_the_handshake_is_done_nothing_else_is_taken() {
+    for frame_type in [REQUEST, DATA, CANCEL, RESET, WINDOW, PING, PONG, GOAWAY, 0x80] {
+        let len = match frame_type {
+            REQUEST => 16,
+            PING | PONG => 8,
+            WINDOW => 4,
+            RESET => 2,
+            GOAWAY => 6,
+            _ => 0,
+        };
+        let stream = u32::from((REQUEST..=RESET).contains(&frame_type));
+        let mut decoder = Decoder::new(OPTIONS).unwrap();
+        ends(
+            &mut decoder,
+            &header(len, frame_type, 0, stream),
+            Cause::Protocol,
+            "at the wrong time",
+        );
+        // Nor between HELLO and agree().
+        let mut decoder = Decoder::new(OPTIONS).unwrap();
+        feed(&mut decoder, &control(HELLO, 0, b"")).2.unwrap();
+        feed(&mut decoder, &control(AUTH, 0, &[0; 32])).2.unwrap();
+        ends(
+            &mut decoder,
+            &header(len, frame_type, 0, stream),
+            Cause::Protocol,
+            "at the wrong time",
+        );
+    }
+    let mut client = Decoder::new(Options {
+        role: Role::Client,
+        ..OPTIONS
+    })
+    .unwrap();
+    ends(
+        &mut client,
+        &control(READY, 0, b""),
+        Cause::Protocol,
+        "at the wrong time",
+    );
+    let mut twice = Decoder::new(OPTIONS).unwrap();
+    let hellos = [control(HELLO, 0, b""), control(HELLO, 0, b"")].concat();
+    ends(&mut twice, &hellos, Cause::Protocol, "at the wrong time");
+}
+
+#[test]
+fn nothing_is_read_after_refused() {
+    let mut decoder = Decoder::new(OPTIONS).unwrap();
+    let wire = [control(REFUSED, 0, b"\x00\x09no"), vec![0xFF; 100]].concat();
+    let (events, out, result) = feed(&mut decoder, &wire);
+    result.unwrap();
+    assert_eq!(
+        events,
+        [Event::Refused {
+            cause: 9,
+            text: b"no".to_vec()
+        }]
+    );
+    assert!(out.is_empty());
+    assert!(feed(&mut decoder, &[0xFF; 50]).0.is_empty());
+}
+
+#[test]
+fn a_corrupt_byte_of_a_block_costs_only_its_stream() {
+    let good = request(1, b"argument");
+    for at in 12..good.len() {
+        let mut wire = good.clone();
+        wire[at] ^= 0x10;
+        let mut decoder = server();
+        resets(&mut decoder, &wire, 1, Cause::InvalidCks, "does not fit");
+        let (events, _, result) = feed(&mut decoder, &request(2, b"argument"));
+        result.unwrap();
+        assert!(
+            matches!(&events[..], [Event::Request { stream: 2, .. }]),
+            "{events:?}"
+        );
+    }
+}
+
+#[test]
+fn a_checksum_is_there_exactly_when_agreed() {
+    let mut without = Vec::new();
+    meshx_frame::encode::block(&mut without, REQUEST, 1, 0, true, false, &request_payload(0, b""));
+    resets(&mut server(), &without, 1, Cause::InvalidCks, "no checksum");
+    resets(
+        &mut up(OPTIONS, false, 16_384),
+        &request(1, b""),
+        1,
+        Cause::InvalidCks,
+        "none was agreed",
+    );
+}
+
+#[test]
+fn gaps_in_a_message_end_its_stream() {
+    let first = block(REQUEST, 1, 0, false, &request_payload(10, b"01234"));
+    for (seq, text) in [
+        (0, "block 0, block 1"),
+        (2, "block 2, block 1"),
+        (0xFF_FFFF, "block 16777215"),
+    ] {
+        let mut decoder = server();
+        feed(&mut decoder, &first).2.unwrap();
+        assert_eq!(decoder.stats().reserved, 10);
+        resets(
+            &mut decoder,
+            &block(DATA, 1, seq, true, b"56789"),
+            1,
+            Cause::Sequence,
+            text,
+        );
+        assert_eq!((decoder.stats().reserved, decoder.stats().open), (0, 0));
+    }
+    let late = block(REQUEST, 1, 1, true, &request_payload(0, b""));
+    resets(&mut server(), &late, 1, Cause::Sequence, "block 1, block 0");
+}
+
+#[test]
+fn a_message_is_exactly_as_long_as_announced() {
+    let open = block(REQUEST, 1, 0, false, &request_payload(10, b"01234"));
+    for (tail, text) in [
+        (block(DATA, 1, 1, false, b"567890"), "11 bytes of a message of 10"),
+        (block(DATA, 1, 1, true, b"5678"), "ended after 9 of 10"),
+        (block(DATA, 1, 1, false, b""), "empty block"),
+    ] {
+        let mut decoder = server();
+        feed(&mut decoder, &open).2.unwrap();
+        resets(&mut decoder, &tail, 1, Cause::Protocol, text);
+    }
+    // The end may come by itself.
+    let mut decoder = server();
+    let wire = [
+        open,
+        block(DATA, 1, 1, false, b"56789"),
+        block(DATA, 1, 2, true, b""),
+    ]
+    .concat();
+    assert!(
+        matches!(&feed(&mut decoder, &wire).0[..], [Event::Request { argument, .. }] if argument.len() == 10)
+    );
+    resets(
+        &mut decoder,
+        &block(DATA, 1, 3, true, b"x"),
+        1,
+        Cause::Protocol,
+        "without an open message",
+    );
+    assert_eq!(
+        decoder.stats().reserved,
+        10,
+        "something still works with the request"
+    );
+    decoder.release(1);
+    assert_eq!(decoder.stats().reserved, 0);
+}
+
+#[test]
+fn malformed_heads_end_their_stream() {
+    for at in [(0, 3), (14, 0), (14, 200)] {
+        let mut payload = request_payload(0, b"");
+        payload[at.0] = at.1;
+        let wire = block(REQUEST, 1, 0, true, &payload);
+        resets(
+            &mut server(),
+            &wire,
+            1,
+            Cause::Protocol,
+            "head of a request is malformed",
+        );
+    }
+    let mut payload = response_payload(Status::Result, 0, b"");
+    payload[0] = 3;
+    let mut decoder = client();
+    decoder.open(1);
+    let wire = block(RESPONSE, 1, 0, true, &payload);
+    resets(
+        &mut decoder,
+        &wire,
+        1,
+        Cause::Protocol,
+        "response status 3 is unknown",
+    );
+}
+
+#[test]
+fn messages_beyond_the_limits_are_not_kept() {
+    let mut decoder = server();
+    let huge = block(REQUEST, 1, 0, false, &request_payload(u64::MAX, b""));
+    resets(&mut decoder, &huge, 1, Cause::TooLarge, "at most 100000");
+    let half = |stream| block(REQUEST, stream, 0, false, &request_payload(80_000, b""));
+    feed(&mut decoder, &half(2)).2.unwrap();
+    resets(&mut decoder, &half(3), 3, Cause::Full, "byte budget");
+    assert_eq!(decoder.stats().reserved, 80_000);
+    decoder.release(2);
+    feed(&mut decoder, &half(4)).2.unwrap();
+    for stream in 5..8 {
+        feed(&mut decoder, &request(stream, b"")).2.unwrap();
+    }
+    resets(&mut decoder, &request(8, b""), 8, Cause::Full, "too many streams");
+}
+
+#[test]
+fn request_ids_only_grow() {
+    let mut decoder = server();
+    feed(&mut decoder, &request(5, b"")).2.unwrap();
+    decoder.release(5);
+    for stream in [5, 4] {
+        let mut decoder = server();
+        feed(&mut decoder, &request(5, b"")).2.unwrap();
+        ends(
+            &mut decoder,
+            &request(stream, b""),
+            Cause::Protocol,
+            "after request 5",
+        );
+    }
+}
+
+#[test]
+fn frames_of_streams_that_never_were_end_the_connection() {
+    for wire in [
+        block(DATA, 1, 1, true, b"x"),
+        control(CANCEL, 1, b""),
+        control(RESET, 1, b"\0\x05"),
+        control(WINDOW, 1, b"\0\0\0\x01"),
+    ] {
+        ends(
+            &mut server(),
+            &wire,
+            Cause::UnknownStream,
+            "stream 1 was never opened, the last is 0",
+        );
+    }
+    let wire = block(RESPONSE, 1, 0, true, &response_payload(Status::Result, 0, b""));
+    ends(&mut client(), &wire, Cause::UnknownStream, "never opened");
+}
+
+#[test]
+fn windows_bind_the_peer() {
+    let options = Options {
+        stream_window: 100,
+        ..OPTIONS
+    };
+    let mut decoder = up(options, true, 16_384);
+    let wire = block(REQUEST, 1, 0, false, &request_payload(1_000, &[0; 101]));
+    ends(
+        &mut decoder,
+        &wire,
+        Cause::Protocol,
+        "101 bytes sent, the stream's window held 100",
+    );
+    let options = Options {
+        connection_window: 100,
+        ..OPTIONS
+    };
+    let mut decoder = up(options, true, 16_384);
+    let wire = block(REQUEST, 1, 0, false, &request_payload(1_000, &[0; 101]));
+    ends(
+        &mut decoder,
+        &wire,
+        Cause::Protocol,
+        "101 bytes sent, the connection's window held 100",
+    );
+    for increment in [[0; 4], [0x80, 0, 0, 0]] {
+        ends(
+            &mut server(),
+            &control(WINDOW, 0, &increment),
+            Cause::Protocol,
+            "a window grows by",
+        );
+    }
+}
+
+#[test]
+fn windows_are_granted_in_halves_and_never_late() {
+    let options = Options {
+        stream_window: 100,
+        connection_window: 400,
+        ..OPTIONS
+    };
+    let mut decoder = up(options, true, 16_384);
+    let first = block(REQUEST, 1, 0, false, &request_payload(180, &[0; 49]));
+    assert!(feed(&mut decoder, &first).1.is_empty());
+    let out = feed(&mut decoder, &block(DATA, 1, 1, false, &[0; 1])).1;
+    assert_eq!(out, control(WINDOW, 1, &50u32.to_be_bytes()));
+    // 130 of 180 are left, and 100 of window: one more grant, then enough for the rest.
+    let out = feed(&mut decoder, &block(DATA, 1, 2, false, &[0; 50])).1;
+    assert_eq!(out, control(WINDOW, 1, &50u32.to_be_bytes()));
+    let out = feed(&mut decoder, &block(DATA, 1, 3, false, &[0; 60])).1;
+    assert!(out.is_empty(), "{out:?}");
+    let (events, out, _) = feed(&mut decoder, &block(DATA, 1, 4, true, &[0; 20]));
+    assert_eq!(events.len(), 1);
+    assert!(out.is_empty(), "{out:?}");
+    let out = feed(&mut decoder, &request(2, &[0; 20])).1;
+    assert_eq!(out, control(WINDOW, 0, &200u32.to_be_bytes()));
+}
+
+#[test]
+fn what_was_on_its_way_to_a_released_stream_is_ignored_and_nothing_beyond() {
+    let options = Options {
+        role: Role::Client,
+        stream_window: 100,
+        connection_window: 100_000,
+        ..OPTIONS
+    };
+    let mut decoder = up(options, true, 16_384);
+    decoder.open(1);
+    decoder.release(1);
+    let first = block(
+        RESPONSE,
+        1,
+        0,
+        false,
+        &response_payload(Status::Result, 500, &[0; 60]),
+    );
+    assert_eq!(feed(&mut decoder, &first), (vec![], vec![], Ok(())));
+    assert_eq!(
+        feed(&mut decoder, &block(DATA, 1, 1, false, &[0; 40])),
+        (vec![], vec![], Ok(()))
+    );
+    ends(
+        &mut decoder,
+        &block(DATA, 1, 2, false, &[0]),
+        Cause::Protocol,
+        "1 bytes on a stream that is over",
+    );
+}
+
+#[test]
+fn completed_streams_leave_no_room_for_strays() {
+    let mut decoder = server();
+    for stream in 1..=10 {
+        feed(&mut decoder, &request(stream, b"x")).2.unwrap();
+        decoder.release(stream);
+    }
+    ends(
+        &mut decoder,
+        &block(DATA, 3, 1, false, &[0]),
+        Cause::Protocol,
+        "0 can be on their way",
+    );
+}
+
+#[test]
+fn floods_end_the_connection_and_time_forgives() {
+    let ping = control(PING, 0, b"12345678");
+    let cancel = control(CANCEL, 1, b"");
+    let reset = control(RESET, 1, b"\0\x05");
+    let late = control(WINDOW, 1, b"\0\0\0\x01");
+    let stray = block(DATA, 1, 1, true, b"");
+    let unknown = control(0x99, 7, b"what");
+    for frame in [
+        ping,
+        cancel,
+        reset,
+        late,
+        stray,
+        unknown,
+        control(PONG, 0, b"12345678"),
+    ] {
+        let mut decoder = server();
+        feed(&mut decoder, &request(1, b"")).2.unwrap();
+        decoder.release(1);
+        let mut output = Output::default();
+        let burst = frame.repeat(CONTROL_BURST as usize);
+        decoder.feed(Duration::ZERO, &burst, &mut output).unwrap();
+        assert!(output.bytes.len() <= burst.len());
+        let second = Duration::from_secs(1);
+        let more = frame.repeat(CONTROL_PER_SECOND as usize);
+        decoder.feed(second, &more, &mut output).unwrap();
+        let failure = decoder.feed(second, &frame, &mut output).unwrap_err();
+        assert!(failure.text.contains("control frames"), "{failure}");
+    }
+}
+
+#[test]
+fn rapid_resets_are_limited() {
+    let mut decoder = server();
+    for stream in 1..=CONTROL_BURST {
+        let wire = [request(stream, b""), control(CANCEL, stream, b"")].concat();
+        let (events, _, result) = feed(&mut decoder, &wire);
+        result.unwrap();
+        assert_eq!(events.len(), 2);
+        decoder.release(stream);
+    }
+    let stream = CONTROL_BURST + 1;
+    let wire = [request(stream, b""), control(CANCEL, stream, b"")].concat();
+    ends(&mut decoder, &wire, Cause::Protocol, "control frames");
+}
+
+#[test]
+fn windows_that_cannot_be_are_refused() {
+    for options in [
+        Options {
+            stream_window: 0,
+            ..OPTIONS
+        },
+        Options {
+            connection_window: 1 << 31,
+            ..OPTIONS
+        },
+    ] {
+        assert!(
+            Decoder::new(options)
+                .unwrap_err()
+                .to_string()
+                .contains("1 to 2147483647 wanted")
+        );
+    }
+}

@@ -1,2 +1,7 @@
 //! The `meshx` program.
-fn main() {}
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    meshx::cli::main()
+}

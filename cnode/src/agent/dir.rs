@@ -202,7 +202,7 @@ impl AgentDir {
     }
 
     /// Takes away what this agent put there. Directories stay when somebody's sockets are still in them.
-    pub fn remove(self) {
+    pub fn remove(&self) {
         self.sweep();
         for name in [CONTROL_SOCKET, DIST_SOCKET, LOCK] {
             let path = self.path.join(name);
@@ -326,6 +326,7 @@ mod tests {
         assert_eq!(mode(&dir.vm()), 0o700);
         assert_eq!(mode(&path.join(CONTROL_SOCKET)), 0o600);
         dir.remove();
+        drop(dir);
         assert!(!path.exists());
 
         let shared = Access {
@@ -348,6 +349,7 @@ mod tests {
         let error = AgentDir::open(&path, Access::default()).unwrap_err();
         assert!(matches!(error, DirError::Taken(_)), "{error}");
         first.remove();
+        drop(first);
         AgentDir::open(&path, Access::default()).unwrap();
     }
 

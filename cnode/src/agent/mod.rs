@@ -3,7 +3,11 @@
 pub mod client;
 pub mod config;
 pub mod control;
+mod daemon;
 pub mod dir;
 pub mod hosts;
 pub mod paths;
+pub mod registry;
 pub mod trust;
+
+pub use daemon::{Agent, STOP_TIME, StartError};

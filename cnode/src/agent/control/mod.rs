@@ -1,8 +1,19 @@
 //! The control socket: framing, messages, sessions and commands.
 
 mod args;
+pub(in crate::agent) mod commands;
 pub mod frame;
 pub mod message;
+mod outbox;
+pub(in crate::agent) mod server;
+mod session;
+mod slots;
+pub(in crate::agent) mod upstreams;
+
+pub use outbox::{QUEUE_BYTES_MAX, QUEUE_FRAMES_MAX, WRITE_TIME};
+pub use session::HELLO_TIME;
+pub use slots::{CLIENTS_MAX, CLIENTS_PER_USER_MAX};
+pub use upstreams::{UPSTREAMS_MAX, UPSTREAMS_PER_CLIENT_MAX};
 
 /// Requests of one client that may be unanswered at a time.
 pub const UNANSWERED_MAX: usize = 64;

@@ -1,0 +1,352 @@
+//! The commands of the control socket.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use meshx_etf::Term;
+
+use super::{
+    args::{Args, missing, wrong},
+    message::{map, text},
+    upstreams::{Budget, Upstreams},
+};
+use crate::{
+    agent::{
+        dir::AgentDir,
+        paths,
+        registry::{NodeRequest, Owner, Registry, ServiceRequest, answer, chosen_socket},
+    },
+    mesh::ServiceName,
+    proxy::{
+        Proxy, Upstream,
+        cause::{Cause, Refusal},
+        links::{LinkId, LinkSnapshot, LinkTable, Purpose, RefusalRecord},
+        local::Endpoint,
+    },
+};
+
+/// Name and version of this program, as clients are told.
+pub(super) const PROGRAM: &str = concat!("meshx ", env!("CARGO_PKG_VERSION"));
+/// A killed VM's sockets are free this long after its connection closed: its process ends in between.
+const SWEEP_DELAY: Duration = Duration::from_millis(1500);
+
+/// What all sessions share.
+pub(in crate::agent) struct Context {
+    pub(in crate::agent) registry: Registry,
+    pub(in crate::agent) proxy: Arc<Proxy>,
+    pub(in crate::agent) links: LinkTable,
+    pub(in crate::agent) dir: Arc<AgentDir>,
+    /// The mesh's kind.
+    pub(in crate::agent) mesh: &'static str,
+    pub(in crate::agent) upstreams: Budget,
+}
+
+/// One session, as its commands see it.
+pub(super) struct Client {
+    pub(super) owner: Owner,
+    pub(super) upstreams: Upstreams,
+}
+
+impl Client {
+    pub(super) fn new(owner: Owner) -> Self {
+        Self {
+            owner,
+            upstreams: Upstreams::new(),
+        }
+    }
+}
+
+impl Context {
+    /// The answer to hello.
+    pub(super) fn describe(&self, version: i64) -> Term {
+        let place = self.registry.place();
+        map([
+            ("version", Term::Int(version)),
+            ("features", Term::list([])),
+            ("agent", text(PROGRAM)),
+            ("hosts", Term::list(place.hosts.iter().map(text))),
+            ("mesh", text(self.mesh)),
+            ("trust_domain", text(self.registry.mesh().trust_domain())),
+            ("vm_dir", text(place.vm.to_string_lossy())),
+            ("dist_socket", text(self.dir.dist_socket().to_string_lossy())),
+        ])
+    }
+
+    pub(super) async fn run(&self, client: &Client, command: &str, args: &Term) -> Result<Term, Refusal> {
+        let (owner, args) = (client.owner, Args(args));
+        match command {
+            "register_node" => self.register_node(owner, args).await,
+            "register_service" => self.register_service(owner, args).await,
+            "deregister" => {
+                self.registry.deregister(owner, args.text("id")?).await?;
+                Ok(map([]))
+            }
+            "connect" => self.connect(client, &args),
+            "disconnect" => {
+                let existed = client.upstreams.close(args.text("upstream")?);
+                Ok(map([("existed", Term::from(existed))]))
+            }
+            "check" => self.check(&args).await,
+            "names" => self.names().await,
+            "links" => Ok(map([(
+                "links",
+                Term::list(self.links.snapshot().iter().map(link_term)),
+            )])),
+            "refusal" => self.refusal(&args),
+            "cut" => self.cut(owner, &args),
+            "hello" => Err(Cause::InvalidRequest.because("hello was said already")),
+            other => {
+                let other: String = other.chars().take(64).collect();
+                Err(Cause::InvalidRequest.because(format!("{PROGRAM} has no command {other:?}")))
+            }
+        }
+    }
+
+    /// Removes what a killed VM left, once the kernel has let go of it.
+    pub(super) fn sweep_later(&self) {
+        let dir = self.dir.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(SWEEP_DELAY).await;
+            // A failure to sweep has been logged; the next sweep tries again.
+            let _ = tokio::task::spawn_blocking(move || dir.sweep()).await;
+        });
+    }
+
+    async fn register_node(&self, owner: Owner, args: Args<'_>) -> Result<Term, Refusal> {
+        let request = NodeRequest {
+            node: args.text("node")?,
+            socket: args.text("socket")?,
+            creation: args.optional_int("creation")?,
+            hidden: args.optional_bool("hidden")?.unwrap_or(false),
+        };
+        let node = self.registry.register_node(owner, request).await?;
+        Ok(map([
+            ("creation", Term::from(node.creation)),
+            ("secret", Term::binary(*node.secret.expose())),
+            ("service", text(&node.service)),
+            ("instance", text(request.node)),
+            ("spiffe", text(node.spiffe.to_string())),
+        ]))
+    }
+
+    async fn register_service(&self, owner: Owner, args: Args<'_>) -> Result<Term, Refusal> {
+        let request = ServiceRequest {
+            name: args.text("name")?,
+            id: args.optional_text("id")?,
+            address: args.term("address").map(endpoint).transpose()?,
+        };
+        let service = self.registry.register_service(owner, request).await?;
+        Ok(map([
+            ("id", text(service.id)),
+            ("service", text(service.service)),
+            ("spiffe", text(service.spiffe.to_string())),
+            ("address", endpoint_term(&service.address)),
+        ]))
+    }
+
+    /// A socket in `up/` for this client's user alone.
+    fn connect(&self, client: &Client, args: &Args<'_>) -> Result<Term, Refusal> {
+        let peer = client.owner.peer;
+        let name = |key| {
+            let text = args.text(key)?;
+            ServiceName::new(text)
+                .map_err(|error| Cause::InvalidName.because(format!("{key} {text:?}: {error}")))
+        };
+        let (target, source) = (name("service")?, name("as")?);
+        self.registry
+            .trust()
+            .check(peer, source.as_ref())
+            .map_err(|text| Cause::NotPermitted.because(text))?;
+        let purpose = match args.term("purpose").map(Term::as_atom) {
+            None | Some(Some("rpc")) => Purpose::Rpc,
+            Some(Some("tcp")) => Purpose::Tcp,
+            Some(_) => return Err(wrong("purpose", "rpc or tcp")),
+        };
+        let path = chosen_socket(&self.registry.place().up)?;
+        let id = path
+            .file_name()
+            .map(|name| name.to_string_lossy().into_owned())
+            .unwrap_or_default();
+        let upstream = Upstream {
+            source,
+            target,
+            instance: args.optional_text("instance")?.map(str::to_owned),
+            purpose,
+            path: path.clone(),
+            uid: peer.uid,
+            owner: client.owner.id,
+        };
+        client.upstreams.open(&id, &self.upstreams, || {
+            let fault = |error: String| Cause::NotReady.because(format!("no socket can be made: {error}"));
+            let handle = self
+                .proxy
+                .upstream(upstream)
+                .map_err(|error| fault(error.to_string()))?;
+            // The socket belongs to the agent's user; whoever connects is checked by the proxy.
+            if peer.uid != paths::uid() {
+                self.dir
+                    .open_to_clients(&path)
+                    .map_err(|error| fault(error.to_string()))?;
+            }
+            Ok(handle)
+        })?;
+        Ok(map([
+            ("upstream", text(id)),
+            ("address", endpoint_term(&Endpoint::Uds(path))),
+        ]))
+    }
+
+    async fn check(&self, args: &Args<'_>) -> Result<Term, Refusal> {
+        let decision = self.proxy.check(args.text("from")?, args.text("to")?).await;
+        let (cause, why) = match &decision {
+            Ok(rules) => ("ok", rules.as_str()),
+            Err(refusal) => (refusal.cause.as_str(), refusal.text.as_str()),
+        };
+        Ok(map([
+            ("allowed", Term::from(decision.is_ok())),
+            ("cause", Term::atom(cause)),
+            ("text", text(why)),
+        ]))
+    }
+
+    async fn names(&self) -> Result<Term, Refusal> {
+        let own = &self.registry.place().agent;
+        let nodes = answer(self.registry.mesh().nodes()).await?;
+        let nodes = nodes.into_iter().filter_map(|instance| {
+            let node = instance.node?;
+            let host = node.split_once('@').map_or("", |(_, host)| host);
+            Some(map([
+                ("host", text(host)),
+                ("node", text(&node)),
+                ("service", text(instance.service)),
+                ("local", Term::from(instance.agent == *own)),
+                ("agent", text(instance.address.to_string())),
+            ]))
+        });
+        Ok(map([("nodes", Term::list(nodes))]))
+    }
+
+    fn refusal(&self, args: &Args<'_>) -> Result<Term, Refusal> {
+        let record = match args.optional_link("link")? {
+            Some(link) => self.links.refusal_of_link(LinkId(link)),
+            None => {
+                self.links
+                    .refusal_of_target(args.optional_text("node")?.ok_or_else(|| {
+                        missing("link or node", "the 16 bytes of a link, or a binary with a node")
+                    })?)
+            }
+        };
+        let Some(RefusalRecord { refusal, at, .. }) = record else {
+            return Err(Cause::InvalidRequest.because("no refused link of this name is remembered"));
+        };
+        Ok(map([
+            ("cause", Term::atom(refusal.cause.as_str())),
+            ("text", text(refusal.text)),
+            ("at", Term::Int(at)),
+        ]))
+    }
+
+    /// The connection that owns an end may cut a link, and the agent's operator any.
+    fn cut(&self, owner: Owner, args: &Args<'_>) -> Result<Term, Refusal> {
+        let id = args
+            .optional_link("link")?
+            .ok_or_else(|| missing("link", "a binary of 16 bytes"))?;
+        let reason = args.text("reason")?;
+        let gone = || Cause::InvalidRequest.because(format!("there is no live link {}", LinkId(id)));
+        let link = self.links.get(LinkId(id)).ok_or_else(gone)?;
+        if !link.info.owners.contains(&owner.id) && !self.registry.trust().is_operator(owner.peer) {
+            return Err(Cause::NotPermitted.because(format!(
+                "link {} is not of this connection, and uid {} is neither the agent's nor root",
+                link.info.id, owner.peer.uid
+            )));
+        }
+        let reason = format!("cut on request of uid {}: {reason}", owner.peer.uid);
+        match self.links.cut(LinkId(id), Cause::IntentionDenied, &reason) {
+            true => Ok(map([])),
+            false => Err(gone()),
+        }
+    }
+}
+
+/// `{tcp, Ip, Port}` or `{uds, Path}`.
+fn endpoint(term: &Term) -> Result<Endpoint, Refusal> {
+    let endpoint = match term.as_tuple() {
+        Some([kind, ip, port]) if kind.as_atom() == Some("tcp") => {
+            let ip = ip.as_str().and_then(|ip| ip.parse().ok());
+            let port = port.as_int().and_then(|port| u16::try_from(port).ok());
+            ip.zip(port)
+                .map(|(ip, port)| Endpoint::Tcp(SocketAddr::new(ip, port)))
+        }
+        Some([kind, path]) if kind.as_atom() == Some("uds") => {
+            path.as_str().map(|path| Endpoint::Uds(path.into()))
+        }
+        _ => None,
+    };
+    endpoint.ok_or_else(|| wrong("address", "{tcp, Ip :: binary, Port} or {uds, Path :: binary}"))
+}
+
+fn endpoint_term(endpoint: &Endpoint) -> Term {
+    match endpoint {
+        Endpoint::Tcp(address) => Term::tuple([
+            Term::atom("tcp"),
+            text(address.ip().to_string()),
+            Term::from(address.port()),
+        ]),
+        Endpoint::Uds(path) | Endpoint::NodeSocket(path) => {
+            Term::tuple([Term::atom("uds"), text(path.to_string_lossy())])
+        }
+    }
+}
+
+fn link_term(link: &LinkSnapshot) -> Term {
+    let info = &link.info;
+    let number = |count: u64| Term::from(count);
+    let mut pairs = vec![
+        ("id", text(info.id.to_string())),
+        ("direction", Term::atom(info.direction.as_str())),
+        ("purpose", Term::atom(info.purpose.as_str())),
+        ("local", text(&info.local)),
+        ("remote", text(&info.remote)),
+        ("local_spiffe", text(info.local_spiffe.to_string())),
+        ("remote_spiffe", text(info.remote_spiffe.to_string())),
+        ("since", Term::Int(link.since)),
+        ("bytes_in", number(link.bytes_in)),
+        ("bytes_out", number(link.bytes_out)),
+    ];
+    // A link within this agent has no other agent and no certificates.
+    pairs.extend(
+        info.remote_agent
+            .map(|address| ("remote_agent", text(address.to_string()))),
+    );
+    pairs.extend(info.local_not_after.map(|at| ("local_not_after", Term::Int(at))));
+    pairs.extend(
+        info.remote_not_after
+            .map(|at| ("remote_not_after", Term::Int(at))),
+    );
+    Term::map(pairs.into_iter().map(|(key, value)| (Term::atom(key), value)))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+    use super::*;
+
+    #[test]
+    fn addresses_are_read_as_they_are_written() {
+        for address in [
+            Endpoint::Tcp("127.0.0.1:80".parse().unwrap()),
+            Endpoint::Uds("/x".into()),
+            Endpoint::Tcp("[::1]:1".parse().unwrap()),
+        ] {
+            assert_eq!(endpoint(&endpoint_term(&address)).unwrap(), address);
+        }
+        for bad in [
+            Term::atom("tcp"),
+            Term::tuple([Term::atom("tcp"), text("localhost"), Term::Int(1)]),
+            Term::tuple([Term::atom("tcp"), text("127.0.0.1"), Term::Int(65_536)]),
+            Term::tuple([Term::atom("uds"), Term::Int(1)]),
+        ] {
+            assert_eq!(endpoint(&bad).unwrap_err().cause, Cause::InvalidRequest);
+        }
+    }
+}

@@ -1,0 +1,179 @@
+//! The running agent: everything tied together, started and ended in order.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use tokio::{
+    net::{TcpListener, UnixListener},
+    task::{JoinHandle, JoinSet},
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::{
+    config::{AgentConfig, MeshKind},
+    control::{commands::Context, server, upstreams::Budget},
+    dir::AgentDir,
+    paths::{CONTROL_SOCKET, DIST_SOCKET, DirError},
+    registry::{Place, Registry},
+};
+use crate::{
+    mesh::{Mesh, MeshError, embedded::EmbeddedMesh},
+    proxy::{Proxy, Settings, links::LinkTable, local::LocalTable},
+};
+
+/// How long clients' registrations may take to be given up when the agent ends.
+pub const STOP_TIME: Duration = Duration::from_secs(8);
+
+/// Why an agent did not start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// Its directory cannot be used.
+    #[error(transparent)]
+    Dir(#[from] DirError),
+    /// The inbound port cannot be opened.
+    #[error("cannot listen on {address}: {source}; choose another one with --bind")]
+    Bind {
+        /// What was asked for.
+        address: SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The mesh cannot be joined.
+    #[error(transparent)]
+    Mesh(#[from] MeshError),
+    /// The system lacks something.
+    #[error("{0}")]
+    System(#[from] io::Error),
+}
+
+/// An agent that serves.
+pub struct Agent {
+    dir: Arc<AgentDir>,
+    inbound: SocketAddr,
+    hosts: Vec<String>,
+    mesh: &'static str,
+    stop: CancellationToken,
+    control: JoinHandle<()>,
+    /// The data plane; its links end when this is dropped.
+    data: JoinSet<()>,
+}
+
+impl Agent {
+    /// Takes the directory, opens the port, joins the mesh and serves. Call it within a tokio runtime.
+    ///
+    /// # Errors
+    /// [`StartError`]; nothing is left behind then.
+    pub async fn start(config: AgentConfig) -> Result<Self, StartError> {
+        let dir = Arc::new(AgentDir::open(&config.dir, config.access)?);
+        let started = Self::start_in(dir.clone(), config).await;
+        if started.is_err() {
+            dir.remove();
+        }
+        started
+    }
+
+    async fn start_in(dir: Arc<AgentDir>, config: AgentConfig) -> Result<Self, StartError> {
+        let bound = |source| StartError::Bind {
+            address: config.bind,
+            source,
+        };
+        let port = TcpListener::bind(config.bind).await.map_err(bound)?;
+        let inbound = port.local_addr()?;
+        let advertise = match config.advertise {
+            Some(address) if address.port() == 0 => SocketAddr::new(address.ip(), inbound.port()),
+            Some(address) => address,
+            None => inbound,
+        };
+        let id = format!("{:016x}", getrandom::u64().map_err(io::Error::other)?);
+        let kind = config.mesh.name();
+        let mesh = join(config.mesh, &id, config.hosts.clone(), advertise).await?;
+        let (local, links) = (LocalTable::default(), LinkTable::default());
+        let place = Place {
+            agent: id,
+            inbound: advertise,
+            hosts: config.hosts.clone(),
+            vm: dir.vm(),
+            up: dir.up(),
+        };
+        let registry = Registry::new(mesh.clone(), local.clone(), config.trust, place)?;
+
+        let proxy = Proxy::new(mesh, local, links.clone(), Settings::default());
+        let dist = UnixListener::from_std(dir.bind(DIST_SOCKET)?)?;
+        let mut data = JoinSet::new();
+        data.spawn(proxy.clone().serve_inbound(port));
+        data.spawn(proxy.clone().serve_dist(dist));
+
+        let stop = CancellationToken::new();
+        let upstreams = Budget::default();
+        let context = Context {
+            registry,
+            proxy,
+            links,
+            dir: dir.clone(),
+            mesh: kind,
+            upstreams,
+        };
+        // Last: who finds the control socket finds an agent that is whole.
+        let control = UnixListener::from_std(dir.bind(CONTROL_SOCKET)?)?;
+        let control = tokio::spawn(server::serve(control, Arc::new(context), stop.clone()));
+        let agent = Self {
+            dir,
+            inbound: advertise,
+            hosts: config.hosts,
+            mesh: kind,
+            stop,
+            control,
+            data,
+        };
+        info!(dir = %agent.dir.path().display(), %inbound, %advertise, mesh = kind, "agent started");
+        Ok(agent)
+    }
+
+    /// One line for programs: `meshx agent ready dir=... inbound=IP:PORT hosts=A,B mesh=embedded`. A
+    /// directory with blanks is quoted as in JSON.
+    pub fn ready_line(&self) -> String {
+        let dir = self.dir.path().to_string_lossy();
+        let dir = match dir.contains(|c: char| c.is_whitespace() || c == '"') {
+            true => serde_json::Value::from(dir).to_string(),
+            false => dir.into_owned(),
+        };
+        format!(
+            "meshx agent ready dir={dir} inbound={} hosts={} mesh={}",
+            self.inbound,
+            self.hosts.join(","),
+            self.mesh
+        )
+    }
+
+    /// Ends: no new connections, everything deregistered, all files removed.
+    pub async fn stop(mut self) {
+        self.stop.cancel();
+        if timeout(STOP_TIME, &mut self.control).await.is_err() {
+            warn!(
+                "some registrations were not given up within {} s",
+                STOP_TIME.as_secs()
+            );
+        }
+        self.data.shutdown().await;
+        self.dir.remove();
+        info!("agent ended");
+    }
+}
+
+async fn join(
+    kind: MeshKind,
+    id: &str,
+    hosts: Vec<String>,
+    advertise: SocketAddr,
+) -> Result<Arc<dyn Mesh>, StartError> {
+    match kind {
+        MeshKind::Embedded { dir } => {
+            let id = id.to_owned();
+            let joining =
+                tokio::task::spawn_blocking(move || EmbeddedMesh::open(&dir, &id, hosts, advertise));
+            Ok(Arc::new(joining.await.map_err(io::Error::other)??))
+        }
+    }
+}

@@ -1,0 +1,487 @@
+//! What is registered through this agent, and by which control connection.
+//!
+//! An id goes through three phases: pending (reserved while the mesh is asked), live, leaving (taken out of
+//! the mesh, its name not yet free). So two clients can never hold one name, whatever the mesh takes to
+//! answer, and a late answer never touches a successor's registration.
+
+mod checks;
+mod creation;
+
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+pub(super) use checks::chosen_socket;
+use creation::Creations;
+use futures::future::join_all;
+use tokio::time::timeout;
+use tracing::{info, warn};
+
+use super::trust::{Peer, Trust};
+use crate::{
+    mesh::{Answer, Instance, Mesh, MeshError, ServiceName, SpiffeId},
+    proxy::{
+        cause::{Cause, Refusal},
+        local::{Endpoint, LocalInstance, LocalTable, Secret},
+    },
+};
+
+/// Nodes and services that one control connection may have registered.
+pub const INSTANCES_PER_CLIENT_MAX: usize = 256;
+/// Nodes and services that one agent may have registered.
+pub const INSTANCES_MAX: usize = 4096;
+/// How long the mesh may take to answer one question of a registration.
+pub const MESH_TIME: Duration = Duration::from_secs(5);
+
+/// A control connection, as far as registrations care.
+#[derive(Debug, Clone, Copy)]
+pub struct Owner {
+    /// Unique in the agent's life.
+    pub id: u64,
+    /// Who is at its other end.
+    pub peer: Peer,
+}
+
+/// The registrations of one agent.
+pub struct Registry {
+    mesh: Arc<dyn Mesh>,
+    local: LocalTable,
+    trust: Trust,
+    place: Place,
+    // Held for a look-up or a change, never across an await.
+    state: Mutex<State>,
+}
+
+/// What the agent's own entries in the mesh say, and where its clients' sockets lie.
+#[derive(Debug, Clone)]
+pub struct Place {
+    /// The agent's id in the mesh.
+    pub agent: String,
+    /// Where other agents connect.
+    pub inbound: SocketAddr,
+    /// Host parts of node names that it owns.
+    pub hosts: Vec<String>,
+    /// Where nodes make their sockets.
+    pub vm: PathBuf,
+    /// Where services make theirs.
+    pub up: PathBuf,
+}
+
+/// A node's wish to be registered.
+#[derive(Debug, Clone, Copy)]
+pub struct NodeRequest<'a> {
+    /// Its name.
+    pub node: &'a str,
+    /// The socket that it listens on.
+    pub socket: &'a str,
+    /// The one that it runs with, when it was registered with an agent before.
+    pub creation: Option<i64>,
+    /// A hidden node is registered like any other; the log says so.
+    pub hidden: bool,
+}
+
+/// A registered node.
+#[derive(Debug)]
+pub struct Node {
+    /// Differs from that of every earlier registration.
+    pub creation: u32,
+    /// Proves its later connections.
+    pub secret: Secret,
+    /// The service that its certificate names.
+    pub service: ServiceName,
+    /// The identity in that certificate.
+    pub spiffe: SpiffeId,
+}
+
+/// A service's wish to be registered.
+#[derive(Debug, Clone)]
+pub struct ServiceRequest<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// The instance's; the agent makes one when there is none.
+    pub id: Option<&'a str>,
+    /// Where it takes connections; the agent chooses a socket when there is none.
+    pub address: Option<Endpoint>,
+}
+
+/// A registered service.
+#[derive(Debug)]
+pub struct Service {
+    /// The instance's id.
+    pub id: String,
+    /// The service.
+    pub service: ServiceName,
+    /// The identity in its certificate.
+    pub spiffe: SpiffeId,
+    /// Where the agent connects to it.
+    pub address: Endpoint,
+}
+
+#[derive(Debug)]
+struct State {
+    owners: HashMap<u64, usize>,
+    ids: HashMap<String, Entry>,
+    creations: Creations,
+    services: u64,
+}
+
+#[derive(Debug)]
+struct Entry {
+    owner: u64,
+    phase: Phase,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Pending,
+    Live,
+    Leaving,
+}
+
+impl Registry {
+    /// No registrations yet.
+    ///
+    /// # Errors
+    /// When the system has no randomness to give.
+    pub fn new(mesh: Arc<dyn Mesh>, local: LocalTable, trust: Trust, place: Place) -> std::io::Result<Self> {
+        let state = State {
+            owners: HashMap::new(),
+            ids: HashMap::new(),
+            creations: Creations::new()?,
+            services: 0,
+        };
+        Ok(Self {
+            mesh,
+            local,
+            trust,
+            place,
+            state: Mutex::new(state),
+        })
+    }
+
+    /// Who may be which service.
+    pub fn trust(&self) -> &Trust {
+        &self.trust
+    }
+
+    /// The mesh that registrations go to.
+    pub fn mesh(&self) -> &Arc<dyn Mesh> {
+        &self.mesh
+    }
+
+    /// What the agent's own entries say.
+    pub fn place(&self) -> &Place {
+        &self.place
+    }
+
+    /// A control connection begins.
+    pub fn enter(&self, owner: u64) {
+        self.lock().owners.insert(owner, 0);
+    }
+
+    /// Registers a node: it is in the mesh when this returns.
+    ///
+    /// # Errors
+    /// What the table of causes lists under registration faults, `not_permitted`, `limit`, `not_ready`.
+    pub async fn register_node(&self, owner: Owner, request: NodeRequest<'_>) -> Result<Node, Refusal> {
+        let host = checks::node_name(request.node)?;
+        let service = ServiceName::from_node(request.node)
+            .map_err(|error| Cause::InvalidName.because(format!("node {:?}: {error}", request.node)))?;
+        self.permit(owner.peer, &service)?;
+        if !self.place.hosts.iter().any(|owned| owned == host) {
+            return Err(Cause::HostNotOwned.because(format!(
+                "host part {host:?} of {:?} is not one of this agent's: {}; start it with --host {host} to \
+                 own that one too",
+                request.node,
+                self.place.hosts.join(", ")
+            )));
+        }
+        let socket = checks::node_socket(&self.place.vm, request.socket, owner.peer)?;
+        let brought = request.creation.map(checks::creation).transpose()?;
+        let elsewhere = answer(self.mesh.node(request.node)).await?;
+        if let Some(other) = elsewhere.filter(|other| other.agent != self.place.agent) {
+            return Err(Cause::NameTaken.because(format!(
+                "{} is registered with the agent at {}",
+                request.node, other.address
+            )));
+        }
+        let instance = self.instance(request.node, &service, Some(request.node));
+        let pending = self.reserve(owner, &instance.id)?;
+        let creation = self.lock().creations.next(brought);
+        let (secret, spiffe) = self
+            .enlist(
+                pending,
+                LocalEntry {
+                    instance,
+                    endpoint: Endpoint::NodeSocket(socket),
+                    owner,
+                },
+            )
+            .await?;
+        info!(
+            node = request.node, %service, creation, hidden = request.hidden, returned = brought.is_some(),
+            uid = owner.peer.uid, client = owner.id, "node registered"
+        );
+        Ok(Node {
+            creation,
+            secret,
+            service,
+            spiffe,
+        })
+    }
+
+    /// Registers a service: it is in the mesh when this returns.
+    ///
+    /// # Errors
+    /// As [`Registry::register_node`].
+    pub async fn register_service(
+        &self,
+        owner: Owner,
+        request: ServiceRequest<'_>,
+    ) -> Result<Service, Refusal> {
+        let service = ServiceName::new(request.name)
+            .map_err(|error| Cause::InvalidName.because(format!("service {:?}: {error}", request.name)))?;
+        self.permit(owner.peer, &service)?;
+        let id = match request.id {
+            Some(id) => checks::service_id(id)?.to_owned(),
+            None => self.next_service_id(&service),
+        };
+        let endpoint = match request.address {
+            Some(endpoint) => checks::endpoint(endpoint, &self.place, owner.peer, &self.trust)?,
+            None => Endpoint::Uds(chosen_socket(&self.place.up)?),
+        };
+        let instance = self.instance(&id, &service, None);
+        let pending = self.reserve(owner, &id)?;
+        let address = endpoint.clone();
+        let (_, spiffe) = self
+            .enlist(
+                pending,
+                LocalEntry {
+                    instance,
+                    endpoint,
+                    owner,
+                },
+            )
+            .await?;
+        info!(id, %service, uid = owner.peer.uid, client = owner.id, "service registered");
+        Ok(Service {
+            id,
+            service,
+            spiffe,
+            address,
+        })
+    }
+
+    /// Takes away one registration of this connection.
+    ///
+    /// # Errors
+    /// `invalid_request` when it has none of this id.
+    pub async fn deregister(&self, owner: Owner, id: &str) -> Result<(), Refusal> {
+        let leaving = match self.lock().ids.get_mut(id) {
+            Some(entry) if entry.owner == owner.id && entry.phase == Phase::Live => {
+                entry.phase = Phase::Leaving;
+                true
+            }
+            _ => false,
+        };
+        if !leaving {
+            return Err(
+                Cause::InvalidRequest.because(format!("{id:?} is not registered through this connection"))
+            );
+        }
+        self.leave(id).await;
+        Ok(())
+    }
+
+    /// A control connection has ended: what it registered goes. Says how much that was.
+    pub async fn release(&self, owner: u64) -> usize {
+        let ids: Vec<String> = {
+            let mut state = self.lock();
+            state.owners.remove(&owner);
+            let of_owner = |entry: &&mut Entry| entry.owner == owner && entry.phase == Phase::Live;
+            let live = state.ids.iter_mut().filter(|(_, entry)| of_owner(entry));
+            live.map(|(id, entry)| {
+                entry.phase = Phase::Leaving;
+                id.clone()
+            })
+            .collect()
+        };
+        // What is pending takes itself away when it finds its owner gone.
+        join_all(ids.iter().map(|id| self.leave(id))).await;
+        ids.len()
+    }
+
+    fn permit(&self, peer: Peer, service: &ServiceName) -> Result<(), Refusal> {
+        self.trust
+            .check(peer, service.as_ref())
+            .map_err(|text| Cause::NotPermitted.because(text))
+    }
+
+    fn instance(&self, id: &str, service: &ServiceName, node: Option<&str>) -> Instance {
+        Instance {
+            id: id.to_owned(),
+            service: service.clone(),
+            node: node.map(str::to_owned),
+            agent: self.place.agent.clone(),
+            address: self.place.inbound,
+        }
+    }
+
+    fn next_service_id(&self, service: &ServiceName) -> String {
+        let mut state = self.lock();
+        state.services += 1;
+        let host = self.place.hosts.first().map_or("host", String::as_str);
+        format!("{service}-{host}-{}", state.services)
+    }
+
+    fn reserve(&self, owner: Owner, id: &str) -> Result<Pending<'_>, Refusal> {
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        if state.ids.contains_key(id) {
+            return Err(Cause::NameTaken.because(format!("{id} is registered with this agent")));
+        }
+        if state.ids.len() >= INSTANCES_MAX {
+            let text = format!("{INSTANCES_MAX} registrations, more are not taken (INSTANCES_MAX)");
+            return Err(Cause::Limit.because(text));
+        }
+        let count = state.owners.get_mut(&owner.id).ok_or_else(owner_gone)?;
+        if *count >= INSTANCES_PER_CLIENT_MAX {
+            return Err(Cause::Limit.because(format!(
+                "{count} registrations of this connection, more are not taken (INSTANCES_PER_CLIENT_MAX)"
+            )));
+        }
+        *count += 1;
+        state.ids.insert(
+            id.to_owned(),
+            Entry {
+                owner: owner.id,
+                phase: Phase::Pending,
+            },
+        );
+        Ok(Pending {
+            registry: self,
+            id: id.to_owned(),
+        })
+    }
+
+    /// From reserved to live: locally first, so that whoever finds it in the mesh can reach it.
+    async fn enlist(&self, pending: Pending<'_>, entry: LocalEntry) -> Result<(Secret, SpiffeId), Refusal> {
+        let LocalEntry {
+            instance,
+            endpoint,
+            owner,
+        } = entry;
+        let identity = answer(self.mesh.identity(&instance.service)).await?;
+        let secret = Secret::generate()
+            .map_err(|error| Cause::NotReady.because(format!("the system gave no random bytes: {error}")))?;
+        self.local.insert(LocalInstance {
+            instance: instance.clone(),
+            secret: secret.clone(),
+            endpoint,
+            owner: owner.id,
+            uid: owner.peer.uid,
+        })?;
+        if let Err(refusal) = answer(self.mesh.register(&instance)).await {
+            self.local.remove(&instance.id);
+            return Err(refusal);
+        }
+        if pending.to_live(owner.id) {
+            return Ok((secret, identity.id.clone()));
+        }
+        // `pending` is dropped, and the name free, only after this.
+        self.local.remove(&instance.id);
+        self.take_out_of_mesh(&instance.id).await;
+        Err(owner_gone())
+    }
+
+    async fn leave(&self, id: &str) {
+        self.local.remove(id);
+        self.take_out_of_mesh(id).await;
+        self.lock().forget(id);
+        info!(id, "deregistered");
+    }
+
+    /// When the mesh does not take it, its own check of this agent's entries must.
+    async fn take_out_of_mesh(&self, id: &str) {
+        if let Err(refusal) = answer(self.mesh.deregister(id)).await {
+            warn!(id, cause = %refusal.cause, text = refusal.text, "could not be deregistered from the mesh");
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing that can panic runs under the lock, so what it holds is whole.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn forget(&mut self, id: &str) {
+        if let Some(entry) = self.ids.remove(id)
+            && let Some(count) = self.owners.get_mut(&entry.owner)
+        {
+            *count = count.saturating_sub(1);
+        }
+    }
+}
+
+struct LocalEntry {
+    instance: Instance,
+    endpoint: Endpoint,
+    owner: Owner,
+}
+
+/// A reserved id; free again when dropped before it is live.
+struct Pending<'a> {
+    registry: &'a Registry,
+    id: String,
+}
+
+impl Pending<'_> {
+    /// False when the owner has gone meanwhile.
+    fn to_live(&self, owner: u64) -> bool {
+        let mut guard = self.registry.lock();
+        let state = &mut *guard;
+        match state.ids.get_mut(&self.id) {
+            Some(entry) if state.owners.contains_key(&owner) => {
+                entry.phase = Phase::Live;
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+impl Drop for Pending<'_> {
+    fn drop(&mut self) {
+        let mut state = self.registry.lock();
+        if state
+            .ids
+            .get(&self.id)
+            .is_some_and(|entry| entry.phase == Phase::Pending)
+        {
+            state.forget(&self.id);
+        }
+    }
+}
+
+fn owner_gone() -> Refusal {
+    Cause::InvalidRequest.because("the connection that asked for it has ended")
+}
+
+/// The mesh's answer; none in time is none, and so a no.
+pub(super) async fn answer<T>(question: Answer<'_, T>) -> Result<T, Refusal> {
+    match timeout(MESH_TIME, question).await {
+        Ok(Ok(answer)) => Ok(answer),
+        // What a mesh refuses is a host part that another agent owns.
+        Ok(Err(MeshError::Refused(text))) => Err(Cause::HostNotOwned.because(text)),
+        Ok(Err(error)) => Err(error.into()),
+        Err(_) => Err(Cause::NotReady.because(format!(
+            "the mesh did not answer within {} s",
+            MESH_TIME.as_secs()
+        ))),
+    }
+}

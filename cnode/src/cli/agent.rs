@@ -1,0 +1,96 @@
+//! `meshx agent`.
+
+use std::process::ExitCode;
+
+use rustix::{
+    fs::Mode,
+    process::{Resource, Rlimit, getrlimit, setrlimit, umask},
+};
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tracing_subscriber::{EnvFilter, filter::LevelFilter};
+
+use super::{EX_OSERR, EX_UNAVAILABLE, Failure, print};
+use crate::agent::{
+    Agent,
+    config::{AgentArgs, AgentConfig, LogFormat},
+};
+
+pub(super) fn run(args: AgentArgs) -> Result<ExitCode, Failure> {
+    let config = AgentConfig::from_args(args).map_err(|errors| Failure::usage(errors.to_string()))?;
+    log_to_stderr(config.log_format)?;
+    // Between making a socket and setting its mode, nobody else may open it.
+    umask(Mode::RWXG | Mode::RWXO);
+    raise_descriptor_limit();
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::new(EX_OSERR, format!("cannot start: {error}")))?
+        .block_on(serve(config))
+}
+
+async fn serve(config: AgentConfig) -> Result<ExitCode, Failure> {
+    // From here on a signal ends the agent in order.
+    let mut signals = Signals::listen().map_err(|error| Failure::new(EX_OSERR, error.to_string()))?;
+    let agent = Agent::start(config)
+        .await
+        .map_err(|error| Failure::new(EX_UNAVAILABLE, error.to_string()))?;
+    let ready = print(&format!("{}\n", agent.ready_line()));
+    if ready.is_ok() {
+        let name = signals.next().await;
+        tracing::info!(signal = name, "ending");
+    }
+    agent.stop().await;
+    ready.map(|()| ExitCode::SUCCESS)
+}
+
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    fn listen() -> std::io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
+    }
+
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.interrupt.recv() => "SIGINT",
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.hangup.recv() => "SIGHUP",
+        }
+    }
+}
+
+fn log_to_stderr(format: LogFormat) -> Result<(), Failure> {
+    let filter = EnvFilter::builder()
+        .with_default_directive(LevelFilter::INFO.into())
+        .from_env()
+        .map_err(|error| Failure::usage(format!("RUST_LOG: {error}")))?;
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false);
+    let set = match format {
+        LogFormat::Text => log.try_init(),
+        LogFormat::Json => log.json().flatten_event(true).try_init(),
+    };
+    set.map_err(|error| Failure::new(EX_OSERR, format!("cannot log: {error}")))
+}
+
+/// Each link takes two descriptors, and the usual soft limit is 1024. More is the operator's decision.
+fn raise_descriptor_limit() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limit.maximum,
+        maximum: limit.maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, soft = limit.current, "cannot raise the limit of open files");
+    }
+}

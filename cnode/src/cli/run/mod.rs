@@ -1,0 +1,98 @@
+//! `meshx run NAME -- COMMAND`: sets what a BEAM must find in its environment, then becomes the command.
+
+mod ebin;
+mod flags;
+
+use std::{
+    ffi::OsString,
+    os::unix::process::CommandExt,
+    path::PathBuf,
+    process::{Command, ExitCode},
+};
+
+use flags::NodeFlags;
+
+use super::{Failure, block_on, connect};
+use crate::agent::paths::DIR_VARIABLE;
+
+/// What the emulator reads before its own command line.
+const ERL_FLAGS: &str = "ERL_FLAGS";
+/// What this program put in front of `ERL_FLAGS`, so that a `meshx run` inside of another takes it out.
+const OWN_FLAGS: &str = "MESHX_RUN_FLAGS";
+
+/// Run a command whose Erlang or Elixir node joins the mesh
+///
+/// Sets ERL_FLAGS and MESHX_DIR, then executes COMMAND in this process. erl, elixir, iex and mix read
+/// ERL_FLAGS.
+#[derive(Debug, clap::Args)]
+pub(super) struct RunArgs {
+    /// Node name, NAME@HOST with a host that the agent owns
+    name: String,
+    /// The agent's directory
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+    /// Use short names (-sname) instead of long ones (-name)
+    #[arg(long)]
+    sname: bool,
+    /// The node's cookie (-setcookie); other users of this host can see it in the process list
+    #[arg(long, value_name = "COOKIE")]
+    cookie: Option<String>,
+    /// Start a hidden node
+    #[arg(long)]
+    hidden: bool,
+    /// Where meshx's compiled Erlang modules are [default: $MESHX_EBIN, then the _build directory here]
+    #[arg(long, value_name = "DIR")]
+    ebin: Option<PathBuf>,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    command: Vec<OsString>,
+}
+
+pub(super) fn run(args: RunArgs) -> Result<ExitCode, Failure> {
+    flags::check_name(&args.name).map_err(Failure::usage)?;
+    let dir = agent_for(&args)?;
+    let ebin = ebin::find(args.ebin.as_deref())?;
+    let own = NodeFlags {
+        name: &args.name,
+        short: args.sname,
+        cookie: args.cookie.as_deref(),
+        hidden: args.hidden,
+        ebin: &ebin,
+    }
+    .to_erl_flags();
+    let present = std::env::var_os(ERL_FLAGS).unwrap_or_default();
+    let outer = std::env::var_os(OWN_FLAGS).unwrap_or_default();
+    let Some((program, arguments)) = args.command.split_first() else {
+        return Err(Failure::usage("no command after --"));
+    };
+    // Returns only when the command could not be started.
+    let error = Command::new(program)
+        .args(arguments)
+        .env(ERL_FLAGS, flags::prepend(&own, &present, &outer))
+        .env(OWN_FLAGS, &own)
+        .env(DIR_VARIABLE, dir)
+        .exec();
+    Err(Failure::new(
+        127,
+        format!("cannot execute {}: {error}", program.to_string_lossy()),
+    ))
+}
+
+/// The directory of the agent that will serve this node, when it answers and owns the host.
+fn agent_for(args: &RunArgs) -> Result<PathBuf, Failure> {
+    block_on(async {
+        let client = connect(args.dir.as_deref()).await?;
+        let hosts = &client.hello().hosts;
+        if let Some((_, host)) = args.name.split_once('@')
+            && !hosts.iter().any(|owned| owned == host)
+        {
+            return Err(Failure::usage(format!(
+                "host_not_owned: host part {host:?} of {:?} is not one of the agent's: {}; choose one of these or start the \
+                 agent with --host {host}",
+                args.name,
+                hosts.join(", ")
+            )));
+        }
+        Ok(client.dir().to_path_buf())
+    })
+}

@@ -1,0 +1,81 @@
+//! From the agent to an instance on its own host.
+
+use std::io;
+
+use tokio::net::{TcpStream, UnixStream};
+use tokio::time::timeout;
+
+use super::Proxy;
+use super::cause::{Cause, Refusal};
+use super::frames::Duplex;
+use super::links::LinkId;
+use super::local::{Endpoint, LocalInstance};
+use super::wire::Accept;
+use crate::mesh::SpiffeId;
+
+impl Proxy {
+    /// Connects to an instance of this agent. Whoever listens on its Unix socket must be the user that
+    /// registered it: a node is sent its secret next.
+    pub(super) async fn reach(&self, local: &LocalInstance) -> Result<Box<dyn Duplex>, Refusal> {
+        let connect = async {
+            let stream: Box<dyn Duplex> = match &local.endpoint {
+                Endpoint::NodeSocket(path) | Endpoint::Uds(path) => {
+                    let stream = UnixStream::connect(path)
+                        .await
+                        .map_err(|error| away(local, &error))?;
+                    let uid = stream.peer_cred().map_err(|error| away(local, &error))?.uid();
+                    if uid != local.uid {
+                        let text = format!(
+                            "uid {uid} listens for {}, wanted {}",
+                            local.instance.id, local.uid
+                        );
+                        return Err(Cause::NotPermitted.because(text));
+                    }
+                    Box::new(stream)
+                }
+                Endpoint::Tcp(address) => {
+                    let stream = TcpStream::connect(address)
+                        .await
+                        .map_err(|error| away(local, &error))?;
+                    stream.set_nodelay(true).map_err(|error| away(local, &error))?;
+                    Box::new(stream)
+                }
+            };
+            Ok(stream)
+        };
+        match timeout(self.settings.connect_timeout, connect).await {
+            Ok(connected) => connected,
+            Err(_) => Err(Cause::Unreachable.because(format!(
+                "{} took no connection for {:?}",
+                local.instance.id, self.settings.connect_timeout
+            ))),
+        }
+    }
+}
+
+/// The frame that proves the agent to a node and says who dials it.
+pub(super) fn accept_frame(
+    local: &LocalInstance,
+    link: LinkId,
+    remote_node: &str,
+    remote: &SpiffeId,
+    remote_agent: &str,
+) -> Vec<u8> {
+    let mut frame = Vec::new();
+    Accept {
+        link,
+        secret: local.secret.clone(),
+        remote_node: remote_node.to_owned(),
+        remote_spiffe: remote.to_string(),
+        remote_agent: remote_agent.to_owned(),
+    }
+    .encode(&mut frame);
+    frame
+}
+
+fn away(local: &LocalInstance, error: &io::Error) -> Refusal {
+    Cause::Unreachable.because(format!(
+        "{} does not take connections: {error}",
+        local.instance.id
+    ))
+}

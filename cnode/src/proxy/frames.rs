@@ -1,0 +1,117 @@
+//! Reading and writing the frames of [`super::wire`] on a stream, within a deadline.
+
+use std::io;
+use std::time::Duration;
+
+use meshx_dist::name_frame::peek_name_frame;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::time::timeout;
+
+use super::cause::{Cause, Refusal};
+use super::tls;
+use super::wire::WireError;
+
+/// Both ways of a connection, whatever carries it.
+pub(super) trait Duplex: AsyncRead + AsyncWrite + Unpin + Send {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Duplex for T {}
+
+/// Reads one frame without its length, and not a byte more.
+pub(super) async fn read_frame(
+    stream: &mut (impl AsyncRead + Unpin),
+    max: usize,
+    deadline: Duration,
+) -> Result<Vec<u8>, Refusal> {
+    let whole = async {
+        let mut header = [0; 2];
+        stream
+            .read_exact(&mut header)
+            .await
+            .map_err(|error| broken(&error))?;
+        let len = usize::from(u16::from_be_bytes(header));
+        if len > max {
+            return Err(WireError::TooLong { len, max }.into());
+        }
+        let mut payload = vec![0; len];
+        stream
+            .read_exact(&mut payload)
+            .await
+            .map_err(|error| broken(&error))?;
+        Ok(payload)
+    };
+    timeout(deadline, whole)
+        .await
+        .unwrap_or_else(|_| Err(silent("a whole frame", deadline)))
+}
+
+/// Reads the dialler's name message; returns the name and all bytes that were read.
+///
+/// The stream is judged as it comes, so what cannot become a name message is refused at its first wrong byte.
+pub(super) async fn read_name(
+    stream: &mut (impl AsyncRead + Unpin),
+    deadline: Duration,
+) -> Result<(String, Vec<u8>), Refusal> {
+    const CHUNK: usize = 512;
+    let whole = async {
+        let mut bytes = Vec::with_capacity(CHUNK);
+        loop {
+            match peek_name_frame(&bytes) {
+                Ok(Some(frame)) => {
+                    let name = frame.name.to_owned();
+                    return Ok((name, bytes));
+                }
+                Ok(None) => {}
+                Err(error) => {
+                    return Err(Cause::InvalidRequest.because(format!("distribution handshake: {error}")));
+                }
+            }
+            let mut chunk = [0; CHUNK];
+            let read = stream.read(&mut chunk).await.map_err(|error| broken(&error))?;
+            if read == 0 {
+                return Err(Cause::InvalidRequest.because("closed before its name message was whole"));
+            }
+            bytes.extend_from_slice(chunk.get(..read).unwrap_or_default());
+        }
+    };
+    timeout(deadline, whole)
+        .await
+        .unwrap_or_else(|_| Err(silent("a distribution name message", deadline)))
+}
+
+/// Writes all and flushes.
+pub(super) async fn write_all(
+    stream: &mut (impl AsyncWrite + Unpin),
+    bytes: &[u8],
+    deadline: Duration,
+) -> Result<(), Refusal> {
+    let write = async {
+        stream.write_all(bytes).await?;
+        stream.flush().await
+    };
+    match timeout(deadline, write).await {
+        Ok(result) => result.map_err(|error| broken(&error)),
+        Err(_) => Err(Cause::Timeout.because(format!("the other side took nothing for {deadline:?}"))),
+    }
+}
+
+/// Ends a refused connection so that the other side can read why: closing with unread bytes would reset it.
+pub(super) async fn linger(stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) {
+    const PATIENCE: Duration = Duration::from_secs(1);
+    const MAX_DISCARDED: u64 = 64 << 10;
+    let _ = timeout(PATIENCE, async {
+        stream.shutdown().await?;
+        tokio::io::copy(&mut stream.take(MAX_DISCARDED), &mut tokio::io::sink()).await
+    })
+    .await;
+}
+
+pub(super) fn silent(wanted: &str, deadline: Duration) -> Refusal {
+    Cause::Timeout.because(format!("waited {deadline:?} for {wanted}"))
+}
+
+fn broken(error: &io::Error) -> Refusal {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => Cause::Unreachable.because("the other side closed the connection"),
+        _ => tls::refusal(error),
+    }
+}

@@ -1,0 +1,8 @@
+//! The real agent, spoken to over its real control socket.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod hostile;
+mod lifecycle;
+mod registration;
+mod support;
+mod trust;

@@ -1,0 +1,94 @@
+//! Which user may be which service. These tests become another user, which takes root.
+
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    path::{Path, PathBuf},
+};
+
+use crate::support::{Agent, Helper, temp};
+
+const STRANGER: u32 = 4711;
+
+fn need_root() {
+    assert!(
+        rustix::process::geteuid().is_root(),
+        "this test starts a process of another user: run it as root"
+    );
+}
+
+/// A copy of this program that every user can execute, wherever the build directory is.
+fn program_for_all(root: &Path) -> PathBuf {
+    fs::set_permissions(root, fs::Permissions::from_mode(0o755)).unwrap();
+    let program = root.join("helper");
+    fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    program
+}
+
+fn register_as_stranger(root: &Path, agent: &Agent, node: &str) -> String {
+    let socket = agent.vm().join(format!("stranger-{node}"));
+    let mut helper = Helper::start(
+        &program_for_all(root),
+        &agent.dir,
+        node,
+        socket.to_str().unwrap(),
+        Some(STRANGER),
+    );
+    helper.answer()
+}
+
+#[test]
+fn another_user_is_refused_without_a_rule() {
+    need_root();
+    let root = temp();
+    let agent = Agent::start(root.path(), "a", &["h1"], &["--socket-mode", "0666"]);
+    assert_eq!(
+        fs::metadata(agent.dir.join("control.sock")).unwrap().mode() & 0o777,
+        0o666
+    );
+    let answer = register_as_stranger(root.path(), &agent, "shop@h1");
+    assert!(answer.starts_with("not_permitted: uid 4711"), "{answer}");
+    assert!(
+        answer.contains("--allow-register uid:4711=shop"),
+        "it says what would allow it: {answer}"
+    );
+    agent.wait_log(&["refused", "not_permitted", "4711"]);
+    assert!(agent.names().is_empty());
+}
+
+#[test]
+fn another_user_may_be_what_a_rule_says_and_no_more() {
+    need_root();
+    let root = temp();
+    let options = [
+        "--socket-mode",
+        "0666",
+        "--allow-register",
+        "uid:4711=shop*",
+        "--allow-register",
+        "gid:1=cart",
+    ];
+    let agent = Agent::start(root.path(), "a", &["h1"], &options);
+    assert_eq!(register_as_stranger(root.path(), &agent, "shop-eu@h1"), "ok");
+    let answer = register_as_stranger(root.path(), &agent, "cart@h1");
+    assert!(answer.starts_with("not_permitted"), "{answer}");
+}
+
+#[test]
+fn a_private_agent_cannot_even_be_reached() {
+    need_root();
+    let root = temp();
+    let program = program_for_all(root.path());
+    let agent = Agent::start(root.path(), "a", &["h1"], &[]);
+    let socket = root.path().join("s");
+    fs::set_permissions(root.path(), fs::Permissions::from_mode(0o777)).unwrap();
+    let mut helper = Helper::start(
+        &program,
+        &agent.dir,
+        "shop@h1",
+        socket.to_str().unwrap(),
+        Some(STRANGER),
+    );
+    assert!(!helper.child.wait().unwrap().success(), "its connect fails");
+}

@@ -18,6 +18,7 @@ use super::inner::Inner;
 use super::outbound::Outbound;
 use super::watch::Watch;
 use super::wire::Assembler;
+use crate::proxy::links::LinkId;
 
 /// Room for one read.
 const READ: usize = 64 * 1024;
@@ -27,7 +28,7 @@ pub(crate) struct Connection {
     pub(crate) node: Atom,
     /// What both ends can do.
     pub(crate) flags: DistFlags,
-    pub(crate) link: Option<[u8; 16]>,
+    pub(crate) link: Option<LinkId>,
     pub(crate) outbound: Outbound,
     watch: Mutex<Watch>,
     hidden: bool,

@@ -9,6 +9,8 @@ use meshx_dist::handshake::{
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
+use crate::proxy::links::LinkId;
+
 /// The two halves of a socket, and what the road there proved about its other end.
 pub(crate) struct Transport {
     pub(crate) read: Box<dyn AsyncRead + Send + Unpin>,
@@ -16,7 +18,7 @@ pub(crate) struct Transport {
     /// The peer's verified SPIFFE URI, when an agent carries the connection.
     pub(crate) identity: Option<String>,
     /// What the agents at both ends call this connection.
-    pub(crate) link: Option<[u8; 16]>,
+    pub(crate) link: Option<LinkId>,
 }
 
 /// A connection whose handshake is done.

@@ -13,13 +13,15 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 
 use super::carrier::Carrier;
-use super::dist_socket::{AcceptFrame, ConnectFrame, MAX_FRAME, Reply, SECRET_LEN};
 use super::error::{ConnectError, StartError};
 use super::event::DownReason;
 use super::handshake::{Failure, Transport};
 use super::inner::Inner;
 use crate::agent::client::{ClientError, ControlClient, Event};
 use crate::agent::control::message::{map, text};
+use crate::proxy::links::LinkId;
+use crate::proxy::local::{SECRET_LEN, Secret};
+use crate::proxy::wire::{Accept, Connect, ConnectReply, MAX_DIST_FRAME};
 
 /// First wait before a lost agent is looked for again; doubled up to [`RETRY_MAX`].
 const RETRY_MIN: Duration = Duration::from_millis(200);
@@ -42,7 +44,7 @@ struct Registration {
     /// Open for as long as the node is registered.
     control: Option<ControlClient>,
     dist_socket: PathBuf,
-    secret: [u8; SECRET_LEN],
+    secret: Secret,
     creation: u32,
 }
 
@@ -90,8 +92,9 @@ impl Mesh {
     /// Reads the agent's `ACCEPT`. Gives the node that the agent vouches for.
     pub(crate) async fn greet(&self, mut socket: UnixStream) -> Result<(Transport, String), Failure> {
         let frame = read_frame(&mut socket).await?;
-        let frame = AcceptFrame::decode(&frame).map_err(Failure::Greeting)?;
-        if !frame.proves(&self.registration().secret) {
+        let frame = Accept::decode(&frame).map_err(|error| Failure::Greeting(error.to_string()))?;
+        // Compared in constant time, see `Secret`.
+        if frame.secret != self.registration().secret {
             return Err(Failure::Greeting("the agent's secret is not this node's".to_owned()));
         }
         let transport = transport(socket, frame.remote_spiffe, frame.link);
@@ -103,21 +106,24 @@ impl Mesh {
             move |error: io::Error| ConnectError::Io { node: node.to_owned(), step, error: Arc::new(error) }
         };
         let protocol = |text: String| ConnectError::Protocol { node: node.to_owned(), text };
-        let mut link = [0; 16];
-        getrandom::fill(&mut link).map_err(|error| protocol(error.to_string()))?;
+        let mut link = LinkId([0; 16]);
+        getrandom::fill(&mut link.0).map_err(|error| protocol(error.to_string()))?;
         let (dist_socket, secret) = {
             let registration = self.registration();
-            (registration.dist_socket.clone(), registration.secret)
+            (registration.dist_socket.clone(), registration.secret.clone())
         };
         let mut socket = UnixStream::connect(dist_socket).await.map_err(io("connecting to the agent"))?;
-        let connect = ConnectFrame { link, secret, target: node }.encode().map_err(protocol)?;
+        let mut connect = Vec::new();
+        Connect { link, secret, target: node.to_owned() }.encode(&mut connect);
         socket.write_all(&connect).await.map_err(io("asking the agent"))?;
         let reply = read_frame(&mut socket).await.map_err(io("reading the agent's answer"))?;
-        match Reply::decode(&reply).map_err(protocol)? {
-            Reply::Ok { remote_spiffe } => Ok(transport(socket, remote_spiffe, link)),
-            Reply::Refused { cause, text } => {
-                Err(ConnectError::Refused { node: node.to_owned(), cause, text })
-            }
+        match ConnectReply::decode(&reply).map_err(|error| protocol(error.to_string()))? {
+            ConnectReply::Ok { remote_spiffe, .. } => Ok(transport(socket, remote_spiffe, link)),
+            ConnectReply::Refused(refusal) => Err(ConnectError::Refused {
+                node: node.to_owned(),
+                cause: refusal.cause.as_str().to_owned(),
+                text: refusal.text,
+            }),
         }
     }
 
@@ -194,7 +200,7 @@ async fn again(mesh: &Mesh) -> mpsc::Receiver<Event> {
 }
 
 fn cut(inner: &Inner, args: &Term) {
-    let link = args.map_get("link").and_then(Term::as_binary).and_then(|b| <[u8; 16]>::try_from(b).ok());
+    let link = args.map_get("link").and_then(Term::as_binary).and_then(|b| b.try_into().ok()).map(LinkId);
     let word = |key: &str| {
         let value = args.map_get(key);
         let value = value.and_then(|v| v.as_str().or_else(|| v.as_atom()));
@@ -230,8 +236,8 @@ async fn register(
     let creation = answer.map_get("creation").and_then(Term::as_int);
     let creation = creation.and_then(|c| u32::try_from(c).ok()).ok_or_else(|| missing("creation"))?;
     let secret = answer.map_get("secret").and_then(Term::as_binary);
-    let secret =
-        secret.and_then(|s| s.try_into().ok()).ok_or_else(|| missing("secret of 32 bytes"))?;
+    let secret = secret.and_then(|s| <[u8; SECRET_LEN]>::try_from(s).ok()).map(Secret::from_bytes);
+    let secret = secret.ok_or_else(|| missing("secret of 32 bytes"))?;
     let dist_socket = control.hello().dist_socket.clone();
     Ok((Registration { control: Some(control), dist_socket, secret, creation }, events))
 }
@@ -241,7 +247,7 @@ fn socket_name() -> Result<String, StartError> {
     Ok(format!("n-{random:016x}.sock"))
 }
 
-fn transport(socket: UnixStream, spiffe: String, link: [u8; 16]) -> Transport {
+fn transport(socket: UnixStream, spiffe: String, link: LinkId) -> Transport {
     let (read, write) = socket.into_split();
     Transport { read: Box::new(read), write: Box::new(write), identity: Some(spiffe), link: Some(link) }
 }
@@ -249,8 +255,8 @@ fn transport(socket: UnixStream, spiffe: String, link: [u8; 16]) -> Transport {
 /// One `{packet, 2}` frame, and no byte more: the handshake follows.
 async fn read_frame(socket: &mut UnixStream) -> io::Result<Vec<u8>> {
     let len = usize::from(socket.read_u16().await?);
-    if len > MAX_FRAME {
-        let text = format!("frame of {len} bytes announced, at most {MAX_FRAME} are taken");
+    if len > MAX_DIST_FRAME {
+        let text = format!("frame of {len} bytes announced, at most {MAX_DIST_FRAME} are taken");
         return Err(io::Error::new(io::ErrorKind::InvalidData, text));
     }
     let mut frame = vec![0; len];

@@ -35,7 +35,6 @@ mod connection;
 mod connections;
 mod cookie;
 mod dispatch;
-mod dist_socket;
 mod error;
 mod event;
 mod handshake;

@@ -36,7 +36,10 @@ async fn an_idle_connection_outlives_the_tick_time_several_times() {
     let peer = node.peers().pop().expect("the connection is up");
     assert!(peer.ticks_in >= 14, "{peer:?}");
     assert!(peer.ticks_out >= 10, "the BEAM was given its ticks: {peer:?}");
-    assert_eq!(beam.eval("receive {nodedown, N} -> N after 0 -> up end.").await, "up");
+    assert_eq!(
+        beam.eval("receive {nodedown, N} -> N after 0 -> up end.").await,
+        "up"
+    );
     assert_eq!(beam.eval("net_adm:ping('search@127.0.0.1').").await, "pong");
 }
 
@@ -56,16 +59,39 @@ async fn a_silent_peer_is_down_after_the_tick_time() {
     assert!(matches!(soon(events.recv()).await, Ok(NodeEvent::Up { .. })));
     let down = soon(events.recv()).await.unwrap();
     let reason = DownReason::Silent(Duration::from_secs(2));
-    assert_eq!(down, NodeEvent::Down { node: "quiet@127.0.0.1".into(), reason });
+    assert_eq!(
+        down,
+        NodeEvent::Down {
+            node: "quiet@127.0.0.1".into(),
+            reason
+        }
+    );
 }
 
 #[tokio::test]
 async fn ticks_that_are_too_seldom_are_refused() {
     let epmd = Epmd::start().await;
     let builder = epmd.builder("a@127.0.0.1").net_ticktime(Duration::from_secs(4));
-    let refused = builder.clone().tick_interval(Duration::from_millis(1001)).start().await;
+    let refused = builder
+        .clone()
+        .tick_interval(Duration::from_millis(1001))
+        .start()
+        .await;
     assert!(refused.unwrap_err().to_string().contains("at most a quarter"));
-    builder.tick_interval(Duration::from_secs(1)).start().await.unwrap();
-    let unsafe_road = meshx::node::Node::builder("a@h").cookie(COOKIE).plain_epmd(([192, 0, 2, 1], 4369).into());
-    assert!(unsafe_road.start().await.unwrap_err().to_string().contains("not a loopback address"));
+    builder
+        .tick_interval(Duration::from_secs(1))
+        .start()
+        .await
+        .unwrap();
+    let unsafe_road = meshx::node::Node::builder("a@h")
+        .cookie(COOKIE)
+        .plain_epmd(([192, 0, 2, 1], 4369).into());
+    assert!(
+        unsafe_road
+            .start()
+            .await
+            .unwrap_err()
+            .to_string()
+            .contains("not a loopback address")
+    );
 }

@@ -73,7 +73,11 @@ pub(super) fn ping(args: &PingArgs) -> Result<ExitCode, Failure> {
         node.stop().await;
         answer.map(|()| took).map_err(call_failure)
     })?;
-    print(&format!("pong from {} in {} us, connecting included\n", args.node, took.as_micros()))?;
+    print(&format!(
+        "pong from {} in {} us, connecting included\n",
+        args.node,
+        took.as_micros()
+    ))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -82,7 +86,9 @@ pub(super) fn call(args: &CallArgs) -> Result<ExitCode, Failure> {
     let timeout = args.caller.timeout();
     let result = block_on(async {
         let node = args.caller.join().await?;
-        let result = node.rpc(&args.node, &args.module, &args.function, terms, timeout).await;
+        let result = node
+            .rpc(&args.node, &args.module, &args.function, terms, timeout)
+            .await;
         node.stop().await;
         result.map_err(rpc_failure)
     })?;
@@ -151,7 +157,9 @@ fn rpc_failure(error: RpcError) -> Failure {
 fn arguments(json: &str) -> Result<Vec<Term>, Failure> {
     match serde_json::from_str(json) {
         Ok(Value::Array(items)) => items.into_iter().map(term).collect(),
-        Ok(_) => Err(Failure::usage("ARGS must be a JSON array, one element per argument")),
+        Ok(_) => Err(Failure::usage(
+            "ARGS must be a JSON array, one element per argument",
+        )),
         Err(error) => Err(Failure::usage(format!("ARGS is no JSON: {error}"))),
     }
 }
@@ -165,7 +173,11 @@ fn term(value: Value) -> Result<Term, Failure> {
             (Some(int), _, _) => Term::Int(int),
             (_, Some(int), _) => Term::from(int),
             (_, _, Some(float)) => Term::from(float),
-            _ => return Err(Failure::usage(format!("{number} is no number that a term can hold"))),
+            _ => {
+                return Err(Failure::usage(format!(
+                    "{number} is no number that a term can hold"
+                )));
+            }
         },
         Value::String(text) => Term::binary(text),
         Value::Array(items) => Term::List(items.into_iter().map(term).collect::<Result<_, _>>()?),
@@ -173,7 +185,9 @@ fn term(value: Value) -> Result<Term, Failure> {
             if let Some(special) = special(&members)? {
                 return Ok(special);
             }
-            let pairs = members.into_iter().map(|(key, value)| Ok((Term::binary(key), term(value)?)));
+            let pairs = members
+                .into_iter()
+                .map(|(key, value)| Ok((Term::binary(key), term(value)?)));
             Term::map(pairs.collect::<Result<Vec<_>, Failure>>()?)
         }
     })
@@ -182,7 +196,9 @@ fn term(value: Value) -> Result<Term, Failure> {
 /// What JSON lacks: an object with one member whose name begins with `$`.
 fn special(members: &serde_json::Map<String, Value>) -> Result<Option<Term>, Failure> {
     let mut all = members.iter();
-    let (Some((key, value)), None) = (all.next(), all.next()) else { return Ok(None) };
+    let (Some((key, value)), None) = (all.next(), all.next()) else {
+        return Ok(None);
+    };
     Ok(Some(match (key.as_str(), value) {
         ("$atom", Value::String(text)) => Term::atom(text.as_str()),
         ("$charlist", Value::String(text)) => Term::charlist(text),
@@ -190,7 +206,9 @@ fn special(members: &serde_json::Map<String, Value>) -> Result<Option<Term>, Fai
             Term::Tuple(items.iter().cloned().map(term).collect::<Result<_, _>>()?)
         }
         ("$atom" | "$charlist" | "$tuple", other) => {
-            return Err(Failure::usage(format!("{key} with {other}: $atom and $charlist take a string, $tuple an array")));
+            return Err(Failure::usage(format!(
+                "{key} with {other}: $atom and $charlist take a string, $tuple an array"
+            )));
         }
         _ => return Ok(None),
     }))
@@ -210,12 +228,16 @@ mod tests {
         let terms = arguments(json).unwrap();
         assert_eq!(terms[5], Term::binary("é"));
         assert_eq!(terms[6], Term::list([Term::Int(1), Term::list([])]));
-        assert_eq!(terms[7].as_map().unwrap().get(&Term::binary("a")), Some(&Term::Int(1)));
+        assert_eq!(
+            terms[7].as_map().unwrap().get(&Term::binary("a")),
+            Some(&Term::Int(1))
+        );
     }
 
     #[test]
     fn what_json_lacks_has_a_form() {
-        let json = r#"[{"$atom": "ok"}, {"$tuple": [{"$atom": "x"}, 1]}, {"$charlist": "hi"}, {"$other": 1}]"#;
+        let json =
+            r#"[{"$atom": "ok"}, {"$tuple": [{"$atom": "x"}, 1]}, {"$charlist": "hi"}, {"$other": 1}]"#;
         let terms = arguments(json).unwrap();
         assert_eq!(terms[0], Term::atom("ok"));
         assert_eq!(terms[1], Term::tuple([Term::atom("x"), Term::Int(1)]));

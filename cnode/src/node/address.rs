@@ -47,7 +47,10 @@ impl From<&Pid> for Address {
 /// `(name, node)`, as in Erlang.
 impl From<(&str, &str)> for Address {
     fn from((name, node): (&str, &str)) -> Self {
-        Self::Name { name: name.into(), node: node.into() }
+        Self::Name {
+            name: name.into(),
+            node: node.into(),
+        }
     }
 }
 

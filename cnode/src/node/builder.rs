@@ -139,9 +139,15 @@ impl NodeBuilder {
         let net_ticktime = self.net_ticktime;
         let tick_interval = self.tick_interval.unwrap_or(net_ticktime / 4);
         if tick_interval > net_ticktime / 4 || tick_interval.is_zero() {
-            return Err(StartError::TickInterval { tick_interval, net_ticktime });
+            return Err(StartError::TickInterval {
+                tick_interval,
+                net_ticktime,
+            });
         }
-        let Secret(cookie) = self.cookie.filter(|Secret(text)| !text.is_empty()).ok_or(StartError::NoCookie)?;
+        let Secret(cookie) = self
+            .cookie
+            .filter(|Secret(text)| !text.is_empty())
+            .ok_or(StartError::NoCookie)?;
         let (carrier, creation) = match self.plain_epmd {
             Some(epmd) => {
                 let plain = Plain::start(&self.name, self.hidden, epmd, !self.beyond_loopback).await?;
@@ -149,7 +155,7 @@ impl NodeBuilder {
             }
             None => {
                 let mesh = Mesh::start(&self.name, self.hidden, self.agent_dir.as_deref()).await?;
-                (Carrier::Mesh(mesh.0), mesh.1)
+                (Carrier::Mesh(Box::new(mesh.0)), mesh.1)
             }
         };
         let mut local = LocalNode::hidden(self.name.clone(), creation);
@@ -164,7 +170,12 @@ impl NodeBuilder {
             cookie: Cookie::new(cookie),
             net_ticktime,
             tick_interval,
-            processes: Processes::new(name.clone(), creation, limits.mailbox_messages, limits.mailbox_bytes),
+            processes: Processes::new(
+                name.clone(),
+                creation,
+                limits.mailbox_messages,
+                limits.mailbox_bytes,
+            ),
             connections: Connections::new(limits.connections),
             carrier,
             events: broadcast::Sender::new(EVENTS),
@@ -182,6 +193,9 @@ impl NodeBuilder {
         if let Carrier::Mesh(_) = &inner.carrier {
             tokio::spawn(super::mesh::keep(Arc::clone(&inner)));
         }
-        Ok(Node { inner: Arc::clone(&inner), alive: Arc::new(Alive(inner)) })
+        Ok(Node {
+            inner: Arc::clone(&inner),
+            alive: Arc::new(Alive(inner)),
+        })
     }
 }

@@ -93,7 +93,9 @@ impl Request {
             Message::Term { from, term } => (from, term),
             signal => return Self::Info(signal),
         };
-        let Term::Tuple(mut parts) = term else { return Self::Info(Message::Term { from, term }) };
+        let Term::Tuple(mut parts) = term else {
+            return Self::Info(Message::Term { from, term });
+        };
         match parts.as_mut_slice() {
             [Term::Atom(label), Term::Tuple(caller), _] if label.as_str() == "$gen_call" => {
                 if let [Term::Pid(pid), tag] = caller.as_slice() {
@@ -115,7 +117,10 @@ impl Request {
             }
             _ => {}
         }
-        Self::Info(Message::Term { from, term: Term::Tuple(parts) })
+        Self::Info(Message::Term {
+            from,
+            term: Term::Tuple(parts),
+        })
     }
 }
 
@@ -128,23 +133,39 @@ pub(crate) async fn gen_call(
     request: Term,
     timeout: Duration,
 ) -> Result<Term, CallError> {
-    tokio::time::timeout(timeout, ask(mailbox, target, request)).await.map_err(|_| CallError::Timeout(timeout))?
+    tokio::time::timeout(timeout, ask(mailbox, target, request))
+        .await
+        .map_err(|_| CallError::Timeout(timeout))?
 }
 
 async fn ask(mut mailbox: Mailbox, target: Address, request: Term) -> Result<Term, CallError> {
     // Monitoring swallows a failed connection; the caller is to hear of that as what it is.
-    mailbox.inner().ensure_connected(target.node()).await.map_err(SendError::from)?;
+    mailbox
+        .inner()
+        .ensure_connected(target.node())
+        .await
+        .map_err(SendError::from)?;
     let reference = mailbox.monitor(target.clone()).await;
-    let caller = Term::Tuple(vec![Term::Pid(mailbox.pid().clone()), Term::from(reference.clone())]);
+    let caller = Term::Tuple(vec![
+        Term::Pid(mailbox.pid().clone()),
+        Term::from(reference.clone()),
+    ]);
     let message = Term::Tuple(vec![Term::Atom(Atom::from("$gen_call")), caller, request]);
     mailbox.send(target.clone(), &message).await?;
     loop {
         match mailbox.recv().await {
             None => return Err(CallError::NodeDown),
-            Some(Message::Down { reference: down, reason, .. }) if down == reference => {
+            Some(Message::Down {
+                reference: down,
+                reason,
+                ..
+            }) if down == reference => {
                 return Err(ended(&target, reason));
             }
-            Some(Message::Term { term: Term::Tuple(parts), .. }) => {
+            Some(Message::Term {
+                term: Term::Tuple(parts),
+                ..
+            }) => {
                 if let Ok([Term::Reference(tag), reply]) = <[Term; 2]>::try_from(parts)
                     && *tag == reference
                 {

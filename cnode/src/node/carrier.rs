@@ -13,7 +13,7 @@ use super::plain::Plain;
 
 /// How a node reaches others and is reached.
 pub(crate) enum Carrier {
-    Mesh(Mesh),
+    Mesh(Box<Mesh>),
     Plain(Plain),
 }
 
@@ -33,7 +33,11 @@ impl Carrier {
             }
         };
         tokio::time::timeout(limit, dialling).await.unwrap_or_else(|_| {
-            Err(ConnectError::Timeout { node: node.to_owned(), step: "opening a connection", after: limit })
+            Err(ConnectError::Timeout {
+                node: node.to_owned(),
+                step: "opening a connection",
+                after: limit,
+            })
         })
     }
 
@@ -49,9 +53,11 @@ impl Carrier {
     pub(crate) async fn accept(&self) -> io::Result<Accepted> {
         match self {
             Self::Mesh(mesh) => mesh.accept().await.map(Accepted::Mesh),
-            Self::Plain(plain) => {
-                plain.listener.accept().await.map(|(socket, from)| Accepted::Plain(socket, from))
-            }
+            Self::Plain(plain) => plain
+                .listener
+                .accept()
+                .await
+                .map(|(socket, from)| Accepted::Plain(socket, from)),
         }
     }
 

@@ -156,7 +156,10 @@ async fn read_all(
                 Ok(None) => break,
                 Ok(Some(Frame::Tick)) => {
                     let received = connection.ticks_in.fetch_add(1, Ordering::Relaxed) + 1;
-                    inner.tell(NodeEvent::Tick { node: connection.node.as_str().to_owned(), received });
+                    inner.tell(NodeEvent::Tick {
+                        node: connection.node.as_str().to_owned(),
+                        received,
+                    });
                 }
                 Ok(Some(Frame::Data(frame))) => {
                     let handled = match assembler.take(frame) {

@@ -38,7 +38,11 @@ enum Slot {
 
 impl Connections {
     pub(crate) fn new(max: usize) -> Self {
-        Self { slots: Mutex::default(), came_up: watch::Sender::new(0), max }
+        Self {
+            slots: Mutex::default(),
+            came_up: watch::Sender::new(0),
+            max,
+        }
     }
 
     /// The connection to a node, when it stands.
@@ -109,17 +113,25 @@ impl Inner {
                     }
                     let max = self.connections.max;
                     if slots.by_node.len() >= max {
-                        return Err(ConnectError::TooManyConnections { node: node.as_str().to_owned(), max });
+                        return Err(ConnectError::TooManyConnections {
+                            node: node.as_str().to_owned(),
+                            max,
+                        });
                     }
                     let (sender, outcome) = watch::channel(None);
-                    slots.by_node.insert(node.clone(), Slot::Dialling(outcome.clone()));
+                    slots
+                        .by_node
+                        .insert(node.clone(), Slot::Dialling(outcome.clone()));
                     // A task of its own: the attempt goes on for others when this caller gives up.
                     tokio::spawn(Arc::clone(self).dial(node.clone(), sender));
                     outcome
                 }
             }
         };
-        let outcome = outcome.wait_for(Option::is_some).await.map(|outcome| outcome.clone());
+        let outcome = outcome
+            .wait_for(Option::is_some)
+            .await
+            .map(|outcome| outcome.clone());
         outcome.ok().flatten().unwrap_or(Err(ConnectError::NodeDown))
     }
 
@@ -170,7 +182,9 @@ impl Inner {
             limits.handshake_time,
             is_up,
         );
-        ready.await.map_err(|failure| failure.into_connect_error(node.as_str()))
+        ready
+            .await
+            .map_err(|failure| failure.into_connect_error(node.as_str()))
     }
 
     /// A connection whose handshake is done takes its place in the table and starts to work.
@@ -184,7 +198,10 @@ impl Inner {
             Some(Slot::Up(old)) => return Ok(Arc::clone(old)),
             None if slots.by_node.len() >= self.connections.max => {
                 let max = self.connections.max;
-                return Err(ConnectError::TooManyConnections { node: node.as_str().to_owned(), max });
+                return Err(ConnectError::TooManyConnections {
+                    node: node.as_str().to_owned(),
+                    max,
+                });
             }
             Some(Slot::Dialling(_)) | None => None,
         };
@@ -207,7 +224,9 @@ impl Inner {
     pub(crate) async fn accept_all(self: Arc<Self>) {
         let permits = Arc::new(Semaphore::new(self.limits.handshakes));
         loop {
-            let Ok(permit) = Arc::clone(&permits).acquire_owned().await else { return };
+            let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
+                return;
+            };
             let accepted = tokio::select! {
                 accepted = self.carrier.accept() => accepted,
                 () = self.stop.cancelled() => return,
@@ -231,7 +250,10 @@ impl Inner {
 
     async fn accept_one(self: &Arc<Self>, accepted: Accepted) {
         if self.connections.is_full() {
-            tracing::warn!(limit = self.connections.max, "a connection is refused: limit `connections`");
+            tracing::warn!(
+                limit = self.connections.max,
+                "a connection is refused: limit `connections`"
+            );
             return;
         }
         let handshake = async {
@@ -263,7 +285,9 @@ impl Inner {
 
 /// The peer said `nok`: it dials us at the same moment, and its name is the greater one. Or it has done so already.
 fn is_simultaneous(error: &ConnectError) -> bool {
-    let ConnectError::Handshake { error, .. } = error else { return false };
+    let ConnectError::Handshake { error, .. } = error else {
+        return false;
+    };
     matches!(error, HandshakeError::Refused { status: "nok" })
 }
 
@@ -280,9 +304,16 @@ impl Failure {
         let step = "handshake";
         match self {
             Self::Handshake(error) => ConnectError::Handshake { node, error },
-            Self::Io(error) => ConnectError::Io { node, step, error: Arc::new(error) },
+            Self::Io(error) => ConnectError::Io {
+                node,
+                step,
+                error: Arc::new(error),
+            },
             Self::Timeout(after) => ConnectError::Timeout { node, step, after },
-            other => ConnectError::Protocol { node, text: other.to_string() },
+            other => ConnectError::Protocol {
+                node,
+                text: other.to_string(),
+            },
         }
     }
 }

@@ -50,7 +50,10 @@ pub fn read_cookie(path: Option<&Path>) -> Result<String, CookieError> {
         Some(path) => path.to_path_buf(),
         None => PathBuf::from(std::env::var_os("HOME").ok_or(CookieError::NoHome)?).join(".erlang.cookie"),
     };
-    let io = |error| CookieError::Io { path: path.clone(), error };
+    let io = |error| CookieError::Io {
+        path: path.clone(),
+        error,
+    };
     let file = fs::File::open(&path).map_err(io)?;
     let mode = file.metadata().map_err(io)?.mode() & 0o7777;
     if mode & 0o077 != 0 {
@@ -82,9 +85,18 @@ mod tests {
             read_cookie(Some(&path))
         };
         assert_eq!(write(" SECRET\n", 0o600).unwrap(), "SECRET");
-        assert!(matches!(write("SECRET", 0o640), Err(CookieError::Permissions { mode: 0o640, .. })));
+        assert!(matches!(
+            write("SECRET", 0o640),
+            Err(CookieError::Permissions { mode: 0o640, .. })
+        ));
         assert!(matches!(write("\n", 0o600), Err(CookieError::Length { .. })));
-        assert!(matches!(write(&"x".repeat(2000), 0o600), Err(CookieError::Length { .. })));
-        assert!(matches!(read_cookie(Some(dir.path().join("none").as_path())), Err(CookieError::Io { .. })));
+        assert!(matches!(
+            write(&"x".repeat(2000), 0o600),
+            Err(CookieError::Length { .. })
+        ));
+        assert!(matches!(
+            read_cookie(Some(dir.path().join("none").as_path())),
+            Err(CookieError::Io { .. })
+        ));
     }
 }

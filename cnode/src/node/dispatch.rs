@@ -41,13 +41,23 @@ pub(crate) fn handle(inner: &Arc<Inner>, peer: &Peer<'_>, received: Received) ->
         }
         Control::AltactSig { .. } => {
             // Agreed by flag only, and this node does not set it.
-            return Err(DownReason::Protocol("ALTACT_SIG came without being agreed".to_owned()));
+            return Err(DownReason::Protocol(
+                "ALTACT_SIG came without being agreed".to_owned(),
+            ));
         }
         Control::Link { from, to } => return link(inner, peer, from, to),
         Control::Unlink { from, to } => peer.watch(inner, |watch| watch.peer_unlinks(&to, &from)),
         Control::UnlinkId { id, from, to } => {
             peer.watch(inner, |watch| watch.peer_unlinks(&to, &from));
-            return peer.answer(inner, Control::UnlinkIdAck { id, from: to, to: from }, None);
+            return peer.answer(
+                inner,
+                Control::UnlinkIdAck {
+                    id,
+                    from: to,
+                    to: from,
+                },
+                None,
+            );
         }
         Control::UnlinkIdAck { id, from, to } => {
             peer.watch(inner, |watch| watch.unlink_acknowledged(&to, &from, id));
@@ -60,7 +70,12 @@ pub(crate) fn handle(inner: &Arc<Inner>, peer: &Peer<'_>, received: Received) ->
         Control::DemonitorP { reference, .. } => {
             peer.watch(inner, |watch| watch.peer_demonitors(&reference));
         }
-        Control::MonitorPExit { from, reference, reason, .. } => {
+        Control::MonitorPExit {
+            from,
+            reference,
+            reason,
+            ..
+        } => {
             down(inner, peer, from, &reference, reason);
         }
         Control::PayloadMonitorPExit { from, reference, .. } => {
@@ -69,7 +84,13 @@ pub(crate) fn handle(inner: &Arc<Inner>, peer: &Peer<'_>, received: Received) ->
         }
         Control::SpawnRequest { id, from, .. } => {
             let result = SpawnResult::Error(Atom::from("notsup"));
-            let reply = Control::SpawnReply { id, to: from, flags: 0, result, token: None };
+            let reply = Control::SpawnReply {
+                id,
+                to: from,
+                flags: 0,
+                result,
+                token: None,
+            };
             return peer.answer(inner, reply, None);
         }
         Control::SpawnReply { id, to, result, .. } => spawned(inner, peer, &to, id, result),
@@ -93,7 +114,8 @@ fn deliver(to: Option<Arc<Process>>, from: Option<Pid>, payload: Option<Vec<u8>>
 fn link(inner: &Arc<Inner>, peer: &Peer<'_>, from: Pid, to: Pid) -> Result<(), DownReason> {
     if inner.processes.by_pid(&to).is_some() {
         let (local, remote) = (to.clone(), from.clone());
-        peer.watch(inner, |watch| watch.peer_links(local, remote)).map_err(|TooMany| peer.too_many(inner))?;
+        peer.watch(inner, |watch| watch.peer_links(local, remote))
+            .map_err(|TooMany| peer.too_many(inner))?;
         // It may have ended between the two lines above. Then either its end took the link along and told the
         // peer, or the link is still there and it is ours to tell.
         if inner.processes.by_pid(&to).is_some() || !peer.watch(inner, |watch| watch.link_broke(&to, &from)) {
@@ -131,12 +153,20 @@ fn monitor(
             Proc::Pid(pid) => Watched::Pid(pid.clone()),
             Proc::Name(name) => Watched::Name(name.clone()),
         };
-        let monitor = Incoming { watcher: from.clone(), watched, local: process.pid.clone() };
+        let monitor = Incoming {
+            watcher: from.clone(),
+            watched,
+            local: process.pid.clone(),
+        };
         peer.watch(inner, |watch| watch.peer_monitors(reference.clone(), monitor))
             .map_err(|TooMany| peer.too_many(inner))?;
         // As with links: it may have ended meanwhile.
         let lives = inner.processes.by_pid(&process.pid).is_some();
-        if lives || peer.watch(inner, |watch| watch.peer_demonitors(&reference)).is_none() {
+        if lives
+            || peer
+                .watch(inner, |watch| watch.peer_demonitors(&reference))
+                .is_none()
+        {
             return Ok(());
         }
     }
@@ -144,14 +174,20 @@ fn monitor(
 }
 
 fn down(inner: &Arc<Inner>, peer: &Peer<'_>, from: Proc, reference: &meshx_etf::Reference, reason: Term) {
-    let Some(monitor) = peer.watch(inner, |watch| watch.take_outgoing(reference)) else { return };
+    let Some(monitor) = peer.watch(inner, |watch| watch.take_outgoing(reference)) else {
+        return;
+    };
     if let Some(process) = inner.processes.by_pid(&monitor.local) {
         let target = match (from, monitor.target) {
             // The monitor of a spawn request learns the pid from its end.
             (Proc::Pid(pid), Address::Name { name, .. }) if name.as_str().is_empty() => Address::Pid(pid),
             (_, target) => target,
         };
-        process.deliver(Item::Ready(Message::Down { reference: reference.clone(), target, reason }));
+        process.deliver(Item::Ready(Message::Down {
+            reference: reference.clone(),
+            target,
+            reason,
+        }));
     }
 }
 
@@ -175,7 +211,10 @@ fn spawned(inner: &Arc<Inner>, peer: &Peer<'_>, to: &Pid, id: meshx_etf::Referen
         }
     };
     if let Some(process) = inner.processes.by_pid(to) {
-        process.deliver(Item::Ready(Message::Spawned { reference: id, result }));
+        process.deliver(Item::Ready(Message::Spawned {
+            reference: id,
+            result,
+        }));
     }
 }
 
@@ -196,7 +235,10 @@ impl Peer<'_> {
 
     fn too_many(&self, inner: &Inner) -> DownReason {
         let _ = self;
-        DownReason::Limit { name: "watches_per_connection", value: inner.limits.watches_per_connection }
+        DownReason::Limit {
+            name: "watches_per_connection",
+            value: inner.limits.watches_per_connection,
+        }
     }
 
     /// Sends what the peer's own message caused.
@@ -211,7 +253,10 @@ impl Peer<'_> {
             Ok(()) | Err(QueueError::Closed) => Ok(()),
             Err(QueueError::Full) => {
                 let value = inner.limits.answer_queue_bytes;
-                Err(DownReason::Limit { name: "answer_queue_bytes", value })
+                Err(DownReason::Limit {
+                    name: "answer_queue_bytes",
+                    value,
+                })
             }
         }
     }

@@ -18,7 +18,9 @@ pub enum StartError {
     #[error("no cookie is set: all nodes of a cluster share one, give the same here")]
     NoCookie,
     /// Ticks must be at most a quarter of the tick time apart, or the peer believes that this node is down.
-    #[error("a tick every {tick_interval:?} is too seldom for a net_ticktime of {net_ticktime:?}: at most a quarter of it")]
+    #[error(
+        "a tick every {tick_interval:?} is too seldom for a net_ticktime of {net_ticktime:?}: at most a quarter of it"
+    )]
     TickInterval {
         /// What was asked for.
         tick_interval: Duration,

@@ -40,6 +40,8 @@ pub(crate) enum Failure {
     Io(#[from] std::io::Error),
     #[error("{0}")]
     Frame(#[from] meshx_dist::framing::FrameError),
+    #[error("the peer closed the connection{0}")]
+    Closed(&'static str),
     #[error("the handshake took longer than {0:?}")]
     Timeout(Duration),
     #[error("the system gave no random numbers: {0}")]
@@ -101,10 +103,22 @@ pub(crate) async fn initiate(
         let challenge = random_challenge()?;
         let state = state.on_challenge(&message(&mut transport, &mut decoder).await?, challenge, &mut out)?;
         flush(&mut transport, &mut out).await?;
-        Ok(state.on_ack(&message(&mut transport, &mut decoder).await?)?)
+        // A peer whose cookie is another one says nothing and closes.
+        let ack = message(&mut transport, &mut decoder)
+            .await
+            .map_err(|failure| match failure {
+                Failure::Closed(_) => Failure::Closed(" when it saw our proof: the cookies differ"),
+                other => other,
+            })?;
+        Ok(state.on_ack(&ack)?)
     })
     .await?;
-    Ok(Ready { transport, established, decoder: decoder.into_connected(max_frame), replaces })
+    Ok(Ready {
+        transport,
+        established,
+        decoder: decoder.into_connected(max_frame),
+        replaces,
+    })
 }
 
 /// The accepting side. `vouched` is the name that the road there proved, if it proved one; `standing` says what
@@ -142,7 +156,12 @@ pub(crate) async fn accept(
             Standing::Up => {
                 let state = given.alive(&mut out)?;
                 flush(&mut transport, &mut out).await?;
-                state.on_answer(&message(&mut transport, &mut decoder).await?, cookie, challenge, &mut out)?
+                state.on_answer(
+                    &message(&mut transport, &mut decoder).await?,
+                    cookie,
+                    challenge,
+                    &mut out,
+                )?
             }
         };
         flush(&mut transport, &mut out).await?;
@@ -152,7 +171,12 @@ pub(crate) async fn accept(
     })
     .await?;
     // A peer that proves itself has no other connection than this one, whatever we believe.
-    Ok(Ready { transport, established, decoder: decoder.into_connected(max_frame), replaces: true })
+    Ok(Ready {
+        transport,
+        established,
+        decoder: decoder.into_connected(max_frame),
+        replaces: true,
+    })
 }
 
 /// Why a claimed name gets no further.
@@ -167,18 +191,18 @@ fn refusal(own: &str, peer: &str, wants_name: bool, vouched: Option<&str>) -> Op
         }));
     }
     match vouched {
-        Some(wanted) if wanted != peer => {
-            Some(Failure::OtherName { wanted: wanted.to_owned(), got: peer.to_owned() })
-        }
+        Some(wanted) if wanted != peer => Some(Failure::OtherName {
+            wanted: wanted.to_owned(),
+            got: peer.to_owned(),
+        }),
         _ => None,
     }
 }
 
-async fn within<T>(
-    limit: Duration,
-    steps: impl Future<Output = Result<T, Failure>>,
-) -> Result<T, Failure> {
-    tokio::time::timeout(limit, steps).await.map_err(|_| Failure::Timeout(limit))?
+async fn within<T>(limit: Duration, steps: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    tokio::time::timeout(limit, steps)
+        .await
+        .map_err(|_| Failure::Timeout(limit))?
 }
 
 /// The next whole handshake message. Copied, since the states and the buffer are used in turn; it is small.
@@ -188,7 +212,7 @@ async fn message(transport: &mut Transport, decoder: &mut HandshakeDecoder) -> R
             return Ok(frame.to_vec());
         }
         if transport.read.read_buf(decoder.read_buf()).await? == 0 {
-            return Err(Failure::Io(std::io::ErrorKind::UnexpectedEof.into()));
+            return Err(Failure::Closed(" during the handshake"));
         }
     }
 }

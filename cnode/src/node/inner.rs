@@ -68,7 +68,9 @@ impl Inner {
         }
         let flushed = async {
             // An event that was lost leaves at least one more to come, or nothing to wait for.
-            while !self.connections.all().is_empty() && !matches!(events.recv().await, Err(RecvError::Closed)) {}
+            while !self.connections.all().is_empty() && !matches!(events.recv().await, Err(RecvError::Closed))
+            {
+            }
         };
         let _ = tokio::time::timeout(grace, flushed).await;
         self.shut_down(&DownReason::Disconnected);
@@ -85,7 +87,11 @@ impl Inner {
     }
 
     pub(crate) async fn ensure_connected(self: &Arc<Self>, node: &Atom) -> Result<(), ConnectError> {
-        if *node == self.name { Ok(()) } else { self.connect(node).await.map(drop) }
+        if *node == self.name {
+            Ok(())
+        } else {
+            self.connect(node).await.map(drop)
+        }
     }
 
     /// Sends a message from one of this node's processes.
@@ -101,7 +107,11 @@ impl Inner {
         }
         let connection = self.connect(to.node()).await?;
         let frames = wire::encode(&connection, wire::send(connection.flags, from, to), Some(term))?;
-        connection.outbound.send(frames).await.map_err(|_| disconnected(&connection))
+        connection
+            .outbound
+            .send(frames)
+            .await
+            .map_err(|_| disconnected(&connection))
     }
 
     /// Answers a call. A caller that does not read its answers loses its connection, so that it holds up a server
@@ -126,7 +136,10 @@ impl Inner {
             Ok(sent) => sent.map_err(|_| disconnected(&connection)),
             Err(_) => {
                 let value = self.limits.reply_queue_bytes;
-                connection.close(DownReason::Limit { name: "reply_queue_bytes", value });
+                connection.close(DownReason::Limit {
+                    name: "reply_queue_bytes",
+                    value,
+                });
                 Err(disconnected(&connection))
             }
         }
@@ -139,7 +152,10 @@ impl Inner {
             Address::Alias(alias) => self.processes.by_alias(alias),
         };
         if let Some(process) = process {
-            let message = Message::Term { from: Some(from.clone()), term: term.clone() };
+            let message = Message::Term {
+                from: Some(from.clone()),
+                term: term.clone(),
+            };
             process.deliver(Item::Ready(message));
         }
     }
@@ -157,8 +173,15 @@ impl Inner {
         };
         let from = process.pid.clone();
         let node = target.node().clone();
-        let outgoing = Outgoing { local: from.clone(), target: target.clone() };
-        let control = Control::MonitorP { from, to, reference: reference.clone() };
+        let outgoing = Outgoing {
+            local: from.clone(),
+            target: target.clone(),
+        };
+        let control = Control::MonitorP {
+            from,
+            to,
+            reference: reference.clone(),
+        };
         if node == self.name {
             self.local_watch().monitor(reference, outgoing);
             let _ = dispatch::handle(self, &Peer::Local, wire::local(control, None));
@@ -191,7 +214,10 @@ impl Inner {
 
     pub(crate) async fn link(self: &Arc<Self>, process: &Arc<Process>, to: &Pid) {
         let from = process.pid.clone();
-        let control = Control::Link { from: from.clone(), to: to.clone() };
+        let control = Control::Link {
+            from: from.clone(),
+            to: to.clone(),
+        };
         if to.node == self.name {
             let new = self.local_watch().link(from, to.clone());
             if new {
@@ -201,9 +227,14 @@ impl Inner {
         }
         let broken = || {
             let reason = Term::atom("noconnection");
-            process.deliver(Item::Ready(Message::Exit { from: to.clone(), reason }));
+            process.deliver(Item::Ready(Message::Exit {
+                from: to.clone(),
+                reason,
+            }));
         };
-        let Ok(connection) = self.connect(&to.node).await else { return broken() };
+        let Ok(connection) = self.connect(&to.node).await else {
+            return broken();
+        };
         let new = connection.watch().link(from.clone(), to.clone());
         if new
             && self.post(&connection, control, None).await.is_err()
@@ -221,14 +252,26 @@ impl Inner {
             None => self.local_watch().unlink(from.clone(), to.clone()),
         };
         if let Some(id) = id {
-            self.notify(connection.as_ref(), Control::UnlinkId { id, from, to: to.clone() }, None);
+            self.notify(
+                connection.as_ref(),
+                Control::UnlinkId {
+                    id,
+                    from,
+                    to: to.clone(),
+                },
+                None,
+            );
         }
     }
 
     pub(crate) async fn exit(self: &Arc<Self>, from: &Pid, to: &Pid, reason: &Term) -> Result<(), SendError> {
         if to.node == self.name {
-            let control =
-                Control::Exit2 { from: from.clone(), to: to.clone(), reason: reason.clone(), token: None };
+            let control = Control::Exit2 {
+                from: from.clone(),
+                to: to.clone(),
+                reason: reason.clone(),
+                token: None,
+            };
             let _ = dispatch::handle(self, &Peer::Local, wire::local(control, None));
             return Ok(());
         }
@@ -245,11 +288,15 @@ impl Inner {
         function: &str,
         args: Vec<Term>,
     ) -> Result<Reference, SendError> {
-        let unsupported = || SendError::Unsupported { node: node.to_owned(), what: "a spawn request" };
+        let unsupported = || SendError::Unsupported {
+            node: node.to_owned(),
+            what: "a spawn request",
+        };
         if self.name == *node {
             return Err(unsupported());
         }
-        let arity = u8::try_from(args.len()).map_err(|_| SendError::Term("more than 255 arguments".into()))?;
+        let arity =
+            u8::try_from(args.len()).map_err(|_| SendError::Term("more than 255 arguments".into()))?;
         let node = Atom::from(node);
         let connection = self.connect(&node).await?;
         if !connection.flags.contains(meshx_dist::flags::DistFlags::SPAWN) {
@@ -258,8 +305,17 @@ impl Inner {
         let id = self.processes.make_reference();
         let from = process.pid.clone();
         // The pid is not known yet; `dispatch` fills it in.
-        let target = Address::Name { name: Atom::from(""), node };
-        connection.watch().monitor(id.clone(), Outgoing { local: from.clone(), target });
+        let target = Address::Name {
+            name: Atom::from(""),
+            node,
+        };
+        connection.watch().monitor(
+            id.clone(),
+            Outgoing {
+                local: from.clone(),
+                target,
+            },
+        );
         let request = Control::SpawnRequest {
             id: id.clone(),
             group_leader: from.clone(),
@@ -318,7 +374,10 @@ impl Inner {
         let ended = connection.watch().take_all();
         for (local, remote) in ended.links {
             if let Some(process) = self.processes.by_pid(&local) {
-                process.deliver(Item::Ready(Message::Exit { from: remote, reason: reason.clone() }));
+                process.deliver(Item::Ready(Message::Exit {
+                    from: remote,
+                    reason: reason.clone(),
+                }));
             }
         }
         for (reference, monitor) in ended.outgoing {
@@ -328,7 +387,10 @@ impl Inner {
         }
         let reason = connection.reason();
         tracing::info!(node = connection.node.as_str(), %reason, "connection down");
-        self.tell(NodeEvent::Down { node: connection.node.as_str().to_owned(), reason });
+        self.tell(NodeEvent::Down {
+            node: connection.node.as_str().to_owned(),
+            reason,
+        });
     }
 
     /// Sends a signal, waiting for room.
@@ -339,7 +401,11 @@ impl Inner {
         payload: Option<&Term>,
     ) -> Result<(), SendError> {
         let frames = wire::encode(connection, control, payload)?;
-        connection.outbound.send(frames).await.map_err(|_| disconnected(connection))
+        connection
+            .outbound
+            .send(frames)
+            .await
+            .map_err(|_| disconnected(connection))
     }
 
     /// Sends a signal where nothing may wait; how many there are is bounded by the links and monitors they end.
@@ -369,12 +435,20 @@ fn demonitor(monitor: Outgoing, reference: &Reference) -> Control {
         Address::Name { name, .. } => Proc::Name(name),
         Address::Alias(_) => Proc::Name(Atom::from("")),
     };
-    Control::DemonitorP { from: monitor.local, to, reference: reference.clone() }
+    Control::DemonitorP {
+        from: monitor.local,
+        to,
+        reference: reference.clone(),
+    }
 }
 
 fn down(process: &Process, reference: Reference, target: Address, reason: &str) {
     let reason = Term::atom(reason);
-    process.deliver(Item::Ready(Message::Down { reference, target, reason }));
+    process.deliver(Item::Ready(Message::Down {
+        reference,
+        target,
+        reason,
+    }));
 }
 
 fn disconnected(connection: &Connection) -> SendError {

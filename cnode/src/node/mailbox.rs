@@ -67,7 +67,12 @@ pub struct Mailbox {
 impl Mailbox {
     pub(crate) fn new(inner: Arc<Inner>, alive: Option<Arc<Alive>>) -> Self {
         let process = inner.processes.spawn();
-        Self { inner, process, _alive: alive, reason: None }
+        Self {
+            inner,
+            process,
+            _alive: alive,
+            reason: None,
+        }
     }
 
     /// Its identifier, to be put into messages.
@@ -138,7 +143,9 @@ impl Mailbox {
     /// such process or no connection to its node can be made.
     pub async fn monitor(&self, target: impl Into<Address>) -> Reference {
         let reference = self.inner.processes.make_reference();
-        self.inner.monitor(&self.process, reference.clone(), target.into()).await;
+        self.inner
+            .monitor(&self.process, reference.clone(), target.into())
+            .await;
         reference
     }
 
@@ -178,7 +185,9 @@ impl Mailbox {
         function: &str,
         args: Vec<Term>,
     ) -> Result<Reference, SendError> {
-        self.inner.spawn_monitor(&self.process, node, module, function, args).await
+        self.inner
+            .spawn_monitor(&self.process, node, module, function, args)
+            .await
     }
 
     /// Ends it with a reason, which monitors and links get. Dropping it does the same with the reason `normal`.

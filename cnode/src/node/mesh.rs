@@ -61,7 +61,10 @@ impl Mesh {
         };
         let control = ControlClient::connect(agent_dir).await.map_err(registering)?;
         let socket = control.hello().vm_dir.join(socket_name()?);
-        let listen = |error| StartError::Listen { at: socket.display().to_string(), error: Arc::new(error) };
+        let listen = |error| StartError::Listen {
+            at: socket.display().to_string(),
+            error: Arc::new(error),
+        };
         let listener = UnixListener::bind(&socket).map_err(listen)?;
         // The directory lets nobody else in; this holds should somebody loosen it.
         set_permissions(&socket, Permissions::from_mode(0o600)).map_err(listen)?;
@@ -95,7 +98,9 @@ impl Mesh {
         let frame = Accept::decode(&frame).map_err(|error| Failure::Greeting(error.to_string()))?;
         // Compared in constant time, see `Secret`.
         if frame.secret != self.registration().secret {
-            return Err(Failure::Greeting("the agent's secret is not this node's".to_owned()));
+            return Err(Failure::Greeting(
+                "the agent's secret is not this node's".to_owned(),
+            ));
         }
         let transport = transport(socket, frame.remote_spiffe, frame.link);
         Ok((transport, frame.remote_node))
@@ -103,20 +108,36 @@ impl Mesh {
 
     pub(crate) async fn dial(&self, node: &str) -> Result<Transport, ConnectError> {
         let io = |step| {
-            move |error: io::Error| ConnectError::Io { node: node.to_owned(), step, error: Arc::new(error) }
+            move |error: io::Error| ConnectError::Io {
+                node: node.to_owned(),
+                step,
+                error: Arc::new(error),
+            }
         };
-        let protocol = |text: String| ConnectError::Protocol { node: node.to_owned(), text };
+        let protocol = |text: String| ConnectError::Protocol {
+            node: node.to_owned(),
+            text,
+        };
         let mut link = LinkId([0; 16]);
         getrandom::fill(&mut link.0).map_err(|error| protocol(error.to_string()))?;
         let (dist_socket, secret) = {
             let registration = self.registration();
             (registration.dist_socket.clone(), registration.secret.clone())
         };
-        let mut socket = UnixStream::connect(dist_socket).await.map_err(io("connecting to the agent"))?;
+        let mut socket = UnixStream::connect(dist_socket)
+            .await
+            .map_err(io("connecting to the agent"))?;
         let mut connect = Vec::new();
-        Connect { link, secret, target: node.to_owned() }.encode(&mut connect);
+        Connect {
+            link,
+            secret,
+            target: node.to_owned(),
+        }
+        .encode(&mut connect);
         socket.write_all(&connect).await.map_err(io("asking the agent"))?;
-        let reply = read_frame(&mut socket).await.map_err(io("reading the agent's answer"))?;
+        let reply = read_frame(&mut socket)
+            .await
+            .map_err(io("reading the agent's answer"))?;
         match ConnectReply::decode(&reply).map_err(|error| protocol(error.to_string()))? {
             ConnectReply::Ok { remote_spiffe, .. } => Ok(transport(socket, remote_spiffe, link)),
             ConnectReply::Refused(refusal) => Err(ConnectError::Refused {
@@ -161,8 +182,12 @@ impl Mesh {
 
 /// Does what the agent asks for, and registers again whenever the agent was away.
 pub(crate) async fn keep(inner: Arc<Inner>) {
-    let Carrier::Mesh(mesh) = &inner.carrier else { return };
-    let Some(mut events) = mesh.take_events() else { return };
+    let Carrier::Mesh(mesh) = &inner.carrier else {
+        return;
+    };
+    let Some(mut events) = mesh.take_events() else {
+        return;
+    };
     loop {
         let event = tokio::select! {
             event = events.recv() => event,
@@ -200,13 +225,20 @@ async fn again(mesh: &Mesh) -> mpsc::Receiver<Event> {
 }
 
 fn cut(inner: &Inner, args: &Term) {
-    let link = args.map_get("link").and_then(Term::as_binary).and_then(|b| b.try_into().ok()).map(LinkId);
+    let link = args
+        .map_get("link")
+        .and_then(Term::as_binary)
+        .and_then(|b| b.try_into().ok())
+        .map(LinkId);
     let word = |key: &str| {
         let value = args.map_get(key);
         let value = value.and_then(|v| v.as_str().or_else(|| v.as_atom()));
         value.unwrap_or_default().to_owned()
     };
-    let reason = DownReason::Cut { cause: word("cause"), text: word("text") };
+    let reason = DownReason::Cut {
+        cause: word("cause"),
+        text: word("text"),
+    };
     for connection in inner.connections.all() {
         if link.is_some() && connection.link == link {
             connection.close(reason.clone());
@@ -225,7 +257,11 @@ async fn register(
     let path = socket
         .to_str()
         .ok_or_else(|| ClientError::Request(format!("the path {} is not utf-8", socket.display())))?;
-    let common = [("node", text(node)), ("socket", text(path)), ("hidden", Term::from(hidden))];
+    let common = [
+        ("node", text(node)),
+        ("socket", text(path)),
+        ("hidden", Term::from(hidden)),
+    ];
     let [a, b, c] = common;
     let args = match creation {
         Some(creation) => map([a, b, c, ("creation", Term::from(creation))]),
@@ -234,12 +270,24 @@ async fn register(
     let answer = control.request("register_node", args).await?;
     let missing = |what: &str| ClientError::Protocol(format!("the answer to register_node has no {what}"));
     let creation = answer.map_get("creation").and_then(Term::as_int);
-    let creation = creation.and_then(|c| u32::try_from(c).ok()).ok_or_else(|| missing("creation"))?;
+    let creation = creation
+        .and_then(|c| u32::try_from(c).ok())
+        .ok_or_else(|| missing("creation"))?;
     let secret = answer.map_get("secret").and_then(Term::as_binary);
-    let secret = secret.and_then(|s| <[u8; SECRET_LEN]>::try_from(s).ok()).map(Secret::from_bytes);
+    let secret = secret
+        .and_then(|s| <[u8; SECRET_LEN]>::try_from(s).ok())
+        .map(Secret::from_bytes);
     let secret = secret.ok_or_else(|| missing("secret of 32 bytes"))?;
     let dist_socket = control.hello().dist_socket.clone();
-    Ok((Registration { control: Some(control), dist_socket, secret, creation }, events))
+    Ok((
+        Registration {
+            control: Some(control),
+            dist_socket,
+            secret,
+            creation,
+        },
+        events,
+    ))
 }
 
 fn socket_name() -> Result<String, StartError> {
@@ -249,7 +297,12 @@ fn socket_name() -> Result<String, StartError> {
 
 fn transport(socket: UnixStream, spiffe: String, link: LinkId) -> Transport {
     let (read, write) = socket.into_split();
-    Transport { read: Box::new(read), write: Box::new(write), identity: Some(spiffe), link: Some(link) }
+    Transport {
+        read: Box::new(read),
+        write: Box::new(write),
+        identity: Some(spiffe),
+        link: Some(link),
+    }
 }
 
 /// One `{packet, 2}` frame, and no byte more: the handshake follows.

@@ -118,7 +118,10 @@ impl Node {
     /// The process that has a name here.
     #[must_use]
     pub fn whereis(&self, name: &str) -> Option<Pid> {
-        self.inner.processes.by_name(name).map(|process| process.pid.clone())
+        self.inner
+            .processes
+            .by_name(name)
+            .map(|process| process.pid.clone())
     }
 
     /// A reference that is equal to no other.
@@ -148,7 +151,12 @@ impl Node {
     /// The connections that stand.
     #[must_use]
     pub fn peers(&self) -> Vec<PeerInfo> {
-        self.inner.connections.all().iter().map(|connection| connection.info()).collect()
+        self.inner
+            .connections
+            .all()
+            .iter()
+            .map(|connection| connection.info())
+            .collect()
     }
 
     /// Connections coming up, going down, and ticking, from now on. A listener that is slow loses the oldest.
@@ -207,7 +215,8 @@ impl Node {
     /// # Errors
     /// [`SendError`].
     pub async fn gen_cast(&self, target: impl Into<Address>, request: Term) -> Result<(), SendError> {
-        self.send(target, &Term::tuple([Term::atom("$gen_cast"), request])).await
+        self.send(target, &Term::tuple([Term::atom("$gen_cast"), request]))
+            .await
     }
 
     /// Calls a function on another node, as `erpc:call/5` does. A call that times out goes on there.
@@ -246,6 +255,9 @@ impl Node {
 
 impl std::fmt::Debug for Node {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Node").field("name", &self.name()).field("creation", &self.creation()).finish()
+        f.debug_struct("Node")
+            .field("name", &self.name())
+            .field("creation", &self.creation())
+            .finish()
     }
 }

@@ -75,14 +75,22 @@ impl Outbound {
         // One larger than the whole queue takes all of it.
         let permits = frames.len().min(self.capacity);
         take(&self.room, permits).await?;
-        self.push(Batch { bytes: frames, permits, ..Batch::default() })
+        self.push(Batch {
+            bytes: frames,
+            permits,
+            ..Batch::default()
+        })
     }
 
     /// As [`Outbound::send`], with the room that is kept for answers to calls.
     pub(crate) async fn reply(&self, frames: Vec<u8>) -> Result<(), QueueError> {
         let reply_permits = frames.len().min(self.reply_capacity);
         take(&self.reply_room, reply_permits).await?;
-        self.push(Batch { bytes: frames, reply_permits, ..Batch::default() })
+        self.push(Batch {
+            bytes: frames,
+            reply_permits,
+            ..Batch::default()
+        })
     }
 
     /// Queues what the peer's own signals caused, at once.
@@ -95,12 +103,19 @@ impl Outbound {
         }
         state.answers = queued;
         drop(state);
-        self.push(Batch { bytes: frames, answers, ..Batch::default() })
+        self.push(Batch {
+            bytes: frames,
+            answers,
+            ..Batch::default()
+        })
     }
 
     /// Queues signals that this node's own links and monitors cause, which bound them.
     pub(crate) fn notice(&self, frames: Vec<u8>) -> Result<(), QueueError> {
-        self.push(Batch { bytes: frames, ..Batch::default() })
+        self.push(Batch {
+            bytes: frames,
+            ..Batch::default()
+        })
     }
 
     fn push(&self, batch: Batch) -> Result<(), QueueError> {
@@ -181,7 +196,10 @@ impl State {
 
 async fn take(room: &Semaphore, permits: usize) -> Result<(), QueueError> {
     let count = u32::try_from(permits).unwrap_or(u32::MAX);
-    room.acquire_many(count).await.map_err(|_| QueueError::Closed)?.forget();
+    room.acquire_many(count)
+        .await
+        .map_err(|_| QueueError::Closed)?
+        .forget();
     Ok(())
 }
 
@@ -227,7 +245,11 @@ mod tests {
         assert_eq!(futures::poll!(second_reply.as_mut()), Poll::Pending);
         let batch = queue.next().await.unwrap();
         assert_eq!(batch.bytes.len(), 115);
-        assert_eq!(futures::poll!(second.as_mut()), Poll::Pending, "taken is not yet written");
+        assert_eq!(
+            futures::poll!(second.as_mut()),
+            Poll::Pending,
+            "taken is not yet written"
+        );
         queue.written(&batch);
         second.await.unwrap();
         second_reply.await.unwrap();

@@ -31,7 +31,10 @@ impl Plain {
             return Err(StartError::NotLoopback(epmd));
         }
         let at = || SocketAddr::new(epmd.ip(), 0);
-        let listen = |error| StartError::Listen { at: at().to_string(), error: Arc::new(error) };
+        let listen = |error| StartError::Listen {
+            at: at().to_string(),
+            error: Arc::new(error),
+        };
         let listener = TcpListener::bind(at()).await.map_err(listen)?;
         let port = listener.local_addr().map_err(listen)?.port();
         let failed = |reason: String| StartError::Registration {
@@ -39,11 +42,22 @@ impl Plain {
             reason,
         };
         let name = node.split('@').next().unwrap_or_default();
-        let entry = if hidden { NodeEntry::new_hidden(name, port) } else { NodeEntry::new(name, port) };
-        let socket = TcpStream::connect(epmd).await.map_err(|error| failed(error.to_string()))?;
+        let entry = if hidden {
+            NodeEntry::new_hidden(name, port)
+        } else {
+            NodeEntry::new(name, port)
+        };
+        let socket = TcpStream::connect(epmd)
+            .await
+            .map_err(|error| failed(error.to_string()))?;
         let registering = EpmdClient::new(socket.compat()).register(entry);
         let (registration, creation) = registering.await.map_err(|error| failed(error.to_string()))?;
-        let plain = Self { epmd, listener, loopback_only, registration: Mutex::new(Some(registration)) };
+        let plain = Self {
+            epmd,
+            listener,
+            loopback_only,
+            registration: Mutex::new(Some(registration)),
+        };
         Ok((plain, creation.get()))
     }
 
@@ -62,14 +76,19 @@ impl Plain {
             }
         };
         let name = node.split('@').next().unwrap_or_default();
-        let socket = TcpStream::connect(self.epmd).await.map_err(io("connecting to the epmd"))?;
+        let socket = TcpStream::connect(self.epmd)
+            .await
+            .map_err(io("connecting to the epmd"))?;
         let asked = EpmdClient::new(socket.compat()).get_node(name).await;
         let entry = asked.map_err(|error| ConnectError::Protocol {
             node: node.to_owned(),
             text: format!("asking the epmd: {error}"),
         })?;
         let Some(entry) = entry else {
-            return Err(ConnectError::NoSuchNode { node: node.to_owned(), epmd: self.epmd });
+            return Err(ConnectError::NoSuchNode {
+                node: node.to_owned(),
+                epmd: self.epmd,
+            });
         };
         let at = SocketAddr::new(self.epmd.ip(), entry.port);
         let socket = TcpStream::connect(at).await.map_err(io("connecting"))?;
@@ -80,6 +99,11 @@ impl Plain {
         // Messages are joined before they are written; waiting for more would only delay them.
         socket.set_nodelay(true)?;
         let (read, write) = socket.into_split();
-        Ok(Transport { read: Box::new(read), write: Box::new(write), identity: None, link: None })
+        Ok(Transport {
+            read: Box::new(read),
+            write: Box::new(write),
+            identity: None,
+            link: None,
+        })
     }
 }

@@ -56,7 +56,7 @@ impl Process {
         if queue.closed {
             return false;
         }
-        let signal = matches!(item, Item::Ready(Message::Exit { .. } | Message::Down { .. }));
+        let signal = matches!(&item, Item::Ready(message) if !matches!(message, Message::Term { .. }));
         let bytes = queue.bytes.saturating_add(item.cost());
         let full = queue.items.len() >= self.max_messages || bytes > self.max_bytes;
         if full && !signal && !queue.items.is_empty() {
@@ -138,7 +138,13 @@ struct Table {
 
 impl Processes {
     pub(crate) fn new(node: Atom, creation: u32, max_messages: usize, max_bytes: usize) -> Self {
-        Self { node, creation, max_messages, max_bytes, table: Mutex::default() }
+        Self {
+            node,
+            creation,
+            max_messages,
+            max_bytes,
+            table: Mutex::default(),
+        }
     }
 
     pub(crate) fn spawn(&self) -> Arc<Process> {
@@ -147,7 +153,10 @@ impl Processes {
         let pid = self.pid(table.next_pid);
         let process = Arc::new(Process {
             pid: pid.clone(),
-            queue: Mutex::new(Queue { closed: table.closed, ..Queue::default() }),
+            queue: Mutex::new(Queue {
+                closed: table.closed,
+                ..Queue::default()
+            }),
             ready: Notify::new(),
             named: AtomicBool::new(false),
             max_messages: self.max_messages,
@@ -174,8 +183,16 @@ impl Processes {
         let mut table = self.lock();
         table.next_reference += 1;
         let number = table.next_reference;
-        let ids = vec![(number & 0x3_FFFF) as u32, (number >> 18) as u32, (number >> 50) as u32];
-        Reference { node: self.node.clone(), creation: self.creation, ids }
+        let ids = vec![
+            (number & 0x3_FFFF) as u32,
+            (number >> 18) as u32,
+            (number >> 50) as u32,
+        ];
+        Reference {
+            node: self.node.clone(),
+            creation: self.creation,
+            ids,
+        }
     }
 
     pub(crate) fn register(&self, name: &str, process: &Arc<Process>) -> Result<(), RegisterError> {
@@ -199,7 +216,10 @@ impl Processes {
     /// Takes a name away from this process; false when it does not have it.
     pub(crate) fn unregister(&self, name: &str, process: &Arc<Process>) -> bool {
         let mut table = self.lock();
-        let held = table.names.get(name).is_some_and(|holder| Arc::ptr_eq(holder, process));
+        let held = table
+            .names
+            .get(name)
+            .is_some_and(|holder| Arc::ptr_eq(holder, process));
         held && table.names.remove(name).is_some()
     }
 
@@ -215,7 +235,10 @@ impl Processes {
 
     pub(crate) fn remove_alias(&self, alias: &Reference, process: &Arc<Process>) -> bool {
         let mut table = self.lock();
-        let held = table.aliases.get(alias).is_some_and(|holder| Arc::ptr_eq(holder, process));
+        let held = table
+            .aliases
+            .get(alias)
+            .is_some_and(|holder| Arc::ptr_eq(holder, process));
         held && table.aliases.remove(alias).is_some()
     }
 

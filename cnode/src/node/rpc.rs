@@ -38,7 +38,12 @@ pub(crate) async fn call(
 ) -> Result<Term, RpcError> {
     let mark = mailbox.inner().processes.make_reference();
     let mfa = format!("{module}:{function}/{}", args.len());
-    let call = Call { mailbox, node: node.to_owned(), mfa, mark };
+    let call = Call {
+        mailbox,
+        node: node.to_owned(),
+        mfa,
+        mark,
+    };
     let outcome = tokio::time::timeout(timeout, call.run(module, function, args)).await;
     outcome.map_err(|_| CallError::Timeout(timeout))?
 }
@@ -47,15 +52,29 @@ impl Call {
     async fn run(mut self, module: &str, function: &str, args: Vec<Term>) -> Result<Term, RpcError> {
         let mark = Term::from(self.mark.clone());
         let args = vec![mark, Term::atom(module), Term::atom(function), Term::List(args)];
-        let id = self.mailbox.spawn_monitor(&self.node, "erpc", "execute_call", args).await;
+        let id = self
+            .mailbox
+            .spawn_monitor(&self.node, "erpc", "execute_call", args)
+            .await;
         let id = id.map_err(CallError::Send)?;
         loop {
             match self.mailbox.recv().await {
                 None => return Err(CallError::NodeDown.into()),
-                Some(Message::Spawned { reference, result: Err(reason) }) if reference == id => {
-                    return Err(RpcError::NotStarted { node: self.node, mfa: self.mfa, reason });
+                Some(Message::Spawned {
+                    reference,
+                    result: Err(reason),
+                }) if reference == id => {
+                    return Err(RpcError::NotStarted {
+                        node: self.node,
+                        mfa: self.mfa,
+                        reason,
+                    });
                 }
-                Some(Message::Down { reference, target, reason }) if reference == id => {
+                Some(Message::Down {
+                    reference,
+                    target,
+                    reason,
+                }) if reference == id => {
                     return self.outcome(&target, reason);
                 }
                 Some(_) => {}
@@ -75,18 +94,31 @@ impl Call {
             }
         };
         let is_ours = parts.first().and_then(Term::as_reference) == Some(&self.mark);
-        let class = parts.get(1).and_then(Term::as_atom).unwrap_or_default().to_owned();
+        let class = parts
+            .get(1)
+            .and_then(Term::as_atom)
+            .unwrap_or_default()
+            .to_owned();
         if !is_ours {
-            return Err(RpcError::Exit { mfa, reason: Term::Tuple(parts) });
+            return Err(RpcError::Exit {
+                mfa,
+                reason: Term::Tuple(parts),
+            });
         }
         let mut parts = parts.into_iter().skip(2);
-        let first = parts.next().unwrap_or_else(|| Term::Atom(Atom::from("undefined")));
+        let first = parts
+            .next()
+            .unwrap_or_else(|| Term::Atom(Atom::from("undefined")));
         match class.as_str() {
             "return" => Ok(first),
             "throw" => Err(RpcError::Throw { mfa, value: first }),
             "error" => {
                 let stack = parts.next().unwrap_or_else(|| Term::List(Vec::new()));
-                Err(RpcError::Error { mfa, reason: first, stack })
+                Err(RpcError::Error {
+                    mfa,
+                    reason: first,
+                    stack,
+                })
             }
             _ => Err(RpcError::Exit { mfa, reason: first }),
         }

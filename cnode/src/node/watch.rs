@@ -146,7 +146,9 @@ impl Watch {
 
     /// A monitor taken back by the process that made it.
     pub(crate) fn take_outgoing_of(&mut self, reference: &Reference, local: &Pid) -> Option<Outgoing> {
-        self.outgoing.get(reference).filter(|monitor| monitor.local == *local)?;
+        self.outgoing
+            .get(reference)
+            .filter(|monitor| monitor.local == *local)?;
         self.outgoing.remove(reference)
     }
 
@@ -155,8 +157,14 @@ impl Watch {
         self.unlinking.retain(|(here, _), _| here != local);
         Ended {
             links: self.links.extract_if(|(here, _)| here == local).collect(),
-            incoming: self.incoming.extract_if(|_, monitor| monitor.local == *local).collect(),
-            outgoing: self.outgoing.extract_if(|_, monitor| monitor.local == *local).collect(),
+            incoming: self
+                .incoming
+                .extract_if(|_, monitor| monitor.local == *local)
+                .collect(),
+            outgoing: self
+                .outgoing
+                .extract_if(|_, monitor| monitor.local == *local)
+                .collect(),
         }
     }
 
@@ -177,15 +185,28 @@ mod tests {
     use super::*;
 
     fn pid(node: &str, id: u32) -> Pid {
-        Pid { node: node.into(), id, serial: 0, creation: 4 }
+        Pid {
+            node: node.into(),
+            id,
+            serial: 0,
+            creation: 4,
+        }
     }
 
     fn reference(id: u32) -> Reference {
-        Reference { node: "b@h".into(), creation: 4, ids: vec![id, 0, 0] }
+        Reference {
+            node: "b@h".into(),
+            creation: 4,
+            ids: vec![id, 0, 0],
+        }
     }
 
     fn incoming(local: u32) -> Incoming {
-        Incoming { watcher: pid("b@h", 9), watched: Watched::Pid(pid("a@h", local)), local: pid("a@h", local) }
+        Incoming {
+            watcher: pid("b@h", 9),
+            watched: Watched::Pid(pid("a@h", local)),
+            local: pid("a@h", local),
+        }
     }
 
     #[test]
@@ -224,10 +245,22 @@ mod tests {
         watch.link(pid("a@h", 2), pid("b@h", 1));
         watch.peer_monitors(reference(1), incoming(1)).unwrap();
         watch.peer_monitors(reference(2), incoming(2)).unwrap();
-        watch.monitor(reference(3), Outgoing { local: pid("a@h", 1), target: ("x", "b@h").into() });
+        watch.monitor(
+            reference(3),
+            Outgoing {
+                local: pid("a@h", 1),
+                target: ("x", "b@h").into(),
+            },
+        );
         let ended = watch.take_process(&pid("a@h", 1));
-        assert_eq!((ended.links.len(), ended.incoming.len(), ended.outgoing.len()), (1, 1, 1));
+        assert_eq!(
+            (ended.links.len(), ended.incoming.len(), ended.outgoing.len()),
+            (1, 1, 1)
+        );
         let rest = watch.take_all();
-        assert_eq!((rest.links.len(), rest.incoming.len(), rest.outgoing.len()), (1, 1, 0));
+        assert_eq!(
+            (rest.links.len(), rest.incoming.len(), rest.outgoing.len()),
+            (1, 1, 0)
+        );
     }
 }

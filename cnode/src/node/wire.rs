@@ -32,12 +32,17 @@ impl Assembler {
             max_reassembly: limits.reassembly_bytes,
             control: limits.terms,
         };
-        Self { receiver: Receiver::new(flags, limit), terms: limits.terms }
+        Self {
+            receiver: Receiver::new(flags, limit),
+            terms: limits.terms,
+        }
     }
 
     /// Takes one frame; `None` while a message is not complete.
     pub(crate) fn take(&mut self, frame: &[u8]) -> Result<Option<Received>, DownReason> {
-        let Some(message) = self.receiver.receive(frame).map_err(down_reason)? else { return Ok(None) };
+        let Some(message) = self.receiver.receive(frame).map_err(down_reason)? else {
+            return Ok(None);
+        };
         let payload = match message.payload {
             None => None,
             Some(payload) => {
@@ -50,15 +55,27 @@ impl Assembler {
                 Some(payload.to_vec())
             }
         };
-        Ok(Some(Received { control: message.control, payload }))
+        Ok(Some(Received {
+            control: message.control,
+            payload,
+        }))
     }
 }
 
 fn down_reason(error: LinkError) -> DownReason {
     match error {
-        LinkError::TooManySequences { max } => DownReason::Limit { name: "fragmented_messages", value: max },
-        LinkError::MessageTooLarge { max, .. } => DownReason::Limit { name: "message_bytes", value: max },
-        LinkError::ReassemblyFull { max, .. } => DownReason::Limit { name: "reassembly_bytes", value: max },
+        LinkError::TooManySequences { max } => DownReason::Limit {
+            name: "fragmented_messages",
+            value: max,
+        },
+        LinkError::MessageTooLarge { max, .. } => DownReason::Limit {
+            name: "message_bytes",
+            value: max,
+        },
+        LinkError::ReassemblyFull { max, .. } => DownReason::Limit {
+            name: "reassembly_bytes",
+            value: max,
+        },
         error => DownReason::Protocol(error.to_string()),
     }
 }
@@ -91,30 +108,70 @@ pub(crate) fn local(control: Control, payload: Option<&Term>) -> Received {
 pub(crate) fn send(flags: DistFlags, from: &Pid, to: &Address) -> Control {
     let from = from.clone();
     match to.clone() {
-        Address::Pid(to) if flags.contains(DistFlags::SEND_SENDER) => {
-            Control::SendSender { from, to, token: None }
-        }
+        Address::Pid(to) if flags.contains(DistFlags::SEND_SENDER) => Control::SendSender {
+            from,
+            to,
+            token: None,
+        },
         Address::Pid(to) => Control::Send { to, token: None },
-        Address::Name { name, .. } => Control::RegSend { from, to: name, token: None },
-        Address::Alias(alias) => Control::AliasSend { from, alias, token: None },
+        Address::Name { name, .. } => Control::RegSend {
+            from,
+            to: name,
+            token: None,
+        },
+        Address::Alias(alias) => Control::AliasSend {
+            from,
+            alias,
+            token: None,
+        },
     }
 }
 
 /// The end of a link.
 pub(crate) fn exit(flags: DistFlags, from: Pid, to: Pid, reason: Term) -> (Control, Option<Term>) {
     if flags.contains(DistFlags::EXIT_PAYLOAD) {
-        (Control::PayloadExit { from, to, token: None }, Some(reason))
+        (
+            Control::PayloadExit {
+                from,
+                to,
+                token: None,
+            },
+            Some(reason),
+        )
     } else {
-        (Control::Exit { from, to, reason, token: None }, None)
+        (
+            Control::Exit {
+                from,
+                to,
+                reason,
+                token: None,
+            },
+            None,
+        )
     }
 }
 
 /// An exit signal as of `exit/2`.
 pub(crate) fn exit2(flags: DistFlags, from: Pid, to: Pid, reason: Term) -> (Control, Option<Term>) {
     if flags.contains(DistFlags::EXIT_PAYLOAD) {
-        (Control::PayloadExit2 { from, to, token: None }, Some(reason))
+        (
+            Control::PayloadExit2 {
+                from,
+                to,
+                token: None,
+            },
+            Some(reason),
+        )
     } else {
-        (Control::Exit2 { from, to, reason, token: None }, None)
+        (
+            Control::Exit2 {
+                from,
+                to,
+                reason,
+                token: None,
+            },
+            None,
+        )
     }
 }
 
@@ -129,6 +186,14 @@ pub(crate) fn monitor_exit(
     if flags.contains(DistFlags::EXIT_PAYLOAD) {
         (Control::PayloadMonitorPExit { from, to, reference }, Some(reason))
     } else {
-        (Control::MonitorPExit { from, to, reference, reason }, None)
+        (
+            Control::MonitorPExit {
+                from,
+                to,
+                reference,
+                reason,
+            },
+            None,
+        )
     }
 }

@@ -1,6 +1,12 @@
 //! What the tests of the node library share: an EPMD of their own, and real BEAMs to talk to.
 
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic
+)]
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -83,7 +89,11 @@ async fn serve(mut socket: TcpStream, names: Names, creation: u32) {
         Request::Alive2(entry) => {
             let name = entry.name.clone();
             let taken = names.lock().unwrap().contains_key(&name);
-            Alive2Resp::Creation32 { result: u8::from(taken), creation }.encode(&mut out);
+            Alive2Resp::Creation32 {
+                result: u8::from(taken),
+                creation,
+            }
+            .encode(&mut out);
             if !taken {
                 names.lock().unwrap().insert(name.clone(), entry);
             }
@@ -137,7 +147,15 @@ pub struct Beam {
 impl Beam {
     pub async fn start(epmd: SocketAddr, name: &str, flags: &[&str]) -> Self {
         let mut child = Command::new("erl")
-            .args(["-noshell", "-start_epmd", "false", "-setcookie", COOKIE, "-name", name])
+            .args([
+                "-noshell",
+                "-start_epmd",
+                "false",
+                "-setcookie",
+                COOKIE,
+                "-name",
+                name,
+            ])
             .args(flags)
             .args(["-eval", CONSOLE])
             .env("ERL_EPMD_ADDRESS", epmd.ip().to_string())
@@ -150,14 +168,21 @@ impl Beam {
             .expect("erl is needed for these tests");
         let input = child.stdin.take().unwrap();
         let output = BufReader::new(child.stdout.take().unwrap()).lines();
-        let mut beam = Self { name: name.to_owned(), child, input, output };
+        let mut beam = Self {
+            name: name.to_owned(),
+            child,
+            input,
+            output,
+        };
         let line = beam.line().await;
         assert_eq!(line, "ready");
         beam
     }
 
     async fn line(&mut self) -> String {
-        let line = tokio::time::timeout(LONG, self.output.next_line()).await.expect("the BEAM did not answer");
+        let line = tokio::time::timeout(LONG, self.output.next_line())
+            .await
+            .expect("the BEAM did not answer");
         line.unwrap().expect("the BEAM ended")
     }
 
@@ -198,5 +223,7 @@ impl Beam {
 
 /// Waits for `future`, but not for ever.
 pub async fn soon<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(LONG, future).await.expect("this did not happen in a minute")
+    tokio::time::timeout(LONG, future)
+        .await
+        .expect("this did not happen in a minute")
 }

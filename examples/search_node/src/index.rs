@@ -54,7 +54,10 @@ impl Index {
                 Some(hits) => hits.intersection(&places).copied().collect(),
             });
         }
-        hits.unwrap_or_default().into_iter().filter_map(|place| self.documents.get(place)).collect()
+        hits.unwrap_or_default()
+            .into_iter()
+            .filter_map(|place| self.documents.get(place))
+            .collect()
     }
 
     pub(crate) fn documents(&self) -> usize {
@@ -67,7 +70,9 @@ impl Index {
 }
 
 fn words(text: &str) -> impl Iterator<Item = String> {
-    text.split(|c: char| !c.is_alphanumeric()).filter(|word| !word.is_empty()).map(str::to_lowercase)
+    text.split(|c: char| !c.is_alphanumeric())
+        .filter(|word| !word.is_empty())
+        .map(str::to_lowercase)
 }
 
 #[cfg(test)]
@@ -78,7 +83,10 @@ mod tests {
     fn every_word_of_the_query_must_occur() {
         let index = Index::with_samples();
         let titles = |query| index.find(query).iter().map(|d| d.title).collect::<Vec<_>>();
-        assert_eq!(titles("LAMP"), ["Desk lamp", "Floor lamp", "Armchair", "Writing desk"]);
+        assert_eq!(
+            titles("LAMP"),
+            ["Desk lamp", "Floor lamp", "Armchair", "Writing desk"]
+        );
         assert_eq!(titles("reading lamp"), ["Floor lamp", "Armchair"]);
         assert_eq!(titles("lamp, oak"), ["Writing desk"]);
         assert!(titles("sofa").is_empty());

@@ -44,7 +44,10 @@ struct Args {
 #[tokio::main]
 async fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::from_default_env();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .init();
     match run(Args::parse()).await {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -68,16 +71,23 @@ async fn run(args: Args) -> Result<(), Box<dyn std::error::Error>> {
         builder = builder.agent_dir(dir);
     }
     // Before the node can be seen, so that a signal never finds the default handler.
-    let (mut interrupt, mut terminate) =
-        (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+    let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     let node = builder.start().await?;
-    node.start_server("search", Search { index: Index::with_samples(), searches: 0 })?;
+    node.start_server(
+        "search",
+        Search {
+            index: Index::with_samples(),
+            searches: 0,
+        },
+    )?;
     println!("ready {} creation={}", node.name(), node.creation());
 
     if let Some(beam) = args.call_on {
         let started = Instant::now();
         let question = vec![Term::atom("otp_release")];
-        let release = node.rpc(&beam, "erlang", "system_info", question, Duration::from_secs(10)).await?;
+        let release = node
+            .rpc(&beam, "erlang", "system_info", question, Duration::from_secs(10))
+            .await?;
         let took = started.elapsed().as_micros();
         println!("called {beam}: erlang:system_info(otp_release) = {release} in {took} us");
     }
@@ -112,7 +122,9 @@ impl Search {
     fn find(&mut self, query: &Term) -> Term {
         // Elixir's strings are binaries, Erlang's are lists.
         let text = query.as_str().map(str::to_owned).or_else(|| query.as_charlist());
-        let Some(text) = text else { return error("bad_query", "wanted a text") };
+        let Some(text) = text else {
+            return error("bad_query", "wanted a text");
+        };
         self.searches += 1;
         Term::list(self.index.find(&text).into_iter().map(document))
     }
@@ -135,5 +147,8 @@ fn document(document: &Document) -> Term {
 }
 
 fn error(reason: &str, text: &str) -> Term {
-    Term::tuple([Term::atom("error"), Term::tuple([Term::atom(reason), Term::binary(text)])])
+    Term::tuple([
+        Term::atom("error"),
+        Term::tuple([Term::atom(reason), Term::binary(text)]),
+    ])
 }

@@ -31,10 +31,11 @@ defmodule MeshxNode do
     * `:direction` - who dialled: `:outbound` for this node, `:inbound` for the other
     * `:link` - the link's id in hexadecimal, the same at both ends and in the agents' logs
     * `:spiffe` - the SPIFFE URI of the certificate that was verified
-    * `:agent` - the address of the other node's agent
+    * `:agent` - the address of the other node's agent, `"local"` when both nodes have the same
     * `:service` - the service that the SPIFFE URI names, or `nil` when it names none
-    * `:certificate_expires_at` - when the verified certificate expires, or `nil` while the agent can't be asked
-    * `:since` - seconds since the link was made, or `nil` while the agent can't be asked
+    * `:certificate_expires_at` - when the verified certificate expires; `nil` for a node of the same
+      agent, which shows none, and while the agent can't be asked
+    * `:since` - when the link was made, or `nil` while the agent can't be asked
     * `:bytes_in`, `:bytes_out` - what the link carried so far, or `nil` while the agent can't be asked
   """
   @type peer :: %{
@@ -45,10 +46,13 @@ defmodule MeshxNode do
           agent: String.t(),
           service: String.t() | nil,
           certificate_expires_at: DateTime.t() | nil,
-          since: non_neg_integer | nil,
+          since: DateTime.t() | nil,
           bytes_in: non_neg_integer | nil,
           bytes_out: non_neg_integer | nil
         }
+
+  # What only the agent can tell.
+  @unknown %{certificate_expires_at: nil, since: nil, bytes_in: nil, bytes_out: nil}
 
   @doc """
   Connects to a node, and says why when that fails.
@@ -143,12 +147,7 @@ defmodule MeshxNode do
           agent: link.agent,
           service: service(link.spiffe)
         },
-        Map.get(details, hex, %{
-          certificate_expires_at: nil,
-          since: nil,
-          bytes_in: nil,
-          bytes_out: nil
-        })
+        details |> Map.get(hex, @unknown) |> seen_from(link.direction)
       )
     end
   end
@@ -156,20 +155,14 @@ defmodule MeshxNode do
   defp details() do
     case :meshx_agent.call(:links, %{}) do
       {:ok, %{links: links}} when is_list(links) ->
-        for %{
-              id: id,
-              since: since,
-              bytes_in: bytes_in,
-              bytes_out: bytes_out,
-              remote_not_after: expiry
-            } <- links,
-            into: %{} do
+        for %{id: id} = link <- links, into: %{} do
           {id,
            %{
-             certificate_expires_at: time(expiry),
-             since: since,
-             bytes_in: bytes_in,
-             bytes_out: bytes_out
+             direction: Map.get(link, :direction),
+             certificate_expires_at: time(Map.get(link, :remote_not_after)),
+             since: time(Map.get(link, :since)),
+             bytes_in: Map.get(link, :bytes_in),
+             bytes_out: Map.get(link, :bytes_out)
            }}
         end
 
@@ -177,6 +170,16 @@ defmodule MeshxNode do
         %{}
     end
   end
+
+  # An agent counts a link between two of its own nodes once, as the dialler sees it.
+  defp seen_from(%{direction: :local} = details, :inbound) do
+    Map.delete(
+      %{details | bytes_in: details.bytes_out, bytes_out: details.bytes_in},
+      :direction
+    )
+  end
+
+  defp seen_from(details, _direction), do: Map.delete(details, :direction)
 
   defp time(seconds) when is_integer(seconds) do
     case DateTime.from_unix(seconds) do

@@ -32,6 +32,8 @@
 -define(BACKOFF_MIN, 50).
 -define(BACKOFF_MAX, 5000).
 
+-define(NEVER_CONNECTED, {not_ready, <<"not connected to the agent yet">>}).
+
 -type result() :: {ok, map()} | {error, {atom(), binary()}}.
 
 -record(node, {
@@ -56,7 +58,8 @@
     node :: undefined | #node{},
     failures = 0 :: non_neg_integer(),
     refusals = 0 :: non_neg_integer(),
-    error = {not_ready, <<"not connected to the agent yet">>} :: {atom(), binary()},
+    %% Why there is no connection: the last thing that went wrong.
+    error = ?NEVER_CONNECTED :: {atom(), binary()},
     subscribers = #{} :: #{pid() => reference()}
 }).
 
@@ -317,10 +320,10 @@ greet(Socket, Data) ->
     end.
 
 greeted(Hello, #data{waiting = Waiting} = Data0) ->
-    Data = Data0#data{hello = Hello, waiting = [], failures = 0, refusals = 0},
-    case Data#data.failures =:= Data0#data.failures of
-        true -> ok;
-        false -> ?LOG_NOTICE("meshx: connected to the agent")
+    Data = Data0#data{hello = Hello, waiting = [], failures = 0, refusals = 0, error = ?NEVER_CONNECTED},
+    case Data0#data.failures of
+        0 -> ok;
+        _ -> ?LOG_NOTICE("meshx: connected to the agent")
     end,
     tell(up, Data),
     Replies = [{reply, From, {ok, Hello}} || From <- Waiting],
@@ -337,11 +340,15 @@ lost({Cause, Text} = Error, #data{socket = Socket, pending = Pending, waiting = 
         undefined -> ok;
         _ -> gen_tcp:close(Socket)
     end,
-    case Error =:= Data#data.error of
-        true -> ok;
-        false -> ?LOG_WARNING("meshx: ~ts: ~ts", [Cause, Text])
+    case Data#data.error of
+        %% An attempt that fails like the one before it.
+        Error -> ok;
+        _ -> ?LOG_WARNING("meshx: ~ts: ~ts", [Cause, Text])
     end,
-    tell(down, Data),
+    case map_size(Data#data.hello) of
+        0 -> ok;
+        _ -> tell(down, Data)
+    end,
     Waiters = [From || {_, From} <- maps:values(maps:filter(fun waited/2, Pending))] ++ Waiting,
     Timers = [{{timeout, {request, Id}}, cancel} || Id <- maps:keys(Pending)],
     Replies = [{reply, From, {error, Error}} || From <- Waiters],

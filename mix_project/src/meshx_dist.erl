@@ -177,8 +177,10 @@ accept_loop(Kernel, Listen, Unproven0) ->
         {ok, Socket} ->
             Unproven = make_room(ended(Unproven0)),
             {Pid, Monitor} = spawn_monitor(?MODULE, greet, [Kernel, Socket]),
-            ok = gen_tcp:controlling_process(Socket, Pid),
-            Pid ! {go, Socket},
+            case gen_tcp:controlling_process(Socket, Pid) of
+                ok -> Pid ! {go, Socket};
+                {error, _} -> gen_tcp:close(Socket)
+            end,
             accept_loop(Kernel, Listen, [{Pid, Monitor} | Unproven]);
         {error, Reason} when Reason =:= emfile; Reason =:= enfile; Reason =:= econnaborted; Reason =:= enobufs ->
             receive
@@ -209,6 +211,7 @@ make_room(Unproven) ->
 greet(Kernel, Socket) ->
     receive
         {go, Socket} -> ok
+    after ?ACCEPT_TIMEOUT -> exit(timeout)
     end,
     case proven(Socket) of
         {ok, Link, Peer} ->

@@ -5,7 +5,8 @@ defmodule MeshxRpc.Codec do
   Two implementations do the same: `MeshxRpc.Codec.Nif` (Rust, `native/frame`) and `MeshxRpc.Codec.Elixir`,
   which is used when the NIF cannot be loaded. `impl/0` says which one this VM uses.
 
-  A codec belongs to one connection and one process. It does no I/O: `feed/2` takes a whole read
+  A codec belongs to one connection and one process. What a call returns replaces what was passed in, which must
+  not be used again (the NIF's decoder changes in place). It does no I/O: `feed/2` takes a whole read
   and answers with events and with bytes that must be written to the peer (WINDOW, RESET, PONG).
   """
 
@@ -56,7 +57,12 @@ defmodule MeshxRpc.Codec do
   @doc "A codec for a fresh connection. Before `agree/2` it takes hello frames only."
   @callback new(options()) :: t()
 
-  @doc "Sets what the hello agreed on: checksum id (0 none, 1 crc32) and block size in bytes."
+  @doc """
+  Sets what the hello agreed on: checksum id (0 none, 1 crc32) and block size in bytes.
+
+  A server takes requests from here on: call it when the client has proven itself and not before. A client takes
+  responses from READY on, and calls this before its first `open/2`.
+  """
   @callback agree(t(), %{checksum: 0 | 1, blk_max_size: pos_integer()}) :: t()
 
   @doc """
@@ -72,7 +78,10 @@ defmodule MeshxRpc.Codec do
 
   @doc """
   This stream is over for us (answered, cancelled, timed out): drops what was reassembled, gives the
-  budget of its message back, and ignores frames that still come for it.
+  budget of its message back, and ignores frames that can still be on their way for it.
+
+  Due for every stream of a `:request`, and of `open/2`. After a `:stream_error` or `:reset` for a message that was not
+  handed over yet it does nothing.
   """
   @callback release(t(), stream :: pos_integer()) :: t()
 
@@ -89,10 +98,10 @@ defmodule MeshxRpc.Codec do
 
   @doc """
   Looks through an external term of a peer before it may be decoded: depth, counts, size when decoded,
-  no functions, no compression unless allowed. Runs in slices that do not block a scheduler.
+  no functions unless allowed, no compression. Runs in slices that do not block a scheduler.
   `MeshxRpc.Guard` has the keys of `policy` and their defaults.
   """
-  @callback guard(binary(), policy :: map()) :: :ok | {:error, reason :: term()}
+  @callback guard(binary(), policy :: map()) :: :ok | {:error, {name :: atom(), text :: String.t()}}
 
   @doc """
   The codec that this VM uses: `config :meshx, rpc_codec: module` when that is set, else the NIF, else plain
@@ -108,9 +117,8 @@ defmodule MeshxRpc.Codec do
 
   # Under a lock of this node: callers that start at once log once.
   defp choose do
-    :global.trans({@chosen, self()}, fn -> :persistent_term.get(@chosen, nil) || load() end, [
-      node()
-    ])
+    load = fn -> :persistent_term.get(@chosen, nil) || load() end
+    :global.trans({@chosen, self()}, load, [node()])
   end
 
   defp load do
@@ -122,7 +130,7 @@ defmodule MeshxRpc.Codec do
         {:error, reason} ->
           Logger.warning(
             "meshx: RPC runs on its Elixir codec, which is slower: the NIF could not be loaded (#{reason}). " <>
-              "Install cargo and run `mix compile --force`; set MESHX_NIF=require to make this an error"
+              "Install cargo and compile meshx again (as a dependency: mix deps.compile meshx --force)"
           )
 
           MeshxRpc.Codec.Elixir

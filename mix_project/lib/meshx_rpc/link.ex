@@ -27,9 +27,16 @@ defmodule MeshxRpc.Link do
 
   @type t :: %__MODULE__{}
 
-  @spec new(port(), module(), MeshxRpc.Codec.options()) :: t()
-  def new(socket, module, options),
-    do: %__MODULE__{socket: socket, module: module, codec: module.new(options)}
+  @doc "A connection before its hello. `max_streams` messages may be received or in use at once."
+  @spec new(port(), :client | :server, map(), pos_integer()) :: t()
+  def new(socket, role, config, max_streams) do
+    options =
+      config
+      |> Map.take([:max_message, :max_bytes, :stream_window, :connection_window])
+      |> Map.merge(%{role: role, max_streams: max_streams})
+
+    %__MODULE__{socket: socket, module: config.codec, codec: config.codec.new(options)}
+  end
 
   @doc "The hello is done: from now on messages may be queued."
   @spec agree(t(), MeshxRpc.Hello.agreed(), keyword()) :: t()

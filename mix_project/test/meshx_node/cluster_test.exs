@@ -17,6 +17,7 @@ defmodule MeshxNode.ClusterTest do
     assert %{node: :cart@h2, direction: :outbound, spiffe: "spiffe://test/callee"} = dialled
     assert %{agent: "127.0.0.3:1", bytes_in: 10, bytes_out: 20, service: nil} = dialled
     assert dialled.certificate_expires_at == ~U[2033-05-18 03:33:21Z]
+    assert dialled.since == ~U[2023-11-14 22:13:20Z]
 
     assert [%{node: :shop@h1, direction: :inbound, spiffe: "spiffe://test/caller"} = answered] =
              TestNode.call(cart, MeshxNode, :peers, [])
@@ -148,6 +149,50 @@ defmodule MeshxNode.ClusterTest do
       assert TestNode.call(shop, :net_kernel, :stop, []) == :ok
       refute Map.has_key?(ScriptedAgent.nodes(agent), "shop@h1")
       refute File.exists?(socket)
+    end
+  end
+
+  test "a link between two nodes of one agent is counted from both ends", context do
+    agent = start_agent(context)
+    shop = start_node(context, "shop@h1")
+    cart = start_node(context, "cart@h1")
+    assert TestNode.call(shop, :net_adm, :ping, [:cart@h1]) == :pong
+    [{link, _, _}] = ScriptedAgent.links(agent)
+    id = Base.encode16(link, case: :lower)
+
+    ScriptedAgent.set(agent, :control, fn
+      id_of_request, :links, _ ->
+        local = %{id: id, direction: :local, since: 5, bytes_in: 1, bytes_out: 2}
+        {:reply, {:reply, id_of_request, {:ok, %{links: [local]}}}}
+
+      _, _, _ ->
+        :default
+    end)
+
+    assert {:ok, %{bytes_in: 1, bytes_out: 2, certificate_expires_at: nil}} =
+             TestNode.call(shop, MeshxNode, :peer, [:cart@h1])
+
+    assert {:ok, %{bytes_in: 2, bytes_out: 1}} = TestNode.call(cart, MeshxNode, :peer, [:shop@h1])
+
+    # Without an answer the verified names remain.
+    ScriptedAgent.set(agent, :control, fn
+      _, :links, _ -> :close
+      _, _, _ -> :default
+    end)
+
+    assert {:ok, %{spiffe: "spiffe://test/callee", bytes_in: nil, since: nil}} =
+             TestNode.call(shop, MeshxNode, :peer, [:cart@h1])
+  end
+
+  test "a node that does not listen is told that it can't connect yet", context do
+    start_agent(context)
+    start_node(context, "cart@h2")
+
+    for args <- [["-name", "shop@h1", "-dist_listen", "false"], ["-name", "undefined@h1"]] do
+      shop = launch(context, args)
+      :ok = TestNode.await_boot(shop)
+      assert {:error, {:not_ready, text}} = TestNode.call(shop, MeshxNode, :connect, [:cart@h2])
+      assert text =~ "not supported yet"
     end
   end
 

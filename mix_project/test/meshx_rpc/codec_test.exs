@@ -129,7 +129,7 @@ defmodule MeshxRpc.CodecTest do
         good = request(1, "argument")
 
         for at <- 12..(byte_size(good) - 1) do
-          <<before::binary-size(at), byte, rest::binary>> = good
+          {before, byte, rest} = at(good, at)
           bad = <<before::binary, Bitwise.bxor(byte, 0x10), rest::binary>>
           decoder = assert_reset(codec, up(codec), bad, 1, :invalid_cks, 2, "does not fit")
           assert {_, {[{:request, 2, _, _, _, _, "ok"}], _}} = fed(codec, decoder, request(2, "ok"))

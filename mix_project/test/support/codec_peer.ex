@@ -94,8 +94,14 @@ defmodule MeshxRpc.CodecPeer do
   def chunks(bytes, size) when byte_size(bytes) <= size, do: [bytes]
 
   def chunks(bytes, size) do
-    <<chunk::binary-size(size), rest::binary>> = bytes
-    [chunk | chunks(rest, size)]
+    rest = binary_part(bytes, size, byte_size(bytes) - size)
+    [binary_part(bytes, 0, size) | chunks(rest, size)]
+  end
+
+  @doc "The bytes before `at`, the byte there, the bytes after it."
+  def at(bytes, at) do
+    {binary_part(bytes, 0, at), :binary.at(bytes, at),
+     binary_part(bytes, at + 1, byte_size(bytes) - at - 1)}
   end
 
   defp number(type) when is_integer(type), do: type

@@ -311,7 +311,7 @@ defmodule Meshx.ScriptedAgent do
           remote_spiffe: "spiffe://test/callee",
           remote_agent: "127.0.0.3:1",
           purpose: :dist,
-          since: 1,
+          since: 1_700_000_000,
           bytes_in: 10,
           bytes_out: 20,
           local_not_after: 2_000_000_000,

@@ -214,6 +214,16 @@ fn funs_with_false_sizes() {
                 remaining: parts.len()
             }
         );
+        // Bytes after the fun are not its own.
+        let followed = [fun(size, 1000, &parts), vec![106; 2000]].concat();
+        assert_eq!(
+            refusal(&followed),
+            DecodeError::CountPastEnd {
+                count: 1000,
+                offset: 1,
+                remaining: parts.len()
+            }
+        );
         assert!(matches!(
             refusal(&fun(u32::MAX, 1, &parts)),
             DecodeError::Truncated { .. }

@@ -121,6 +121,15 @@ pub struct Failure {
     pub text: String,
 }
 
+impl Failure {
+    pub(crate) fn protocol(text: String) -> Self {
+        Self {
+            cause: Cause::Protocol,
+            text,
+        }
+    }
+}
+
 /// Where a decoder puts what it found. The owner empties both after each call.
 #[derive(Debug, Default)]
 pub struct Output {

@@ -56,16 +56,20 @@
 
 mod assembly;
 mod cause;
+mod contain;
 mod control_rate;
 mod decoder;
 pub mod encode;
 mod event;
 mod header;
 mod options;
+mod stream;
 mod streams;
+mod window;
 
 pub use assembly::Discard;
 pub use cause::Cause;
+pub use contain::contain;
 pub use decoder::{Decoder, Stats};
 pub use event::{Event, Failure, Kind, Output, Status};
 pub use header::{FLAG_CKS, FLAG_END, Header, frame_type};

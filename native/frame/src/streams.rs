@@ -4,13 +4,13 @@ use std::collections::HashMap;
 
 use crate::assembly::{Assembly, Discard};
 use crate::control_rate::ControlRate;
-use crate::header::{Header, REQUEST_HEAD_FIXED, REQUEST_HEAD_MAX, block_too_large, frame_type::*};
-use crate::{Cause, Event, Failure, Kind, Options, Output, Role, Status, encode};
+use crate::header::{Header, REQUEST_HEAD_MAX, block_too_large, frame_type::*};
+use crate::stream::{Fault, Head, Receiving, State, Stream, sequence, split_request, split_response};
+use crate::window::Window;
+use crate::{Cause, Event, Failure, Options, Output, Role, Status, encode};
 
 /// What a block's checksum said, or what was wrong with it.
 pub(crate) type Check = Result<(), &'static str>;
-
-const SEQ_MASK: u32 = 0xFF_FFFF;
 
 /// All streams of a connection. One that is not in the table is over when its id is at most `last`, and was never
 /// opened otherwise.
@@ -27,55 +27,6 @@ pub(crate) struct Streams {
     /// Bytes that may still come for streams that we ended before their message was whole.
     stray: u64,
 }
-
-/// ```text
-/// Waiting (client: no response yet) --> Receiving --END--> Used --RESET, CANCEL--> Dead
-/// ```
-/// Used and Dead streams hold their budget until they are released.
-#[derive(Debug)]
-struct Stream {
-    window: Window,
-    state: State,
-}
-
-#[derive(Debug)]
-enum State {
-    Waiting,
-    Receiving(Receiving),
-    Used { total: u64 },
-    Dead { total: u64 },
-}
-
-#[derive(Debug)]
-struct Receiving {
-    head: Head,
-    message: Assembly,
-    next: u32,
-}
-
-#[derive(Debug)]
-enum Head {
-    Request {
-        kind: Kind,
-        deadline: Option<u32>,
-        fun: Vec<u8>,
-        term: u8,
-    },
-    Response {
-        status: Status,
-        term: u8,
-    },
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Window {
-    left: u32,
-    /// Received and not yet granted again.
-    pending: u32,
-}
-
-/// Why a stream was ended.
-type Fault = (Cause, String);
 
 impl Streams {
     pub(crate) fn new(options: Options, discard: Discard) -> Self {
@@ -181,7 +132,7 @@ impl Streams {
         };
         self.check_known(header.stream)?;
         self.window
-            .receive(0, data.len(), self.options.connection_window, output)?;
+            .receive(data.len(), self.options.connection_window, output)?;
         // Out of the table while it is worked on, so that what fails simply stays out.
         let Some(mut entry) = self.table.remove(&header.stream) else {
             return self.take_stray(data.len());
@@ -207,7 +158,7 @@ impl Streams {
         output: &mut Output,
     ) -> Result<(), Failure> {
         if header.stream <= self.last {
-            return Err(protocol(format!(
+            return Err(Failure::protocol(format!(
                 "request {} after request {}",
                 header.stream, self.last
             )));
@@ -224,7 +175,7 @@ impl Streams {
         }
         self.last = header.stream;
         self.window
-            .receive(0, size, self.options.connection_window, output)?;
+            .receive(size, self.options.connection_window, output)?;
         let mut entry = self.fresh();
         entry.window.count("stream", size)?;
         let result = match (check, parsed) {
@@ -336,7 +287,7 @@ impl Streams {
             return self.control.spend();
         }
         let Some(left) = self.stray.checked_sub(size as u64) else {
-            return Err(protocol(format!(
+            return Err(Failure::protocol(format!(
                 "{size} bytes on a stream that is over, {} can be on their way",
                 self.stray
             )));
@@ -391,219 +342,6 @@ impl Streams {
                 pending: 0,
             },
             state: State::Waiting,
-        }
-    }
-}
-
-impl Stream {
-    fn data(&mut self, header: &Header, data: &[u8]) -> Result<(), Fault> {
-        let State::Receiving(receiving) = &mut self.state else {
-            return Err((Cause::Protocol, "data without an open message".to_owned()));
-        };
-        if header.seq != receiving.next {
-            return Err(sequence(header.seq, receiving.next));
-        }
-        if data.is_empty() && !header.end() {
-            return Err((Cause::Protocol, "an empty block that ends nothing".to_owned()));
-        }
-        receiving.next = (receiving.next + 1) & SEQ_MASK;
-        receiving.append(data)
-    }
-}
-
-impl State {
-    fn is_live(&self) -> bool {
-        !matches!(self, Self::Dead { .. })
-    }
-
-    fn reserved(&self) -> u64 {
-        match self {
-            Self::Waiting => 0,
-            Self::Receiving(receiving) => receiving.message.total() as u64,
-            Self::Used { total } | Self::Dead { total } => *total,
-        }
-    }
-
-    fn check_whole(&self) -> Result<(), Fault> {
-        let Self::Receiving(receiving) = self else {
-            return Ok(());
-        };
-        let (len, total) = (receiving.message.len(), receiving.message.total());
-        if len == total {
-            return Ok(());
-        }
-        Err((
-            Cause::Protocol,
-            format!("a message ended after {len} of {total} bytes"),
-        ))
-    }
-}
-
-impl Receiving {
-    fn append(&mut self, data: &[u8]) -> Result<(), Fault> {
-        let (len, total) = (self.message.len() + data.len(), self.message.total());
-        if len > total {
-            return Err((Cause::Protocol, format!("{len} bytes of a message of {total}")));
-        }
-        self.message
-            .push(data)
-            .map_err(|_| (Cause::Full, format!("no memory for {total} bytes")))
-    }
-
-    fn into_event(self, stream: u32) -> Event {
-        let bytes = self.message.into_bytes();
-        match self.head {
-            Head::Request {
-                kind,
-                deadline,
-                fun,
-                term,
-            } => Event::Request {
-                stream,
-                kind,
-                deadline,
-                fun,
-                term,
-                argument: bytes,
-            },
-            Head::Response { status, term } => Event::Response {
-                stream,
-                status,
-                term,
-                result: bytes,
-            },
-        }
-    }
-}
-
-impl Window {
-    /// Counts bytes of the connection and grants them again: they were read.
-    fn receive(&mut self, stream: u32, size: usize, full: u32, output: &mut Output) -> Result<(), Failure> {
-        self.count("connection", size)?;
-        if size > 0 {
-            self.grant(stream, full, output);
-        }
-        Ok(())
-    }
-
-    fn count(&mut self, whose: &str, size: usize) -> Result<(), Failure> {
-        let held = self.left;
-        let spent = u32::try_from(size).ok().filter(|&size| size <= held);
-        let Some(spent) = spent else {
-            return Err(protocol(format!(
-                "{size} bytes sent, the {whose}'s window held {held}"
-            )));
-        };
-        self.left -= spent;
-        self.pending += spent;
-        Ok(())
-    }
-
-    /// Grants what was received, once it is half of the full window.
-    fn grant(&mut self, stream: u32, full: u32, output: &mut Output) {
-        if self.pending >= full.div_ceil(2) {
-            encode::window(&mut output.bytes, stream, self.pending);
-            self.left += self.pending;
-            self.pending = 0;
-        }
-    }
-}
-
-fn split_request(payload: &[u8]) -> Option<(u64, Head, &[u8])> {
-    let (fixed, rest) = payload.split_first_chunk::<REQUEST_HEAD_FIXED>()?;
-    let &[
-        kind,
-        d0,
-        d1,
-        d2,
-        d3,
-        t0,
-        t1,
-        t2,
-        t3,
-        t4,
-        t5,
-        t6,
-        t7,
-        term,
-        fun_len,
-    ] = fixed;
-    let kind = match kind {
-        1 => Kind::Call,
-        2 => Kind::Cast,
-        _ => return None,
-    };
-    if fun_len == 0 {
-        return None;
-    }
-    let (fun, data) = rest.split_at_checked(usize::from(fun_len))?;
-    let deadline = Some(u32::from_be_bytes([d0, d1, d2, d3])).filter(|&d| d != u32::MAX);
-    let total = u64::from_be_bytes([t0, t1, t2, t3, t4, t5, t6, t7]);
-    Some((
-        total,
-        Head::Request {
-            kind,
-            deadline,
-            fun: fun.to_vec(),
-            term,
-        },
-        data,
-    ))
-}
-
-/// Status, term and total; the header's check has made sure of the length.
-fn split_response(payload: &[u8]) -> (Option<(u8, u8, u64)>, &[u8]) {
-    let Some((&[status, term, t0, t1, t2, t3, t4, t5, t6, t7], data)) = payload.split_first_chunk::<10>()
-    else {
-        return (None, &[]);
-    };
-    (
-        Some((status, term, u64::from_be_bytes([t0, t1, t2, t3, t4, t5, t6, t7]))),
-        data,
-    )
-}
-
-fn sequence(seen: u32, wanted: u32) -> Fault {
-    (Cause::Sequence, format!("block {seen}, block {wanted} wanted"))
-}
-
-fn protocol(text: String) -> Failure {
-    Failure {
-        cause: Cause::Protocol,
-        text,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-
-    #[test]
-    fn blocks_are_numbered_modulo_2_pow_24() {
-        let head = Head::Response {
-            status: Status::Result,
-            term: 0,
-        };
-        let message = Assembly::new(3, drop);
-        let state = State::Receiving(Receiving {
-            head,
-            message,
-            next: SEQ_MASK,
-        });
-        let mut stream = Stream {
-            window: Window { left: 9, pending: 0 },
-            state,
-        };
-        for seq in [SEQ_MASK, 0, 1] {
-            let header = Header {
-                len: 1,
-                frame_type: DATA,
-                flags: 0,
-                seq,
-                stream: 1,
-            };
-            stream.data(&header, &[7]).unwrap();
         }
     }
 }

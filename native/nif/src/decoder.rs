@@ -1,11 +1,13 @@
 //! A connection's decoder as a resource.
 
-use std::panic::{AssertUnwindSafe, RefUnwindSafe, catch_unwind};
-use std::sync::{Mutex, MutexGuard};
+use std::panic::RefUnwindSafe;
+use std::sync::Mutex;
 use std::time::Instant;
 
-use meshx_frame::{Cause, Decoder, Failure, Options, Output, Role, encode};
-use rustler::{Binary, Encoder, Env, Error, NifMap, NifResult, NifUnitEnum, Resource, ResourceArc, Term};
+use meshx_frame::{Cause, Decoder, Failure, Options, Output, Role, contain, encode};
+use rustler::{
+    Atom, Binary, Encoder, Env, Error, NifMap, NifResult, NifUnitEnum, Resource, ResourceArc, Term,
+};
 
 use crate::{atoms, event};
 
@@ -72,33 +74,33 @@ fn new(options: OptionsMap) -> NifResult<ResourceArc<Connection>> {
 }
 
 #[rustler::nif]
-fn agree(connection: ResourceArc<Connection>, checksum: u8, blk_max_size: u64) -> NifResult<rustler::Atom> {
+fn agree(connection: ResourceArc<Connection>, checksum: u8, blk_max_size: u64) -> Atom {
     let block = usize::try_from(blk_max_size).unwrap_or(usize::MAX);
-    lock(&connection)?.agree(checksum == 1, block);
-    Ok(atoms::ok())
+    with(&connection, |decoder| decoder.agree(checksum == 1, block));
+    atoms::ok()
 }
 
 #[rustler::nif]
-fn open(connection: ResourceArc<Connection>, stream: u32) -> NifResult<rustler::Atom> {
-    lock(&connection)?.open(stream);
-    Ok(atoms::ok())
+fn open(connection: ResourceArc<Connection>, stream: u32) -> Atom {
+    with(&connection, |decoder| decoder.open(stream));
+    atoms::ok()
 }
 
 #[rustler::nif]
-fn release(connection: ResourceArc<Connection>, stream: u32) -> NifResult<rustler::Atom> {
-    lock(&connection)?.release(stream);
-    Ok(atoms::ok())
+fn release(connection: ResourceArc<Connection>, stream: u32) -> Atom {
+    with(&connection, |decoder| decoder.release(stream));
+    atoms::ok()
 }
 
 #[rustler::nif]
-fn stats(connection: ResourceArc<Connection>) -> NifResult<StatsMap> {
-    let stats = lock(&connection)?.stats();
-    Ok(StatsMap {
+fn stats(connection: ResourceArc<Connection>) -> StatsMap {
+    let stats = with(&connection, |decoder| decoder.stats());
+    StatsMap {
         frames: stats.frames,
         bytes: stats.bytes,
         open: stats.open as u64,
         reserved: stats.reserved,
-    })
+    }
 }
 
 /// Takes a slice of a read, from `offset` on: `{ok, NextOffset, Events, Bytes}` or
@@ -114,15 +116,13 @@ fn feed<'a>(
     let slice = &rest[..rest.len().min(MAX_SLICE)];
     let mut output = Output::default();
     let before = Instant::now();
-    // The decoder has no panic that a peer can reach. If it has, the connection ends and the VM doesn't notice: the
-    // lock stays poisoned, so that nobody goes on with half a state.
-    let result = catch_unwind(AssertUnwindSafe(|| {
-        let Ok(mut decoder) = connection.decoder.lock() else {
-            return Err(internal());
-        };
-        decoder.feed_some(connection.began.elapsed(), slice, MAX_FRAMES, &mut output)
-    }))
-    .unwrap_or_else(|_| Err(internal()));
+    let result = contain(|| match connection.decoder.lock() {
+        Ok(mut decoder) => decoder.feed_some(connection.began.elapsed(), slice, MAX_FRAMES, &mut output),
+        Err(_) => Err(Failure {
+            cause: Cause::Internal,
+            text: "the decoder failed before".to_owned(),
+        }),
+    });
     if let Err(Failure {
         cause: Cause::Internal,
         text,
@@ -150,16 +150,11 @@ fn feed<'a>(
     })
 }
 
-fn internal() -> Failure {
-    Failure {
-        cause: Cause::Internal,
-        text: "the decoder failed, please report it".to_owned(),
-    }
-}
-
-fn lock(connection: &Connection) -> NifResult<MutexGuard<'_, Decoder>> {
+/// Does nothing on a decoder that panicked: its connection was told to end.
+fn with<T: Default>(connection: &Connection, work: impl FnOnce(&mut Decoder) -> T) -> T {
     connection
         .decoder
         .lock()
-        .map_err(|_| Error::Term(Box::new(internal().text)))
+        .map(|mut decoder| work(&mut decoder))
+        .unwrap_or_default()
 }

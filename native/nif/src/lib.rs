@@ -39,10 +39,4 @@ pub(crate) fn count_time(env: Env<'_>, began: Instant) {
     consume_timeslice(env, percent.clamp(1, 100) as i32);
 }
 
-/// Tells a loaded library from the stubs.
-#[rustler::nif]
-fn loaded() -> bool {
-    true
-}
-
 rustler::init!("Elixir.MeshxRpc.Codec.Nif.Native");

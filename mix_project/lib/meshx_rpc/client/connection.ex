@@ -11,48 +11,38 @@ defmodule MeshxRpc.Client.Connection do
   require Logger
 
   alias MeshxRpc.{Address, Frame, Hello, Link, Reason, Writer}
-  alias MeshxRpc.Client.{Backoff, Upstream}
+  alias MeshxRpc.Client.{Backoff, Calls, Upstream}
 
-  @enforce_keys [:config, :index, :table, :load]
+  @enforce_keys [:config, :index, :table, :calls]
   defstruct [
     :config,
     :index,
     :table,
-    :load,
+    :calls,
     :link,
     :address,
     :hello,
     :agreed,
-    :proved,
-    :hello_timer,
+    :timer,
     :send_timer,
     phase: :down,
     attempt: 0,
     failed: nil,
-    logged: nil,
-    calls: %{},
-    streams: %{},
-    monitors: %{}
+    logged: nil
   ]
 
   def child_spec({config, index, _table, _load} = argument) do
     %{id: {config.id, index}, start: {__MODULE__, :start_link, [argument]}}
   end
 
-  def start_link({config, index, table, load}) do
-    GenServer.start_link(__MODULE__, %__MODULE__{
-      config: config,
-      index: index,
-      table: table,
-      load: load
-    })
-  end
+  def start_link(argument), do: GenServer.start_link(__MODULE__, argument)
 
   @impl true
-  def init(state) do
+  def init({config, index, table, load}) do
     # What a connection that crashed has left.
-    :ets.delete(state.table, state.index)
-    :counters.put(state.load, state.index, 0)
+    :ets.delete(table, index)
+    calls = Calls.new(config.id, load, index)
+    state = %__MODULE__{config: config, index: index, table: table, calls: calls}
     {:ok, state, {:continue, :connect}}
   end
 
@@ -81,9 +71,9 @@ defmodule MeshxRpc.Client.Connection do
   def handle_info({:cancel, key}, state), do: state |> give_up(key) |> continue()
 
   def handle_info({:DOWN, monitor, :process, _pid, _reason}, state) do
-    case state.monitors do
-      %{^monitor => key} -> state |> give_up(key) |> continue()
-      _over -> continue(state)
+    case Calls.watched(state.calls, monitor) do
+      {:ok, key} -> state |> give_up(key) |> continue()
+      :error -> continue(state)
     end
   end
 
@@ -117,7 +107,7 @@ defmodule MeshxRpc.Client.Connection do
   def handle_info({:tcp_error, socket, reason}, %{link: %{socket: socket}} = state),
     do: state |> lost(reason) |> continue()
 
-  def handle_info({:timeout, timer, :hello}, %{hello_timer: timer} = state) do
+  def handle_info({:timeout, timer, :hello}, %{timer: timer} = state) do
     text = "the server's hello took longer than #{state.config.timeout_hsk} ms"
     Link.shutdown(state.link, Frame.refused(:timeout, text))
     state |> lost({:timeout, text}) |> continue()
@@ -128,7 +118,7 @@ defmodule MeshxRpc.Client.Connection do
     state |> lost({:timeout, text}) |> continue()
   end
 
-  def handle_info({:timeout, timer, :connect}, %{hello_timer: timer, phase: :down} = state),
+  def handle_info({:timeout, timer, :connect}, %{timer: timer, phase: :down} = state),
     do: connect(state)
 
   def handle_info(_of_a_connection_that_is_gone, state), do: continue(state)
@@ -139,11 +129,12 @@ defmodule MeshxRpc.Client.Connection do
     with {:ok, address} <- address(state),
          state = %{state | address: address},
          {:ok, socket} <- at(state, Address.connect(address, config.timeout_connect)) do
-      link = Link.new(socket, config.codec, codec_options(config))
+      # Calls are bounded by their callers, results by `max_bytes`.
+      link = Link.new(socket, :client, config, 0xFFFF_FFFF)
       hello = Hello.hello(config, Hello.nonce())
       link = Link.queue(link, Frame.hello(hello))
       timer = :erlang.start_timer(config.timeout_hsk, self(), :hello)
-      state = %{state | link: link, phase: :hello, hello: hello, hello_timer: timer, proved: false}
+      state = %{state | link: link, phase: :hello, hello: hello, timer: timer}
 
       case Link.activate(link) do
         :ok -> {:noreply, state}
@@ -168,36 +159,23 @@ defmodule MeshxRpc.Client.Connection do
     Upstream.address(upstream, state.failed)
   end
 
-  defp codec_options(config) do
-    %{
-      role: :client,
-      max_message: config.max_message,
-      max_bytes: config.max_bytes,
-      max_streams: 0xFFFF_FFFF,
-      stream_window: config.stream_window,
-      connection_window: config.connection_window
-    }
-  end
-
   # The connection is over, or was never there: answer who waits, and try again later.
   defp lost(%{link: nil} = state, _reason), do: state
 
   defp lost(state, reason) do
     :ets.delete(state.table, state.index)
     Link.close(state.link)
-    for timer <- [state.hello_timer, state.send_timer], timer, do: :erlang.cancel_timer(timer)
+    for timer <- [state.timer, state.send_timer], timer, do: :erlang.cancel_timer(timer)
 
-    state =
-      Enum.reduce(Map.keys(state.calls), state, fn key, state ->
-        {how_far, _writer} =
-          if state.agreed, do: Writer.drop(state.link.writer, key), else: {:unsent, nil}
+    # What was not wholly sent has not run.
+    outcome = fn key ->
+      {how_far, _writer} = if state.agreed, do: drop(state, key), else: {:unsent, nil}
+      {:failed, if(how_far == :sent, do: :tcp_closed, else: :closed)}
+    end
 
-        # What was not wholly sent has not run.
-        fail(state, key, if(how_far == :sent, do: :tcp_closed, else: :closed))
-      end)
-
+    calls = Enum.reduce(Calls.keys(state.calls), state.calls, &Calls.finish(&2, &1, outcome.(&1)))
     was_up = state.phase in [:up, :draining]
-    state = %{state | link: nil, agreed: nil, phase: :down, send_timer: nil, streams: %{}}
+    state = %{state | link: nil, agreed: nil, phase: :down, send_timer: nil, calls: calls}
 
     if was_up,
       do: again(%{state | attempt: 0}, reason, :idle),
@@ -216,7 +194,7 @@ defmodule MeshxRpc.Client.Connection do
     attempt = if kind == :hello, do: 20, else: state.attempt
     timer = :erlang.start_timer(Backoff.wait(attempt, longest), self(), :connect)
     :ets.insert(state.table, {{:down, state.index}, reason})
-    log(%{state | hello_timer: timer, attempt: state.attempt + 1}, kind, reason)
+    log(%{state | timer: timer, attempt: state.attempt + 1}, kind, reason)
   end
 
   # Once for each reason, not once for each try.
@@ -262,11 +240,11 @@ defmodule MeshxRpc.Client.Connection do
   end
 
   defp event(:ready, %{phase: :hello, agreed: agreed} = state) when agreed != nil do
-    :erlang.cancel_timer(state.hello_timer)
+    :erlang.cancel_timer(state.timer)
     link = Link.agree(state.link, agreed, Map.get(state.config, :writer, []))
     :ets.delete(state.table, {:down, state.index})
     :ets.insert(state.table, {state.index, self(), agreed.peer_max_message})
-    %{state | link: link, phase: :up, attempt: 0, hello_timer: nil, failed: nil, logged: nil}
+    %{state | link: link, phase: :up, attempt: 0, timer: nil, failed: nil, logged: nil}
   end
 
   defp event({:refused, cause, text}, state), do: lost(state, {cause, text})
@@ -293,10 +271,8 @@ defmodule MeshxRpc.Client.Connection do
 
   # What the server will not run may be sent to another.
   defp event({:goaway, last, cause, text}, %{phase: phase} = state)
-       when phase in [:up, :draining] do
-    state = Enum.reduce(Map.keys(state.calls), state, &refused(&2, &1, last))
-    drain(state, {cause, text})
-  end
+       when phase in [:up, :draining],
+       do: state |> unsent(last) |> drain({cause, text})
 
   defp event({:pong, _bytes}, state), do: state
 
@@ -306,100 +282,64 @@ defmodule MeshxRpc.Client.Connection do
     lost(state, {:protocol, text})
   end
 
-  defp refused(state, key, last) do
-    stream = state.calls[key].stream
-    if stream == nil or stream > last, do: state |> drop(key) |> fail(key, :closed), else: state
+  # Ends the calls that have not run and will not.
+  defp unsent(state, last) do
+    Enum.reduce(Calls.above(state.calls, last), state, fn key, state ->
+      {_how_far, state} = drop(state, key)
+      %{state | calls: Calls.finish(state.calls, key, {:failed, :closed})}
+    end)
   end
 
-  defp drain(%{calls: calls} = state, reason) when calls == %{}, do: lost(state, reason)
-
-  defp drain(state, _reason) do
+  # No new calls; over as soon as there are no old ones.
+  defp drain(state, reason) do
     :ets.delete(state.table, state.index)
-    %{state | phase: :draining}
+    if Calls.empty?(state.calls), do: lost(state, reason), else: %{state | phase: :draining}
   end
 
   # Calls
 
   defp enqueue(state, kind, key, caller, fun, deadline, {flag, iovec, size}) do
-    monitor = if kind == :call, do: Process.monitor(caller)
-    call = %{kind: kind, monitor: monitor, stream: nil}
     head = Frame.request_head(kind, deadline, size, flag, fun)
     if kind == :cast, do: send(key, {key, :queued})
-    :counters.add(state.load, state.index, 1)
-
-    %{
-      state
-      | calls: Map.put(state.calls, key, call),
-        monitors: if(monitor, do: Map.put(state.monitors, monitor, key), else: state.monitors),
-        link: Link.update(state.link, &Writer.request(&1, key, head, iovec, size))
-    }
+    link = Link.update(state.link, &Writer.request(&1, key, head, iovec, size))
+    %{state | calls: Calls.add(state.calls, key, kind, caller), link: link}
   end
 
-  # A stream has ended at the server.
+  # A stream has ended at the server, perhaps before all was sent.
   defp done(state, stream, outcome) do
-    case state.streams do
-      %{^stream => key} ->
-        state = %{state | link: Link.release(state.link, stream)}
-        # A RESET may come before all was sent.
-        {_how_far, writer} = Writer.drop(state.link.writer, key)
-        answer(%{state | link: %{state.link | writer: writer}}, key, outcome)
+    case Calls.on_stream(state.calls, stream) do
+      {:ok, key} ->
+        {_how_far, state} = drop(state, key)
+        link = Link.release(state.link, stream)
+        state = %{state | link: link, calls: Calls.finish(state.calls, key, outcome)}
+        if state.phase == :draining, do: drain(state, :drained), else: state
 
-      _over ->
+      :error ->
         state
     end
   end
-
-  defp answer(state, key, outcome) do
-    {call, state} = pop(state, key)
-
-    case {call.kind, outcome} do
-      {:call, {:failed, reason}} -> send(key, {key, :failed, reason})
-      {:call, {status, flag, bytes}} -> send(key, {key, status, flag, bytes})
-      {:call, :started} -> send(key, {key, :failed, :invalid_state})
-      {:cast, :started} -> :ok
-      {:cast, _failure} -> MeshxRpc.Client.Pool.cast_failed(state.config.id)
-    end
-
-    if state.phase == :draining and state.calls == %{}, do: lost(state, :drained), else: state
-  end
-
-  defp fail(state, key, reason),
-    do: answer(%{state | phase: :down}, key, {:failed, reason}) |> Map.put(:phase, state.phase)
 
   # The caller is dead or has given up.
   defp give_up(state, key) do
-    case state.calls do
-      %{^key => %{stream: nil}} ->
-        {_call, state} = state |> drop(key) |> pop(key)
-        state
+    case Calls.stream(state.calls, key) do
+      {:ok, stream} ->
+        {_how_far, state} = drop(state, key)
+        state = %{state | calls: Calls.forget(state.calls, key)}
+        state = if stream, do: cancel(state, stream), else: state
+        if state.phase == :draining, do: drain(state, :drained), else: state
 
-      %{^key => %{stream: stream}} ->
-        {_call, state} = state |> drop(key) |> pop(key)
-        link = state.link |> Link.release(stream) |> Link.queue(Frame.cancel(stream))
-        %{state | link: link}
-
-      _over ->
+      :error ->
         state
     end
   end
 
+  defp cancel(state, stream),
+    do: %{state | link: state.link |> Link.release(stream) |> Link.queue(Frame.cancel(stream))}
+
+  # What of it is not yet sent stays here.
   defp drop(state, key) do
-    {_how_far, writer} = Writer.drop(state.link.writer, key)
-    %{state | link: %{state.link | writer: writer}}
-  end
-
-  defp pop(state, key) do
-    {call, calls} = Map.pop!(state.calls, key)
-    :counters.sub(state.load, state.index, 1)
-    if call.monitor, do: Process.demonitor(call.monitor, [:flush])
-
-    {call,
-     %{
-       state
-       | calls: calls,
-         monitors: Map.delete(state.monitors, call.monitor),
-         streams: Map.delete(state.streams, call.stream)
-     }}
+    {how_far, writer} = Writer.drop(state.link.writer, key)
+    {how_far, %{state | link: %{state.link | writer: writer}}}
   end
 
   # Writing
@@ -435,12 +375,8 @@ defmodule MeshxRpc.Client.Connection do
   defp sent(state, notes) do
     Enum.reduce(notes, state, fn
       {:opened, key, stream}, state ->
-        %{
-          state
-          | calls: Map.update!(state.calls, key, &%{&1 | stream: stream}),
-            streams: Map.put(state.streams, stream, key),
-            link: Link.open(state.link, stream)
-        }
+        calls = Calls.opened(state.calls, key, stream)
+        %{state | calls: calls, link: Link.open(state.link, stream)}
 
       {:sent, _key}, state ->
         state
@@ -448,11 +384,8 @@ defmodule MeshxRpc.Client.Connection do
   end
 
   # What has no stream id gets none any more.
-  defp exhausted(state) do
-    unsent = for {key, %{stream: nil}} <- state.calls, do: key
-    state = Enum.reduce(unsent, state, &(&2 |> drop(&1) |> fail(&1, :closed)))
-    drain(state, {:shutdown, "the stream ids are used up"})
-  end
+  defp exhausted(state),
+    do: state |> unsent(0xFFFF_FFFF) |> drain({:shutdown, "the stream ids are used up"})
 
   defp watch(%{link: %{blocked: true}, send_timer: nil} = state),
     do: %{state | send_timer: :erlang.start_timer(state.config.timeout_send, self(), :send)}

@@ -13,9 +13,7 @@ defmodule MeshxRpc.Codec.Nif do
 
   @doc "Whether the library is there, or why not."
   @spec load() :: :ok | {:error, String.t()}
-  def load do
-    if Native.loaded(), do: :ok, else: {:error, Native.reason()}
-  end
+  def load, do: Native.status()
 
   @impl true
   def new(options) do

@@ -44,23 +44,13 @@ defmodule MeshxRpc.Server.Connection do
 
   @impl true
   def handle_info({:socket, socket}, state) do
-    config = state.config
-
-    options = %{
-      role: :server,
-      max_message: config.max_message,
-      max_bytes: config.max_bytes,
-      # One above what may run, so that the refusal names what is full.
-      max_streams: config.max_concurrency + 1,
-      stream_window: config.stream_window,
-      connection_window: config.connection_window
-    }
-
-    state = %{state | link: Link.new(socket, config.codec, options), peer: Address.peer(socket)}
+    # One stream more than may run, so that the refusal names what is full.
+    link = Link.new(socket, :server, state.config, state.config.max_concurrency + 1)
+    state = %{state | link: link, peer: Address.peer(socket)}
 
     case Link.activate(state.link) do
       :ok -> continue(state)
-      {:error, _reason} -> {:stop, :normal, state}
+      {:error, reason} -> broken(state, reason)
     end
   end
 
@@ -81,7 +71,7 @@ defmodule MeshxRpc.Server.Connection do
   def handle_info({:tcp_passive, _socket}, state) do
     case Link.activate(state.link) do
       :ok -> continue(state)
-      {:error, _reason} -> {:stop, :normal, state}
+      {:error, reason} -> broken(state, reason)
     end
   end
 
@@ -106,7 +96,7 @@ defmodule MeshxRpc.Server.Connection do
   def handle_info(:timeout, state), do: write(state)
   def handle_info({:drained, _socket}, state), do: write(%{state | link: Link.drained(state.link)})
   def handle_info({:tcp_closed, _socket}, state), do: {:stop, :normal, state}
-  def handle_info({:tcp_error, _socket, _reason}, state), do: continue(state)
+  def handle_info({:tcp_error, _socket, reason}, state), do: broken(state, reason)
 
   def handle_info({:timeout, _timer, {:deadline, stream}}, state) do
     if Map.has_key?(state.streams, stream),
@@ -338,11 +328,19 @@ defmodule MeshxRpc.Server.Connection do
   defp write(%{phase: :up} = state) do
     case Link.write(state.link) do
       {:ok, link, notes} -> %{state | link: link} |> sent(notes) |> watch() |> continue_later()
-      {:error, _reason} -> {:stop, :normal, state}
+      {:error, reason} -> broken(state, reason)
     end
   end
 
   defp write(state), do: {:noreply, state}
+
+  defp broken(state, reason) do
+    Logger.debug(
+      "MeshxRpc.Server #{inspect(state.config.id)}: connection of #{state.peer} broke: #{inspect(reason)}"
+    )
+
+    {:stop, :normal, state}
+  end
 
   # A batch was written: what waits in the mailbox comes before the next one.
   defp continue_later(state) do

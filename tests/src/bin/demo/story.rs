@@ -255,7 +255,11 @@ fn killed(h2: &Agent, cart: &mut Beam, shop: &mut Beam) -> Result<(Beam, String)
     )?;
     let again = BeamBuilder::new("cart@h2").app("shop").start(h2)?;
     shop.expect("MeshxNode.connect(:cart@h2)", ":ok")?;
-    shop.expect("Shop.CartClient.call(:total, [{\"lamp\", 1}])", "1999")?;
+    // The client's pool redials by itself: a call that could not be sent is tried again, here for up to 10 s.
+    shop.expect(
+        "Shop.CartClient.call(:total, [{\"lamp\", 1}], 5_000, 100, 100)",
+        "1999",
+    )?;
     let promised = PROMISED.as_secs();
     Ok((
         again,

@@ -87,20 +87,18 @@ defmodule MeshxRpc.Codec.Elixir.Token do
       )
 
   defp integer(len, sign, rest, _max) when byte_size(rest) >= len do
-    <<magnitude::binary-size(len), rest::binary>> = rest
+    magnitude = binary_part(rest, 0, len)
 
     words =
-      if len <= 8,
-        do: small(magnitude, len, sign),
-        else: 1 + div(significant(magnitude, len) + 7, 8)
+      if len <= 8, do: small(magnitude, sign), else: 1 + div(significant(magnitude, len) + 7, 8)
 
-    {rest, {:int, nil, words}}
+    {binary_part(rest, len, byte_size(rest) - len), {:int, nil, words}}
   end
 
   defp integer(_len, _sign, _rest, _max), do: malformed(110)
 
-  defp small(magnitude, len, sign) do
-    <<value::little-size(len)-unit(8)>> = magnitude
+  defp small(magnitude, sign) do
+    value = :binary.decode_unsigned(magnitude, :little)
     value = if sign == 0, do: value, else: -value
     if value >= -@max_small and value < @max_small, do: 0, else: 2
   end

@@ -3,16 +3,12 @@ defmodule MeshxRpc.Codec.Nif.Native do
   # Stubs that `native/nif` replaces. Only `MeshxRpc.Codec.Nif` calls them.
 
   @on_load :load
-  @reason {__MODULE__, :reason}
+  @status {__MODULE__, :status}
 
   @doc false
   # Always `:ok`: a VM without the library works, more slowly (`MeshxRpc.Codec.impl/0`).
   def load do
-    case load_nif() do
-      :ok -> :persistent_term.erase(@reason)
-      {:error, text} -> :persistent_term.put(@reason, text)
-    end
-
+    :persistent_term.put(@status, load_nif())
     :ok
   end
 
@@ -29,10 +25,10 @@ defmodule MeshxRpc.Codec.Nif.Native do
     end
   end
 
-  @doc "Why the library could not be loaded."
-  def reason, do: :persistent_term.get(@reason, "it was not tried")
+  @doc "Whether the library was loaded."
+  @spec status() :: :ok | {:error, String.t()}
+  def status, do: :persistent_term.get(@status, {:error, "it was not tried"})
 
-  def loaded, do: false
   def new(_options), do: not_loaded()
   def agree(_decoder, _checksum, _blk_max_size), do: not_loaded()
   def open(_decoder, _stream), do: not_loaded()

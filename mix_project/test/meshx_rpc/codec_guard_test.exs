@@ -1,0 +1,204 @@
+defmodule MeshxRpc.CodecGuardTest do
+  use ExUnit.Case, async: true
+
+  import MeshxRpc.CodecPeer, only: [at: 2]
+  alias MeshxRpc.Codec
+
+  # The names of what is refused are part of the contract; texts are for people.
+  defp refused(codec, binary, policy \\ %{}) do
+    assert {:error, {name, text}} = codec.guard(binary, policy)
+    assert is_binary(text) and text != ""
+    name
+  end
+
+  defp nested(depth, tag), do: <<131, :binary.copy(tag, depth)::binary, 106>>
+
+  for codec <- [Codec.Nif, Codec.Elixir] do
+    describe inspect(codec) do
+      @describetag codec: codec
+
+      test "takes ordinary terms", %{codec: codec} do
+        for term <- terms(), options <- [[], [minor_version: 1]] do
+          assert codec.guard(:erlang.term_to_binary(term, options), %{}) == :ok, inspect(term)
+        end
+      end
+
+      test "takes terms of many slices", %{codec: codec} do
+        binary = :erlang.term_to_binary(for n <- 1..40_000, do: {n, [n, "x"], %{a: n}})
+        assert byte_size(binary) > 4 * 128 * 1024
+        assert codec.guard(binary, %{}) == :ok
+        <<most::binary-size(700_000), _, rest::binary>> = binary
+        assert refused(codec, <<most::binary, 255, rest::binary>>) == :malformed
+      end
+
+      test "refuses nesting", %{codec: codec} do
+        for tag <- [<<104, 1>>, <<108, 1::32>>, <<105, 1::32>>, <<116, 1::32, 106>>] do
+          assert refused(codec, nested(1_000_000, tag)) in [:too_deep, :malformed]
+          tail = if tag == <<108, 1::32>>, do: :binary.copy(<<106>>, 300), else: ""
+          assert refused(codec, nested(300, tag) <> tail) == :too_deep
+        end
+
+        assert codec.guard(nested(256, <<104, 1>>), %{}) == :ok
+        assert refused(codec, nested(257, <<104, 1>>)) == :too_deep
+        assert refused(codec, nested(4, <<104, 1>>), %{max_depth: 3}) == :too_deep
+        # A list in pieces is one list.
+        pieces = :binary.copy(<<108, 1::32, 97, 1>>, 1_000)
+        assert codec.guard(<<131, pieces::binary, 106>>, %{}) == :ok
+      end
+
+      test "refuses announced counts that the bytes cannot hold", %{codec: codec} do
+        for head <- [<<108>>, <<105>>, <<116>>, <<109>>, <<111>>],
+            bytes <- ["", "some more bytes"] do
+          assert refused(codec, <<131, head::binary, 0xFFFFFFFF::32, bytes::binary>>) in [
+                   :malformed,
+                   :integer_too_long
+                 ]
+        end
+
+        many = :binary.copy(<<108, 10_000_000::32>>, 200)
+        assert refused(codec, <<131, many::binary>>) == :malformed
+      end
+
+      test "refuses compressed terms", %{codec: codec} do
+        bomb = :erlang.term_to_binary(:binary.copy(<<0>>, 50_000_000), [:compressed])
+        assert byte_size(bomb) < 100_000
+        assert refused(codec, bomb) == :compressed_not_allowed
+      end
+
+      test "refuses functions unless told otherwise", %{codec: codec} do
+        x = self()
+        closure = :erlang.term_to_binary(%{a: [fn -> x end]})
+        named = :erlang.term_to_binary({:b, &String.length/1})
+        assert refused(codec, closure) == :not_allowed
+        assert refused(codec, named) == :not_allowed
+        assert codec.guard(closure, %{allow_funs: true}) == :ok
+        assert codec.guard(named, %{allow_exports: true}) == :ok
+      end
+
+      test "refuses pids, ports and references when told", %{codec: codec} do
+        for {key, term} <- [
+              allow_pids: self(),
+              allow_ports: hd(Port.list()),
+              allow_references: make_ref()
+            ] do
+          binary = :erlang.term_to_binary([term])
+          assert codec.guard(binary, %{}) == :ok
+          assert refused(codec, binary, %{key => false}) == :not_allowed
+        end
+      end
+
+      test "every number has a limit", %{codec: codec} do
+        list = :erlang.term_to_binary(Enum.to_list(1..1_000))
+        assert refused(codec, list, %{max_terms: 1_001}) == :too_many_terms
+        assert codec.guard(list, %{max_terms: 1_002}) == :ok
+        string = :erlang.term_to_binary(List.duplicate(97, 1_000))
+        assert refused(codec, string, %{max_terms: 1_000}) == :too_many_terms
+        assert refused(codec, list, %{max_bytes: byte_size(list) - 1}) == :too_long
+        assert codec.guard(list, %{max_bytes: byte_size(list)}) == :ok
+
+        atoms = :erlang.term_to_binary(List.duplicate(:abc, 100))
+        assert refused(codec, atoms, %{max_atoms: 99}) == :too_many_atoms
+        assert refused(codec, atoms, %{max_atom_bytes: 299}) == :too_many_atom_bytes
+        assert codec.guard(atoms, %{max_atoms: 100, max_atom_bytes: 300}) == :ok
+
+        assert refused(codec, string, %{max_heap_words: 1_999}) == :too_many_heap_words
+        assert codec.guard(string, %{max_heap_words: 2_000}) == :ok
+
+        integer = :erlang.term_to_binary(Integer.pow(2, 8 * 100) - 1)
+        assert refused(codec, integer, %{max_integer_bytes: 99}) == :integer_too_long
+        assert codec.guard(integer, %{max_integer_bytes: 100}) == :ok
+
+        assert refused(codec, :erlang.term_to_binary(Integer.pow(2, 8 * 5_000))) ==
+                 :integer_too_long
+      end
+
+      test "refuses what is no term", %{codec: codec} do
+        assert refused(codec, "") == :version
+        assert refused(codec, "hello") == :version
+        assert refused(codec, <<131>>) == :malformed
+        assert refused(codec, <<131, 97, 1, 0>>) == :trailing
+        assert refused(codec, <<131, 119, 2, 0xC3, 0x28>>) == :malformed
+        assert refused(codec, <<131, 70, 0x7FF0000000000000::64>>) == :malformed
+        assert refused(codec, <<131, 100, 256::16, :binary.copy("a", 256)::binary>>) == :malformed
+
+        for tag <- [67, 68, 69, 82, 117, 121, 131, 255],
+            do: assert(refused(codec, <<131, tag>>) == :malformed)
+      end
+
+      test "a policy that does not exist is an error", %{codec: codec} do
+        assert_raise ArgumentError, ~r/unknown guard policy/, fn ->
+          codec.guard(<<131, 106>>, %{max_size: 1})
+        end
+
+        assert_raise ArgumentError, ~r/cannot be/, fn ->
+          codec.guard(<<131, 106>>, %{max_terms: :infinity})
+        end
+      end
+    end
+  end
+
+  test "both guards say the same of damaged terms, and never more than binary_to_term" do
+    seed = ExUnit.configuration()[:seed]
+    binaries = Enum.map(terms(), &:erlang.term_to_binary/1)
+
+    for run <- 1..20_000 do
+      :rand.seed(:exsss, {seed, run, 2})
+      binary = damage(Enum.random(binaries), :rand.uniform(3))
+      nif = Codec.Nif.guard(binary, %{max_depth: 5})
+      elixir = Codec.Elixir.guard(binary, %{max_depth: 5})
+
+      assert result(nif) == result(elixir),
+             "run #{run} of seed #{seed}: #{inspect({binary, nif, elixir})}"
+    end
+  end
+
+  # Which of two faults is met first may differ; that there is one may not.
+  defp result(:ok), do: :ok
+  defp result({:error, _}), do: :error
+
+  defp damage(binary, 0), do: binary
+
+  defp damage(binary, times) do
+    at = :rand.uniform(byte_size(binary)) - 1
+    {before, byte, rest} = at(binary, at)
+
+    case :rand.uniform(4) do
+      1 -> <<before::binary, rest::binary, 0>>
+      2 -> <<before::binary, byte, byte, rest::binary>>
+      _ -> <<before::binary, :rand.uniform(256) - 1, rest::binary>>
+    end
+    |> damage(times - 1)
+  end
+
+  defp terms do
+    [
+      [],
+      {},
+      %{},
+      "",
+      <<1::3>>,
+      <<1, 2, 3::5>>,
+      0,
+      255,
+      -1,
+      1_000_000,
+      Integer.pow(2, 59),
+      -Integer.pow(2, 63),
+      Integer.pow(2, 64),
+      Integer.pow(7, 900),
+      1.5,
+      :atom,
+      :é,
+      :日本,
+      ~c"string",
+      [1 | 2],
+      [a: 1, b: [2, {3, %{4 => "five"}}]],
+      self(),
+      make_ref(),
+      hd(Port.list()),
+      Map.new(1..50, &{&1, "#{&1}"}),
+      :binary.copy("large", 50),
+      {:ok, [%{id: 1, tags: [:a, :b], at: 1.5, of: self()}, nil, true]}
+    ]
+  end
+end

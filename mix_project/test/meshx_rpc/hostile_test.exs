@@ -1,0 +1,291 @@
+defmodule MeshxRpc.HostileTest do
+  use MeshxRpc.Case, async: true
+  alias MeshxRpc.{Frame, TestPeer}
+
+  @moduletag capture_log: true
+
+  @refused 0x05
+  @reset 0x14
+  @full 3
+  @auth 9
+  @timeout 11
+  @refused_term 14
+
+  defp refusal(socket), do: socket |> TestPeer.frame() |> refusal_of()
+  defp refusal_of({@refused, 0, <<cause::16, text::binary>>}), do: {cause, text}
+  defp refusal_of(other), do: other
+
+  defp connections(server) do
+    {_, supervisor, _, _} = server |> Supervisor.which_children() |> List.keyfind!(:connections, 0)
+    for {_, pid, _, _} <- DynamicSupervisor.which_children(supervisor), do: pid
+  end
+
+  for codec <- MeshxRpc.Case.codecs() do
+    describe "#{inspect(codec)}: a hello that is" do
+      @describetag codec: codec
+
+      setup %{codec: codec} do
+        {server, address} = server(codec: codec, timeout_hsk: 300)
+        client = client(address, codec: codec)
+        name = registered()
+        running = Task.async(fn -> Client.Pool.call(client, :wait, {name, 1}) end)
+        assert_receive {:running, pid, 1}, 5_000
+
+        # Whatever happens, the others notice nothing.
+        others = fn ->
+          assert Client.Pool.call(client, :echo, 1) == 1
+          send(pid, {:answer, :undisturbed})
+          assert Task.await(running) == :undisturbed
+        end
+
+        {:ok, server: server, address: address, others: others}
+      end
+
+      test "garbage", %{address: address, others: others} do
+        for garbage <- [
+              "GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+              :binary.copy(<<0>>, 64),
+              :binary.copy(<<0xFF>>, 100_000)
+            ] do
+          socket = raw(address)
+          _ = :gen_tcp.send(socket, garbage)
+          assert {_cause, text} = refusal(socket)
+          assert text != ""
+          assert TestPeer.frame(socket) == :closed
+        end
+
+        others.()
+      end
+
+      test "half", %{address: address, others: others} do
+        socket = raw(address)
+        :ok = :gen_tcp.send(socket, <<100::24, 1, 0, 0::24, 0::32, "only so much">>)
+        assert {@timeout, text} = refusal(socket)
+        assert text =~ "300 ms"
+        others.()
+      end
+
+      test "too large", %{address: address, others: others} do
+        socket = raw(address)
+        :ok = :gen_tcp.send(socket, <<4_097::24, 1, 0, 0::24, 0::32>>)
+        assert {_cause, text} = refusal(socket)
+        assert text =~ "4096" or text =~ "4097"
+        others.()
+      end
+
+      test "silence", %{address: address, others: others} do
+        socket = raw(address)
+        assert {@timeout, _text} = refusal(socket)
+        others.()
+      end
+
+      test "slow, a byte now and then", %{address: address, others: others} do
+        socket = raw(address)
+        # Each byte is sent when the one before has arrived; none of them prolongs the time.
+        :ok = :gen_tcp.send(socket, <<0>>)
+        :ok = :gen_tcp.send(socket, <<0>>)
+        assert {@timeout, _text} = refusal(socket)
+        others.()
+      end
+
+      test "followed by frames out of turn", %{address: address, others: others} do
+        socket = raw(address)
+        :ok = :gen_tcp.send(socket, TestPeer.request(1, "echo", 0, "x"))
+        assert {_cause, _text} = refusal(socket)
+        others.()
+      end
+    end
+  end
+
+  test "the limits on connections hold, and are named" do
+    {server, address} = server(max_connections: 2, max_hello: 1, timeout_hsk: 60_000)
+    first = TestPeer.connect(address)
+    silent = raw(address)
+    third = raw(address)
+    assert {@full, text} = refusal(third)
+    assert text =~ "max_connections"
+    :ok = :gen_tcp.close(first)
+    await_connections(server, 1)
+    assert {@full, text} = address |> raw() |> refusal()
+    assert text =~ "max_hello"
+    :ok = :gen_tcp.close(silent)
+    await_connections(server, 0)
+    _ = TestPeer.connect(address)
+  end
+
+  # The listener hears of a connection's end a moment after us.
+  defp await_connections(server, wanted) do
+    if Server.Pool.info(server).connections > wanted do
+      :erlang.yield()
+      await_connections(server, wanted)
+    end
+  end
+
+  test "a compressed term is refused, and only its call" do
+    {_server, address} = server()
+    socket = TestPeer.connect(address)
+    bomb = :erlang.term_to_binary(List.duplicate(0, 1_000_000), compressed: 9)
+    :ok = :gen_tcp.send(socket, TestPeer.request(1, "echo", 1, bomb))
+    assert {@reset, 1, <<@refused_term::16, _text::binary>>} = TestPeer.frame(socket)
+    :ok = :gen_tcp.send(socket, TestPeer.request(2, "echo", 0, "x"))
+    assert {0x11, 2, <<0, 0, 1::64, "x">>} = TestPeer.frame(socket)
+  end
+
+  test "malformed and unknown terms are refused, and make no atoms" do
+    {_server, address} = server()
+    socket = TestPeer.connect(address)
+
+    for {term, n} <-
+          Enum.with_index(
+            [<<131, 100, 0, 9, "no_such_a">>, <<131, 255>>, <<>>, <<131, 97, 1, 0>>],
+            1
+          ) do
+      :ok = :gen_tcp.send(socket, TestPeer.request(n, "echo", 1, term))
+      assert {@reset, ^n, <<@refused_term::16, _text::binary>>} = TestPeer.frame(socket)
+    end
+
+    :ok = :gen_tcp.send(socket, TestPeer.request(9, "echo", 7, "x"))
+    assert {@reset, 9, <<@refused_term::16, _text::binary>>} = TestPeer.frame(socket)
+  end
+
+  test "what waits for a client that does not read is bounded" do
+    {server, address} = server(max_queue: 1_000_000)
+    socket = TestPeer.connect(address)
+    [connection] = connections(server)
+    name = registered()
+
+    # The first results fill what sockets hold, and then the queue.
+    argument = :erlang.term_to_binary(2_000_000)
+    :ok = :gen_tcp.send(socket, for(n <- 1..30, do: TestPeer.request(n, "make", 1, argument)))
+    wait = TestPeer.request(31, "wait", 1, :erlang.term_to_binary({name, 1}))
+    :ok = :gen_tcp.send(socket, wait)
+    assert_receive {:running, pid, 1}, 10_000
+    # All others have handed their results over; what the connection keeps of them is bounded.
+    await_running(server, 1)
+    :erlang.garbage_collect(connection)
+    {:binary, binaries} = Process.info(connection, :binary)
+    held = binaries |> Enum.uniq_by(&elem(&1, 0)) |> Enum.map(&elem(&1, 1)) |> Enum.sum()
+    assert held < 20_000_000
+
+    # When it goes, so does what still runs for it.
+    task = Process.monitor(pid)
+    :ok = :gen_tcp.close(socket)
+    assert_receive {:DOWN, ^task, :process, ^pid, :killed}, 10_000
+    await_connections(server, 0)
+    assert Server.Pool.info(server) == %{connections: 0, in_hello: 0, running: 0}
+  end
+
+  test "a client that does not read is closed after timeout_send" do
+    {server, address} = server(timeout_send: 100)
+    socket = TestPeer.connect(address)
+    [connection] = connections(server)
+    monitor = Process.monitor(connection)
+    argument = :erlang.term_to_binary(8_000_000)
+    :ok = :gen_tcp.send(socket, TestPeer.request(1, "make", 1, argument))
+    assert_receive {:DOWN, ^monitor, :process, ^connection, :normal}, 10_000
+    await_connections(server, 0)
+  end
+
+  defp await_running(server, wanted) do
+    if Server.Pool.info(server).running > wanted do
+      :erlang.yield()
+      await_running(server, wanted)
+    end
+  end
+
+  test "a server that does not read: further calls are :full, then the connection is given up" do
+    {:ok, listen} =
+      :gen_tcp.listen(0, [:binary, active: false, ip: {127, 0, 0, 1}, recbuf: 4_096, buffer: 4_096])
+
+    {:ok, port} = :inet.port(listen)
+    client = client_down({:tcp, {127, 0, 0, 1}, port}, max_queue: 1_000_000, timeout_send: 2_000)
+    _socket = TestPeer.accept(listen)
+    big = :binary.copy("x", 20_000_000)
+
+    first = Task.async(fn -> Client.Pool.call(client, :echo, big, 60_000, 100, 5) end)
+    # As soon as the first is queued there is no room for another.
+    assert full(client) == {:error_rpc, :full}
+    assert {:error_rpc, reason} = Task.await(first, 30_000)
+    assert reason in [:closed, :timeout]
+
+    assert Enum.any?(Client.Pool.info(client).down, &match?({:timeout, _text}, &1)) or
+             reason == :timeout
+  end
+
+  defp full(client) do
+    case Client.Pool.call(client, :echo, :binary.copy("y", 999_999), 100, 1_000, 5) do
+      {:error_rpc, :timeout} -> full(client)
+      other -> other
+    end
+  end
+
+  test "a connection's window that is made too large ends that connection" do
+    {server, address} = server()
+    socket = TestPeer.connect(address)
+    :ok = :gen_tcp.send(socket, <<4::24, 0x20, 0, 0::24, 0::32, 1::32>>)
+    assert {0x23, 0, <<0::32, 1::16, text::binary>>} = TestPeer.frame(socket)
+    assert text =~ "2147483647"
+    await_connections(server, 0)
+  end
+
+  describe "shared keys:" do
+    @key "a shared key of some length"
+
+    test "right, wrong and missing ones" do
+      {_server, address} = server(shared_key: [@key, "the old key of this server"])
+      assert Client.Pool.call(client(address, shared_key: @key), :echo, 1) == 1
+
+      # A client that was given the new key, and still proves with the old one.
+      both = ["the old key of this server", @key]
+      assert Client.Pool.call(client(address, shared_key: both), :echo, 1) == 1
+
+      for options <- [[shared_key: "not the key of this server"], []] do
+        client = client_down(address, options)
+        assert Client.Pool.call(client, :echo, 1, 5_000, 20, 10) == {:error_rpc, :closed}
+        assert [{:auth, _text}] = Client.Pool.info(client).down
+      end
+    end
+
+    test "a client that says its key is right without proving it is refused" do
+      {_server, address} = server(shared_key: @key)
+      socket = raw(address)
+
+      hello =
+        MeshxRpc.Hello.hello(
+          TestPeer.config(keys: ["not the key of this server"]),
+          MeshxRpc.Hello.nonce()
+        )
+
+      :ok = :gen_tcp.send(socket, Frame.hello(hello))
+      assert {0x02, 0, _ack} = TestPeer.frame(socket)
+      :ok = :gen_tcp.send(socket, Frame.auth(:crypto.strong_rand_bytes(32)))
+      assert {@auth, text} = refusal(socket)
+      assert text =~ "does not prove"
+    end
+
+    test "a recorded exchange is of no use, neither to a false client nor to a false server" do
+      {_server, address} = server(shared_key: @key)
+      proxy = start_supervised!({MeshxRpc.TestProxy, target: address, fun: fn _, _, _ -> :pass end})
+      client = client(MeshxRpc.TestProxy.address(proxy), shared_key: @key)
+      assert Client.Pool.call(client, :echo, 1) == 1
+      [hello, auth | _] = MeshxRpc.TestProxy.seen(proxy, :request)
+      [ack, ready | _] = MeshxRpc.TestProxy.seen(proxy, :response)
+
+      socket = raw(address)
+      :ok = :gen_tcp.send(socket, hello)
+      assert {0x02, 0, _ack} = TestPeer.frame(socket)
+      :ok = :gen_tcp.send(socket, auth)
+      assert {@auth, _text} = refusal(socket)
+
+      {:ok, listen} = :gen_tcp.listen(0, [:binary, active: false, ip: {127, 0, 0, 1}])
+      {:ok, port} = :inet.port(listen)
+      deceived = client_down({:tcp, {127, 0, 0, 1}, port}, shared_key: @key)
+      {:ok, socket} = :gen_tcp.accept(listen, 5_000)
+      {0x01, 0, _hello} = TestPeer.frame(socket)
+      :ok = :gen_tcp.send(socket, [ack, ready])
+      assert {@auth, text} = refusal(socket)
+      assert text =~ "the server does not prove"
+      assert Client.Pool.call(deceived, :echo, 1, 1_000, 0) == {:error_rpc, :closed}
+    end
+  end
+end

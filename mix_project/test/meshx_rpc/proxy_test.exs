@@ -1,0 +1,158 @@
+defmodule MeshxRpc.ProxyTest do
+  # What happens between a client and a server when the way between them does something.
+  use MeshxRpc.Case, async: true
+  alias MeshxRpc.TestProxy
+
+  @moduletag capture_log: true
+
+  @request 0x10
+  @data 0x12
+  @cancel 0x13
+  @window 0x20
+
+  defp between(codec, fun, options) do
+    {server, address} = server([codec: codec] ++ options)
+    proxy = start_supervised!({TestProxy, target: address, fun: fun}, id: make_ref())
+    client = client(TestProxy.address(proxy), [codec: codec] ++ options)
+    {server, client, proxy}
+  end
+
+  for codec <- MeshxRpc.Case.codecs() do
+    describe "#{inspect(codec)}" do
+      @describetag codec: codec
+
+      test "a corrupted block costs its own call only, in both directions", %{codec: codec} do
+        for direction <- [:request, :response] do
+          fun = fn
+            ^direction, _type, frame ->
+              if :binary.match(frame, "MARK") != :nomatch,
+                do: :binary.replace(frame, "MARK", "mARK"),
+                else: :pass
+
+            _other, _type, _frame ->
+              :pass
+          end
+
+          {_server, client, _proxy} = between(codec, fun, checksum: :crc32)
+
+          bystander =
+            Task.async(fn -> Client.Pool.call(client, :echo, :binary.copy("x", 3_000_000)) end)
+
+          assert Client.Pool.call(client, :echo, "MARK") == {:error_rpc, :invalid_cks}
+          long = :binary.copy("y", 500_000) <> "MARK" <> :binary.copy("z", 500_000)
+          assert Client.Pool.call(client, :echo, long) == {:error_rpc, :invalid_cks}
+          assert byte_size(Task.await(bystander)) == 3_000_000
+          assert Client.Pool.call(client, :echo, "fine") == "fine"
+        end
+      end
+
+      test "small calls pass a bulk transfer that its window holds up", %{codec: codec} do
+        test = self()
+
+        fun = fn
+          :response, @window, <<_::64, stream::32, _::binary>> when stream > 0 ->
+            send(test, :stalled)
+            :hold
+
+          _direction, _type, _frame ->
+            :pass
+        end
+
+        {_server, client, proxy} = between(codec, fun, stream_window: 100_000)
+        bulk = Task.async(fn -> Client.Pool.call(client, :size, :binary.copy("x", 2_000_000)) end)
+        assert_receive :stalled, 5_000
+        for n <- 1..20, do: assert(Client.Pool.call(client, :echo, n) == n)
+        assert Task.yield(bulk, 0) == nil
+        TestProxy.release(proxy)
+        assert Task.await(bulk) == 2_000_000
+      end
+
+      test "a bulk call that is cancelled on its way does not hold up the next", %{codec: codec} do
+        test = self()
+
+        fun = fn
+          :response, @window, <<_::64, stream::32, _::binary>> when stream > 0 ->
+            send(test, :stalled)
+            :hold
+
+          :request, @cancel, _frame ->
+            send(test, :cancelled)
+            :pass
+
+          _direction, _type, _frame ->
+            :pass
+        end
+
+        {server, client, _proxy} = between(codec, fun, stream_window: 100_000)
+
+        for _ <- 1..6 do
+          {caller, _} =
+            spawn_monitor(fn -> Client.Pool.call(client, :size, :binary.copy("x", 2_000_000)) end)
+
+          assert_receive :stalled, 5_000
+          Process.exit(caller, :kill)
+          assert_receive :cancelled, 5_000
+        end
+
+        assert Client.Pool.call(client, :size, :binary.copy("x", 90_000)) == 90_000
+        assert Server.Pool.info(server).running == 0
+        assert Client.Pool.info(client).in_flight == 0
+      end
+
+      test "a connection that is cut: what ran is :tcp_closed, what was not wholly sent is made again",
+           %{codec: codec} do
+        test = self()
+
+        fun = fn
+          :request, type, frame when type in [@request, @data] ->
+            if :binary.match(frame, "STOP") != :nomatch, do: send(test, :stop)
+            :pass
+
+          :response, @window, <<_::64, stream::32, _::binary>> when stream > 0 ->
+            :hold
+
+          _direction, _type, _frame ->
+            :pass
+        end
+
+        {server, client, _proxy} = between(codec, fun, stream_window: 100_000)
+        name = registered()
+        ran = Task.async(fn -> Client.Pool.call(client, :wait, {name, 1}) end)
+        assert_receive {:running, pid, 1}, 5_000
+        monitor = Process.monitor(pid)
+
+        bulk =
+          Task.async(fn ->
+            Client.Pool.call(client, :size, "STOP" <> :binary.copy("x", 1_000_000), :infinity, 0)
+          end)
+
+        assert_receive :stop, 5_000
+
+        {_, supervisor, _, _} =
+          server |> Supervisor.which_children() |> List.keyfind!(:connections, 0)
+
+        [{_, connection, _, _}] = DynamicSupervisor.which_children(supervisor)
+        Process.exit(connection, :kill)
+        assert_receive {:DOWN, ^monitor, :process, ^pid, :killed}, 5_000
+        assert Task.await(ran) == {:error_rpc, :tcp_closed}
+        assert Task.await(bulk) == {:error_rpc, :closed}
+        # The connection that was killed had a request that ran: its place is free again.
+        assert Client.Pool.call(client, :echo, 1, 10_000, 100, 10) == 1
+        assert Server.Pool.info(server).running == 0
+      end
+    end
+  end
+
+  test "a client replaces its connection when the stream ids are used up" do
+    {_server, address} = server()
+    id = unique("client")
+    config = MeshxRpc.Options.client!(id, address: address, pool_opts: [size: 1])
+
+    start_supervised!(%{
+      id: id,
+      start: {Client.Pool, :start_link, [id, Map.put(config, :writer, next_stream: 0xFFFF_FFFE)]}
+    })
+
+    for n <- 1..10, do: assert(Client.Pool.call(id, :echo, n, 10_000, 1_000, 5) == n)
+  end
+end

@@ -97,7 +97,7 @@ impl Agent {
             vm: dir.vm(),
             up: dir.up(),
         };
-        let registry = Registry::new(mesh.clone(), local.clone(), config.trust, place)?;
+        let registry = Arc::new(Registry::new(mesh.clone(), local.clone(), config.trust, place)?);
 
         let proxy = Proxy::new(mesh, local, links.clone(), Settings::default());
         let dist = UnixListener::from_std(dir.bind(DIST_SOCKET)?)?;
@@ -147,10 +147,18 @@ impl Agent {
         )
     }
 
+    /// Returns when a part that should serve for ever does not: the agent is of no more use then.
+    pub async fn failed(&mut self) {
+        tokio::select! {
+            _ = &mut self.control => tracing::error!("the control socket is no longer served"),
+            ended = self.data.join_next() => tracing::error!(?ended, "the data plane has ended"),
+        }
+    }
+
     /// Ends: no new connections, everything deregistered, all files removed.
     pub async fn stop(mut self) {
         self.stop.cancel();
-        if timeout(STOP_TIME, &mut self.control).await.is_err() {
+        if !self.control.is_finished() && timeout(STOP_TIME, &mut self.control).await.is_err() {
             warn!(
                 "some registrations were not given up within {} s",
                 STOP_TIME.as_secs()

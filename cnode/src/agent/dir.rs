@@ -24,7 +24,7 @@ use super::paths::{self, CONTROL_SOCKET, DIST_SOCKET, DirError, UP_DIR, VM_DIR};
 const LOCK: &str = "agent.lock";
 /// A younger socket is left alone by [`AgentDir::sweep`]: its owner may be between making the file and
 /// being listed by the kernel.
-const SWEEP_AGE: Duration = Duration::from_secs(1);
+const SWEEP_AGE: Duration = Duration::from_millis(100);
 
 /// Who may open the agent's sockets. The directories follow from it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -9,7 +9,7 @@ use rustix::{
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
-use super::{EX_OSERR, EX_UNAVAILABLE, Failure, print};
+use super::{EX_OSERR, EX_SOFTWARE, EX_UNAVAILABLE, Failure, print};
 use crate::agent::{
     Agent,
     config::{AgentArgs, AgentConfig, LogFormat},
@@ -31,16 +31,20 @@ pub(super) fn run(args: AgentArgs) -> Result<ExitCode, Failure> {
 async fn serve(config: AgentConfig) -> Result<ExitCode, Failure> {
     // From here on a signal ends the agent in order.
     let mut signals = Signals::listen().map_err(|error| Failure::new(EX_OSERR, error.to_string()))?;
-    let agent = Agent::start(config)
-        .await
-        .map_err(|error| Failure::new(EX_UNAVAILABLE, error.to_string()))?;
-    let ready = print(&format!("{}\n", agent.ready_line()));
-    if ready.is_ok() {
-        let name = signals.next().await;
-        tracing::info!(signal = name, "ending");
-    }
+    let started = Agent::start(config).await;
+    let mut agent = started.map_err(|error| Failure::new(EX_UNAVAILABLE, error.to_string()))?;
+    let result = match print(&format!("{}\n", agent.ready_line())) {
+        Err(failure) => Err(failure),
+        Ok(()) => tokio::select! {
+            signal = signals.next() => {
+                tracing::info!(signal, "ending");
+                Ok(ExitCode::SUCCESS)
+            }
+            () = agent.failed() => Err(Failure::new(EX_SOFTWARE, "the agent failed, the log says how")),
+        },
+    };
     agent.stop().await;
-    ready.map(|()| ExitCode::SUCCESS)
+    result
 }
 
 struct Signals {

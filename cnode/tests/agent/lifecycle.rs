@@ -125,6 +125,19 @@ fn after_sigkill_the_directory_is_used_again() {
 }
 
 #[test]
+fn the_log_can_be_json() {
+    let root = temp();
+    let agent = Agent::start(root.path(), "a", &["h1"], &["--log-format", "json"]);
+    let socket = agent.vm().join("s");
+    let _listener = UnixListener::bind(&socket).unwrap();
+    agent.connect().register("shop@h2", &socket).unwrap_err();
+    agent.wait_log(&["\"cause\":\"host_not_owned\""]);
+    for line in agent.log().lines() {
+        serde_json::from_str::<serde_json::Value>(line).unwrap();
+    }
+}
+
+#[test]
 fn wrong_options_are_all_told_and_nothing_is_opened() {
     let root = temp();
     let dir = root.path().join("a");

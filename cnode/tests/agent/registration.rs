@@ -2,7 +2,13 @@
 
 use std::{os::unix::net::UnixListener, path::Path, time::Instant};
 
-use meshx::agent::control::message::{map, text};
+use meshx::agent::{
+    control::{
+        UPSTREAMS_PER_CLIENT_MAX,
+        message::{map, text},
+    },
+    registry::{INSTANCES_PER_CLIENT_MAX, MESH_TIME},
+};
 use meshx_etf::Term;
 
 use crate::support::{Agent, Helper, PATIENCE, PROMISED, cause, creation, temp, until};
@@ -266,4 +272,60 @@ fn services_and_upstreams_have_sockets_that_go_with_the_connection() {
     drop(client);
     let path = Path::new(path.as_str().unwrap());
     until(PATIENCE, "the upstream to close", || !path.exists());
+}
+
+#[test]
+fn what_the_mesh_takes_too_late_is_taken_back() {
+    let root = temp();
+    let agent = Agent::start(root.path(), "a", &["h1"], &[]);
+    let socket = agent.vm().join("s");
+    let _listener = UnixListener::bind(&socket).unwrap();
+    let lock = std::fs::File::open(root.path().join("mesh/lock")).unwrap();
+    lock.lock().unwrap();
+    let began = Instant::now();
+    let mut silent = agent.connect();
+    let mut leaving = agent.connect();
+    let path = socket.to_str().unwrap();
+    leaving.send(
+        "register_node",
+        map([("node", text("cart@h1")), ("socket", text(path))]),
+    );
+    drop(leaving);
+    assert_eq!(cause(silent.register("shop@h1", &socket)), "not_ready");
+    let took = began.elapsed();
+    assert!(took >= MESH_TIME && took < MESH_TIME + PATIENCE, "{took:?}");
+    assert_eq!(
+        cause(silent.register("shop@h1", &socket)),
+        "name_taken",
+        "not free before it is undone"
+    );
+    drop(lock);
+    let mut other = agent.connect();
+    for node in ["shop@h1", "cart@h1"] {
+        until(PATIENCE, "the name", || other.register(node, &socket).is_ok());
+    }
+    drop(other);
+    until(PATIENCE, "the names to go", || agent.names().is_empty());
+}
+
+#[test]
+fn one_connection_has_so_many_registrations_and_upstreams_and_no_more() {
+    let root = temp();
+    let agent = Agent::start(root.path(), "a", &["h1"], &[]);
+    let mut client = agent.connect();
+    for _ in 0..INSTANCES_PER_CLIENT_MAX {
+        client
+            .ask("register_service", map([("name", text("echo"))]))
+            .unwrap();
+    }
+    assert_eq!(
+        cause(client.ask("register_service", map([("name", text("echo"))]))),
+        "limit"
+    );
+    let upstream = map([("service", text("echo")), ("as", text("echo"))]);
+    for _ in 0..UPSTREAMS_PER_CLIENT_MAX {
+        client.ask("connect", upstream.clone()).unwrap();
+    }
+    assert_eq!(cause(client.ask("connect", upstream.clone())), "limit");
+    agent.connect().ask("connect", upstream).unwrap();
 }

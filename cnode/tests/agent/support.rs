@@ -245,6 +245,35 @@ pub(crate) fn creation(node: &Term) -> i64 {
     node.map_get("creation").unwrap().as_int().unwrap()
 }
 
+/// A live link from the service web to the service echo, both of this client: its id and its two ends.
+pub(crate) fn echo_link(client: &mut Client) -> (String, [UnixStream; 2]) {
+    let path_in = |answer: &Term| {
+        let address = answer.map_get("address").unwrap().as_tuple().unwrap();
+        PathBuf::from(address[1].as_str().unwrap())
+    };
+    let service = client
+        .ask("register_service", map([("name", text("echo"))]))
+        .unwrap();
+    let listener = UnixListener::bind(path_in(&service)).unwrap();
+    let upstream = client
+        .ask("connect", map([("service", text("echo")), ("as", text("web"))]))
+        .unwrap();
+    let mut near = UnixStream::connect(path_in(&upstream)).unwrap();
+    let (mut far, _) = listener.accept().unwrap();
+    near.write_all(b"ping").unwrap();
+    let mut bytes = [0; 4];
+    far.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"ping");
+    let links = client.ask("links", map([])).unwrap();
+    let [link] = links.map_get("links").unwrap().as_list().unwrap() else {
+        panic!("{links}")
+    };
+    (
+        link.map_get("id").unwrap().as_str().unwrap().to_owned(),
+        [near, far],
+    )
+}
+
 /// Another process that registers a node and then stays until it is killed.
 pub(crate) struct Helper {
     pub(crate) child: Child,
@@ -292,17 +321,32 @@ impl Drop for Helper {
 fn helper_process() {
     let Ok(task) = std::env::var(HELPER) else { return };
     let parts: Vec<&str> = task.lines().collect();
-    let [dir, node, socket] = parts.as_slice() else {
+    let [dir, node, socket, link @ ..] = parts.as_slice() else {
         panic!("{task:?}")
     };
     let _listener = UnixListener::bind(socket).unwrap();
     let mut client = Client::connect(Path::new(dir));
     client.hello();
-    let answer = match client.register(node, Path::new(socket)) {
-        Ok(_) => "ok".to_owned(),
-        Err((cause, text)) => format!("{cause}: {text}"),
+    let say = |result: Result<Term, Refused>| {
+        let answer = result.map_or_else(|(cause, text)| format!("{cause}: {text}"), |_| "ok".to_owned());
+        writeln!(std::io::stdout(), "\nhelper: {answer}").unwrap();
     };
-    writeln!(std::io::stdout(), "\nhelper: {answer}").unwrap();
+    say(client.register(node, Path::new(socket)));
+    if let [link] = link {
+        // What a user may not who is only this node.
+        let link = u128::from_str_radix(link, 16).unwrap().to_be_bytes();
+        say(client.ask(
+            "cut",
+            map([("link", Term::binary(link)), ("reason", text("mischief"))]),
+        ));
+        say(client.ask("connect", map([("service", text("echo")), ("as", text("web"))])));
+        let elsewhere = Term::tuple([Term::atom("uds"), text("/run/elsewhere.sock")]);
+        say(client.ask(
+            "register_service",
+            map([("name", text("shop-web")), ("address", elsewhere)]),
+        ));
+        say(client.ask("register_service", map([("name", text("web"))])));
+    }
     // Until it is killed, or the test is gone.
     let _ = std::io::stdin().read(&mut [0]);
 }

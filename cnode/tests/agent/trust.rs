@@ -6,7 +6,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::support::{Agent, Helper, temp};
+use meshx::agent::control::message::map;
+
+use crate::support::{Agent, Helper, echo_link, temp};
 
 const STRANGER: u32 = 4711;
 
@@ -73,6 +75,32 @@ fn another_user_may_be_what_a_rule_says_and_no_more() {
     assert_eq!(register_as_stranger(root.path(), &agent, "shop-eu@h1"), "ok");
     let answer = register_as_stranger(root.path(), &agent, "cart@h1");
     assert!(answer.starts_with("not_permitted"), "{answer}");
+}
+
+#[test]
+fn a_user_who_is_one_service_cannot_act_as_another_nor_on_links_that_are_not_his() {
+    need_root();
+    let root = temp();
+    let options = ["--socket-mode", "0666", "--allow-register", "uid:4711=shop*"];
+    let agent = Agent::start(root.path(), "a", &["h1"], &options);
+    let mut client = agent.connect();
+    let (link, _streams) = echo_link(&mut client);
+    let socket = agent.vm().join("stranger");
+    let socket = format!("{}\n{link}", socket.display());
+    let program = program_for_all(root.path());
+    let mut helper = Helper::start(&program, &agent.dir, "shop@h1", &socket, Some(STRANGER));
+    assert_eq!(helper.answer(), "ok");
+    for attempt in ["cut", "connect as web", "a socket elsewhere", "register web"] {
+        let answer = helper.answer();
+        println!("{attempt}: {answer}");
+        assert!(answer.starts_with("not_permitted: "), "{attempt}: {answer}");
+    }
+    let links = client.ask("links", map([])).unwrap();
+    assert_eq!(
+        links.map_get("links").unwrap().as_list().unwrap().len(),
+        1,
+        "the link lives"
+    );
 }
 
 #[test]

@@ -31,7 +31,7 @@ const SWEEP_DELAY: Duration = Duration::from_millis(1500);
 
 /// What all sessions share.
 pub(in crate::agent) struct Context {
-    pub(in crate::agent) registry: Registry,
+    pub(in crate::agent) registry: Arc<Registry>,
     pub(in crate::agent) proxy: Arc<Proxy>,
     pub(in crate::agent) links: LinkTable,
     pub(in crate::agent) dir: Arc<AgentDir>,

@@ -91,3 +91,44 @@ impl Upstreams {
         open.map_or(0, |open| open.len())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+    use super::*;
+
+    #[test]
+    fn the_agents_budget_and_the_end_of_the_client_hold() {
+        let budget = Budget::default();
+        let all = budget
+            .0
+            .clone()
+            .try_acquire_many_owned(UPSTREAMS_MAX as u32)
+            .unwrap();
+        let upstreams = Upstreams::new();
+        let refusal = upstreams
+            .open("x", &budget, || panic!("not to be opened"))
+            .unwrap_err();
+        assert!(
+            refusal.cause == Cause::Limit && refusal.text.contains("UPSTREAMS_MAX"),
+            "{refusal}"
+        );
+        drop(all);
+        let fault = || Err(Cause::NotReady.because("no"));
+        assert_eq!(
+            upstreams.open("x", &budget, fault).unwrap_err().cause,
+            Cause::NotReady
+        );
+        assert_eq!(
+            budget.0.available_permits(),
+            UPSTREAMS_MAX,
+            "a failure costs nothing"
+        );
+        upstreams.close_all();
+        let late = upstreams
+            .open("x", &budget, || panic!("not to be opened"))
+            .unwrap_err();
+        assert_eq!(late.cause, Cause::InvalidRequest);
+    }
+}

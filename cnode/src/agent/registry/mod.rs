@@ -187,7 +187,11 @@ impl Registry {
     ///
     /// # Errors
     /// What the table of causes lists under registration faults, `not_permitted`, `limit`, `not_ready`.
-    pub async fn register_node(&self, owner: Owner, request: NodeRequest<'_>) -> Result<Node, Refusal> {
+    pub async fn register_node(
+        self: &Arc<Self>,
+        owner: Owner,
+        request: NodeRequest<'_>,
+    ) -> Result<Node, Refusal> {
         let host = checks::node_name(request.node)?;
         let service = ServiceName::from_node(request.node)
             .map_err(|error| Cause::InvalidName.because(format!("node {:?}: {error}", request.node)))?;
@@ -239,7 +243,7 @@ impl Registry {
     /// # Errors
     /// As [`Registry::register_node`].
     pub async fn register_service(
-        &self,
+        self: &Arc<Self>,
         owner: Owner,
         request: ServiceRequest<'_>,
     ) -> Result<Service, Refusal> {
@@ -280,7 +284,7 @@ impl Registry {
     ///
     /// # Errors
     /// `invalid_request` when it has none of this id.
-    pub async fn deregister(&self, owner: Owner, id: &str) -> Result<(), Refusal> {
+    pub async fn deregister(self: &Arc<Self>, owner: Owner, id: &str) -> Result<(), Refusal> {
         let leaving = match self.lock().ids.get_mut(id) {
             Some(entry) if entry.owner == owner.id && entry.phase == Phase::Live => {
                 entry.phase = Phase::Leaving;
@@ -298,7 +302,7 @@ impl Registry {
     }
 
     /// A control connection has ended: what it registered goes. Says how much that was.
-    pub async fn release(&self, owner: u64) -> usize {
+    pub async fn release(self: &Arc<Self>, owner: u64) -> usize {
         let ids: Vec<String> = {
             let mut state = self.lock();
             state.owners.remove(&owner);
@@ -338,7 +342,7 @@ impl Registry {
         format!("{service}-{host}-{}", state.services)
     }
 
-    fn reserve(&self, owner: Owner, id: &str) -> Result<Pending<'_>, Refusal> {
+    fn reserve(self: &Arc<Self>, owner: Owner, id: &str) -> Result<Pending, Refusal> {
         let mut guard = self.lock();
         let state = &mut *guard;
         if state.ids.contains_key(id) {
@@ -363,13 +367,17 @@ impl Registry {
             },
         );
         Ok(Pending {
-            registry: self,
+            registry: self.clone(),
             id: id.to_owned(),
         })
     }
 
     /// From reserved to live: locally first, so that whoever finds it in the mesh can reach it.
-    async fn enlist(&self, pending: Pending<'_>, entry: LocalEntry) -> Result<(Secret, SpiffeId), Refusal> {
+    async fn enlist(
+        self: &Arc<Self>,
+        pending: Pending,
+        entry: LocalEntry,
+    ) -> Result<(Secret, SpiffeId), Refusal> {
         let LocalEntry {
             instance,
             endpoint,
@@ -385,30 +393,54 @@ impl Registry {
             owner: owner.id,
             uid: owner.peer.uid,
         })?;
-        if let Err(refusal) = answer(self.mesh.register(&instance)).await {
-            self.local.remove(&instance.id);
-            return Err(refusal);
+        let id = instance.id.clone();
+        let mesh = self.mesh.clone();
+        let mut registering = tokio::spawn(async move { mesh.register(&instance).await });
+        match timeout(MESH_TIME, &mut registering).await {
+            Ok(Ok(Ok(()))) if pending.to_live(owner.id) => Ok((secret, identity.id.clone())),
+            Ok(Ok(Ok(()))) => {
+                self.local.remove(&id);
+                tokio::spawn(pending.withdraw());
+                Err(owner_gone())
+            }
+            Ok(Ok(Err(error))) => {
+                self.local.remove(&id);
+                Err(refused(error))
+            }
+            Ok(Err(error)) => {
+                self.local.remove(&id);
+                Err(Cause::NotReady.because(error.to_string()))
+            }
+            Err(_) => {
+                self.local.remove(&id);
+                // The mesh may still take it. Until that is undone the name is nobody's.
+                tokio::spawn(async move {
+                    let _ = registering.await;
+                    pending.withdraw().await;
+                });
+                Err(silent())
+            }
         }
-        if pending.to_live(owner.id) {
-            return Ok((secret, identity.id.clone()));
-        }
-        // `pending` is dropped, and the name free, only after this.
-        self.local.remove(&instance.id);
-        self.take_out_of_mesh(&instance.id).await;
-        Err(owner_gone())
     }
 
-    async fn leave(&self, id: &str) {
+    /// Gone from this agent at once; the name is free when the mesh has let it go.
+    async fn leave(self: &Arc<Self>, id: &str) {
         self.local.remove(id);
-        self.take_out_of_mesh(id).await;
-        self.lock().forget(id);
-        info!(id, "deregistered");
+        let (registry, owned) = (self.clone(), id.to_owned());
+        let leaving = tokio::spawn(async move {
+            registry.take_out_of_mesh(&owned).await;
+            registry.lock().forget(&owned);
+            info!(id = owned, "deregistered");
+        });
+        if timeout(MESH_TIME, leaving).await.is_err() {
+            warn!(id, cause = %Cause::NotReady, "the mesh has not answered yet, the name stays reserved");
+        }
     }
 
     /// When the mesh does not take it, its own check of this agent's entries must.
     async fn take_out_of_mesh(&self, id: &str) {
-        if let Err(refusal) = answer(self.mesh.deregister(id)).await {
-            warn!(id, cause = %refusal.cause, text = refusal.text, "could not be deregistered from the mesh");
+        if let Err(error) = self.mesh.deregister(id).await {
+            warn!(id, cause = %Cause::NotReady, %error, "could not be deregistered from the mesh");
         }
     }
 
@@ -435,12 +467,12 @@ struct LocalEntry {
 }
 
 /// A reserved id; free again when dropped before it is live.
-struct Pending<'a> {
-    registry: &'a Registry,
+struct Pending {
+    registry: Arc<Registry>,
     id: String,
 }
 
-impl Pending<'_> {
+impl Pending {
     /// False when the owner has gone meanwhile.
     fn to_live(&self, owner: u64) -> bool {
         let mut guard = self.registry.lock();
@@ -455,7 +487,14 @@ impl Pending<'_> {
     }
 }
 
-impl Drop for Pending<'_> {
+impl Pending {
+    /// Takes it out of the mesh again, then frees the id.
+    async fn withdraw(self) {
+        self.registry.take_out_of_mesh(&self.id).await;
+    }
+}
+
+impl Drop for Pending {
     fn drop(&mut self) {
         let mut state = self.registry.lock();
         if state
@@ -475,13 +514,77 @@ fn owner_gone() -> Refusal {
 /// The mesh's answer; none in time is none, and so a no.
 pub(super) async fn answer<T>(question: Answer<'_, T>) -> Result<T, Refusal> {
     match timeout(MESH_TIME, question).await {
-        Ok(Ok(answer)) => Ok(answer),
-        // What a mesh refuses is a host part that another agent owns.
-        Ok(Err(MeshError::Refused(text))) => Err(Cause::HostNotOwned.because(text)),
-        Ok(Err(error)) => Err(error.into()),
-        Err(_) => Err(Cause::NotReady.because(format!(
-            "the mesh did not answer within {} s",
-            MESH_TIME.as_secs()
-        ))),
+        Ok(answer) => answer.map_err(refused),
+        Err(_) => Err(silent()),
+    }
+}
+
+/// What a mesh refuses is a host part that another agent owns.
+fn refused(error: MeshError) -> Refusal {
+    match error {
+        MeshError::Refused(text) => Cause::HostNotOwned.because(text),
+        error => error.into(),
+    }
+}
+
+fn silent() -> Refusal {
+    Cause::NotReady.because(format!(
+        "the mesh did not answer within {} s",
+        MESH_TIME.as_secs()
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+    use super::*;
+    use crate::mesh::embedded::EmbeddedMesh;
+
+    #[test]
+    fn an_agent_takes_so_many_registrations_and_no_more() {
+        let temp = tempfile::tempdir().unwrap();
+        let address = "127.0.0.1:1".parse().unwrap();
+        let dir = temp.path().join("mesh");
+        let mesh = EmbeddedMesh::open(&dir, "a", vec!["h1".to_owned()], address).unwrap();
+        let place = Place {
+            agent: "a".into(),
+            inbound: address,
+            hosts: vec!["h1".into()],
+            vm: "/vm".into(),
+            up: "/up".into(),
+        };
+        let trust = Trust::new(0, vec![]);
+        let registry = Arc::new(Registry::new(Arc::new(mesh), LocalTable::default(), trust, place).unwrap());
+        let owner = |id| Owner {
+            id,
+            peer: Peer {
+                uid: 0,
+                gid: 0,
+                pid: None,
+            },
+        };
+        let mut held = Vec::new();
+        for number in 0..INSTANCES_MAX {
+            let id = (number / INSTANCES_PER_CLIENT_MAX) as u64;
+            if number % INSTANCES_PER_CLIENT_MAX == 0 {
+                registry.enter(id);
+            }
+            held.push(registry.reserve(owner(id), &format!("i{number}")).ok().unwrap());
+        }
+        registry.enter(99);
+        let refusal = registry.reserve(owner(99), "more").err().unwrap();
+        assert!(
+            refusal.cause == Cause::Limit && refusal.text.contains("INSTANCES_MAX"),
+            "{refusal}"
+        );
+        held.pop();
+        let refusal = registry.reserve(owner(0), "more").err().unwrap();
+        assert!(refusal.text.contains("INSTANCES_PER_CLIENT_MAX"), "{refusal}");
+        assert!(
+            registry.reserve(owner(100), "more").is_err(),
+            "a connection that is not there"
+        );
+        assert!(registry.reserve(owner(99), "more").is_ok());
     }
 }

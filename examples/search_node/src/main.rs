@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! GenServer.call({:search, :"search@h3"}, {:find, "lamp"})   [%{id: 1, title: "Desk lamp", text: ...}, ...]
-//! GenServer.call({:search, :"search@h3"}, {:stats})          %{documents: 6, words: 29, searches: 1}
+//! GenServer.call({:search, :"search@h3"}, {:stats})          %{documents: 6, words: 32, searches: 1}
 //! ```
 //!
 //! See README.md for how to run it.

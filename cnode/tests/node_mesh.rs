@@ -13,6 +13,7 @@ use meshx::node::{ConnectError, DownReason, Node, NodeEvent};
 use meshx::proxy::links::LinkId;
 use meshx::proxy::local::Secret;
 use meshx::proxy::wire::Accept;
+use meshx_dist::handshake::{Cookie, Initiator, LocalNode};
 use meshx_etf::Term;
 use node_support::{COOKIE, LONG, soon};
 use tempfile::TempDir;
@@ -201,6 +202,9 @@ async fn only_the_agent_gets_in() {
     };
     let mut frame = Vec::new();
     accept.encode(&mut frame);
+    // With the name that would follow: a node that took the secret would answer it.
+    let (local, cookie) = (LocalNode::hidden("shop@h1", 7), Cookie::new(COOKIE));
+    Initiator::start(local, "search@h1", cookie, &mut frame).unwrap();
     for bytes in [frame.as_slice(), b"\xFF\xFF", b"\0\x02\x09\x09", b"\0\x15N"] {
         let mut stream = UnixStream::connect(socket.path()).await.unwrap();
         stream.write_all(bytes).await.unwrap();

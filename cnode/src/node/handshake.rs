@@ -227,3 +227,84 @@ async fn flush(transport: &mut Transport, out: &mut Vec<u8>) -> std::io::Result<
 fn random_challenge() -> Result<u32, getrandom::Error> {
     getrandom::u32()
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    fn transport(stream: tokio::io::DuplexStream) -> Transport {
+        let (read, write) = tokio::io::split(stream);
+        Transport {
+            read: Box::new(read),
+            write: Box::new(write),
+            identity: None,
+            link: None,
+        }
+    }
+
+    /// Both ends, the acceptor `b@h` believing `vouched` and holding `standing` of the dialler.
+    async fn meet(
+        dialler: &str,
+        vouched: Option<&str>,
+        standing: Standing,
+    ) -> (Result<Ready, Failure>, Result<Ready, Failure>) {
+        let (near, far) = tokio::io::duplex(4096);
+        let limit = Duration::from_secs(60);
+        let dialling = initiate(
+            transport(near),
+            LocalNode::hidden(dialler, 7),
+            "b@h",
+            Cookie::new("c"),
+            100,
+            limit,
+            || false,
+        );
+        let local = LocalNode::hidden("b@h", 8);
+        let accepting = accept(
+            transport(far),
+            local,
+            vouched,
+            Cookie::new("c"),
+            100,
+            limit,
+            |_| standing,
+        );
+        tokio::join!(dialling, accepting)
+    }
+
+    fn status(result: Result<Ready, Failure>) -> Option<&'static str> {
+        match result {
+            Err(Failure::Handshake(HandshakeError::Refused { status })) => Some(status),
+            _ => None,
+        }
+    }
+
+    #[tokio::test]
+    async fn only_the_name_that_the_agent_vouches_for_is_taken() {
+        let (near, far) = meet("a@h", Some("a@h"), Standing::Unknown).await;
+        assert_eq!(near.unwrap().established.peer_name, "b@h");
+        assert_eq!(far.unwrap().established.peer_name, "a@h");
+        let (near, far) = meet("a@h", Some("c@h"), Standing::Unknown).await;
+        assert_eq!(status(near), Some("not_allowed"));
+        assert!(matches!(far, Err(Failure::OtherName { .. })));
+        let (near, far) = meet("b@h", None, Standing::Unknown).await;
+        assert_eq!(status(near), Some("not_allowed"));
+        assert!(matches!(far, Err(Failure::OwnName(_))));
+    }
+
+    #[tokio::test]
+    async fn of_two_attempts_that_of_the_greater_name_goes_on() {
+        let (near, far) = meet("c@h", None, Standing::Dialling).await;
+        assert!(near.is_ok() && far.is_ok());
+        let (near, far) = meet("a@h", None, Standing::Dialling).await;
+        assert_eq!(status(near), Some("nok"));
+        assert!(matches!(far, Err(Failure::Simultaneous)));
+    }
+
+    #[tokio::test]
+    async fn a_dead_connection_is_replaced() {
+        let (near, far) = meet("a@h", None, Standing::Up).await;
+        assert!(near.unwrap().replaces && far.unwrap().replaces);
+    }
+}

@@ -4,6 +4,7 @@ mod agent;
 mod check;
 mod links;
 mod names;
+mod node;
 mod rules;
 mod run;
 
@@ -43,6 +44,8 @@ enum Command {
     Allow(rules::PairArgs),
     Deny(rules::PairArgs),
     Rules(rules::RulesArgs),
+    Ping(node::PingArgs),
+    Call(node::CallArgs),
 }
 
 /// Which agent is asked.
@@ -80,6 +83,8 @@ pub fn main() -> ExitCode {
         Command::Allow(args) => rules::allow(&args),
         Command::Deny(args) => rules::deny(&args),
         Command::Rules(args) => rules::run(&args),
+        Command::Ping(args) => node::ping(&args),
+        Command::Call(args) => node::call(&args),
     };
     result.unwrap_or_else(|failure| {
         eprintln!("meshx: {failure}");

@@ -1,1 +1,263 @@
-//! node
+//! A node in Rust that joins an Erlang cluster.
+//!
+//! To the BEAMs it is a (hidden) node like others: they ping it, monitor and link to its processes, and call its
+//! servers with `GenServer.call({name, node}, request)`. It can do the same to them, and call their functions.
+//!
+//! ```no_run
+//! use meshx::node::Node;
+//! use meshx_etf::Term;
+//!
+//! #[tokio::main]
+//! async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//!     let node = Node::builder("search@h3").cookie("secret").start().await?;
+//!     node.serve("search", |request: Term| async move { Term::tuple([Term::atom("found"), request]) })?;
+//!     std::future::pending().await // serves until it is killed
+//! }
+//! ```
+//!
+//! # How it works
+//! The node registers with the [agent](crate::agent) of its host, which finds other nodes in the mesh, proves who
+//! they are, and carries the connections. Each connection has a task that reads and one that writes. The reader never
+//! waits for anybody: messages go to bounded [mailboxes](Mailbox) and signals are answered at once. The writer joins
+//! what is queued, and sends a tick when there was nothing to send for [`NodeBuilder::tick_interval`].
+//!
+//! Peers are believed nothing: see [`Limits`] for what each of them can make this node spend.
+//!
+//! # Not supported
+//! Being spawned on (`spawn_request` is answered `notsup`, so `erpc` and `rpc` calls *to* this node fail), `global`,
+//! dynamic node names, and names of `{global, _}` or `{via, _, _}`.
+
+mod address;
+mod builder;
+mod call;
+mod carrier;
+mod connection;
+mod connections;
+mod cookie;
+mod dispatch;
+mod error;
+mod event;
+mod handshake;
+mod inner;
+mod limits;
+mod mailbox;
+mod mesh;
+mod net_kernel;
+mod outbound;
+mod plain;
+mod process;
+mod rpc;
+mod server;
+mod watch;
+mod wire;
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use meshx_etf::{Atom, Pid, Reference, Term};
+use tokio::sync::broadcast;
+
+pub use address::Address;
+pub use builder::NodeBuilder;
+pub use call::{Caller, Request};
+pub use cookie::{CookieError, read_cookie};
+pub use error::{CallError, ConnectError, RpcError, SendError, StartError};
+pub use event::{Direction, DownReason, NodeEvent, PeerInfo};
+pub use limits::Limits;
+pub use mailbox::{Mailbox, Message};
+pub use process::RegisterError;
+pub use server::Server;
+
+use inner::{Alive, Inner};
+use server::Handler;
+
+/// A node that runs. Clones are handles to the same node.
+///
+/// It ends with [`Node::stop`], or when the last handle, mailbox and server are gone.
+#[derive(Clone)]
+pub struct Node {
+    inner: Arc<Inner>,
+    alive: Arc<Alive>,
+}
+
+impl Node {
+    /// Describes a node with this full name (`name@host`). The host part need not be known to DNS; the agent must
+    /// own it.
+    pub fn builder(name: impl Into<String>) -> NodeBuilder {
+        NodeBuilder::new(name.into())
+    }
+
+    /// Its full name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.inner.name.as_str()
+    }
+
+    /// Its creation: what tells its pids from those of an earlier node of the same name.
+    #[must_use]
+    pub fn creation(&self) -> u32 {
+        self.inner.local.creation
+    }
+
+    /// A new process without a name.
+    #[must_use]
+    pub fn mailbox(&self) -> Mailbox {
+        Mailbox::new(Arc::clone(&self.inner), Some(Arc::clone(&self.alive)))
+    }
+
+    /// A new process with a name.
+    ///
+    /// # Errors
+    /// [`RegisterError`].
+    pub fn register(&self, name: &str) -> Result<Mailbox, RegisterError> {
+        let mailbox = self.mailbox();
+        mailbox.register(name).map(|()| mailbox)
+    }
+
+    /// The process that has a name here.
+    #[must_use]
+    pub fn whereis(&self, name: &str) -> Option<Pid> {
+        self.inner
+            .processes
+            .by_name(name)
+            .map(|process| process.pid.clone())
+    }
+
+    /// A reference that is equal to no other.
+    #[must_use]
+    pub fn make_reference(&self) -> Reference {
+        self.inner.processes.make_reference()
+    }
+
+    /// Connects to a node; at once when there is a connection.
+    ///
+    /// # Errors
+    /// [`ConnectError`].
+    pub async fn connect(&self, node: &str) -> Result<(), ConnectError> {
+        self.inner.ensure_connected(&Atom::from(node)).await
+    }
+
+    /// Ends the connection to a node; false when there is none.
+    pub fn disconnect(&self, node: &str) -> bool {
+        let connection = self.inner.connections.up(&Atom::from(node));
+        connection.is_some_and(|connection| {
+            connection.close(DownReason::Disconnected);
+            self.inner.ended(&connection);
+            true
+        })
+    }
+
+    /// The connections that stand.
+    #[must_use]
+    pub fn peers(&self) -> Vec<PeerInfo> {
+        self.inner
+            .connections
+            .all()
+            .iter()
+            .map(|connection| connection.info())
+            .collect()
+    }
+
+    /// Connections coming up, going down, and ticking, from now on. A listener that is slow loses the oldest.
+    #[must_use]
+    pub fn events(&self) -> broadcast::Receiver<NodeEvent> {
+        self.inner.events.subscribe()
+    }
+
+    /// Sends a message from a process of no further use. To send many, or to be answered, use
+    /// [`Mailbox::send`].
+    ///
+    /// # Errors
+    /// [`SendError`].
+    pub async fn send(&self, to: impl Into<Address>, term: &Term) -> Result<(), SendError> {
+        self.mailbox().send(to, term).await
+    }
+
+    /// Answers `gen_server:call`s to `name` with a function from request to answer, until the node stops.
+    ///
+    /// # Errors
+    /// [`RegisterError`].
+    pub fn serve<F, R>(&self, name: &str, handler: F) -> Result<Pid, RegisterError>
+    where
+        F: FnMut(Term) -> R + Send + 'static,
+        R: Future<Output = Term> + Send,
+    {
+        self.start_server(name, Handler(handler))
+    }
+
+    /// Runs a [`Server`] under a name, until the node stops.
+    ///
+    /// # Errors
+    /// [`RegisterError`].
+    pub fn start_server(&self, name: &str, server: impl Server) -> Result<Pid, RegisterError> {
+        let mailbox = self.register(name)?;
+        let pid = mailbox.pid().clone();
+        tokio::spawn(server::run(mailbox, server));
+        Ok(pid)
+    }
+
+    /// `gen_server:call(Target, Request, Timeout)`.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub async fn gen_call(
+        &self,
+        target: impl Into<Address>,
+        request: Term,
+        timeout: Duration,
+    ) -> Result<Term, CallError> {
+        call::gen_call(self.mailbox(), target.into(), request, timeout).await
+    }
+
+    /// `gen_server:cast(Target, Request)`.
+    ///
+    /// # Errors
+    /// [`SendError`].
+    pub async fn gen_cast(&self, target: impl Into<Address>, request: Term) -> Result<(), SendError> {
+        self.send(target, &Term::tuple([Term::atom("$gen_cast"), request]))
+            .await
+    }
+
+    /// Calls a function on another node, as `erpc:call/5` does. A call that times out goes on there.
+    ///
+    /// # Errors
+    /// [`RpcError`].
+    pub async fn rpc(
+        &self,
+        node: &str,
+        module: &str,
+        function: &str,
+        args: Vec<Term>,
+        timeout: Duration,
+    ) -> Result<Term, RpcError> {
+        rpc::call(self.mailbox(), node, module, function, args, timeout).await
+    }
+
+    /// `net_adm:ping(Node)`: whether a connection stands or can be made, and the node answers.
+    ///
+    /// # Errors
+    /// [`CallError`]: why it does not.
+    pub async fn ping(&self, node: &str, timeout: Duration) -> Result<(), CallError> {
+        let request = Term::tuple([Term::atom("is_auth"), Term::Atom(self.inner.name.clone())]);
+        match self.gen_call(("net_kernel", node), request, timeout).await? {
+            Term::Atom(answer) if answer.as_str() == "yes" => Ok(()),
+            other => Err(CallError::Exit(other)),
+        }
+    }
+
+    /// Ends the node: what is queued is still written, for at most a second; then all connections are closed, the
+    /// name is free again, and every mailbox says that the node is down.
+    pub async fn stop(self) {
+        self.inner.stop(Duration::from_secs(1)).await;
+    }
+}
+
+impl std::fmt::Debug for Node {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Node")
+            .field("name", &self.name())
+            .field("creation", &self.creation())
+            .finish()
+    }
+}

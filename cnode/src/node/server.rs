@@ -1,0 +1,59 @@
+//! Servers: processes that answer calls, one at a time and in order, as a `gen_server` does.
+
+use std::future::Future;
+
+use meshx_etf::Term;
+
+use super::call::{Caller, Request};
+use super::mailbox::{Mailbox, Message};
+
+/// A process that answers `gen_server:call/2,3` and takes `gen_server:cast/2` and messages.
+///
+/// One request at a time: while a method runs, the next one waits in the mailbox. A call that takes long is best
+/// answered later: spawn a task with the [`Caller`], and return `None`.
+pub trait Server: Send + 'static {
+    /// Answers a call; `None` when the answer is given later with [`Caller::reply`].
+    fn call(&mut self, request: Term, caller: Caller) -> impl Future<Output = Option<Term>> + Send;
+
+    /// Takes a cast. Ignored by default.
+    fn cast(&mut self, request: Term) -> impl Future<Output = ()> + Send {
+        let _ = request;
+        async {}
+    }
+
+    /// Takes anything else: plain messages, exit signals, `DOWN`s. Ignored by default.
+    fn info(&mut self, message: Message) -> impl Future<Output = ()> + Send {
+        let _ = message;
+        async {}
+    }
+}
+
+/// A server that is a function from request to answer.
+pub(crate) struct Handler<F>(pub(crate) F);
+
+impl<F, R> Server for Handler<F>
+where
+    F: FnMut(Term) -> R + Send + 'static,
+    R: Future<Output = Term> + Send,
+{
+    async fn call(&mut self, request: Term, _caller: Caller) -> Option<Term> {
+        Some((self.0)(request).await)
+    }
+}
+
+/// Runs until the node shuts down.
+pub(crate) async fn run(mut mailbox: Mailbox, mut server: impl Server) {
+    while let Some(message) = mailbox.recv().await {
+        match Request::from_message(message, &mailbox) {
+            Request::Call(request, caller) => {
+                if let Some(reply) = server.call(request, caller.clone()).await
+                    && let Err(error) = caller.reply(reply).await
+                {
+                    tracing::debug!(caller = ?caller.pid(), %error, "an answer was not sent");
+                }
+            }
+            Request::Cast(request) => server.cast(request).await,
+            Request::Info(message) => server.info(message).await,
+        }
+    }
+}

@@ -1,0 +1,199 @@
+//! Between frames and control messages, as the flags of a link want it.
+
+use meshx_dist::control::{Control, Proc};
+use meshx_dist::flags::DistFlags;
+use meshx_dist::link::{LinkError, LinkLimits, Receiver, Sender};
+use meshx_etf::{Pid, Reference, Term};
+
+use super::address::Address;
+use super::connection::Connection;
+use super::error::SendError;
+use super::event::DownReason;
+use super::limits::Limits;
+
+/// A control message, and the encoded term that belongs to it. The term's form has been checked.
+#[derive(Debug)]
+pub(crate) struct Received {
+    pub(crate) control: Control,
+    pub(crate) payload: Option<Vec<u8>>,
+}
+
+/// Makes messages of a connection's frames.
+pub(crate) struct Assembler {
+    receiver: Receiver,
+    terms: meshx_etf::Limits,
+}
+
+impl Assembler {
+    pub(crate) fn new(flags: DistFlags, limits: &Limits) -> Self {
+        let limit = LinkLimits {
+            max_message: limits.message_bytes,
+            max_sequences: limits.fragmented_messages,
+            max_reassembly: limits.reassembly_bytes,
+            control: limits.terms,
+        };
+        Self {
+            receiver: Receiver::new(flags, limit),
+            terms: limits.terms,
+        }
+    }
+
+    /// Takes one frame; `None` while a message is not complete.
+    pub(crate) fn take(&mut self, frame: &[u8]) -> Result<Option<Received>, DownReason> {
+        let Some(message) = self.receiver.receive(frame).map_err(down_reason)? else {
+            return Ok(None);
+        };
+        let payload = match message.payload {
+            None => None,
+            Some(payload) => {
+                // Walked once here, so that garbage ends the connection that it came by; decoded by its reader.
+                let protocol = |text: String| DownReason::Protocol(format!("a message's payload: {text}"));
+                let len = meshx_etf::term_len(payload, &self.terms).map_err(|e| protocol(e.to_string()))?;
+                if len != payload.len() {
+                    return Err(protocol(format!("{} bytes follow the term", payload.len() - len)));
+                }
+                Some(payload.to_vec())
+            }
+        };
+        Ok(Some(Received {
+            control: message.control,
+            payload,
+        }))
+    }
+}
+
+fn down_reason(error: LinkError) -> DownReason {
+    match error {
+        LinkError::TooManySequences { max } => DownReason::Limit {
+            name: "fragmented_messages",
+            value: max,
+        },
+        LinkError::MessageTooLarge { max, .. } => DownReason::Limit {
+            name: "message_bytes",
+            value: max,
+        },
+        LinkError::ReassemblyFull { max, .. } => DownReason::Limit {
+            name: "reassembly_bytes",
+            value: max,
+        },
+        error => DownReason::Protocol(error.to_string()),
+    }
+}
+
+/// The frames of one message.
+pub(crate) fn encode(
+    connection: &Connection,
+    control: Control,
+    payload: Option<&Term>,
+) -> Result<Vec<u8>, SendError> {
+    let mut frames = Vec::new();
+    // A sender of its own for each message: its fragments go into the queue in one piece, so they never mix with
+    // those of another message, and no lock is held while a large term is encoded.
+    Sender::new(connection.flags)
+        .send(control, payload, &mut frames)
+        .map_err(|error| SendError::Term(error.to_string()))?;
+    Ok(frames)
+}
+
+/// A message between processes of this node, in the form that a peer's have.
+pub(crate) fn local(control: Control, payload: Option<&Term>) -> Received {
+    let payload = payload.and_then(|term| {
+        let mut bytes = Vec::new();
+        meshx_etf::encode(term, &mut bytes).is_ok().then_some(bytes)
+    });
+    Received { control, payload }
+}
+
+/// The control message that sends from one process to another.
+pub(crate) fn send(flags: DistFlags, from: &Pid, to: &Address) -> Control {
+    let from = from.clone();
+    match to.clone() {
+        Address::Pid(to) if flags.contains(DistFlags::SEND_SENDER) => Control::SendSender {
+            from,
+            to,
+            token: None,
+        },
+        Address::Pid(to) => Control::Send { to, token: None },
+        Address::Name { name, .. } => Control::RegSend {
+            from,
+            to: name,
+            token: None,
+        },
+        Address::Alias(alias) => Control::AliasSend {
+            from,
+            alias,
+            token: None,
+        },
+    }
+}
+
+/// The end of a link.
+pub(crate) fn exit(flags: DistFlags, from: Pid, to: Pid, reason: Term) -> (Control, Option<Term>) {
+    if flags.contains(DistFlags::EXIT_PAYLOAD) {
+        (
+            Control::PayloadExit {
+                from,
+                to,
+                token: None,
+            },
+            Some(reason),
+        )
+    } else {
+        (
+            Control::Exit {
+                from,
+                to,
+                reason,
+                token: None,
+            },
+            None,
+        )
+    }
+}
+
+/// An exit signal as of `exit/2`.
+pub(crate) fn exit2(flags: DistFlags, from: Pid, to: Pid, reason: Term) -> (Control, Option<Term>) {
+    if flags.contains(DistFlags::EXIT_PAYLOAD) {
+        (
+            Control::PayloadExit2 {
+                from,
+                to,
+                token: None,
+            },
+            Some(reason),
+        )
+    } else {
+        (
+            Control::Exit2 {
+                from,
+                to,
+                reason,
+                token: None,
+            },
+            None,
+        )
+    }
+}
+
+/// The end of a monitor.
+pub(crate) fn monitor_exit(
+    flags: DistFlags,
+    from: Proc,
+    to: Pid,
+    reference: Reference,
+    reason: Term,
+) -> (Control, Option<Term>) {
+    if flags.contains(DistFlags::EXIT_PAYLOAD) {
+        (Control::PayloadMonitorPExit { from, to, reference }, Some(reason))
+    } else {
+        (
+            Control::MonitorPExit {
+                from,
+                to,
+                reference,
+                reason,
+            },
+            None,
+        )
+    }
+}

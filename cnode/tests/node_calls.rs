@@ -1,0 +1,300 @@
+//! Calls in both directions between a node of the library and a real BEAM.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod node_support;
+
+use std::time::Duration;
+
+use meshx::node::{CallError, Caller, ConnectError, Message, RpcError, SendError, Server};
+use meshx_etf::Term;
+use node_support::{Epmd, LONG, soon};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn pings_go_both_ways() {
+    let epmd = Epmd::start().await;
+    let node = epmd.node("search@127.0.0.1").await;
+    let mut beam = epmd.beam("cart@127.0.0.1").await;
+    assert_eq!(beam.eval("net_adm:ping('search@127.0.0.1').").await, "pong");
+    assert_eq!(beam.eval("nodes().").await, "[]", "the node is hidden");
+    assert_eq!(beam.eval("nodes(hidden).").await, "['search@127.0.0.1']");
+    node.ping("cart@127.0.0.1", LONG).await.unwrap();
+
+    // And the other way round: this node dials.
+    assert!(node.disconnect("cart@127.0.0.1"));
+    soon(async { while beam.eval("nodes(hidden).").await != "[]" {} }).await;
+    node.ping("cart@127.0.0.1", LONG).await.unwrap();
+    assert_eq!(beam.eval("nodes(hidden).").await, "['search@127.0.0.1']");
+    let missing = node.connect("nobody@127.0.0.1").await;
+    assert!(
+        matches!(missing, Err(ConnectError::NoSuchNode { .. })),
+        "{missing:?}"
+    );
+    assert_eq!(beam.eval("net_adm:ping('nobody@127.0.0.1').").await, "pang");
+}
+
+struct Counter(i64);
+
+impl Server for Counter {
+    async fn call(&mut self, request: Term, caller: Caller) -> Option<Term> {
+        match request.as_atom() {
+            Some("get") => Some(Term::Int(self.0)),
+            Some("later") => {
+                tokio::spawn(async move { caller.reply(Term::atom("at_last")).await });
+                None
+            }
+            _ => Some(request),
+        }
+    }
+
+    async fn cast(&mut self, request: Term) {
+        self.0 += request.as_int().unwrap_or_default();
+    }
+
+    async fn info(&mut self, message: Message) {
+        if let Message::Term { term, .. } = message {
+            self.0 += term.as_int().unwrap_or_default();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_beam_calls_servers_here() {
+    let epmd = Epmd::start().await;
+    let node = epmd.node("search@127.0.0.1").await;
+    let mut beam = epmd.beam("cart@127.0.0.1").await;
+    node.serve("search", |request: Term| async move {
+        Term::tuple([Term::atom("found"), request])
+    })
+    .unwrap();
+    node.start_server("counter", Counter(0)).unwrap();
+
+    let value = beam
+        .eval("gen_server:call({search, 'search@127.0.0.1'}, {find, <<\"rust\">>}).")
+        .await;
+    assert_eq!(value, "{found,{find,<<\"rust\">>}}");
+    beam.eval("C = {counter, 'search@127.0.0.1'}.").await;
+    beam.eval("gen_server:cast(C, 40).").await;
+    beam.eval("C ! 2.").await;
+    assert_eq!(beam.eval("gen_server:call(C, get).").await, "42");
+    assert_eq!(beam.eval("gen_server:call(C, later).").await, "at_last");
+    let terms = "{1, -1.5, [1,2,3|x], #{a => \"text\", 1 => 2, 1.0 => 3}, <<1,2,3:3>>, 1 bsl 200, self(), make_ref(), \
+        'h\u{e9}', fun lists:seq/2, fun(X) -> X + length([C]) end}";
+    assert_eq!(
+        beam.eval(&format!("T = {terms}, T =:= gen_server:call(C, T)."))
+            .await,
+        "true"
+    );
+
+    // A name that nobody has is told at once, although the timeout is long.
+    let started = std::time::Instant::now();
+    let error = beam
+        .try_eval("gen_server:call({nobody, 'search@127.0.0.1'}, x, 600000).")
+        .await
+        .unwrap_err();
+    assert!(error.starts_with("{exit,{noproc,"), "{error}");
+    assert!(started.elapsed() < LONG);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn servers_of_a_beam_are_called_from_here() {
+    let epmd = Epmd::start().await;
+    let node = epmd.node("search@127.0.0.1").await;
+    let mut beam = epmd.beam("cart@127.0.0.1").await;
+    // A gen_server of OTP itself, and a process that plays one by hand.
+    let request = [
+        Term::atom("call"),
+        Term::atom("erlang"),
+        Term::atom("node"),
+        Term::list([]),
+        Term::atom("user"),
+    ];
+    let answer = node
+        .gen_call(("rex", "cart@127.0.0.1"), Term::tuple(request), LONG)
+        .await
+        .unwrap();
+    assert_eq!(answer, Term::atom("cart@127.0.0.1"));
+    beam.eval(
+        "register(echo, spawn(fun L() -> receive {'$gen_call', From, die} -> exit(boom); \
+         {'$gen_call', From, mute} -> L(); {'$gen_call', From, R} -> gen:reply(From, {echo, R}), L() end end)).",
+    )
+    .await;
+    let to = ("echo", "cart@127.0.0.1");
+    let answer = node.gen_call(to, Term::from(7), LONG).await.unwrap();
+    assert_eq!(answer, Term::tuple([Term::atom("echo"), Term::Int(7)]));
+    let silent = node
+        .gen_call(to, Term::atom("mute"), Duration::from_millis(200))
+        .await;
+    assert!(matches!(silent, Err(CallError::Timeout(_))), "{silent:?}");
+    let dead = node.gen_call(to, Term::atom("die"), LONG).await;
+    assert!(
+        matches!(&dead, Err(CallError::Exit(reason)) if *reason == Term::atom("boom")),
+        "{dead:?}"
+    );
+    let gone = node.gen_call(to, Term::from(7), LONG).await;
+    assert!(matches!(gone, Err(CallError::NoProcess(_))), "{gone:?}");
+    let away = node
+        .gen_call(("x", "nobody@127.0.0.1"), Term::from(7), LONG)
+        .await;
+    assert!(
+        matches!(
+            away,
+            Err(CallError::Send(SendError::Connect(
+                ConnectError::NoSuchNode { .. }
+            )))
+        ),
+        "{away:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn functions_of_a_beam_are_called() {
+    let epmd = Epmd::start().await;
+    let node = epmd.node("search@127.0.0.1").await;
+    let _beam = epmd.beam("cart@127.0.0.1").await;
+    let rpc = async |module: &str, function: &str, args: Vec<Term>| {
+        node.rpc("cart@127.0.0.1", module, function, args, LONG).await
+    };
+    let numbers = rpc("lists", "seq", vec![Term::Int(1), Term::Int(5)])
+        .await
+        .unwrap();
+    assert_eq!(numbers, Term::list((1..=5).map(Term::Int)));
+    let me = rpc("erlang", "node", vec![]).await.unwrap();
+    assert_eq!(me, Term::atom("cart@127.0.0.1"));
+
+    let error = rpc("erlang", "error", vec![Term::atom("oops")]).await;
+    assert!(
+        matches!(&error, Err(RpcError::Error { reason, .. }) if *reason == Term::atom("oops")),
+        "{error:?}"
+    );
+    let undef = rpc("no_such_module", "f", vec![]).await;
+    assert!(
+        matches!(&undef, Err(RpcError::Error { reason, .. }) if *reason == Term::atom("undef")),
+        "{undef:?}"
+    );
+    let exit = rpc("erlang", "exit", vec![Term::atom("bye")]).await;
+    assert!(
+        matches!(&exit, Err(RpcError::Exit { reason, .. }) if *reason == Term::atom("bye")),
+        "{exit:?}"
+    );
+    let throw = rpc("erlang", "throw", vec![Term::Int(3)]).await;
+    assert!(
+        matches!(
+            &throw,
+            Err(RpcError::Throw {
+                value: Term::Int(3),
+                ..
+            })
+        ),
+        "{throw:?}"
+    );
+    let slow = node.rpc(
+        "cart@127.0.0.1",
+        "timer",
+        "sleep",
+        vec![Term::atom("infinity")],
+        Duration::from_millis(200),
+    );
+    let slow = slow.await;
+    assert!(
+        matches!(slow, Err(RpcError::Call(CallError::Timeout(_)))),
+        "{slow:?}"
+    );
+    let halted = rpc("erlang", "halt", vec![]).await;
+    assert!(
+        matches!(halted, Err(RpcError::Call(CallError::Disconnected(_)))),
+        "{halted:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_beam_that_wants_to_spawn_here_is_told_no() {
+    let epmd = Epmd::start().await;
+    let _node = epmd.node("search@127.0.0.1").await;
+    let mut beam = epmd.beam("cart@127.0.0.1").await;
+    let error = beam
+        .try_eval("erpc:call('search@127.0.0.1', lists, seq, [1, 2]).")
+        .await
+        .unwrap_err();
+    assert_eq!(error, "{error,{erpc,notsup}}");
+    // rpc falls back to `rex`, which this node does not have.
+    let value = beam
+        .eval("rpc:call('search@127.0.0.1', lists, seq, [1, 2]).")
+        .await;
+    assert!(value.starts_with("{badrpc,"), "{value}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn large_messages_go_both_ways() {
+    const LEN: usize = 8 << 20;
+    let epmd = Epmd::start().await;
+    let node = epmd.node("search@127.0.0.1").await;
+    let mut beam = epmd.beam("cart@127.0.0.1").await;
+    node.serve("echo", |request: Term| async move { request })
+        .unwrap();
+    let same = beam
+        .eval(&format!(
+            "B = crypto:strong_rand_bytes({LEN}), B =:= gen_server:call({{echo, 'search@127.0.0.1'}}, B, 60000)."
+        ))
+        .await;
+    assert_eq!(same, "true");
+    let bytes: Vec<u8> = (0..LEN).map(|i| (i / 7) as u8).collect();
+    let args = vec![Term::binary(bytes.clone())];
+    let crc = node
+        .rpc("cart@127.0.0.1", "erlang", "crc32", args, LONG)
+        .await
+        .unwrap();
+    let back = node
+        .rpc(
+            "cart@127.0.0.1",
+            "binary",
+            "copy",
+            vec![Term::binary(bytes.clone())],
+            LONG,
+        )
+        .await
+        .unwrap();
+    assert_eq!(back.as_binary(), Some(bytes.as_slice()));
+    assert!(crc.as_int().is_some());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_of_the_library_call_each_other_and_themselves() {
+    let epmd = Epmd::start().await;
+    let a = epmd.node("a@127.0.0.1").await;
+    let b = epmd.node("b@127.0.0.1").await;
+    b.serve("twice", |request: Term| async move {
+        Term::Int(request.as_int().unwrap_or_default() * 2)
+    })
+    .unwrap();
+    for node in [&a, &b] {
+        let answer = node
+            .gen_call(("twice", "b@127.0.0.1"), Term::Int(21), LONG)
+            .await
+            .unwrap();
+        assert_eq!(answer, Term::Int(42));
+        let nobody = node
+            .gen_call(("nobody", "b@127.0.0.1"), Term::Int(21), LONG)
+            .await;
+        assert!(matches!(nobody, Err(CallError::NoProcess(_))), "{nobody:?}");
+    }
+    let unsupported = a.rpc("b@127.0.0.1", "lists", "seq", vec![], LONG).await;
+    assert!(
+        matches!(&unsupported, Err(RpcError::NotStarted { reason, .. }) if *reason == Term::atom("notsup")),
+        "{unsupported:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nodes_that_dial_each_other_at_once_get_one_connection() {
+    let epmd = Epmd::start().await;
+    for round in 0..20 {
+        let a = epmd.node(&format!("a{round}@127.0.0.1")).await;
+        let b = epmd.node(&format!("b{round}@127.0.0.1")).await;
+        let (ab, ba) = soon(async { tokio::join!(a.connect(b.name()), b.connect(a.name())) }).await;
+        ab.unwrap();
+        ba.unwrap();
+        a.ping(b.name(), LONG).await.unwrap();
+        b.ping(a.name(), LONG).await.unwrap();
+        assert_eq!((a.peers().len(), b.peers().len()), (1, 1));
+    }
+}

@@ -215,7 +215,7 @@ defmodule MeshxRpc.Options do
     config = %{config | module: config.module || id}
 
     with {:tcp, ip, _port} = address <- config.address,
-         false <- Address.local?(address) or config.keys != [] or config.insecure_no_auth do
+         false <- Address.local?(address) or config.keys.() != [] or config.insecure_no_auth do
       raise ArgumentError,
             "#{what}: address #{:inet.ntoa(ip)} can be reached from other hosts and there is no shared_key, " <>
               "wanted a shared_key, a loopback address, or insecure_no_auth: true"
@@ -239,6 +239,10 @@ defmodule MeshxRpc.Options do
     config
   end
 
+  @doc "The configuration with its keys in the open, for `MeshxRpc.Hello`: not to be kept."
+  @spec reveal(map()) :: MeshxRpc.Hello.config()
+  def reveal(config), do: %{config | keys: config.keys.()}
+
   defp prepare!(config, id, what) do
     unless is_atom(id),
       do: raise(ArgumentError, "#{what}: the id is #{inspect(id)}, wanted an atom")
@@ -257,10 +261,13 @@ defmodule MeshxRpc.Options do
             "#{what}: option :max_message is #{config.max_message}, wanted at most max_bytes (#{config.max_bytes})"
     end
 
+    keys = config.shared_key
+
     config
     |> Map.merge(%{
       id: id,
-      keys: config.shared_key,
+      # Inside a function, so that no crash report of a process or supervisor shows them.
+      keys: fn -> keys end,
       checksums: if(config.cks_mfa, do: [1], else: config.checksum),
       guard: MeshxRpc.Guard.policy(Map.put_new(config.guard, :max_bytes, config.max_message)),
       codec: config.codec || MeshxRpc.Codec.impl()

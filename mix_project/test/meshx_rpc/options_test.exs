@@ -40,6 +40,35 @@ defmodule MeshxRpc.OptionsTest do
     refute text =~ "a short key"
   end
 
+  test "nor does a process or a child specification show it" do
+    key = "sixteen bytes at least"
+    {server, address} = server(shared_key: key)
+    client = client(address, shared_key: key)
+    assert Client.Pool.call(client, :echo, 1) == 1
+
+    shown =
+      for id <- [server, client],
+          {_id, pid, _type, _modules} <- Supervisor.which_children(id),
+          process <- [Process.whereis(id), pid | children(pid)],
+          do: inspect(:sys.get_status(process), limit: :infinity, printable_limit: :infinity)
+
+    assert length(shown) >= 5
+    refute Enum.any?(shown, &(&1 =~ key))
+
+    refute inspect(Client.Pool.child_spec(:x, address: address, shared_key: key), limit: :infinity) =~
+             key
+  end
+
+  defp children(pid) do
+    case :sys.get_state(pid) do
+      %DynamicSupervisor{} ->
+        for {_, child, _, _} <- DynamicSupervisor.which_children(pid), do: child
+
+      _other ->
+        []
+    end
+  end
+
   test "a server beyond loopback needs a key, or must say that it has none" do
     for ip <- [{0, 0, 0, 0}, {10, 0, 0, 1}, {0, 0, 0, 0, 0, 0, 0, 0}, {0xFE80, 0, 0, 0, 0, 0, 0, 1}] do
       assert server_error(address: {:tcp, ip, 0}) =~ "insecure_no_auth: true"

@@ -10,7 +10,7 @@ defmodule MeshxRpc.Client.Connection do
   use GenServer
   require Logger
 
-  alias MeshxRpc.{Address, Frame, Hello, Link, Reason, Writer}
+  alias MeshxRpc.{Address, Frame, Hello, Link, Options, Reason, Writer}
   alias MeshxRpc.Client.{Backoff, Calls, Upstream}
 
   @enforce_keys [:config, :index, :table, :calls]
@@ -131,7 +131,7 @@ defmodule MeshxRpc.Client.Connection do
          {:ok, socket} <- at(state, Address.connect(address, config.timeout_connect)) do
       # Calls are bounded by their callers, results by `max_bytes`.
       link = Link.new(socket, :client, config, 0xFFFF_FFFF)
-      hello = Hello.hello(config, Hello.nonce())
+      hello = Hello.hello(Options.reveal(config), Hello.nonce())
       link = Link.queue(link, Frame.hello(hello))
       timer = :erlang.start_timer(config.timeout_hsk, self(), :hello)
       state = %{state | link: link, phase: :hello, hello: hello, timer: timer}
@@ -226,7 +226,7 @@ defmodule MeshxRpc.Client.Connection do
   defp event(_event, %{link: nil} = state), do: state
 
   defp event({:hello_ack, ack}, %{phase: :hello, agreed: nil} = state) do
-    case Hello.accept(state.config, state.hello, ack) do
+    case Hello.accept(Options.reveal(state.config), state.hello, ack) do
       {:ok, agreed, nil} ->
         %{state | agreed: agreed}
 

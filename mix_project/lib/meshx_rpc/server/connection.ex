@@ -9,7 +9,7 @@ defmodule MeshxRpc.Server.Connection do
   use GenServer, restart: :temporary
   require Logger
 
-  alias MeshxRpc.{Address, Frame, Hello, Link, Term, Writer}
+  alias MeshxRpc.{Address, Frame, Hello, Link, Options, Term, Writer}
   alias MeshxRpc.Server.Task
 
   @linger 1_000
@@ -144,7 +144,7 @@ defmodule MeshxRpc.Server.Connection do
   defp event(_event, %{phase: :closing} = state), do: state
 
   defp event({:hello, hello}, %{phase: :hello} = state) do
-    case Hello.answer(state.config, hello, Hello.nonce()) do
+    case Hello.answer(Options.reveal(state.config), hello, Hello.nonce()) do
       {:ok, agreed, ack, []} ->
         up(%{
           state

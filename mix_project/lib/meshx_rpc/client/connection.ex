@@ -175,11 +175,16 @@ defmodule MeshxRpc.Client.Connection do
 
     calls = Enum.reduce(Calls.keys(state.calls), state.calls, &Calls.finish(&2, &1, outcome.(&1)))
     was_up = state.phase in [:up, :draining]
+
+    # A mesh takes the connection, and closes or resets it when there is nobody behind: no hello has failed then.
+    nobody = is_atom(reason) and state.agreed == nil
     state = %{state | link: nil, agreed: nil, phase: :down, send_timer: nil, calls: calls}
 
-    if was_up,
-      do: again(%{state | attempt: 0}, reason, :idle),
-      else: again(%{state | failed: state.address}, reason, :hello)
+    cond do
+      was_up -> again(%{state | attempt: 0}, reason, :idle)
+      nobody -> again(state, reason, :proxy)
+      true -> again(%{state | failed: state.address}, reason, :hello)
+    end
   end
 
   defp again(%{config: config} = state, reason, kind) do

@@ -5,7 +5,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 use tokio::{
     net::{TcpListener, UnixListener},
     task::{JoinHandle, JoinSet},
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -24,6 +24,9 @@ use crate::{
 
 /// How long clients' registrations may take to be given up when the agent ends.
 pub const STOP_TIME: Duration = Duration::from_secs(8);
+
+/// Pause before the mesh is asked again for changes of the rules, after it failed to answer.
+const POLICE_RETRY: Duration = Duration::from_secs(1);
 
 /// Why an agent did not start.
 #[derive(Debug, thiserror::Error)]
@@ -99,11 +102,12 @@ impl Agent {
         };
         let registry = Arc::new(Registry::new(mesh.clone(), local.clone(), config.trust, place)?);
 
-        let proxy = Proxy::new(mesh, local, links.clone(), Settings::default());
+        let proxy = Proxy::new(mesh.clone(), local, links.clone(), Settings::default());
         let dist = UnixListener::from_std(dir.bind(DIST_SOCKET)?)?;
         let mut data = JoinSet::new();
         data.spawn(proxy.clone().serve_inbound(port));
         data.spawn(proxy.clone().serve_dist(dist));
+        data.spawn(police(mesh, proxy.clone()));
 
         let stop = CancellationToken::new();
         let upstreams = Budget::default();
@@ -167,6 +171,22 @@ impl Agent {
         self.data.shutdown().await;
         self.dir.remove();
         info!("agent ended");
+    }
+}
+
+/// Holds live links against the rules whenever these change.
+async fn police(mesh: Arc<dyn Mesh>, proxy: Arc<Proxy>) {
+    loop {
+        match mesh.changed().await {
+            Ok(()) => match proxy.reauthorize().await {
+                0 => {}
+                links => info!(links, "the rules changed: links that they deny were cut"),
+            },
+            Err(error) => {
+                warn!(%error, "changes of the rules cannot be seen now");
+                sleep(POLICE_RETRY).await;
+            }
+        }
     }
 }
 

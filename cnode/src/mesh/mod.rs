@@ -80,6 +80,10 @@ pub trait Catalogue: Send + Sync {
 pub trait Authorization: Send + Sync {
     /// May `source` open connections to `target`? The caller has verified both already.
     fn authorize(&self, source: &SpiffeId, target: &ServiceName) -> Answer<'_, Decision>;
+
+    /// Resolves when [`Authorization::authorize`] may answer otherwise than before: live pairs are to be asked
+    /// about again. One caller at a time waits here.
+    fn changed(&self) -> Answer<'_, ()>;
 }
 
 /// This host's own entries in the catalogue.

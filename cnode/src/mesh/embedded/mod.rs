@@ -16,6 +16,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 pub use dir::MeshDir;
 pub use rules::{Action, Pattern, Rule, Rules};
@@ -27,6 +28,9 @@ use super::{
     ServiceName, SpiffeId,
 };
 use crate::proxy::links::unix_now;
+
+/// How often the rules are looked at: a denial cuts live links within 2 s.
+const RULES_POLL: Duration = Duration::from_millis(250);
 
 /// One agent's membership in the mesh of a directory. It ends when this is dropped.
 #[derive(Debug)]
@@ -41,6 +45,8 @@ struct Inner {
     own: OwnEntry,
     // Held while a leaf is looked up or made, never across an await.
     leaves: Mutex<HashMap<ServiceName, Arc<Identity>>>,
+    /// The version of the rules that `changed` told of last.
+    rules_seen: Mutex<Option<rules::Stamp>>,
 }
 
 impl EmbeddedMesh {
@@ -77,6 +83,7 @@ impl EmbeddedMesh {
                 authority,
                 own,
                 leaves: Mutex::default(),
+                rules_seen: Mutex::default(),
             }),
         })
     }
@@ -168,6 +175,22 @@ impl Authorization for EmbeddedMesh {
                 return Ok(Decision { allowed: false, rule });
             }
             Ok(Rules::load(&inner.dir)?.decide(source.service(), &target))
+        })
+    }
+
+    fn changed(&self) -> Answer<'_, ()> {
+        Box::pin(async move {
+            loop {
+                let changed = self.blocking(|inner| {
+                    let now = Rules::stamp(&inner.dir);
+                    let mut seen = inner.rules_seen.lock().unwrap_or_else(PoisonError::into_inner);
+                    Ok(seen.replace(now) != Some(now))
+                });
+                if changed.await? {
+                    return Ok(());
+                }
+                tokio::time::sleep(RULES_POLL).await;
+            }
         })
     }
 }

@@ -1,6 +1,7 @@
 //! Who may talk to whom.
 
 use std::fmt;
+use std::os::unix::fs::MetadataExt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -11,6 +12,9 @@ use crate::mesh::{Decision, MeshError, NameError, ServiceName};
 /// Most rules in a file.
 pub(super) const MAX_RULES: usize = 4096;
 const FILE: &str = "rules.json";
+
+/// A version of the file, to see that it was replaced: inode, seconds and nanoseconds of its last change, size.
+pub(super) type Stamp = (u64, i64, i64, u64);
 
 /// What a rule says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -141,6 +145,13 @@ impl Rules {
             )));
         }
         Ok(rules)
+    }
+
+    /// Which version of the file there is; all zero when it cannot be seen.
+    pub(super) fn stamp(dir: &MeshDir) -> Stamp {
+        std::fs::metadata(dir.join(FILE))
+            .map(|meta| (meta.ino(), meta.mtime(), meta.mtime_nsec(), meta.size()))
+            .unwrap_or_default()
     }
 
     /// Adds a rule, or replaces the one for the same pair.

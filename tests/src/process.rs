@@ -5,6 +5,7 @@ use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal};
@@ -34,6 +35,7 @@ pub struct Process {
     stdin: Option<ChildStdin>,
     lines: Receiver<String>,
     log: Arc<Mutex<Vec<String>>>,
+    readers: Vec<JoinHandle<()>>,
 }
 
 impl Process {
@@ -74,16 +76,17 @@ impl Process {
 
         let log = Arc::new(Mutex::new(Vec::new()));
         let (sender, lines) = channel();
+        let mut readers = Vec::new();
         if let Some(out) = child.stdout.take() {
             let log = log.clone();
-            read_lines(out, move |line| {
+            readers.push(read_lines(out, move |line| {
                 locked(&log).push(line.clone());
                 let _ = sender.send(line);
-            });
+            }));
         }
         if let Some(err) = child.stderr.take() {
             let log = log.clone();
-            read_lines(err, move |line| locked(&log).push(line));
+            readers.push(read_lines(err, move |line| locked(&log).push(line)));
         }
         Ok(Self {
             name: name.to_owned(),
@@ -92,6 +95,7 @@ impl Process {
             group,
             lines,
             log,
+            readers,
         })
     }
 
@@ -134,6 +138,8 @@ impl Process {
                     ));
                 }
                 Err(RecvTimeoutError::Disconnected) => {
+                    // What it said last is still to be read.
+                    self.kill();
                     return Err(format!("{}: it ended\n{}", self.name, self.tail()));
                 }
             }
@@ -170,6 +176,9 @@ impl Process {
         let at = Instant::now();
         let _ = rustix::process::kill_process_group(self.group, Signal::KILL);
         let _ = self.child.wait();
+        for reader in self.readers.drain(..) {
+            let _ = reader.join();
+        }
         self.forget();
         at
     }
@@ -193,8 +202,8 @@ impl Process {
             status = self.child.try_wait().ok().flatten();
             status.is_some()
         });
-        let tail = self.tail();
         self.kill();
+        let tail = self.tail();
         match (ended, status) {
             (Ok(()), Some(status)) => Ok(status),
             _ => Err(format!(
@@ -233,7 +242,10 @@ pub(crate) fn wait_until(
     Ok(())
 }
 
-fn read_lines(from: impl Read + Send + 'static, mut each: impl FnMut(String) + Send + 'static) {
+fn read_lines(
+    from: impl Read + Send + 'static,
+    mut each: impl FnMut(String) + Send + 'static,
+) -> JoinHandle<()> {
     std::thread::spawn(move || {
         let mut reader = BufReader::new(from);
         let mut line = Vec::new();
@@ -241,5 +253,5 @@ fn read_lines(from: impl Read + Send + 'static, mut each: impl FnMut(String) + S
             each(String::from_utf8_lossy(&line).trim_end().to_owned());
             line.clear();
         }
-    });
+    })
 }

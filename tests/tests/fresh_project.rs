@@ -51,7 +51,7 @@ fn boots_a_node(dependency: &str) {
     // No `mix compile` first: `meshx run` must see to it that the VM finds its carrier at boot.
     let script = "IO.puts(\"node #{node()} codec #{inspect(MeshxRpc.Codec.impl())} names #{inspect(MeshxNode.names())}\")";
     let arguments = [
-        "run", "fresh@h1", "--cookie", COOKIE, "--", "mix", "run", "-e", &script,
+        "run", "fresh@h1", "--cookie", COOKIE, "--", "mix", "run", "-e", script,
     ];
     let mut node = Process::start("fresh@h1", program("meshx").unwrap(), arguments, |command| {
         command

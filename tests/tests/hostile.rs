@@ -29,9 +29,12 @@ impl Peer for UnixStream {
     }
 }
 
+/// How one door is knocked on.
+type Knock = Box<dyn Fn() -> Box<dyn Peer>>;
+
 /// The sockets of an agent and of the nodes and services behind it.
-fn doors(agent: &Agent) -> Vec<(String, Box<dyn Fn() -> Box<dyn Peer>>)> {
-    let mut doors: Vec<(String, Box<dyn Fn() -> Box<dyn Peer>>)> = Vec::new();
+fn doors(agent: &Agent) -> Vec<(String, Knock)> {
+    let mut doors: Vec<(String, Knock)> = Vec::new();
     let mut paths: Vec<PathBuf> = vec![agent.dir().join("control.sock"), agent.dir().join("dist.sock")];
     for directory in ["vm", "up"] {
         let listed = std::fs::read_dir(agent.dir().join(directory)).unwrap();

@@ -53,6 +53,33 @@ fn a_denied_pair_in_each_direction() {
 }
 
 #[test]
+fn a_denial_cuts_a_live_link_and_says_so() {
+    let mesh = Mesh::new().unwrap();
+    let h1 = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    let h2 = mesh.agent("b", "127.0.0.3", &["h2"]).unwrap();
+    let mut shop = Beam::start(&h1, "shop@h1").unwrap();
+    let mut cart = Beam::start(&h2, "cart@h2").unwrap();
+    shop.expect("MeshxNode.connect(:cart@h2)", ":ok").unwrap();
+    for node in [&mut shop, &mut cart] {
+        node.eval(":net_kernel.monitor_nodes(true, [:nodedown_reason])")
+            .unwrap();
+    }
+    // A rule about others changes nothing.
+    h1.meshx_ok(&["deny", "audit", "cart"]).unwrap();
+    let at = Instant::now();
+    h1.meshx_ok(&["deny", "cart", "shop"]).unwrap();
+    // Promised within 2 s. The end whose agent sees the rule first is told the cause; the other may see it closed.
+    let down = "receive do {:nodedown, _, info} -> info[:nodedown_reason] after 6_000 -> :still_up end";
+    let reasons = [shop.eval(down).unwrap(), cart.eval(down).unwrap()];
+    println!("cut after {:?}: {reasons:?}", at.elapsed());
+    assert!(
+        reasons.iter().any(|reason| reason.contains(":intention_denied")),
+        "{reasons:?}"
+    );
+    assert!(reasons.iter().all(|reason| reason != ":still_up"), "{reasons:?}");
+}
+
+#[test]
 fn a_host_that_the_agent_does_not_own_and_a_name_that_is_taken() {
     let mesh = Mesh::new().unwrap();
     let agent = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();

@@ -11,7 +11,7 @@ defmodule Mix.Tasks.Compile.MeshxNif do
   | `require` | a missing library is an error |
   | `skip` | nothing is built |
 
-  cargo's own directory is `$CARGO_TARGET_DIR` when set, else it lies below the build path, since a
+  cargo's own directory lies below `$CARGO_TARGET_DIR` when that is set, else below the build path, since a
   dependency's sources may be read-only.
   """
   use Mix.Task.Compiler
@@ -48,7 +48,7 @@ defmodule Mix.Tasks.Compile.MeshxNif do
          :stale <- state(stamp),
          {:ok, cargo} <- find_cargo(),
          :ok <- cargo(cargo, root),
-         :ok <- install() do
+         :ok <- install(root) do
       File.mkdir_p!(Path.dirname(stamp_file()))
       File.write!(stamp_file(), stamp)
       {:ok, []}
@@ -92,35 +92,21 @@ defmodule Mix.Tasks.Compile.MeshxNif do
     # The manifest makes meshx_nif the primary package: only then is `nif_init` exported.
     common = ["--release", "--locked", "--manifest-path", Path.join(root, "native/nif/Cargo.toml")]
     Mix.shell().info("Compiling the NIF (cargo build --release)")
-    with :ok <- forget(cargo, common), do: run_cargo(cargo, ["build" | common])
+    run_cargo(cargo, ["build" | common], root)
   end
 
-  # cargo tells crates of two checkouts apart by the times of their files alone: in a target directory that they
-  # share, it may take the other's library for ours.
-  defp forget(cargo, common) do
-    case System.get_env("CARGO_TARGET_DIR", "") do
-      "" ->
-        :ok
+  defp run_cargo(cargo, args, root) do
+    env = [{"CARGO_TARGET_DIR", target_dir(root)}]
 
-      _ ->
-        run_cargo(
-          cargo,
-          ["clean", "-p", "meshx_nif", "-p", "meshx-frame", "-p", "meshx-etf"] ++ common
-        )
-    end
-  end
-
-  defp run_cargo(cargo, args) do
-    # Absolute: cargo takes a relative directory from where it runs.
-    case System.cmd(cargo, args, env: [{"CARGO_TARGET_DIR", target_dir()}], stderr_to_stdout: true) do
+    case System.cmd(cargo, args, env: env, stderr_to_stdout: true) do
       {_output, 0} -> :ok
       {output, status} -> {:error, "cargo #{hd(args)} ended with status #{status}:\n#{output}"}
     end
   end
 
   # By rename: a library that a VM has mapped must never be written to.
-  defp install do
-    built = Path.join([target_dir(), "release", @library])
+  defp install(root) do
+    built = Path.join([target_dir(root), "release", @library])
     new = installed() <> ".#{System.pid()}.new"
 
     with :ok <- File.mkdir_p(Path.dirname(new)),
@@ -152,10 +138,12 @@ defmodule Mix.Tasks.Compile.MeshxNif do
   defp installed, do: Path.join([Mix.Project.app_path(), "priv", "native", "meshx_nif.so"])
   defp stamp_file, do: Path.join(Mix.Project.manifest_path(), "compile.meshx_nif")
 
-  defp target_dir do
+  # Absolute: cargo takes a relative directory from where it runs. One for each checkout: cargo tells crates of two
+  # checkouts apart by the times of their files alone, and might take the other's library for ours.
+  defp target_dir(root) do
     case System.get_env("CARGO_TARGET_DIR", "") do
       "" -> Path.join(Mix.Project.build_path(), "meshx_nif")
-      directory -> Path.expand(directory)
+      directory -> Path.expand("meshx_nif-#{:erlang.phash2(root, 0x1000_0000)}", directory)
     end
   end
 end

@@ -13,6 +13,8 @@ fn run(dir: &Path, program: &str, arguments: &[&str]) {
         .current_dir(dir)
         .env_remove("MIX_ENV")
         .env("MESHX_NIF", "require")
+        // A user's machine knows nothing of this repository's.
+        .env_remove("CARGO_TARGET_DIR")
         .output()
         .unwrap();
     let text = [output.stdout, output.stderr]

@@ -1,1 +1,328 @@
+//! Certificates that must not be believed, at either end.
+use rcgen::string::Ia5String;
+use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType};
+use rustls::client::ResolvesClientCert;
+use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
+use rustls::sign::CertifiedKey;
+use rustls::{ClientConfig, RootCertStore, SignatureScheme};
+use time::{Duration as Span, OffsetDateTime};
+use tokio_rustls::client::TlsStream;
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
+use super::*;
+use crate::mesh::Identity;
+
+/// Signs whatever it is asked to.
+struct Forger {
+    issuer: Issuer<'static, KeyPair>,
+    roots: Arc<RootCertStore>,
+}
+
+impl Forger {
+    /// With the key of the mesh.
+    async fn of_mesh(world: &World, host: &Host) -> Self {
+        let read = |name: &str| std::fs::read_to_string(world.mesh_dir().join(name)).unwrap();
+        let key = KeyPair::from_pem(&read("ca.key")).unwrap();
+        let issuer = Issuer::from_ca_cert_pem(&read("ca.pem"), key).unwrap();
+        Self {
+            issuer,
+            roots: host.identity("any").await.roots.clone(),
+        }
+    }
+
+    /// With a key of its own, believing what the mesh believes.
+    async fn stranger(host: &Host) -> Self {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        Self {
+            issuer: Issuer::new(params, key),
+            roots: host.identity("any").await.roots.clone(),
+        }
+    }
+
+    /// A leaf with these URIs whose validity ends so many minutes from now.
+    fn leaf(&self, host: &Host, uris: &[String], minutes: i64) -> Identity {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec!["shop".to_owned(), "cart".to_owned()]).unwrap();
+        let uri = |uri: &String| SanType::URI(Ia5String::try_from(uri.as_str()).unwrap());
+        params.subject_alt_names.extend(uris.iter().map(uri));
+        params.extended_key_usages = vec![
+            ExtendedKeyUsagePurpose::ServerAuth,
+            ExtendedKeyUsagePurpose::ClientAuth,
+        ];
+        params.not_before = OffsetDateTime::now_utc() - Span::days(2);
+        params.not_after = OffsetDateTime::now_utc() + Span::minutes(minutes);
+        let leaf = params.signed_by(&key, &self.issuer).unwrap();
+        Identity {
+            id: host.spiffe("any"),
+            chain: vec![leaf.der().clone()],
+            key: PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())),
+            roots: self.roots.clone(),
+            not_after: 0,
+        }
+    }
+}
+
+/// Leaves of `service` that prove nothing, and what is wrong with each.
+async fn bad_leaves(world: &World, host: &Host, service: &str) -> Vec<(&'static str, Identity)> {
+    let mesh = Forger::of_mesh(world, host).await;
+    let stranger = Forger::stranger(host).await;
+    let right = host.spiffe(service).to_string();
+    let other = host.spiffe("other").to_string();
+    let foreign = format!("spiffe://elsewhere.embedded/ns/default/dc/dc1/svc/{service}");
+    vec![
+        (
+            "another authority",
+            stranger.leaf(host, std::slice::from_ref(&right), 60),
+        ),
+        ("expired", mesh.leaf(host, std::slice::from_ref(&right), -60)),
+        ("two URIs", mesh.leaf(host, &[right.clone(), other], 60)),
+        (
+            "the same URI twice",
+            mesh.leaf(host, &[right.clone(), right.clone()], 60),
+        ),
+        ("no URI", mesh.leaf(host, &[], 60)),
+        ("another trust domain", mesh.leaf(host, &[foreign], 60)),
+        ("no service", mesh.leaf(host, &["spiffe://x/y".to_owned()], 60)),
+        ("a longer path", mesh.leaf(host, &[format!("{right}/x")], 60)),
+    ]
+}
+
+/// TLS with a host's inbound port, as whoever the identity says.
+pub(super) async fn secure(
+    host: &Host,
+    identity: &Identity,
+    service: &str,
+) -> io::Result<TlsStream<TcpStream>> {
+    let target = host.spiffe(service);
+    let config = tls::client_config(identity, target.clone()).unwrap();
+    handshake(host, config, target.server_name()).await
+}
+
+async fn handshake(host: &Host, config: Arc<ClientConfig>, name: String) -> io::Result<TlsStream<TcpStream>> {
+    let stream = TcpStream::connect(host.address).await.unwrap();
+    let name = ServerName::try_from(name).unwrap();
+    soon("a handshake", TlsConnector::from(config).connect(name, stream)).await
+}
+
+pub(super) fn request(purpose: Purpose, service: &str, instance: &str, node: &str) -> Request {
+    let (service, instance, node) = (service.to_owned(), instance.to_owned(), node.to_owned());
+    let mut link = [0; 16];
+    getrandom::fill(&mut link).unwrap();
+    Request {
+        purpose,
+        link: LinkId(link),
+        service,
+        instance,
+        node,
+    }
+}
+
+/// Sends a request and reads the answer; an error when the other side ends TLS instead.
+pub(super) async fn ask(
+    stream: &mut TlsStream<TcpStream>,
+    request: &Request,
+) -> io::Result<Result<(), Refusal>> {
+    let mut bytes = Vec::new();
+    request.encode(&mut bytes);
+    // The alert says more than a failed write.
+    let _ = stream.write_all(&bytes).await;
+    Ok(decode_reply(&frame(stream).await?).unwrap())
+}
+
+#[tokio::test]
+async fn a_client_must_prove_one_service_of_this_mesh() {
+    let world = World::new();
+    let (h1, h2) = (
+        world.host("h1", "127.0.0.2").await,
+        world.host("h2", "127.0.0.3").await,
+    );
+    let (shop, cart) = (h1.node("shop@h1").await, h2.node("cart@h2").await);
+    let asked = request(Purpose::Dist, "cart", "cart@h2", "shop@h1");
+    let leaves = bad_leaves(&world, &h1, "shop").await;
+    for (i, (what, leaf)) in leaves.iter().enumerate() {
+        let mut stream = secure(&h2, leaf, "cart")
+            .await
+            .unwrap_or_else(|error| panic!("{what}: {error}"));
+        match ask(&mut stream, &asked).await {
+            Ok(reply) => assert_eq!(reply.expect_err(what).cause, Cause::CertificateInvalid, "{what}"),
+            Err(error) => assert_eq!(
+                tls::refusal(&error).cause,
+                Cause::CertificateInvalid,
+                "{what}: {error}"
+            ),
+        }
+        assert!(rest(&mut stream).await.is_empty(), "{what}");
+        drop(stream);
+        let counted = i as u64 + 1;
+        until(what, || h2.refusals(Cause::CertificateInvalid) == counted).await;
+    }
+    assert_eq!(h2.all_refusals(), leaves.len() as u64);
+    assert!(h2.links.snapshot().is_empty());
+    // The same way with a leaf that holds.
+    let good = Forger::of_mesh(&world, &h1)
+        .await
+        .leaf(&h1, &[h1.spiffe("shop").to_string()], 60);
+    let mut stream = secure(&h2, &good, "cart").await.unwrap();
+    assert_eq!(ask(&mut stream, &asked).await.unwrap(), Ok(()));
+    drop(stream);
+    let _ended = soon("the node's side", cart.listener.accept()).await.unwrap();
+    shop.link(&cart).await;
+}
+
+#[derive(Debug)]
+struct Nobody;
+
+impl ResolvesClientCert for Nobody {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        None
+    }
+
+    fn has_certs(&self) -> bool {
+        false
+    }
+}
+
+#[tokio::test]
+async fn a_client_needs_a_certificate_and_the_protocol() {
+    let world = World::new();
+    let h2 = world.host("h2", "127.0.0.3").await;
+    let _cart = h2.node("cart@h2").await;
+    let target = h2.spiffe("cart");
+    let config = |change: fn(&mut ClientConfig)| {
+        let (h2, target) = (&h2, target.clone());
+        async move {
+            let mut config = (*tls::client_config(&*h2.identity("shop").await, target).unwrap()).clone();
+            change(&mut config);
+            Arc::new(config)
+        }
+    };
+    let asked = request(Purpose::Dist, "cart", "cart@h2", "shop@h1");
+
+    let anonymous = config(|config| config.client_auth_cert_resolver = Arc::new(Nobody)).await;
+    let mut stream = handshake(&h2, anonymous, target.server_name()).await.unwrap();
+    let error = ask(&mut stream, &asked).await.unwrap_err();
+    assert_eq!(tls::refusal(&error).cause, Cause::CertificateInvalid, "{error}");
+    until("the log", || h2.refusals(Cause::CertificateInvalid) == 1).await;
+
+    let other = config(|config| config.alpn_protocols = vec![b"h2".to_vec()]).await;
+    let error = handshake(&h2, other, target.server_name()).await.unwrap_err();
+    assert_eq!(tls::refusal(&error).cause, Cause::VersionMismatch, "{error}");
+
+    let silent = config(|config| config.alpn_protocols = Vec::new()).await;
+    let mut stream = handshake(&h2, silent, target.server_name()).await.unwrap();
+    assert!(ask(&mut stream, &asked).await.is_err());
+    until("the log", || h2.refusals(Cause::VersionMismatch) == 2).await;
+
+    // A service that is not here, and the right service in another trust domain.
+    for name in [
+        h2.spiffe("nobody").server_name(),
+        "cart.default.dc1.internal.elsewhere.embedded".to_owned(),
+    ] {
+        let error = handshake(&h2, config(|_| ()).await, name).await.unwrap_err();
+        assert_eq!(tls::refusal(&error).cause, Cause::Unreachable, "{error}");
+    }
+    until("the log", || h2.refusals(Cause::NoSuchService) == 2).await;
+}
+
+#[tokio::test]
+async fn sessions_are_not_resumed() {
+    let world = World::new();
+    let (h1, h2) = (
+        world.host("h1", "127.0.0.2").await,
+        world.host("h2", "127.0.0.3").await,
+    );
+    let (_shop, _cart) = (h1.node("shop@h1").await, h2.node("cart@h2").await);
+    // A client that would gladly resume.
+    let mut config = (*tls::client_config(&*h1.identity("shop").await, h2.spiffe("cart")).unwrap()).clone();
+    config.resumption = rustls::client::Resumption::in_memory_sessions(8);
+    config.enable_early_data = true;
+    let config = Arc::new(config);
+    for _ in 0..3 {
+        let mut stream = handshake(&h2, config.clone(), h2.spiffe("cart").server_name())
+            .await
+            .unwrap();
+        let asked = request(Purpose::Dist, "cart", "cart@h2", "shop@h1");
+        assert_eq!(ask(&mut stream, &asked).await.unwrap(), Ok(()));
+        assert_eq!(
+            stream.get_ref().1.handshake_kind(),
+            Some(rustls::HandshakeKind::Full)
+        );
+        assert_eq!(
+            stream.get_ref().1.protocol_version(),
+            Some(rustls::ProtocolVersion::TLSv1_3)
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_server_must_prove_exactly_the_service_that_was_dialled() {
+    let world = World::new();
+    let h1 = world.host("h1", "127.0.0.2").await;
+    let shop = h1.node("shop@h1").await;
+    // A thief that the catalogue leads to.
+    let listener = TcpListener::bind("127.0.0.3:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let thief = EmbeddedMesh::open(&world.mesh_dir(), "thief", vec!["h9".to_owned()], address).unwrap();
+    let instance = Instance {
+        id: "cart@h9".to_owned(),
+        service: ServiceName::new("cart").unwrap(),
+        node: Some("cart@h9".to_owned()),
+        agent: "thief".to_owned(),
+        address,
+    };
+    thief.register(&instance).await.unwrap();
+
+    let mut leaves = bad_leaves(&world, &h1, "cart").await;
+    let forger = Forger::of_mesh(&world, &h1).await;
+    for other in ["shop", "cart-2", "car"] {
+        leaves.push((
+            "another service",
+            forger.leaf(&h1, &[h1.spiffe(other).to_string()], 60),
+        ));
+    }
+    for (i, (what, leaf)) in leaves.iter().enumerate() {
+        let acceptor = TlsAcceptor::from(tls::server_config(leaf).unwrap());
+        let serve = async {
+            let (stream, _) = listener.accept().await.unwrap();
+            assert!(
+                acceptor.accept(stream).await.is_err(),
+                "{what}: no request may follow"
+            );
+        };
+        let (refusal, ()) = soon(what, async { tokio::join!(shop.dial("cart@h9"), serve) }).await;
+        assert_eq!(
+            refusal.expect_err(what).cause,
+            Cause::CertificateInvalid,
+            "{what}"
+        );
+        assert_eq!(h1.refusals(Cause::CertificateInvalid), i as u64 + 1);
+    }
+
+    // Only the right one gets a request.
+    let right = forger.leaf(&h1, &[h1.spiffe("cart").to_string()], 60);
+    let serve = async {
+        let (stream, _) = listener.accept().await.unwrap();
+        let mut stream = TlsAcceptor::from(tls::server_config(&right).unwrap())
+            .accept(stream)
+            .await
+            .unwrap();
+        let asked = Request::decode(&frame(&mut stream).await.unwrap()).unwrap();
+        let mut reply = Vec::new();
+        encode_reply(&Err(Cause::Limit.because("full")), &mut reply);
+        stream.write_all(&reply).await.unwrap();
+        asked
+    };
+    let (refusal, asked) = soon("a request", async { tokio::join!(shop.dial("cart@h9"), serve) }).await;
+    assert_eq!(
+        (asked.instance.as_str(), asked.node.as_str()),
+        ("cart@h9", "shop@h1")
+    );
+    let refusal = refusal.unwrap_err();
+    assert_eq!(refusal.cause, Cause::Limit);
+    assert!(
+        refusal.text.ends_with("full"),
+        "the other agent's words reach the caller: {refusal}"
+    );
+}

@@ -1,1 +1,196 @@
+//! RPC and plain connections through upstreams.
+use std::os::unix::fs::PermissionsExt;
 
+use super::certificates::{ask, request, secure};
+use super::*;
+
+/// A service that says its name, then repeats what it hears.
+fn echo(listener: TcpListener, name: &'static str) -> AbortHandle {
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let (mut reader, mut writer) = stream.into_split();
+            tokio::spawn(async move {
+                writer.write_all(name.as_bytes()).await?;
+                tokio::io::copy(&mut reader, &mut writer).await
+            });
+        }
+    })
+    .abort_handle()
+}
+
+async fn tcp(host: &Host, id: &'static str) -> (SocketAddr, AbortHandle) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    host.service(id, "echo", Endpoint::Tcp(address)).await;
+    (address, echo(listener, id))
+}
+
+fn upstream(host: &Host, instance: Option<&str>) -> Upstream {
+    Upstream {
+        source: ServiceName::new("web").unwrap(),
+        target: ServiceName::new("echo").unwrap(),
+        instance: instance.map(str::to_owned),
+        purpose: Purpose::Rpc,
+        path: host.dir.join("up.sock"),
+        uid: rustix::process::geteuid().as_raw(),
+        owner: 2,
+    }
+}
+
+async fn greeting(host: &Host) -> String {
+    let mut stream = UnixStream::connect(host.dir.join("up.sock")).await.unwrap();
+    let _ = stream.shutdown().await;
+    String::from_utf8(rest(&mut stream).await).unwrap()
+}
+
+#[tokio::test]
+async fn a_service_is_reached_through_a_local_socket() {
+    let world = World::new();
+    let (h1, h2) = (
+        world.host("h1", "127.0.0.2").await,
+        world.host("h2", "127.0.0.3").await,
+    );
+    tcp(&h2, "echo-a").await;
+    // One direction is enough, and only the server's agent decides it.
+    world.rule("echo", "web", Action::Deny);
+    let handle = h1.proxy.upstream(upstream(&h1, None)).unwrap();
+    let path = h1.dir.join("up.sock");
+    assert_eq!(
+        std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
+    let mut stream = UnixStream::connect(&path).await.unwrap();
+    stream.write_all(b"hello").await.unwrap();
+    let mut seen = [0; 11];
+    stream.read_exact(&mut seen).await.unwrap();
+    assert_eq!(&seen, b"echo-ahello");
+    let (out, inn) = (h1.links.snapshot().remove(0), h2.links.snapshot().remove(0));
+    assert_eq!(
+        (out.info.purpose, out.info.remote.as_str()),
+        (Purpose::Rpc, "echo-a")
+    );
+    assert_eq!(
+        (inn.info.remote.as_str(), inn.info.remote_spiffe),
+        ("web", h1.spiffe("web"))
+    );
+    assert_eq!(
+        h1.proxy.reauthorize().await + h2.proxy.reauthorize().await,
+        0,
+        "the way back is nobody's business"
+    );
+
+    world.rule("web", "echo", Action::Deny);
+    assert_eq!(h2.proxy.reauthorize().await, 1);
+    rest(&mut stream).await;
+    assert_eq!(greeting(&h1).await, "");
+    assert_eq!(
+        h1.links.refusal_of_target("echo").unwrap().refusal.cause,
+        Cause::IntentionDenied
+    );
+    assert_eq!(h2.refusals(Cause::IntentionDenied), 1);
+
+    drop(handle);
+    assert!(!path.exists());
+    until("no links", || h1.links.snapshot().is_empty()).await;
+}
+
+#[tokio::test]
+async fn any_instance_that_answers_will_do() {
+    let world = World::new();
+    let (h1, h2) = (
+        world.host("h1", "127.0.0.2").await,
+        world.host("h2", "127.0.0.3").await,
+    );
+    let _handle = h1.proxy.upstream(upstream(&h1, None)).unwrap();
+    assert_eq!(greeting(&h1).await, "");
+    assert_eq!(
+        h1.links.refusal_of_target("echo").unwrap().refusal.cause,
+        Cause::NoSuchService
+    );
+    // A node of the same service is no RPC server.
+    let _node = h2.node("echo@h2").await;
+    assert_eq!(greeting(&h1).await, "");
+
+    let (_, a) = tcp(&h2, "echo-a").await;
+    let (address, _b) = tcp(&h2, "echo-b").await;
+    a.abort();
+    // Its port may be closed a moment later than its task.
+    let gone = h2.local.by_id("echo-a").unwrap().endpoint.clone();
+    let Endpoint::Tcp(gone) = gone else {
+        panic!("{gone:?}")
+    };
+    until("a closed port", || std::net::TcpStream::connect(gone).is_err()).await;
+    assert_ne!(gone, address);
+    for _ in 0..8 {
+        assert_eq!(greeting(&h1).await, "echo-b");
+    }
+    // The nearest comes first, without TLS and with the same rule.
+    tcp(&h1, "echo-c").await;
+    for _ in 0..4 {
+        assert_eq!(greeting(&h1).await, "echo-c");
+    }
+    world.rule("web", "echo", Action::Deny);
+    let before = h1.refusals(Cause::IntentionDenied);
+    assert_eq!(greeting(&h1).await, "");
+    assert_eq!(h1.refusals(Cause::IntentionDenied), before + 1);
+}
+
+#[tokio::test]
+async fn one_instance_can_be_asked_for() {
+    let world = World::new();
+    let (h1, h2) = (
+        world.host("h1", "127.0.0.2").await,
+        world.host("h2", "127.0.0.3").await,
+    );
+    tcp(&h1, "echo-a").await;
+    tcp(&h2, "echo-b").await;
+    let handle = h1.proxy.upstream(upstream(&h1, Some("echo-b"))).unwrap();
+    assert_eq!(greeting(&h1).await, "echo-b");
+    drop(handle);
+    let _handle = h1.proxy.upstream(upstream(&h1, Some("echo-x"))).unwrap();
+    assert_eq!(greeting(&h1).await, "");
+}
+
+#[tokio::test]
+async fn an_upstream_belongs_to_its_uid_and_a_path_to_one() {
+    let world = World::new();
+    let (h1, h2) = (
+        world.host("h1", "127.0.0.2").await,
+        world.host("h2", "127.0.0.3").await,
+    );
+    tcp(&h2, "echo-a").await;
+    let mut strangers = upstream(&h1, None);
+    strangers.uid += 1;
+    let _handle = h1.proxy.upstream(strangers).unwrap();
+    assert_eq!(greeting(&h1).await, "");
+    assert_eq!(h1.refusals(Cause::NotPermitted), 1);
+    assert!(h1.proxy.upstream(upstream(&h1, None)).is_err());
+    assert_eq!(greeting(&h1).await, "", "the first one is still there");
+}
+
+#[tokio::test]
+async fn a_unix_service_and_a_claimed_node() {
+    let world = World::new();
+    let (h1, h2) = (
+        world.host("h1", "127.0.0.2").await,
+        world.host("h2", "127.0.0.3").await,
+    );
+    let _shop = h1.node("shop@h1").await;
+    let path = h2.dir.join("service.sock");
+    let listener = UnixListener::bind(&path).unwrap();
+    h2.service("files-1", "files", Endpoint::Uds(path)).await;
+    let leaf = h1.identity("shop").await;
+    let mut stream = secure(&h2, &leaf, "files").await.unwrap();
+    let asked = request(Purpose::Tcp, "files", "files-1", "shop@h1");
+    assert_eq!(ask(&mut stream, &asked).await.unwrap(), Ok(()));
+    stream.write_all(b"no frame goes ahead").await.unwrap();
+    stream.shutdown().await.unwrap();
+    let (mut near, _) = soon("a connection", listener.accept()).await.unwrap();
+    assert_eq!(rest(&mut near).await, b"no frame goes ahead");
+    // A node that is claimed without need must be proven all the same.
+    let mut stream = secure(&h2, &leaf, "files").await.unwrap();
+    let refusal = ask(&mut stream, &request(Purpose::Tcp, "files", "", "cart@h2"))
+        .await
+        .unwrap();
+    assert_eq!(refusal.unwrap_err().cause, Cause::IdentityMismatch);
+}

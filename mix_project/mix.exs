@@ -4,7 +4,7 @@ Code.require_file("native.exs", __DIR__)
 defmodule Meshx.MixProject do
   use Mix.Project
 
-  @version "1.0.0-dev"
+  @version "0.2.0-dev"
 
   def project do
     [

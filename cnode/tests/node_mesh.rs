@@ -137,7 +137,7 @@ async fn a_link_is_cut_when_the_agent_says_so() {
     let a = Agent::start(root.path(), "a", "127.0.0.2", "h1").await;
     let (shop, search) = (a.node("shop@h1").await, a.node("search@h1").await);
     shop.ping("search@h1", LONG).await.unwrap();
-    let mut events = shop.events();
+    let (mut events, mut there) = (shop.events(), search.events());
     let control = ControlClient::connect(Some(&a.dir)).await.unwrap();
     let links = control.request("links", map([])).await.unwrap();
     let id = links.map_get("links").unwrap().as_list().unwrap()[0]
@@ -162,6 +162,11 @@ async fn a_link_is_cut_when_the_agent_says_so() {
         DownReason::Closed | DownReason::Io(_) => {}
         other => panic!("{other}"),
     }
+    // The other end has seen it, too, before it dials anew.
+    assert!(matches!(
+        soon(there.recv()).await.unwrap(),
+        NodeEvent::Down { .. }
+    ));
     search.ping("shop@h1", LONG).await.unwrap();
 }
 

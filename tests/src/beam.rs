@@ -68,45 +68,63 @@ impl BeamBuilder {
     /// # Errors
     /// When the process cannot be started.
     pub fn spawn(self, agent: &Agent) -> Result<Beam> {
-        let libs = libraries();
-        let ebin = libs.join("meshx/ebin");
         let mut arguments = vec![
             "run".to_owned(),
             self.name.clone(),
             "--cookie".into(),
             COOKIE.into(),
         ];
-        arguments.extend(["--ebin".into(), ebin.display().to_string()]);
+        arguments.extend(["--ebin".into(), ebin().display().to_string()]);
         arguments.extend(self.run_options);
-        arguments.extend([
-            "--".into(),
-            "elixir".into(),
-            "-pa".into(),
-            format!("{}/*/ebin", libs.display()),
-        ]);
-        if !self.erl.is_empty() {
-            arguments.extend(["--erl".into(), self.erl]);
-        }
-        arguments.push(
-            repository()
-                .join("tests/support/console.exs")
-                .display()
-                .to_string(),
-        );
-        arguments.extend(self.apps);
-        let process = Process::start(&self.name, program("meshx")?, arguments, |command| {
-            command.env("MESHX_DIR", agent.dir());
-        })
-        .context("start a node")?;
-        Ok(Beam {
-            process,
-            name: self.name,
-        })
+        arguments.extend(["--".into(), "elixir".into()]);
+        arguments.extend(console(&self.erl, &self.apps));
+        start(self.name, program("meshx")?, arguments, agent)
+    }
+
+    /// Starts a VM without a name, by hand and not by `meshx run`: it may start distribution later.
+    ///
+    /// # Errors
+    /// When it does not boot.
+    pub fn start_nameless(self, agent: &Agent) -> Result<Beam> {
+        let flags = format!("-proto_dist meshx -no_epmd -setcookie {COOKIE} {}", self.erl);
+        let mut beam = start(self.name, "elixir".into(), console(&flags, &self.apps), agent)?;
+        beam.process
+            .wait_for(START, |line| line.starts_with("ready ").then_some(()))?;
+        Ok(beam)
     }
 }
 
+/// The arguments of `elixir` for a VM that answers expressions.
+fn console(erl: &str, apps: &[String]) -> Vec<String> {
+    let mut arguments = vec!["-pa".to_owned(), format!("{}/*/ebin", libraries().display())];
+    if !erl.is_empty() {
+        arguments.extend(["--erl".into(), erl.into()]);
+    }
+    arguments.push(
+        repository()
+            .join("tests/support/console.exs")
+            .display()
+            .to_string(),
+    );
+    arguments.extend(apps.iter().cloned());
+    arguments
+}
+
+fn start(name: String, program: PathBuf, arguments: Vec<String>, agent: &Agent) -> Result<Beam> {
+    let process = Process::start(&name, program, arguments, |command| {
+        command.env("MESHX_DIR", agent.dir());
+    })
+    .context("start a node")?;
+    Ok(Beam { process, name })
+}
+
+/// Where the carrier is.
+pub fn ebin() -> PathBuf {
+    libraries().join("meshx/ebin")
+}
+
 /// Where `make build` and `make test` put the compiled example with its dependency `:meshx`.
-pub fn libraries() -> PathBuf {
+fn libraries() -> PathBuf {
     repository().join("examples/shop/_build/prod/lib")
 }
 

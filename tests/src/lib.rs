@@ -8,7 +8,7 @@ mod beam;
 mod process;
 
 pub use agent::{Agent, Mesh};
-pub use beam::{Beam, BeamBuilder, COOKIE, libraries};
+pub use beam::{Beam, BeamBuilder, COOKIE, ebin};
 pub use process::{Process, kill_all};
 
 /// A failure in words: what was done, what was seen.

@@ -131,11 +131,18 @@ fn simultaneous_connects_end_in_one_link() {
 #[test]
 fn distribution_stops_and_starts_again_under_the_same_name() {
     let (_mesh, h1, h2) = two_hosts();
-    let mut shop = Beam::start(&h1, "shop@h1").unwrap();
-    let _cart = Beam::start(&h2, "cart@h2").unwrap();
-    // Distribution that the command line started cannot be stopped by Node.stop: start it in a plain VM.
-    shop.expect("Node.stop()", "{:error, :not_allowed}").unwrap();
-    shop.expect("Node.connect(:cart@h2)", "true").unwrap();
+    let mut late = BeamBuilder::new("late").start_nameless(&h1).unwrap();
+    let mut cart = Beam::start(&h2, "cart@h2").unwrap();
+    late.expect("node()", ":nonode@nohost").unwrap();
+    for _ in 0..3 {
+        late.expect("Node.start(:late@h1) |> elem(0)", ":ok").unwrap();
+        late.expect("MeshxNode.connect(:cart@h2)", ":ok").unwrap();
+        cart.expect("Node.list()", "[:late@h1]").unwrap();
+        late.expect("Node.stop()", ":ok").unwrap();
+        h2.wait_name("late@h1", false, std::time::Duration::from_secs(3))
+            .unwrap();
+        late.expect("node()", ":nonode@nohost").unwrap();
+    }
 }
 
 #[test]

@@ -289,6 +289,6 @@ fn shell(h1: &Agent) -> String {
     format!(
         "MESHX_DIR={} {meshx} run ops@h1 --hidden --cookie {COOKIE} --ebin {} -- iex --remsh shop@h1",
         h1.dir().display(),
-        meshx_tests::libraries().join("meshx/ebin").display()
+        meshx_tests::ebin().display()
     )
 }

@@ -386,7 +386,13 @@ impl Inner {
             }
         }
         let reason = connection.reason();
-        tracing::info!(node = connection.node.as_str(), %reason, "connection down");
+        // Ends that somebody should look into are told without being asked for.
+        match &reason {
+            DownReason::Closed | DownReason::Disconnected | DownReason::Replaced => {
+                tracing::info!(node = connection.node.as_str(), %reason, "connection down");
+            }
+            _ => tracing::warn!(node = connection.node.as_str(), %reason, "connection down"),
+        }
         self.tell(NodeEvent::Down {
             node: connection.node.as_str().to_owned(),
             reason,

@@ -20,6 +20,8 @@ use index::{Document, Index};
 use meshx::node::{Caller, Node, Server, read_cookie};
 use meshx_etf::Term;
 use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 /// A search service that joins an Erlang cluster.
 #[derive(Debug, Parser)]
@@ -43,7 +45,10 @@ struct Args {
 
 #[tokio::main]
 async fn main() -> ExitCode {
-    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    // RUST_LOG says what is logged; warnings, if it says nothing.
+    let filter = EnvFilter::builder()
+        .with_default_directive(LevelFilter::WARN.into())
+        .from_env_lossy();
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

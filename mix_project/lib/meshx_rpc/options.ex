@@ -136,7 +136,7 @@ defmodule MeshxRpc.Options do
         max_hello: [
           type: {:range, 1, 1_000_000},
           default: 128,
-          doc: "connections in their hello at once"
+          doc: "connections in their hello at once; one more ends the oldest"
         ],
         max_concurrency: [
           type: {:range, 1, 1_000_000},

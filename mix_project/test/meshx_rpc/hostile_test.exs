@@ -108,11 +108,25 @@ defmodule MeshxRpc.HostileTest do
     assert text =~ "max_connections"
     :ok = :gen_tcp.close(first)
     await_connections(server, 1)
-    assert {@full, text} = address |> raw() |> refusal()
-    assert text =~ "max_hello"
-    :ok = :gen_tcp.close(silent)
-    await_connections(server, 0)
+    # A silent connection makes room for the next one.
     _ = TestPeer.connect(address)
+    assert {@full, text} = refusal(silent)
+    assert text =~ "max_hello"
+  end
+
+  test "a crowd of silent connections keeps nobody out, and its members are gone in time" do
+    {server, address} = server(max_connections: 40, max_hello: 8, timeout_hsk: 60_000)
+    friend = TestPeer.connect(address)
+
+    for round <- 1..5 do
+      crowd = for _ <- 1..30, do: raw(address)
+      _ = TestPeer.connect(address)
+      :ok = :gen_tcp.send(friend, TestPeer.request(round, "echo", 0, "x"))
+      assert {0x11, ^round, <<0, 0, 1::64, "x">>} = TestPeer.frame(friend)
+      await(fn -> Server.Pool.info(server).in_hello <= 8 end)
+      Enum.each(crowd, &:gen_tcp.close/1)
+      await(fn -> Server.Pool.info(server).in_hello == 0 end)
+    end
   end
 
   defp await(condition) do

@@ -116,6 +116,16 @@ defmodule MeshxRpc.Server.Connection do
   end
 
   def handle_info({:timeout, _timer, :hello}, state), do: continue(state)
+
+  # Too many are in their hello, and this is the oldest. It ends at once: lingering ones would fill the server.
+  def handle_info(:evicted, %{phase: phase} = state) when phase in [:hello, :auth] do
+    text = "#{state.config.max_hello} newer connections are in their hello (max_hello)"
+    log(state, :full, text)
+    if state.link, do: Link.shutdown(state.link, Frame.refused(:full, text))
+    {:stop, :normal, state}
+  end
+
+  def handle_info(:evicted, state), do: continue(state)
   def handle_info({:timeout, _timer, :linger}, state), do: {:stop, :normal, state}
 
   def handle_info({:timeout, timer, :send}, %{send_timer: timer} = state) do

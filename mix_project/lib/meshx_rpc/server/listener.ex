@@ -1,7 +1,8 @@
 defmodule MeshxRpc.Server.Listener do
   @moduledoc false
-  # Listens, lets acceptors in, and knows the connections: how many there are, how many are in their hello,
-  # and what must be given back when one dies. With `:mesh` it registers the service first, as long as it takes.
+  # Listens, lets acceptors in, and knows the connections: how many there are, which are in their hello,
+  # and what must be given back when one dies. When too many are in their hello the oldest of them goes, so
+  # that silent ones never keep the others out. With `:mesh` it registers the service first, as long as it takes.
 
   use GenServer
   require Logger
@@ -22,6 +23,7 @@ defmodule MeshxRpc.Server.Listener do
     :address,
     :registration,
     connections: %{},
+    waiting: :queue.new(),
     hellos: 0
   ]
 
@@ -79,10 +81,8 @@ defmodule MeshxRpc.Server.Listener do
         {:reply, {:error, "#{config.max_connections} connections are open (max_connections)"},
          state}
 
-      state.hellos >= config.max_hello ->
-        {:reply, {:error, "#{config.max_hello} connections are in their hello (max_hello)"}, state}
-
       true ->
+        state = if state.hellos >= config.max_hello, do: evict(state), else: state
         held = :counters.new(1, [])
 
         {:ok, pid} =
@@ -93,7 +93,9 @@ defmodule MeshxRpc.Server.Listener do
 
         Process.monitor(pid)
         connections = Map.put(state.connections, pid, {:hello, held})
-        {:reply, {:ok, pid}, %{state | connections: connections, hellos: state.hellos + 1}}
+        waiting = :queue.in(pid, state.waiting)
+        state = %{state | connections: connections, waiting: waiting, hellos: state.hellos + 1}
+        {:reply, {:ok, pid}, state}
     end
   end
 
@@ -101,8 +103,8 @@ defmodule MeshxRpc.Server.Listener do
   def handle_info({:up, pid}, state) do
     case state.connections do
       %{^pid => {:hello, held}} ->
-        {:noreply,
-         %{state | connections: %{state.connections | pid => {:up, held}}, hellos: state.hellos - 1}}
+        connections = %{state.connections | pid => {:up, held}}
+        {:noreply, shorten(%{state | connections: connections, hellos: state.hellos - 1})}
 
       _gone ->
         {:noreply, state}
@@ -117,7 +119,7 @@ defmodule MeshxRpc.Server.Listener do
       {{phase, held}, connections} ->
         :atomics.sub(state.config.running, 1, :counters.get(held, 1))
         hellos = if phase == :hello, do: state.hellos - 1, else: state.hellos
-        {:noreply, %{state | connections: connections, hellos: hellos}}
+        {:noreply, shorten(%{state | connections: connections, hellos: hellos})}
     end
   end
 
@@ -145,6 +147,32 @@ defmodule MeshxRpc.Server.Listener do
   defp listen(state, address) do
     with {:ok, socket, address} <- Address.listen(address, state.config.backlog),
          do: {:ok, %{state | socket: socket, address: address}}
+  end
+
+  # Most leave in the order in which they came: the queue stays short.
+  defp shorten(state) do
+    with {:value, pid} <- :queue.peek(state.waiting),
+         false <- match?(%{^pid => {:hello, _held}}, state.connections) do
+      shorten(%{state | waiting: :queue.drop(state.waiting)})
+    else
+      _empty_or_in_hello -> state
+    end
+  end
+
+  # `waiting` has those in their hello, oldest first, and some that no longer are.
+  defp evict(state) do
+    {{:value, pid}, waiting} = :queue.out(state.waiting)
+    state = %{state | waiting: waiting}
+
+    case state.connections do
+      %{^pid => {:hello, held}} ->
+        send(pid, :evicted)
+        connections = %{state.connections | pid => {:evicted, held}}
+        %{state | connections: connections, hellos: state.hellos - 1}
+
+      _in_use_or_gone ->
+        evict(state)
+    end
   end
 
   # The agent, or the mesh behind it, may come later than we do.

@@ -4,7 +4,8 @@ defmodule MeshxRpc.Link do
   #
   # The connection never waits inside the port: a batch of at most 256 KiB is written only while the port's
   # queue is below its watermark; `{:drained, socket}` says when it is again. So the queue is short, and small
-  # calls overtake bulk.
+  # calls overtake bulk. `gen_tcp:send` is no way to write: it answers only when the queue is below the mark again.
+  # The port's own answer, `{:inet_reply, socket, :ok | {:error, reason}}`, comes as a message.
 
   alias MeshxRpc.{Address, Writer}
 
@@ -116,7 +117,7 @@ defmodule MeshxRpc.Link do
         written: link.written + size
     }
 
-    with :ok <- if(size == 0, do: :ok, else: :gen_tcp.send(link.socket, frames)),
+    with :ok <- if(size == 0, do: :ok, else: command(link.socket, frames)),
          {:ok, link} <- ask(link),
          do: {:ok, link, notes}
   end
@@ -129,7 +130,7 @@ defmodule MeshxRpc.Link do
   @spec shutdown(t(), iodata()) :: :ok
   def shutdown(link, frames) do
     # A peer that does not read must not keep us: last words are only for those whose way is free.
-    unless link.blocked, do: _ = :gen_tcp.send(link.socket, frames)
+    unless link.blocked, do: _ = command(link.socket, frames)
     unless link.blocked, do: _ = :gen_tcp.shutdown(link.socket, :write)
     :ok
   end
@@ -139,6 +140,13 @@ defmodule MeshxRpc.Link do
   def close(link) do
     if link.blocked, do: _ = :inet.setopts(link.socket, linger: {true, 0})
     :gen_tcp.close(link.socket)
+  end
+
+  # Refused only by a port that is busy, which `blocked` rules out.
+  defp command(socket, frames) do
+    if :erlang.port_command(socket, frames, [:nosuspend]), do: :ok, else: {:error, :busy}
+  rescue
+    ArgumentError -> {:error, :closed}
   end
 
   # `written` is at least what the port's queue can hold: it is asked only when that may be too much.

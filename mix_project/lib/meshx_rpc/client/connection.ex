@@ -101,6 +101,9 @@ defmodule MeshxRpc.Client.Connection do
   def handle_info({:drained, socket}, %{link: %{socket: socket}} = state),
     do: write(%{state | link: Link.drained(state.link)})
 
+  def handle_info({:inet_reply, socket, {:error, reason}}, %{link: %{socket: socket}} = state),
+    do: state |> lost(reason) |> continue()
+
   def handle_info({:tcp_closed, socket}, %{link: %{socket: socket}} = state),
     do: state |> lost(:closed) |> continue()
 

@@ -95,6 +95,8 @@ defmodule MeshxRpc.Server.Connection do
 
   def handle_info(:timeout, state), do: write(state)
   def handle_info({:drained, _socket}, state), do: write(%{state | link: Link.drained(state.link)})
+  def handle_info({:inet_reply, _socket, :ok}, state), do: continue(state)
+  def handle_info({:inet_reply, _socket, {:error, reason}}, state), do: broken(state, reason)
   def handle_info({:tcp_closed, _socket}, state), do: {:stop, :normal, state}
   def handle_info({:tcp_error, _socket, reason}, state), do: broken(state, reason)
 

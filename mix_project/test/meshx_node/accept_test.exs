@@ -101,8 +101,9 @@ defmodule MeshxNode.AcceptTest do
   end
 
   test "silent and half-open connections hold up nobody", %{agent: agent, cart: cart, shop: shop} do
+    # More than may be unproven, fewer than the socket's backlog: a full one refuses whoever comes.
     silent =
-      for i <- 1..200 do
+      for i <- 1..100 do
         socket = dial(agent, "cart@h2")
         # Half of a length, half of a frame, nothing at all.
         _ = :inet.setopts(socket, packet: 0)

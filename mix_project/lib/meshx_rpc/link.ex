@@ -122,9 +122,9 @@ defmodule MeshxRpc.Link do
          do: {:ok, link, notes}
   end
 
-  @doc "The port has room again."
+  @doc "The port has room again; how much, the next write asks."
   @spec drained(t()) :: t()
-  def drained(link), do: %{link | blocked: false, written: 0}
+  def drained(link), do: %{link | blocked: false, written: Address.watermark()}
 
   @doc "Sends last words, lets them arrive: after this the peer's bytes are ignored until it closes."
   @spec shutdown(t(), iodata()) :: :ok
@@ -142,7 +142,7 @@ defmodule MeshxRpc.Link do
     :gen_tcp.close(link.socket)
   end
 
-  # Refused only by a port that is busy, which `blocked` rules out.
+  # Refused only by a port that is busy, which `blocked` rules out: `written` is never less than the port's queue.
   defp command(socket, frames) do
     if :erlang.port_command(socket, frames, [:nosuspend]), do: :ok, else: {:error, :busy}
   rescue

@@ -368,6 +368,15 @@ defmodule MeshxRpc.CodecTest do
         assert_end(codec, up(codec), bad, :protocol, "control frames")
         many = for stream <- 1..20_000, into: "", do: request(stream, "")
         assert {_, {_, _}} = fed(codec, up(codec, %{max_streams: 1}), many)
+
+        # The client's side of an overload: each of these answers a request.
+        client = up(codec, %{role: :client, max_streams: 60_000})
+        client = Enum.reduce(1..20_000, client, &codec.open(&2, &1))
+        resets = for stream <- 1..20_000, into: "", do: control(:reset, stream, <<3::16>>)
+        assert {client, {events, _out}} = fed(codec, client, resets)
+        assert length(events) == 20_000
+        again = :binary.copy(control(:reset, 1, <<3::16>>), 400_000)
+        assert_end(codec, client, again, :protocol, "control frames")
       end
 
       test "counts every frame and byte", %{codec: codec} do

@@ -267,14 +267,14 @@ impl Decoder {
                 }
                 self.streams.window(stream, increment, output)?;
             }
+            RESET => {
+                let (cause, text) = split_u16(payload);
+                self.streams.reset(stream, cause, text, output)?;
+            }
             frame_type => {
                 self.streams.control.spend()?;
                 match frame_type {
                     CANCEL => self.streams.cancel(stream, output)?,
-                    RESET => {
-                        let (cause, text) = split_u16(payload);
-                        self.streams.reset(stream, cause, text, output)?;
-                    }
                     PING => encode::control(&mut output.bytes, PONG, 0, &[payload]),
                     PONG => output.events.push(Event::Pong(payload.to_vec())),
                     GOAWAY => {

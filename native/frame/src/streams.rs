@@ -94,7 +94,12 @@ impl Streams {
         text: &[u8],
         output: &mut Output,
     ) -> Result<(), Failure> {
-        if self.end_by_peer(stream)? {
+        let live = self.end_by_peer(stream)?;
+        // To a request of ours it is an answer, and as many may come as we asked for.
+        if !live || self.options.role == Role::Server {
+            self.control.spend()?;
+        }
+        if live {
             output.events.push(Event::Reset {
                 stream,
                 cause,

@@ -146,3 +146,23 @@ fn streams_in_error_are_limited_and_overload_is_not() {
         feed(&mut decoder, &request(stream, b"")).2.unwrap();
     }
 }
+
+#[test]
+fn resets_that_answer_requests_are_not_counted() {
+    let mut decoder = client();
+    for stream in 1..=CONTROL_BURST + 2 {
+        decoder.open(stream);
+        let (events, _, result) = feed(&mut decoder, &control(RESET, stream, b"\0\x03"));
+        result.unwrap();
+        assert_eq!(events.len(), 1);
+    }
+    let mut output = Output::default();
+    let again = control(RESET, 1, b"\0\x03").repeat(CONTROL_BURST as usize);
+    decoder.feed(Duration::ZERO, &again, &mut output).unwrap();
+    ends(
+        &mut decoder,
+        &control(RESET, 1, b"\0\x03"),
+        Cause::Protocol,
+        "control frames",
+    );
+}

@@ -190,7 +190,7 @@ defmodule MeshxRpc.Codec.Elixir do
   defp control(s, 0x13, stream, ""), do: s |> spend() |> Streams.cancel(stream)
 
   defp control(s, 0x14, stream, <<cause::16, text::binary>>),
-    do: s |> spend() |> Streams.reset(stream, Wire.cause_name(cause), :binary.copy(text))
+    do: Streams.reset(s, stream, Wire.cause_name(cause), :binary.copy(text))
 
   defp control(s, 0x20, stream, <<increment::32>>) do
     if increment in 1..Wire.max_window() do

@@ -31,9 +31,17 @@ defmodule MeshxRpc.Codec.Elixir.Streams do
   end
 
   def reset(s, stream, cause, text) do
-    live(s, stream, fn s, entry ->
-      s |> over(stream, entry) |> event({:reset, stream, cause, text})
-    end)
+    known!(s, stream)
+
+    case s.streams do
+      %{^stream => %{state: state} = entry} when state != :dead ->
+        # To a request of ours it is an answer, and as many may come as we asked for.
+        s = if s.role == :client, do: s, else: spend(s)
+        s |> over(stream, entry) |> event({:reset, stream, cause, text})
+
+      _ ->
+        spend(s)
+    end
   end
 
   def window(s, stream, increment) do

@@ -180,7 +180,8 @@ defmodule MeshxRpc.Server.Connection do
   end
 
   defp event({:request, stream, kind, deadline, fun, flag, argument}, %{phase: :up} = state) do
-    state = %{state | last: stream}
+    # Requests become whole in another order than they began.
+    state = %{state | last: max(state.last, stream)}
 
     case state.config.functions do
       %{^fun => fun} ->

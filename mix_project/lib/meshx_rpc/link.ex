@@ -13,6 +13,8 @@ defmodule MeshxRpc.Link do
   # Messages that are collected for one write while more are in the mailbox.
   @collect 64
   @reads 8
+  # Control frames are answers to what a peer sends, so one that sends and does not read could pile them up.
+  @max_control 4_194_304
 
   @enforce_keys [:socket, :module, :codec]
   defstruct [
@@ -66,12 +68,19 @@ defmodule MeshxRpc.Link do
   def feed(link, bytes) do
     case link.module.feed(link.codec, bytes) do
       {:ok, codec, events, out} ->
-        {:ok, queue(%{link | codec: codec}, out), events}
+        bounded(queue(%{link | codec: codec}, out), events)
 
       {:error, codec, events, out, cause, text} ->
         {:error, %{link | codec: codec}, events, out, cause, text}
     end
   end
+
+  defp bounded(%{writer: %{control_bytes: bytes}} = link, events) when bytes > @max_control do
+    text = "#{bytes} bytes of control frames are left unread, at most #{@max_control} wanted"
+    {:error, link, events, [], :full, text}
+  end
+
+  defp bounded(link, events), do: {:ok, link, events}
 
   @doc "Tells the codec about a stream."
   def open(link, stream), do: %{link | codec: link.module.open(link.codec, stream)}

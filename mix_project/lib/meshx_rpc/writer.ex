@@ -37,6 +37,7 @@ defmodule MeshxRpc.Writer do
     max_bulk: 4,
     next_stream: 1,
     control: [],
+    control_bytes: 0,
     messages: %{},
     streams: %{},
     small: :queue.new(),
@@ -72,7 +73,10 @@ defmodule MeshxRpc.Writer do
 
   @doc "Queues control frames: they go first."
   @spec control(t(), iodata()) :: t()
-  def control(writer, frames), do: %{writer | control: [writer.control | frames]}
+  def control(writer, frames) do
+    bytes = writer.control_bytes + IO.iodata_length(frames)
+    %{writer | control: [writer.control | frames], control_bytes: bytes}
+  end
 
   @doc "Queues a request: `head` and `size` bytes of argument. Its stream id is chosen later."
   @spec request(t(), key(), binary(), [binary()], non_neg_integer()) :: t()
@@ -135,9 +139,8 @@ defmodule MeshxRpc.Writer do
   """
   @spec take(t(), pos_integer()) :: {iodata(), size :: non_neg_integer(), [note()], t()}
   def take(writer, max) do
-    control = writer.control
-    size = if control == [], do: 0, else: IO.iodata_length(control)
-    fill(%{writer | control: []}, max, control, size, [])
+    %{control: control, control_bytes: size} = writer
+    fill(%{writer | control: [], control_bytes: 0}, max, control, size, [])
   end
 
   defp fill(writer, max, frames, size, notes) when size >= max,

@@ -92,7 +92,9 @@ defmodule MeshxRpc.Options do
       max_queue: [
         type: {:range, 1, @max_budget},
         default: 64 * @mib,
-        doc: "bytes that wait to be sent on one connection; further messages are `:full`"
+        doc:
+          "bytes that wait to be sent on one connection; further messages are `:full`. A cast counts 1 KiB " <>
+            "besides, until the server has started it"
       ],
       timeout_hsk: [
         type: {:range, 1, 600_000},

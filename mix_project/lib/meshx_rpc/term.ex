@@ -50,7 +50,9 @@ defmodule MeshxRpc.Term do
 
   @doc "The reason as its caller sees it: names in stack traces are atoms again where this VM knows them."
   @spec localize(term()) :: term()
-  def localize({reason, [_ | _] = stack}), do: {reason, Enum.map(stack, &localize_entry/1)}
+  def localize({reason, stack}) when length(stack) > 0,
+    do: {reason, Enum.map(stack, &localize_entry/1)}
+
   def localize(reason), do: reason
 
   @doc "The failure of a function that this server does not offer."

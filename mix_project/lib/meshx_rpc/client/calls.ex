@@ -65,6 +65,10 @@ defmodule MeshxRpc.Client.Calls do
     for {key, %{stream: stream}} <- calls.calls, stream == nil or stream > last, do: key
   end
 
+  @doc "How many casts the server has not started yet."
+  @spec casts(t()) :: non_neg_integer()
+  def casts(calls), do: map_size(calls.calls) - map_size(calls.monitors)
+
   @spec keys(t()) :: [key()]
   def keys(calls), do: Map.keys(calls.calls)
 

@@ -13,6 +13,10 @@ defmodule MeshxRpc.Client.Connection do
   alias MeshxRpc.{Address, Frame, Hello, Link, Options, Reason, Writer}
   alias MeshxRpc.Client.{Backoff, Calls, Upstream}
 
+  # What a cast costs here until the server has started it, beside its argument: nobody waits for it, so only
+  # this keeps casts to a server that does not answer from filling the memory.
+  @cast_overhead 1_024
+
   @enforce_keys [:config, :index, :table, :calls]
   defstruct [
     :config,
@@ -52,7 +56,7 @@ defmodule MeshxRpc.Client.Connection do
   @impl true
   def handle_info({kind, key, caller, fun, deadline, encoded}, state) when kind in [:call, :cast] do
     {_flag, _iovec, size} = encoded
-    queued = if state.phase == :up, do: Writer.bytes(state.link.writer), else: 0
+    queued = if state.phase == :up, do: queued(kind, state), else: 0
 
     cond do
       state.phase != :up ->
@@ -125,6 +129,11 @@ defmodule MeshxRpc.Client.Connection do
     do: connect(state)
 
   def handle_info(_of_a_connection_that_is_gone, state), do: continue(state)
+
+  defp queued(:call, state), do: Writer.bytes(state.link.writer)
+
+  defp queued(:cast, state),
+    do: Writer.bytes(state.link.writer) + @cast_overhead * Calls.casts(state.calls)
 
   # Connecting
 
@@ -255,7 +264,7 @@ defmodule MeshxRpc.Client.Connection do
     %{state | link: link, phase: :up, attempt: 0, timer: nil, failed: nil, logged: nil}
   end
 
-  defp event({:refused, cause, text}, state), do: lost(state, {cause, text})
+  defp event({:refused, cause, text}, state), do: lost(state, {cause, printable(text)})
 
   defp event({:response, stream, :started, _flag, _bytes}, state), do: done(state, stream, :started)
 
@@ -280,7 +289,7 @@ defmodule MeshxRpc.Client.Connection do
   # What the server will not run may be sent to another.
   defp event({:goaway, last, cause, text}, %{phase: phase} = state)
        when phase in [:up, :draining],
-       do: state |> unsent(last) |> drain({cause, text})
+       do: state |> unsent(last) |> drain({cause, printable(text)})
 
   defp event({:pong, _bytes}, state), do: state
 
@@ -288,6 +297,12 @@ defmodule MeshxRpc.Client.Connection do
     text = "a frame came out of turn"
     Link.shutdown(state.link, Frame.refused(:protocol, text))
     lost(state, {:protocol, text})
+  end
+
+  # A peer's text goes to the log and to people: it must not look like lines of ours, or steer a terminal.
+  defp printable(text) do
+    quoted = inspect(text, binaries: :as_strings, printable_limit: :infinity)
+    binary_part(quoted, 1, byte_size(quoted) - 2)
   end
 
   # Ends the calls that have not run and will not.

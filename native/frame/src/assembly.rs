@@ -8,10 +8,10 @@ use std::collections::TryReserveError;
 const DOUBLING_UP_TO: usize = 1 << 20;
 const FIRST_STEP: usize = 4 << 10;
 
-/// What to do with the memory of a message that nobody gets.
+/// What to do with the memory of messages that nobody gets: of one, or of all that a connection had when it ended.
 ///
 /// To give hundreds of MiB back to the system takes milliseconds: an owner that must not stall can do it elsewhere.
-pub type Discard = fn(Vec<u8>);
+pub type Discard = fn(Vec<Vec<u8>>);
 
 /// Collects a message of a known length. Never reserves more than `total`.
 #[derive(Debug)]
@@ -24,7 +24,7 @@ pub(crate) struct Assembly {
 impl Drop for Assembly {
     fn drop(&mut self) {
         if self.bytes.capacity() > 0 {
-            (self.discard)(std::mem::take(&mut self.bytes));
+            (self.discard)(vec![std::mem::take(&mut self.bytes)]);
         }
     }
 }

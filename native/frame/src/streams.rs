@@ -28,6 +28,12 @@ pub(crate) struct Streams {
     stray: u64,
 }
 
+impl Drop for Streams {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
 impl Streams {
     pub(crate) fn new(options: Options, discard: Discard) -> Self {
         Self {
@@ -62,8 +68,18 @@ impl Streams {
         }
     }
 
+    /// Drops all streams, and hands the memory of their messages over at once.
     pub(crate) fn clear(&mut self) {
-        self.table = HashMap::new();
+        let messages: Vec<Vec<u8>> = std::mem::take(&mut self.table)
+            .into_values()
+            .filter_map(|stream| match stream.state {
+                State::Receiving(receiving) => Some(receiving.message.into_bytes()),
+                _ => None,
+            })
+            .collect();
+        if !messages.is_empty() {
+            (self.discard)(messages);
+        }
         self.reserved = 0;
     }
 

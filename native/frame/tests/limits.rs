@@ -436,3 +436,33 @@ fn windows_that_cannot_be_are_refused() {
         );
     }
 }
+
+#[test]
+fn what_a_connection_held_is_given_back_at_once_when_it_ends() {
+    use std::sync::Mutex;
+    static GIVEN: Mutex<Vec<Vec<usize>>> = Mutex::new(Vec::new());
+    fn discard(messages: Vec<Vec<u8>>) {
+        GIVEN
+            .lock()
+            .unwrap()
+            .push(messages.iter().map(Vec::len).collect());
+    }
+    let begun = |fail: bool| {
+        let mut decoder = Decoder::with_discard(OPTIONS, discard).unwrap();
+        feed(&mut decoder, &control(HELLO, 0, b"")).2.unwrap();
+        decoder.agree(true, 16_384);
+        for stream in 1..=3 {
+            let payload = request_payload(50, &[7; 10]);
+            feed(&mut decoder, &block(REQUEST, stream, 0, false, &payload))
+                .2
+                .unwrap();
+        }
+        if fail {
+            feed(&mut decoder, &control(HELLO, 0, b"")).2.unwrap_err();
+        }
+        drop(decoder);
+        std::mem::take(&mut *GIVEN.lock().unwrap())
+    };
+    assert_eq!(begun(true), [[10; 3]]);
+    assert_eq!(begun(false), [[10; 3]]);
+}

@@ -24,16 +24,16 @@ impl RefUnwindSafe for Message {}
 
 impl Drop for Message {
     fn drop(&mut self) {
-        discard(std::mem::take(&mut self.0));
+        discard(vec![std::mem::take(&mut self.0)]);
     }
 }
 
-pub(crate) fn discard(bytes: Vec<u8>) {
-    if bytes.capacity() >= DISCARD_ASIDE_FROM {
+pub(crate) fn discard(messages: Vec<Vec<u8>>) {
+    if messages.iter().map(Vec::capacity).sum::<usize>() >= DISCARD_ASIDE_FROM {
         // Without a thread to be had, the closure and what it holds are dropped here.
         let _ = std::thread::Builder::new()
             .stack_size(64 << 10)
-            .spawn(move || drop(bytes));
+            .spawn(move || drop(messages));
     }
 }
 

@@ -12,7 +12,7 @@ defmodule MeshxRpc.Server do
 
   A call runs `apply(MyApp.Api, function, [argument])` in a process of its own. What may be called is
   every function that the module exports with one argument, or those of them that `:functions` names;
-  `child_spec/1`, `module_info/1` and other injected ones never.
+  `child_spec/1`, `module_info/1` and other injected ones never, nor what OTP calls (`init/1` of a GenServer).
 
   A call whose caller died, gave up or passed its deadline is ended by killing that process.
 

@@ -48,6 +48,18 @@ defmodule MeshxRpc.Term do
   def failure(:throw, value, stack), do: {{:nocatch, value}, portable(stack)}
   def failure(:exit, reason, _stack), do: reason
 
+  @doc "As `failure/3`, for a request that another process took with it: what that one failed with has a stack too."
+  @spec exit_reason(term()) :: term()
+  def exit_reason({reason, stack} = whole) when length(stack) > 0 do
+    cond do
+      not Enum.all?(stack, &entry?/1) -> whole
+      is_exception(reason) -> reason
+      true -> {reason, portable(stack)}
+    end
+  end
+
+  def exit_reason(reason), do: reason
+
   @doc "The reason as its caller sees it: names in stack traces are atoms again where this VM knows them."
   @spec localize(term()) :: term()
   def localize({reason, stack}) when length(stack) > 0,
@@ -66,6 +78,13 @@ defmodule MeshxRpc.Term do
       {Atom.to_string(module), fun, arity, Keyword.take(location, [:file, :line])}
     end
   end
+
+  defp entry?({module, _fun, arity, location}),
+    do:
+      is_atom(module) and (is_integer(arity) or (is_list(arity) and not List.improper?(arity))) and
+        Keyword.keyword?(location)
+
+  defp entry?(_other), do: false
 
   defp localize_entry({module, fun, arity, location}) when is_binary(module) and is_binary(fun),
     do: {known_atom(module), known_atom(fun), arity, location}

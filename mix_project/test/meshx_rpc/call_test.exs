@@ -2,6 +2,51 @@ defmodule MeshxRpc.CallTest do
   use MeshxRpc.Case, async: true
   import ExUnit.CaptureLog
 
+  defmodule Api do
+    @moduledoc false
+    @callback offered(term()) :: term()
+  end
+
+  defmodule Worker do
+    @moduledoc false
+    use GenServer
+    use Application
+    use MeshxRpc.Server, address: {:tcp, {127, 0, 0, 1}, 0}
+
+    @behaviour MeshxRpc.CallTest.Api
+
+    @impl Application
+    def start(_type, _argument), do: {:ok, self()}
+    @impl GenServer
+    def init(argument), do: {:ok, argument}
+    @impl MeshxRpc.CallTest.Api
+    def offered(argument), do: argument
+  end
+
+  test "callbacks of OTP cannot be called, those of the user's own behaviours can" do
+    {_server, address} = server(module: Worker)
+    client = client_down(address)
+    assert Client.Pool.call(client, :offered, 1, 10_000, 1_000, 5) == 1
+
+    for name <- ~w(init start_link stop child_spec prep_stop) do
+      assert {:error_rpc, {:undef, _stack}} = Client.Pool.call(client, name)
+    end
+  end
+
+  test "a timeout that cannot be waited for is refused before anything is sent" do
+    {_server, address} = server()
+    client = client(address)
+
+    for timeout <- [0x1_0000_0000, 1.5, nil] do
+      assert_raise ArgumentError, ~r/wanted milliseconds/, fn ->
+        Client.Pool.call(client, :echo, 1, timeout)
+      end
+    end
+
+    assert Client.Pool.call(client, :echo, 1, -1) == {:error_rpc, :timeout}
+    assert Client.Pool.info(client).in_flight == 0 or Client.Pool.call(client, :echo, 1) == 1
+  end
+
   for codec <- MeshxRpc.Case.codecs() do
     describe "#{inspect(codec)}" do
       @describetag codec: codec
@@ -41,6 +86,15 @@ defmodule MeshxRpc.CallTest do
         assert {:error_rpc, :serialization_fail} = Client.Pool.call(client, :a_function)
         assert {:error_rpc, :serialization_fail} = Client.Pool.call(client, :echo, fn -> 1 end)
         assert Client.Pool.call(client, :echo, :still_there) == :still_there
+
+        # Arguments stay at the server, also those of another process.
+        assert {:error_rpc, {:function_clause, [_ | _] = stack}} =
+                 Client.Pool.call(client, :fail_aside, :not_wanted)
+
+        assert {MeshxRpc.TestServer, :refuse, 1, _} = hd(stack)
+        # No stack, though its form is much like one.
+        odd = {:reason, [{:m, :f, [1 | 2], []} | :improper]}
+        assert Client.Pool.call(client, :exit_it, odd) == {:error_rpc, odd}
       end
 
       test "call! raises the exception of the function, or ours", %{client: client} do

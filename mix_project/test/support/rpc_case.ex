@@ -13,6 +13,14 @@ defmodule MeshxRpc.TestServer do
   def a_function(_argument), do: fn -> :ok end
   def two(_first, _second), do: :no
 
+  @doc "Dies with a linked process, whose stack has the argument of the function that failed."
+  def fail_aside(argument) do
+    spawn_link(fn -> byte_size(Process.put(:argument, argument) || refuse(argument)) end)
+    Process.sleep(:infinity)
+  end
+
+  defp refuse(:wanted), do: ""
+
   @doc "Tells the test process that it runs, and does what it says; killed, the test sees it go down."
   def wait({name, argument}) do
     test = name |> :erlang.binary_to_existing_atom() |> Process.whereis()

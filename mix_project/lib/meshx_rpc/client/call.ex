@@ -7,6 +7,7 @@ defmodule MeshxRpc.Client.Call do
   alias MeshxRpc.{Client, Term}
 
   @max_fun 255
+  @max_timeout 0xFFFF_FFFF
 
   @spec call(atom(), atom() | binary(), term(), timeout(), non_neg_integer(), non_neg_integer()) ::
           term()
@@ -106,7 +107,15 @@ defmodule MeshxRpc.Client.Call do
   end
 
   defp until(:infinity), do: :infinity
-  defp until(timeout), do: System.monotonic_time(:millisecond) + timeout
+
+  # The longest that `receive` waits: to learn it there would be too late.
+  defp until(timeout) when is_integer(timeout) and timeout <= @max_timeout,
+    do: System.monotonic_time(:millisecond) + timeout
+
+  defp until(timeout) do
+    raise ArgumentError,
+          "timeout is #{inspect(timeout)}, wanted milliseconds (at most #{@max_timeout}) or :infinity"
+  end
 
   defp left(:infinity), do: :infinity
   defp left(until), do: max(until - System.monotonic_time(:millisecond), 0)

@@ -85,7 +85,7 @@ defmodule MeshxRpc.Server.Connection do
   def handle_info({:EXIT, pid, reason}, state) do
     case state.pids do
       %{^pid => stream} ->
-        done = {:error, Term.encode_error(reason)}
+        done = {:error, Term.encode_error(Term.exit_reason(reason))}
         state |> finish(stream, done) |> continue()
 
       _over ->

@@ -11,6 +11,20 @@ defmodule MeshxRpc.Server.Pool do
 
   # What compilers and behaviours export beside what people write.
   @injected [:module_info, :__info__, :behaviour_info, :child_spec]
+  # Their callbacks are for OTP to call. A behaviour of the user's own may well describe the functions of a server.
+  @otp [
+    Agent,
+    Application,
+    DynamicSupervisor,
+    GenServer,
+    Supervisor,
+    :application,
+    :gen_event,
+    :gen_server,
+    :gen_statem,
+    :supervisor,
+    :supervisor_bridge
+  ]
 
   @doc "A child specification; raises `ArgumentError` when an option is wrong."
   @spec child_spec(atom(), keyword()) :: Supervisor.child_spec()
@@ -44,6 +58,7 @@ defmodule MeshxRpc.Server.Pool do
 
   @impl true
   def init(config) do
+    {:module, _module} = Code.ensure_loaded(config.module)
     config = Map.merge(config, %{functions: functions(config), running: :atomics.new(1, [])})
 
     children = [
@@ -63,14 +78,25 @@ defmodule MeshxRpc.Server.Pool do
 
   # The names that a peer may say, as binaries: looking one up makes no atom.
   defp functions(%{module: module, functions: allowed}) do
-    {:module, ^module} = Code.ensure_loaded(module)
+    callbacks = callbacks(module)
 
     for {name, 1} <- module.module_info(:exports),
-        name not in @injected,
+        name not in @injected and name not in callbacks,
         text = Atom.to_string(name),
         not String.starts_with?(text, "MACRO-") and not String.starts_with?(text, "__"),
         allowed == :all or name in allowed,
         into: %{},
         do: {text, name}
+  end
+
+  defp callbacks(module) do
+    behaviours =
+      for {key, modules} <- module.module_info(:attributes),
+          key in [:behaviour, :behavior],
+          behaviour <- modules,
+          behaviour in @otp and function_exported?(behaviour, :behaviour_info, 1),
+          do: behaviour
+
+    for behaviour <- behaviours, {name, 1} <- behaviour.behaviour_info(:callbacks), do: name
   end
 end

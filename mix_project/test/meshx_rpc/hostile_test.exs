@@ -114,6 +114,22 @@ defmodule MeshxRpc.HostileTest do
     assert text =~ "max_hello"
   end
 
+  test "a connection that must go before it has its socket still says why" do
+    {:ok, listen} = :gen_tcp.listen(0, [:binary, active: false, ip: {127, 0, 0, 1}])
+    {:ok, port} = :inet.port(listen)
+    socket = raw({:tcp, {127, 0, 0, 1}, port})
+    {:ok, accepted} = :gen_tcp.accept(listen, 5_000)
+
+    config = MeshxRpc.Options.server!(TestServer, address: {:tcp, {127, 0, 0, 1}, 0})
+    argument = {config, self(), :counters.new(1, [])}
+    {:ok, connection} = Server.Connection.start_link(argument)
+    send(connection, :evicted)
+    :ok = :gen_tcp.controlling_process(accepted, connection)
+    send(connection, {:socket, accepted})
+    assert {@full, text} = refusal(socket)
+    assert text =~ "max_hello"
+  end
+
   test "a peer that reads nothing is given up in time, and the connection never waits in the port" do
     {server, address} = server(timeout_send: 300)
     friend = TestPeer.connect(address)

@@ -44,9 +44,7 @@ defmodule MeshxRpc.Server.Connection do
 
   @impl true
   def handle_info({:socket, socket}, state) do
-    # One stream more than may run, so that the refusal names what is full.
-    link = Link.new(socket, :server, state.config, state.config.max_concurrency + 1)
-    state = %{state | link: link, peer: Address.peer(socket)}
+    state = attach(state, socket)
 
     case Link.activate(state.link) do
       :ok -> continue(state)
@@ -119,11 +117,20 @@ defmodule MeshxRpc.Server.Connection do
 
   def handle_info({:timeout, _timer, :hello}, state), do: continue(state)
 
+  # The acceptor is about to hand the socket over, and the peer is to learn why it goes.
+  def handle_info(:evicted, %{link: nil} = state) do
+    receive do
+      {:socket, socket} -> handle_info(:evicted, attach(state, socket))
+    after
+      @linger -> {:stop, :normal, state}
+    end
+  end
+
   # Too many are in their hello, and this is the oldest. It ends at once: lingering ones would fill the server.
   def handle_info(:evicted, %{phase: phase} = state) when phase in [:hello, :auth] do
     text = "#{state.config.max_hello} newer connections are in their hello (max_hello)"
     log(state, :full, text)
-    if state.link, do: Link.shutdown(state.link, Frame.refused(:full, text))
+    Link.shutdown(state.link, Frame.refused(:full, text))
     {:stop, :normal, state}
   end
 
@@ -136,6 +143,12 @@ defmodule MeshxRpc.Server.Connection do
   end
 
   def handle_info({:timeout, _timer, :send}, state), do: continue(state)
+
+  defp attach(state, socket) do
+    # One stream more than may run, so that the refusal names what is full.
+    link = Link.new(socket, :server, state.config, state.config.max_concurrency + 1)
+    %{state | link: link, peer: Address.peer(socket)}
+  end
 
   @impl true
   def terminate(_reason, state) do

@@ -200,6 +200,28 @@ defmodule MeshxRpc.HostileTest do
     assert {0x10, 1, <<2, _deadline::32, 1::64, 0, 4, "echo", "y">>} = TestPeer.frame(socket)
   end
 
+  test "what a server calls an exception and is none is raised as our own" do
+    {:ok, listen} = :gen_tcp.listen(0, [:binary, active: false, ip: {127, 0, 0, 1}])
+    {:ok, port} = :inet.port(listen)
+    client = client_down({:tcp, {127, 0, 0, 1}, port})
+    socket = TestPeer.accept(listen)
+
+    for reason <- [
+          %{__exception__: true},
+          %{__exception__: true, __struct__: :lists},
+          %{__exception__: true, __struct__: "text"}
+        ] do
+      call = Task.async(fn -> catch_error(Client.Pool.call!(client, :echo, 1, 10_000, 500, 5)) end)
+      assert {0x10, stream, _payload} = TestPeer.frame(socket)
+      bytes = :erlang.term_to_binary(reason)
+      head = Frame.response_head(:error, 1, byte_size(bytes))
+      size = byte_size(head) + byte_size(bytes)
+      frame = Frame.block(:response, true, 0, stream, [head, bytes], size, nil)
+      :ok = :gen_tcp.send(socket, frame)
+      assert %MeshxRpc.Error{reason: ^reason} = Task.await(call)
+    end
+  end
+
   test "malformed and unknown terms are refused, and make no atoms" do
     {_server, address} = server()
     socket = TestPeer.connect(address)

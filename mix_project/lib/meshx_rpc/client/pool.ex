@@ -47,11 +47,21 @@ defmodule MeshxRpc.Client.Pool do
           term()
   def call!(pool, fun, args \\ [], timeout \\ :infinity, retry \\ 5, retry_sleep \\ 100) do
     case Call.call(pool, fun, args, timeout, retry, retry_sleep) do
-      {:error_rpc, %{__exception__: true} = exception} -> raise exception
-      {:error_rpc, reason} -> raise MeshxRpc.Error, reason: reason, pool: pool, fun: fun
-      result -> result
+      {:error_rpc, reason} ->
+        if exception?(reason),
+          do: raise(reason),
+          else: raise(MeshxRpc.Error, reason: reason, pool: pool, fun: fun)
+
+      result ->
+        result
     end
   end
+
+  # What a server calls an exception need not be one here, and `message/1` of any other module is not to be called.
+  defp exception?(%{__exception__: true, __struct__: module}) when is_atom(module),
+    do: Code.ensure_loaded?(module) and function_exported?(module, :exception, 1)
+
+  defp exception?(_reason), do: false
 
   @doc """
   Starts a function of the server and does not wait for it. Always `:ok`; `info/1` counts the failures.

@@ -37,8 +37,11 @@ async fn a_certificate_speaks_for_its_own_service_only() {
     let Scene {
         h1, h2, shop, search, ..
     } = scene(&world).await;
+    // A node of a third agent: only its service tells that the certificate does not speak for it.
+    let h3 = world.host("h3", "127.0.0.4").await;
+    let _far = h3.node("cart@h3").await;
     let leaf = h1.identity("shop").await;
-    let claims = ["cart@h2", "search@h2", "shop@h7", "nonsense", ""];
+    let claims = ["cart@h3", "cart@h2", "search@h2", "shop@h7", "nonsense", ""];
     for (i, claim) in claims.into_iter().enumerate() {
         let mut stream = secure(&h2, &leaf, "search").await.unwrap();
         let asked = request(Purpose::Dist, "search", "search@h2", claim);

@@ -18,6 +18,11 @@ pub const MAX_REFUSALS: usize = 256;
 /// Cut events that may wait for one control connection; a link is closed all the same.
 pub const MAX_CUT_EVENTS: usize = 256;
 
+/// Live links of one agent; each takes two descriptors and two buffers.
+pub const LINKS_MAX: usize = 16_384;
+/// Live links that one service may have dialled through or to one agent, so that none can use up all.
+pub const LINKS_PER_SERVICE_MAX: usize = 4096;
+
 /// The 16 bytes that name a link at both of its ends.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct LinkId(pub [u8; 16]);
@@ -112,6 +117,16 @@ pub struct LinkInfo {
     pub owners: Vec<u64>,
 }
 
+impl LinkInfo {
+    /// Who made the link.
+    fn dialler(&self) -> &SpiffeId {
+        match self.direction {
+            Direction::Inbound => &self.remote_spiffe,
+            Direction::Outbound | Direction::Local => &self.local_spiffe,
+        }
+    }
+}
+
 /// A live link as seen at one moment.
 #[derive(Debug, Clone)]
 pub struct LinkSnapshot {
@@ -158,10 +173,17 @@ pub struct LinkTable {
 #[derive(Default)]
 struct Inner {
     // Each is held for a look-up or a change, never across an await.
-    live: Mutex<HashMap<LinkId, Arc<Live>>>,
+    live: Mutex<LiveLinks>,
     refusals: Mutex<VecDeque<RefusalRecord>>,
     owners: Mutex<HashMap<u64, mpsc::Sender<CutEvent>>>,
     counts: [AtomicU64; Cause::ALL.len()],
+}
+
+#[derive(Default)]
+struct LiveLinks {
+    by_id: HashMap<LinkId, Arc<Live>>,
+    /// How many each service has dialled.
+    dialled: HashMap<SpiffeId, usize>,
 }
 
 struct Live {
@@ -185,7 +207,7 @@ impl LinkTable {
     ///
     /// # Errors
     /// [`Cause::InvalidRequest`] when a live link has this id: ids are random, so one of the two
-    /// is an imitation.
+    /// is an imitation. [`Cause::Limit`] beyond [`LINKS_MAX`] and [`LINKS_PER_SERVICE_MAX`].
     pub fn insert(&self, info: LinkInfo) -> Result<LinkGuard, Refusal> {
         let id = info.id;
         let live = Arc::new(Live {
@@ -194,23 +216,35 @@ impl LinkTable {
             counters: Arc::default(),
             cut: CancellationToken::new(),
         });
-        match lock(&self.inner.live).entry(id) {
-            std::collections::hash_map::Entry::Occupied(_) => {
-                Err(Cause::InvalidRequest.because(format!("link id {id} names a live link already")))
-            }
-            std::collections::hash_map::Entry::Vacant(entry) => {
-                entry.insert(live.clone());
-                Ok(LinkGuard {
-                    table: self.clone(),
-                    live,
-                })
-            }
+        let mut links = lock(&self.inner.live);
+        if links.by_id.contains_key(&id) {
+            return Err(Cause::InvalidRequest.because(format!("link id {id} names a live link already")));
         }
+        if links.by_id.len() >= LINKS_MAX {
+            return Err(Cause::Limit.because(format!(
+                "{LINKS_MAX} links are live, more are not taken (LINKS_MAX)"
+            )));
+        }
+        let dialled = links.dialled.entry(live.info.dialler().clone()).or_default();
+        if *dialled >= LINKS_PER_SERVICE_MAX {
+            return Err(Cause::Limit.because(format!(
+                "{} has dialled {LINKS_PER_SERVICE_MAX} live links, more are not taken (LINKS_PER_SERVICE_MAX)",
+                live.info.dialler()
+            )));
+        }
+        *dialled += 1;
+        links.by_id.insert(id, live.clone());
+        drop(links);
+        Ok(LinkGuard {
+            table: self.clone(),
+            live,
+        })
     }
 
     /// All live links, in no order.
     pub fn snapshot(&self) -> Vec<LinkSnapshot> {
         lock(&self.inner.live)
+            .by_id
             .values()
             .map(|live| live.snapshot())
             .collect()
@@ -218,14 +252,17 @@ impl LinkTable {
 
     /// The live link of this id.
     pub fn get(&self, id: LinkId) -> Option<LinkSnapshot> {
-        lock(&self.inner.live).get(&id).map(|live| live.snapshot())
+        lock(&self.inner.live).by_id.get(&id).map(|live| live.snapshot())
     }
 
-    /// Ends a link: tells the owners of its ends, then stops it. False when there is none.
+    /// Ends a link: tells the owners of its ends, then stops it. False when there is none, or it was cut before.
     pub fn cut(&self, id: LinkId, cause: Cause, text: &str) -> bool {
-        let Some(live) = lock(&self.inner.live).get(&id).cloned() else {
+        let Some(live) = lock(&self.inner.live).by_id.get(&id).cloned() else {
             return false;
         };
+        if live.cut.is_cancelled() {
+            return false;
+        }
         let event = CutEvent {
             link: id,
             cause,
@@ -299,7 +336,7 @@ impl LinkTable {
 impl fmt::Debug for LinkTable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("LinkTable")
-            .field("live", &lock(&self.inner.live).len())
+            .field("live", &lock(&self.inner.live).by_id.len())
             .finish_non_exhaustive()
     }
 }
@@ -335,7 +372,15 @@ impl LinkGuard {
 
 impl Drop for LinkGuard {
     fn drop(&mut self) {
-        lock(&self.table.inner.live).remove(&self.live.info.id);
+        let mut links = lock(&self.table.inner.live);
+        links.by_id.remove(&self.live.info.id);
+        let dialler = self.live.info.dialler();
+        if let Some(dialled) = links.dialled.get_mut(dialler) {
+            *dialled = dialled.saturating_sub(1);
+            if *dialled == 0 {
+                links.dialled.remove(dialler);
+            }
+        }
     }
 }
 
@@ -389,6 +434,42 @@ mod tests {
         assert!(table.insert(info(1, 8)).is_ok());
     }
 
+    #[test]
+    fn one_service_cannot_take_all_links_and_an_ended_one_makes_room() {
+        let table = LinkTable::default();
+        let dialled_by = |service: &str, number: usize| {
+            let mut id = [0; 16];
+            id[..8].copy_from_slice(&number.to_be_bytes());
+            let service = ServiceName::new(service).unwrap();
+            let info = LinkInfo {
+                id: LinkId(id),
+                direction: Direction::Inbound,
+                remote_spiffe: SpiffeId::new("td", service),
+                ..info(0, 1)
+            };
+            table.insert(info)
+        };
+        let mut held: Vec<_> = (0..LINKS_PER_SERVICE_MAX)
+            .map(|number| dialled_by("hostile", number).unwrap())
+            .collect();
+        let refusal = dialled_by("hostile", LINKS_MAX).err().unwrap();
+        assert!(
+            refusal.cause == Cause::Limit && refusal.text.contains("svc/hostile"),
+            "{refusal}"
+        );
+        held.extend((held.len()..LINKS_MAX).map(|number| {
+            let service = format!("s{}", number / LINKS_PER_SERVICE_MAX);
+            dialled_by(&service, number).unwrap()
+        }));
+        let refusal = dialled_by("good", LINKS_MAX).err().unwrap();
+        assert!(refusal.text.contains("LINKS_MAX"), "{refusal}");
+        held.remove(0);
+        assert!(dialled_by("good", LINKS_MAX).is_ok());
+        assert!(dialled_by("hostile", LINKS_MAX).is_ok());
+        drop(held);
+        assert!(lock(&table.inner.live).dialled.is_empty());
+    }
+
     #[tokio::test]
     async fn a_cut_reaches_its_owner_and_the_link() {
         let table = LinkTable::default();
@@ -397,6 +478,7 @@ mod tests {
         let mut others = table.subscribe(8);
         assert!(table.cut(LinkId([1; 16]), Cause::IntentionDenied, "no"));
         assert!(!table.cut(LinkId([2; 16]), Cause::IntentionDenied, "no"));
+        assert!(!table.cut(LinkId([1; 16]), Cause::IntentionDenied, "it is cut already"));
         let event = mine.recv().await.unwrap();
         assert_eq!(
             (event.link, event.cause),

@@ -261,7 +261,7 @@ impl Proxy {
         if request.purpose == Purpose::Dist || !request.node.is_empty() {
             self.prove_node(&request.node, &peer).await?;
         }
-        self.authorize(&peer.id, &service).await?;
+        // In the table before it is asked: a denial that comes after the answer finds it there.
         let link = self.links.insert(LinkInfo {
             id: request.link,
             direction: Direction::Inbound,
@@ -279,6 +279,7 @@ impl Proxy {
             remote_not_after: Some(peer.not_after),
             owners: vec![local.owner],
         })?;
+        self.authorize(&peer.id, &service).await?;
         let near = self.reach(&local).await?;
         Ok(Prepared {
             near,

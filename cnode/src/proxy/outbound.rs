@@ -137,14 +137,17 @@ impl Proxy {
             remote_not_after: None,
             owners: vec![dialler.owner],
         };
+        // Asked in this order, no denial is missed: one that comes after the answer finds the link in the table.
         if let Some(local) = here {
-            self.authorize(&near, &found.service).await?;
             info.owners.push(local.owner);
             let reply = ConnectReply::Ok {
                 remote_spiffe: info.remote_spiffe.to_string(),
                 remote_agent: "local".into(),
             };
+            let far = info.remote_spiffe.clone();
             let link_guard = self.links.insert(info)?;
+            self.authorize(&near, &found.service).await?;
+            self.authorize(&far, source).await?;
             let remote = self.reach(&local).await?;
             let preface = accept_frame(&local, link, &node, &near, "local");
             return Ok(Prepared {
@@ -165,7 +168,9 @@ impl Proxy {
             remote_spiffe: info.remote_spiffe.to_string(),
             remote_agent: dialled.address.to_string(),
         };
+        let far = info.remote_spiffe.clone();
         let link = self.links.insert(info)?;
+        self.authorize(&far, source).await?;
         Ok(Prepared {
             remote: Box::new(dialled.stream),
             link,

@@ -36,9 +36,8 @@ pub(super) async fn splice(
         count: |c| &c.bytes_in,
     };
     tokio::select! {
-        ended = copy_bidirectional_with_sizes(&mut local, &mut remote, BUFFER, BUFFER) => {
-            tracing::debug!(?ended, "link ended");
-        }
+        // First: a link that was cut before it began carries nothing.
+        biased;
         () = link.cut().cancelled() => {
             // The far end is closed at once. The near one hears the reason from its agent and closes by
             // itself, so that the node can tell its processes why.
@@ -46,6 +45,9 @@ pub(super) async fn splice(
             let mut discarded = vec![0; BUFFER];
             let closed = async { while local.stream.read(&mut discarded).await.is_ok_and(|read| read > 0) {} };
             let _ = timeout(grace, closed).await;
+        }
+        ended = copy_bidirectional_with_sizes(&mut local, &mut remote, BUFFER, BUFFER) => {
+            tracing::debug!(?ended, "link ended");
         }
     }
 }

@@ -172,10 +172,11 @@ impl Proxy {
             && local.instance.service == upstream.target
             && !matches!(local.endpoint, Endpoint::NodeSocket(_))
         {
-            self.authorize(&near, &upstream.target).await?;
             info.owners.push(local.owner);
-            let remote = self.reach(&local).await?;
-            return Ok((remote, self.links.insert(info)?));
+            // In the table before it is asked: a denial that comes after the answer finds it there.
+            let link = self.links.insert(info)?;
+            self.authorize(&near, &upstream.target).await?;
+            return Ok((self.reach(&local).await?, link));
         }
         let dialled = self
             .dial(&upstream.source, candidate, upstream.purpose, link, "")

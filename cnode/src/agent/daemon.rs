@@ -25,7 +25,7 @@ use crate::{
 /// How long clients' registrations may take to be given up when the agent ends.
 pub const STOP_TIME: Duration = Duration::from_secs(8);
 
-/// Pause before the mesh is asked again for changes of the rules, after it failed to answer.
+/// Pause before the mesh is asked again for changes of the rules or about a link, after it failed to answer.
 const POLICE_RETRY: Duration = Duration::from_secs(1);
 
 /// Why an agent did not start.
@@ -178,15 +178,37 @@ impl Agent {
 async fn police(mesh: Arc<dyn Mesh>, proxy: Arc<Proxy>) {
     loop {
         match mesh.changed().await {
-            Ok(()) => match proxy.reauthorize().await {
-                0 => {}
-                links => info!(links, "the rules changed: links that they deny were cut"),
-            },
+            Ok(()) => recheck(&proxy).await,
             Err(error) => {
                 warn!(%error, "changes of the rules cannot be seen now");
                 sleep(POLICE_RETRY).await;
             }
         }
+    }
+}
+
+/// Until there is an answer for every link: the change that calls for it is told of once.
+async fn recheck(proxy: &Proxy) {
+    let mut warned = false;
+    loop {
+        let result = proxy.recheck().await;
+        if result.cut > 0 {
+            info!(
+                links = result.cut,
+                "the rules changed: links that they deny were cut"
+            );
+        }
+        if result.unanswered == 0 {
+            return;
+        }
+        if !warned {
+            warn!(
+                links = result.unanswered,
+                "the rules changed, but for these links the mesh has no answer: asking again until it has"
+            );
+            warned = true;
+        }
+        sleep(POLICE_RETRY).await;
     }
 }
 

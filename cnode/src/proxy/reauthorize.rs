@@ -1,8 +1,19 @@
 //! Live links, held against the rules again.
 
+use std::collections::HashMap;
+
 use super::Proxy;
 use super::cause::Cause;
 use super::links::{Direction, Purpose};
+
+/// What came of holding all live links against the rules.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Recheck {
+    /// Links that were cut.
+    pub(crate) cut: usize,
+    /// Links that the mesh gave no answer for: they are to be asked about again.
+    pub(crate) unanswered: usize,
+}
 
 impl Proxy {
     /// Asks again for every live link whether its pair may talk, and cuts those that may not. Returns how many.
@@ -10,7 +21,13 @@ impl Proxy {
     /// To be called when the rules may have changed. A link whose pair the mesh gives no answer for stays: it
     /// was allowed by the last one.
     pub async fn reauthorize(&self) -> usize {
-        let mut cut = 0;
+        self.recheck().await.cut
+    }
+
+    pub(crate) async fn recheck(&self) -> Recheck {
+        let mut result = Recheck::default();
+        // Thousands of links may be of a few pairs.
+        let mut answers = HashMap::new();
         for link in self.links.snapshot() {
             let info = &link.info;
             let (here, there) = (&info.local_spiffe, &info.remote_spiffe);
@@ -21,15 +38,24 @@ impl Proxy {
                 (_, Direction::Inbound) => vec![back],
                 (_, Direction::Outbound | Direction::Local) => vec![out],
             };
+            let mut answered = true;
             for (source, target) in pairs {
-                if let Err(refusal) = self.authorize(source, target).await
-                    && refusal.cause == Cause::IntentionDenied
-                {
-                    cut += usize::from(self.links.cut(info.id, refusal.cause, &refusal.text));
-                    break;
+                let pair = (source.clone(), target.clone());
+                if !answers.contains_key(&pair) {
+                    answers.insert(pair.clone(), self.authorize(source, target).await);
+                }
+                match answers.get(&pair) {
+                    Some(Err(refusal)) if refusal.cause == Cause::IntentionDenied => {
+                        result.cut += usize::from(self.links.cut(info.id, refusal.cause, &refusal.text));
+                        answered = true;
+                        break;
+                    }
+                    Some(Ok(_)) => {}
+                    Some(Err(_)) | None => answered = false,
                 }
             }
+            result.unanswered += usize::from(!answered);
         }
-        cut
+        result
     }
 }

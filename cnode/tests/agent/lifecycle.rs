@@ -2,14 +2,16 @@
 
 use std::{
     fs,
+    io::Read,
     os::unix::{fs::MetadataExt, net::UnixListener},
     path::Path,
     process::{Command, Stdio},
 };
 
-use rustix::process::Signal;
+use meshx::mesh::embedded::{Action, MeshDir, Rules};
+use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 
-use crate::support::{Agent, PATIENCE, creation, temp, until};
+use crate::support::{Agent, PATIENCE, creation, echo_link, temp, until};
 
 fn mode(path: &Path) -> u32 {
     fs::metadata(path).unwrap().mode() & 0o7777
@@ -242,4 +244,33 @@ fn the_programs_commands_answer() {
         code == 69 && err.contains("meshx agent --mesh embedded --dir /none"),
         "{err}"
     );
+}
+
+/// The change of the rules is seen once; what it says must not be lost because it could not be read then.
+#[test]
+fn a_denial_that_cannot_be_read_at_first_still_cuts() {
+    let root = temp();
+    let agent = Agent::start(root.path(), "a", &["h1"], &[]);
+    let mut client = agent.connect();
+    let (_, [mut near, _far]) = echo_link(&mut client);
+    let mesh = MeshDir::open(&root.path().join("mesh")).unwrap();
+
+    let pid = Some(Pid::from_child(&agent.child));
+    let none_left = Rlimit {
+        current: Some(0),
+        maximum: Some(4096),
+    };
+    let before = prlimit(pid, Resource::Nofile, none_left).unwrap();
+    Rules::set_default(&mesh, Action::Deny).unwrap();
+    agent.wait_log(&["the mesh has no answer"]);
+    let enough = Rlimit {
+        current: Some(4096),
+        maximum: Some(4096),
+    };
+    assert!(before.current.is_none_or(|before| before >= 4096));
+    prlimit(pid, Resource::Nofile, enough).unwrap();
+    near.set_read_timeout(Some(std::time::Duration::from_secs(30)))
+        .unwrap();
+    assert_eq!(near.read(&mut [0]).unwrap(), 0, "cut");
+    agent.wait_log(&["links that they deny were cut"]);
 }

@@ -72,6 +72,9 @@ pub struct AgentDir {
     made: bool,
     /// Held as long as this agent lives.
     _lock: File,
+    /// Held on the directory itself, shared: whoever cleans temporary directories by age leaves what lies in a
+    /// locked one (systemd-tmpfiles(8)).
+    _occupied: File,
 }
 
 impl AgentDir {
@@ -88,11 +91,15 @@ impl AgentDir {
         let path = path.canonicalize().map_err(DirError::io(&path, "resolve"))?;
         paths::check_length(&path)?;
         let lock = take_lock(&path)?;
+        let occupied = File::open(&path).map_err(DirError::io(&path, "open"))?;
+        flock(&occupied, FlockOperation::NonBlockingLockShared)
+            .map_err(|error| DirError::io(&path, "lock")(error.into()))?;
         let dir = Self {
             path,
             access,
             made,
             _lock: lock,
+            _occupied: occupied,
         };
         // Only now: a second agent must not change a living one's directory.
         let owner = fs::symlink_metadata(&dir.path)
@@ -351,6 +358,17 @@ mod tests {
         first.remove();
         drop(first);
         AgentDir::open(&path, Access::default()).unwrap();
+    }
+
+    #[test]
+    fn the_directory_is_locked_against_those_who_clean_by_age() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("agent");
+        let agent = AgentDir::open(&path, Access::default()).unwrap();
+        let dir = File::open(&path).unwrap();
+        assert!(flock(&dir, FlockOperation::NonBlockingLockExclusive).is_err());
+        drop(agent);
+        flock(&dir, FlockOperation::NonBlockingLockExclusive).unwrap();
     }
 
     #[test]

@@ -116,9 +116,11 @@ impl Authority {
     }
 }
 
-/// Whether a leaf can still be handed out.
+/// Whether a leaf can still be handed out. One that has more than its whole life before it was made when the
+/// clock was ahead: it is not valid yet.
 pub(super) fn is_fresh(leaf: &Identity, now: i64) -> bool {
-    leaf.not_after - now > RENEW_HOURS * 3600
+    let left = leaf.not_after - now;
+    left > RENEW_HOURS * 3600 && left < LEAF_HOURS * 3600 + BACKDATE.whole_seconds()
 }
 
 fn make(dir: &MeshDir) -> Result<(), MeshError> {

@@ -125,11 +125,11 @@ impl OwnEntry {
     pub(super) fn deregister(&self, dir: &MeshDir, id: &str) -> Result<(), MeshError> {
         let _lock = dir.lock()?;
         let mut own = self.entry.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut next = own.clone();
-        next.instances.retain(|old| old.id != id);
-        if next.instances.len() < own.instances.len() {
-            write(dir, &next)?;
-            *own = next;
+        let before = own.instances.len();
+        own.instances.retain(|old| old.id != id);
+        if own.instances.len() < before {
+            // Should this fail, on a full disk say, the next change takes it out of the file as well.
+            write(dir, &own)?;
         }
         Ok(())
     }

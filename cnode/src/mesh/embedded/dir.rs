@@ -59,6 +59,15 @@ impl MeshDir {
         Ok(file)
     }
 
+    /// A shared lock on the directory itself. Whoever cleans temporary directories by age leaves what lies in a
+    /// locked one (systemd-tmpfiles(8)): an idle mesh touches its files for weeks only to lock them.
+    pub(super) fn occupy(&self) -> Result<File, MeshError> {
+        let file = File::open(&self.path).map_err(|error| unavailable(&self.path, &error))?;
+        flock(&file, FlockOperation::NonBlockingLockShared)
+            .map_err(|error| unavailable(&self.path, &error.into()))?;
+        Ok(file)
+    }
+
     /// Reads a whole file; `None` when it is not there.
     pub(super) fn read(&self, name: &str) -> Result<Option<String>, MeshError> {
         let path = self.join(name);

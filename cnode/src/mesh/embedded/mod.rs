@@ -13,6 +13,7 @@ mod dir;
 mod rules;
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -32,6 +33,9 @@ use crate::proxy::links::unix_now;
 /// How often the rules are looked at: a denial cuts live links within 2 s.
 const RULES_POLL: Duration = Duration::from_millis(250);
 
+/// Leaves that are kept. Whoever may be any service could else have any number of them made and held.
+const MAX_LEAVES: usize = 4096;
+
 /// One agent's membership in the mesh of a directory. It ends when this is dropped.
 #[derive(Debug)]
 pub struct EmbeddedMesh {
@@ -41,6 +45,7 @@ pub struct EmbeddedMesh {
 #[derive(Debug)]
 struct Inner {
     dir: MeshDir,
+    _occupied: File,
     authority: Authority,
     own: OwnEntry,
     // Held while a leaf is looked up or made, never across an await.
@@ -79,6 +84,7 @@ impl EmbeddedMesh {
         }
         Ok(Self {
             inner: Arc::new(Inner {
+                _occupied: dir.occupy()?,
                 dir,
                 authority,
                 own,
@@ -120,6 +126,12 @@ impl Inner {
         }
         let leaf = Arc::new(self.authority.issue(service)?);
         leaves.retain(|_, leaf| leaf.not_after > unix_now());
+        if leaves.len() >= MAX_LEAVES {
+            let oldest = leaves.iter().min_by_key(|(_, leaf)| leaf.not_after);
+            if let Some(oldest) = oldest.map(|(service, _)| service.clone()) {
+                leaves.remove(&oldest);
+            }
+        }
         leaves.insert(service.clone(), leaf.clone());
         Ok(leaf)
     }

@@ -13,7 +13,8 @@ use crate::mesh::{Decision, MeshError, NameError, ServiceName};
 pub(super) const MAX_RULES: usize = 4096;
 const FILE: &str = "rules.json";
 
-/// A version of the file, to see that it was replaced: inode, seconds and nanoseconds of its last change, size.
+/// A version of the file, to see that it was replaced: inode, seconds and nanoseconds of its last change (of
+/// content, mode or owner; no program can set that time back), size.
 pub(super) type Stamp = (u64, i64, i64, u64);
 
 /// What a rule says.
@@ -150,7 +151,7 @@ impl Rules {
     /// Which version of the file there is; all zero when it cannot be seen.
     pub(super) fn stamp(dir: &MeshDir) -> Stamp {
         std::fs::metadata(dir.join(FILE))
-            .map(|meta| (meta.ino(), meta.mtime(), meta.mtime_nsec(), meta.size()))
+            .map(|meta| (meta.ino(), meta.ctime(), meta.ctime_nsec(), meta.size()))
             .unwrap_or_default()
     }
 

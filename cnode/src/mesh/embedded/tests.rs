@@ -142,6 +142,11 @@ async fn leaves_are_kept_until_they_are_old() {
     assert_eq!(leaf.id, SpiffeId::new(mesh.trust_domain(), service("shop")));
     assert!(authority::is_fresh(&leaf, unix_now()));
     assert!(!authority::is_fresh(&leaf, leaf.not_after - 3600));
+    let whole_life = leaf.not_after - unix_now();
+    assert!(
+        !authority::is_fresh(&leaf, leaf.not_after - whole_life - 600),
+        "made while the clock was ahead: not valid yet"
+    );
     let other = mesh.identity(&service("cart")).await.unwrap();
     assert_ne!(other.chain, leaf.chain);
     let mut old = Arc::into_inner(
@@ -161,6 +166,72 @@ async fn leaves_are_kept_until_they_are_old() {
     let renewed = mesh.identity(&service("shop")).await.unwrap();
     assert!(authority::is_fresh(&renewed, unix_now()));
     assert!(!format!("{leaf:?}").contains("key"), "{leaf:?}");
+}
+
+#[tokio::test]
+async fn so_many_leaves_are_kept_and_no_more() {
+    let temp = tempfile::tempdir().unwrap();
+    let mesh = open(&temp.path().join("mesh"), "a1", "h1");
+    let leaf = mesh.identity(&service("old")).await.unwrap();
+    mesh.inner
+        .leaves
+        .lock()
+        .unwrap()
+        .extend((1..MAX_LEAVES).map(|n| (service(&format!("s{n}")), leaf.clone())));
+    mesh.identity(&service("one-more")).await.unwrap();
+    let leaves = mesh.inner.leaves.lock().unwrap();
+    assert_eq!(leaves.len(), MAX_LEAVES);
+    assert!(leaves.contains_key(&service("one-more")));
+}
+
+#[tokio::test]
+async fn what_could_not_be_taken_out_of_the_file_goes_with_the_next_change() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path().join("mesh");
+    let mesh = open(&dir, "a1", "h1");
+    mesh.register(&node("shop@h1", "a1")).await.unwrap();
+    // Nothing can be written, as on a full disk.
+    let obstacle = dir.join("agents/a1.new");
+    fs::create_dir(&obstacle).unwrap();
+    assert!(mesh.deregister("shop@h1").await.is_err());
+    fs::remove_dir(&obstacle).unwrap();
+    mesh.register(&node("cart@h1", "a1")).await.unwrap();
+    assert_eq!(mesh.nodes().await.unwrap(), [node("cart@h1", "a1")]);
+}
+
+#[test]
+fn the_directory_is_locked_against_those_who_clean_by_age() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("mesh");
+    let (mesh, other) = (open(&path, "a1", "h1"), open(&path, "a2", "h2"));
+    let dir = fs::File::open(&path).unwrap();
+    let exclusive = || rustix::fs::flock(&dir, rustix::fs::FlockOperation::NonBlockingLockExclusive);
+    drop(other);
+    assert!(exclusive().is_err());
+    drop(mesh);
+    exclusive().unwrap();
+}
+
+#[test]
+fn a_change_of_the_rules_is_seen_whatever_time_the_file_shows() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("mesh");
+    let _mesh = open(&path, "a1", "h1");
+    let dir = MeshDir::open(&path).unwrap();
+    let file = path.join("rules.json");
+    let rewrite = |text: &str| {
+        fs::write(&file, text).unwrap();
+        let file = fs::File::options().write(true).open(&file).unwrap();
+        file.set_modified(std::time::UNIX_EPOCH).unwrap();
+        Rules::stamp(&dir)
+    };
+    let before = rewrite(r#"{"default":"deny","rules":[{"source":"a","destination":"b","action":"allow"}]}"#);
+    // The kernel's clock for files may tick as rarely as every 10 ms.
+    let began = std::time::Instant::now();
+    let swapped = r#"{"default":"deny","rules":[{"source":"b","destination":"a","action":"allow"}]}"#;
+    while rewrite(swapped) == before {
+        assert!(began.elapsed() < Duration::from_secs(10));
+    }
 }
 
 #[test]

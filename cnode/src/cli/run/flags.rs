@@ -11,6 +11,9 @@ use crate::agent::hosts;
 /// Longest node name: an atom's length (255 characters), of ASCII before the `@`.
 const NODE_NAME_MAX: usize = 255;
 
+/// Longest cookie in characters: an atom's length.
+const COOKIE_MAX: usize = 255;
+
 /// What a node is started with.
 pub(super) struct NodeFlags<'a> {
     pub(super) name: &'a str,
@@ -58,7 +61,7 @@ fn quote(word: &[u8], line: &mut Vec<u8>) {
 /// `own` in front of what was there, without the flags of a `meshx run` that this one runs inside of.
 pub(super) fn prepend(own: &OsStr, present: &OsStr, outer: &OsStr) -> OsString {
     let present = match present.as_bytes().strip_prefix(outer.as_bytes()) {
-        Some(rest) if !outer.is_empty() => rest,
+        Some(rest) if !outer.is_empty() && rest.first().is_none_or(u8::is_ascii_whitespace) => rest,
         _ => present.as_bytes(),
     };
     let mut line = own.as_bytes().to_vec();
@@ -105,6 +108,23 @@ pub(super) fn check_name(node: &str) -> Result<(), String> {
     Ok(())
 }
 
+/// A cookie that reaches the emulator as the value of `-setcookie`: an empty word or one that looks like a flag
+/// does not, and the node would take the cookie in the home directory instead.
+pub(super) fn check_cookie(cookie: &str) -> Result<(), String> {
+    let fault = match cookie.chars().next() {
+        None => "is empty".to_owned(),
+        Some(first @ ('-' | '+')) => format!("starts with {first}, which the emulator takes for a flag"),
+        Some(_) if cookie.chars().count() > COOKIE_MAX => {
+            format!("is longer than {COOKIE_MAX} characters")
+        }
+        Some(_) if cookie.contains(char::is_control) => "has control characters".to_owned(),
+        Some(_) => return Ok(()),
+    };
+    Err(format!(
+        "the cookie {fault}; give another one, or leave --cookie out to use the cookie file"
+    ))
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -140,6 +160,26 @@ mod tests {
     }
 
     #[test]
+    fn cookies_are_checked_and_not_shown() {
+        for good in ["c", "a b", "x-y+z", &"ä".repeat(COOKIE_MAX)] {
+            assert_eq!(check_cookie(good), Ok(()));
+        }
+        for (bad, fault) in [
+            ("", "is empty"),
+            ("-hidden", "starts with -"),
+            ("+S", "starts with +"),
+            ("sec\nret", "control"),
+            (&"x".repeat(COOKIE_MAX + 1), "longer than 255"),
+        ] {
+            let text = check_cookie(bad).unwrap_err();
+            assert!(
+                text.contains(fault) && (bad.is_empty() || !text.contains(bad)),
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
     fn present_flags_stay_behind_ours_but_those_of_an_outer_run_go() {
         let of =
             |own: &str, present: &str, outer: &str| prepend(own.as_ref(), present.as_ref(), outer.as_ref());
@@ -148,6 +188,7 @@ mod tests {
         assert_eq!(of("-name b", "-name a +S 2", "-name a"), "-name b +S 2");
         assert_eq!(of("-name b", "-name a", "-name a"), "-name b");
         assert_eq!(of("-name b", "+S 2", "-name a"), "-name b +S 2");
+        assert_eq!(of("-name b", "-name ab +S 2", "-name a"), "-name b -name ab +S 2");
     }
 
     /// The reader is a real emulator: what it says its arguments are is what was meant.

@@ -50,6 +50,9 @@ pub(super) struct RunArgs {
 
 pub(super) fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     flags::check_name(&args.name).map_err(Failure::usage)?;
+    if let Some(cookie) = &args.cookie {
+        flags::check_cookie(cookie).map_err(Failure::usage)?;
+    }
     let dir = agent_for(&args)?;
     let ebin = ebin::find(args.ebin.as_deref())?;
     let own = NodeFlags {

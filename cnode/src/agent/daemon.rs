@@ -4,6 +4,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
     net::{TcpListener, UnixListener},
+    sync::Semaphore,
     task::{JoinHandle, JoinSet},
     time::{sleep, timeout},
 };
@@ -12,7 +13,11 @@ use tracing::{info, warn};
 
 use super::{
     config::{AgentConfig, MeshKind},
-    control::{commands::Context, server, upstreams::Budget},
+    control::{
+        commands::{Context, QUESTIONS_MAX},
+        server,
+        upstreams::Budget,
+    },
     dir::AgentDir,
     paths::{CONTROL_SOCKET, DIST_SOCKET, DirError},
     registry::{Place, Registry},
@@ -118,6 +123,7 @@ impl Agent {
             dir: dir.clone(),
             mesh: kind,
             upstreams,
+            questions: Semaphore::new(QUESTIONS_MAX),
         };
         // Last: who finds the control socket finds an agent that is whole.
         let control = UnixListener::from_std(dir.bind(CONTROL_SOCKET)?)?;

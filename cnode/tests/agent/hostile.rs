@@ -12,7 +12,7 @@ use meshx::agent::control::{
 };
 use meshx_etf::Term;
 
-use crate::support::{Agent, PATIENCE, cause, hello_args, temp};
+use crate::support::{Agent, PATIENCE, cause, hello_args, temp, until};
 
 #[test]
 fn hello_comes_first_with_a_common_version() {
@@ -216,4 +216,41 @@ fn unknown_commands_and_arguments_are_refused_and_the_connection_stays() {
         assert_eq!(cause(client.ask(command, args)), wanted, "{command}");
     }
     agent.wait_log(&["refused", "invalid_request", "dance"]);
+}
+
+/// Here the mesh answers nothing for as long as it is asked, and a few clients ask all they may: more than there
+/// are threads for the mesh's files.
+#[test]
+fn clients_that_ask_much_keep_nobody_from_registering() {
+    let root = temp();
+    let agent = Agent::start(root.path(), "a", &["h1"], &[]);
+    let mut good = agent.connect();
+    good.ask("register_service", map([("name", text("echo"))]))
+        .unwrap();
+    let rules = root.path().join("mesh/rules.json");
+    std::fs::remove_file(&rules).unwrap();
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mknodat(rustix::fs::CWD, &rules, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+
+    let pair = || map([("from", text("echo")), ("to", text("echo"))]);
+    let mut crowd: Vec<_> = (0..10).map(|_| agent.connect()).collect();
+    for client in &mut crowd {
+        for _ in 0..UNANSWERED_MAX {
+            client.send("check", pair());
+        }
+    }
+    // The last of them was read: a further one is refused.
+    until(PATIENCE, "all requests being read", || {
+        crowd.iter_mut().all(|client| {
+            client.send("check", pair());
+            matches!(client.receive(), Some(Message::Reply { result: Err((cause, _)), .. }) if cause == "limit")
+        })
+    });
+    for _ in 0..200 {
+        let service = good
+            .ask("register_service", map([("name", text("shop"))]))
+            .unwrap();
+        let id = service.map_get("id").unwrap().clone();
+        good.ask("deregister", map([("id", id)])).unwrap();
+    }
 }

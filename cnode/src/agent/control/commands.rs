@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use meshx_etf::Term;
+use tokio::sync::Semaphore;
 
 use super::{
     args::{Args, missing, wrong},
@@ -26,6 +27,9 @@ use crate::{
 
 /// Name and version of this program, as clients are told.
 pub(super) const PROGRAM: &str = concat!("meshx ", env!("CARGO_PKG_VERSION"));
+/// Questions of clients that the mesh is asked at a time; one of each connection. Others wait, so that whoever
+/// asks much does not keep links and registrations from their answers.
+pub(in crate::agent) const QUESTIONS_MAX: usize = 8;
 /// A killed VM's sockets are free this long after its connection closed: its process ends in between.
 const SWEEP_DELAY: Duration = Duration::from_millis(1500);
 
@@ -38,12 +42,16 @@ pub(in crate::agent) struct Context {
     /// The mesh's kind.
     pub(in crate::agent) mesh: &'static str,
     pub(in crate::agent) upstreams: Budget,
+    /// [`QUESTIONS_MAX`] permits.
+    pub(in crate::agent) questions: Semaphore,
 }
 
 /// One session, as its commands see it.
 pub(super) struct Client {
     pub(super) owner: Owner,
     pub(super) upstreams: Upstreams,
+    /// One permit, held while the mesh is asked for it. Closed when the client has gone: what waits is given up.
+    pub(super) asking: Semaphore,
 }
 
 impl Client {
@@ -51,6 +59,7 @@ impl Client {
         Self {
             owner,
             upstreams: Upstreams::new(),
+            asking: Semaphore::new(1),
         }
     }
 }
@@ -85,8 +94,8 @@ impl Context {
                 let existed = client.upstreams.close(args.text("upstream")?);
                 Ok(map([("existed", Term::from(existed))]))
             }
-            "check" => self.check(&args).await,
-            "names" => self.names().await,
+            "check" => self.in_turn(client, self.check(&args)).await,
+            "names" => self.in_turn(client, self.names()).await,
             "links" => Ok(map([(
                 "links",
                 Term::list(self.links.snapshot().iter().map(link_term)),
@@ -99,6 +108,17 @@ impl Context {
                 Err(Cause::InvalidRequest.because(format!("{PROGRAM} has no command {other:?}")))
             }
         }
+    }
+
+    async fn in_turn<T>(
+        &self,
+        client: &Client,
+        question: impl Future<Output = Result<T, Refusal>>,
+    ) -> Result<T, Refusal> {
+        let gone = |_| Cause::InvalidRequest.because("the connection that asked has ended");
+        let _own = client.asking.acquire().await.map_err(gone)?;
+        let _one = self.questions.acquire().await.map_err(gone)?;
+        question.await
     }
 
     /// Removes what a killed VM left, once the kernel has let go of it.

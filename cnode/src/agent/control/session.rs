@@ -209,6 +209,7 @@ impl Session {
     async fn end(self) {
         let owner = self.client.owner;
         let upstreams = self.client.upstreams.close_all();
+        self.client.asking.close();
         let released = self.context.registry.release(owner.id).await;
         self.commands.close();
         self.commands.wait().await;

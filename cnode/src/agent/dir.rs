@@ -16,7 +16,11 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use rustix::fs::{FlockOperation, Gid, flock};
+use rustix::{
+    fs::{FlockOperation, Gid, flock},
+    io::Errno,
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, socket_with},
+};
 use tracing::{debug, warn};
 
 use super::paths::{self, CONTROL_SOCKET, DIST_SOCKET, DirError, UP_DIR, VM_DIR};
@@ -194,16 +198,7 @@ impl AgentDir {
             return;
         }
         match fs::read("/proc/net/unix") {
-            Ok(table) => {
-                let held = bound_paths(&table);
-                for path in listed
-                    .iter()
-                    .filter(|path| !held.contains(path.as_os_str().as_bytes()))
-                {
-                    debug!(path = %path.display(), "removed a socket that no process holds");
-                    let _ = fs::remove_file(path);
-                }
-            }
+            Ok(table) => remove_dead(&listed, &bound_paths(&table)),
             Err(error) => debug!(%error, "cannot tell which sockets are held, none removed"),
         }
     }
@@ -300,6 +295,27 @@ fn is_old_socket(path: &Path) -> bool {
         .ok()
         .and_then(|at| SystemTime::now().duration_since(at).ok());
     metadata.file_type().is_socket() && age.is_some_and(|age| age >= SWEEP_AGE)
+}
+
+fn remove_dead(sockets: &[PathBuf], held: &HashSet<Vec<u8>>) {
+    for path in sockets {
+        if !held.contains(path.as_os_str().as_bytes()) && !is_answered(path) {
+            debug!(path = %path.display(), "removed a socket that no process holds");
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// The kernel's table shows one network namespace, and a node in a container may have another: only a socket
+/// that refuses has nobody behind it. Whoever listens sees a connection without a frame. Never waits.
+fn is_answered(path: &Path) -> bool {
+    let connect = || {
+        let address = SocketAddrUnix::new(path)?;
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+        rustix::net::connect(&socket, &address)
+    };
+    !matches!(connect(), Err(Errno::CONNREFUSED | Errno::NOENT))
 }
 
 /// Paths in the kernel's table of Unix sockets: the eighth column, when there is one (proc(5)).
@@ -401,6 +417,24 @@ mod tests {
         assert!(!dead_path.exists());
         dir.bind(CONTROL_SOCKET).unwrap();
         drop(alive);
+    }
+
+    #[test]
+    fn a_socket_that_another_network_namespace_holds_stays() {
+        let temp = tempfile::tempdir().unwrap();
+        let (alive, full, dead) = (
+            temp.path().join("alive"),
+            temp.path().join("full"),
+            temp.path().join("dead"),
+        );
+        let _alive = UnixListener::bind(&alive).unwrap();
+        let listener = UnixListener::bind(&full).unwrap();
+        rustix::net::listen(&listener, 0).unwrap();
+        let _waiting = std::os::unix::net::UnixStream::connect(&full).unwrap();
+        drop(UnixListener::bind(&dead).unwrap());
+        // There the kernel's table does not name it.
+        remove_dead(&[alive.clone(), full.clone(), dead.clone()], &HashSet::new());
+        assert!(alive.exists() && full.exists() && !dead.exists());
     }
 
     #[test]

@@ -10,9 +10,13 @@ use node_support::{Beam, COOKIE, Epmd, LONG, soon};
 use tokio::sync::broadcast::Receiver;
 
 async fn next_tick(events: &mut Receiver<NodeEvent>) -> u64 {
-    match soon(events.recv()).await.unwrap() {
-        NodeEvent::Tick { received, .. } => received,
-        other => panic!("{other:?} instead of a tick"),
+    loop {
+        match soon(events.recv()).await.unwrap() {
+            NodeEvent::Tick { received, .. } => return received,
+            // It may be told a moment after the first answer came.
+            NodeEvent::Up { .. } => {}
+            other => panic!("{other:?} instead of a tick"),
+        }
     }
 }
 

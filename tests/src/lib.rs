@@ -5,6 +5,7 @@
 
 mod agent;
 mod beam;
+pub mod bench;
 mod process;
 
 pub use agent::{Agent, Mesh};

@@ -1,0 +1,16 @@
+//! What the benchmarks share: paired ratios, verdicts, CPU and memory of processes, tables and plots.
+//!
+//! The machines that run them are noisy, so absolute figures say little. Every figure that is held against a limit is a
+//! ratio of two measurements of the same round; rounds interleave all peers.
+
+mod machine;
+mod plot;
+mod report;
+mod stats;
+mod usage;
+
+pub use machine::machine;
+pub use plot::{Series, bars};
+pub use report::{Table, write_report};
+pub use stats::{Limit, Quartiles, Verdict, judge, median, ratios};
+pub use usage::{CpuClock, peak_memory, reset_peak_memory};

@@ -1,6 +1,7 @@
 # make demo    the main job on the embedded mesh, line by line (KEEP=1: stays up)
 # make test    everything: format, lints, unit, property, differential and end-to-end tests
 # make build   the meshx program, the NIF and the Elixir application
+# make fuzz    every fuzz target with libFuzzer, FUZZ_SECONDS each (docs/fuzzing.md)
 # make clean   what the others made in this tree
 
 SHELL := bash
@@ -13,7 +14,7 @@ unexport ERL_FLAGS ERL_AFLAGS ERL_ZFLAGS ERL_LIBS MESHX_DIR
 MIX := cd mix_project && mix
 TEST_ENV := MIX_ENV=test MESHX_NIF=require
 
-.PHONY: build demo test preflight-demo preflight-test lint test-rust test-elixir test-end-to-end clean
+.PHONY: build demo test preflight-demo preflight-test lint test-rust test-elixir test-end-to-end fuzz clean
 
 build: preflight-demo
 	cargo build --release --locked -p meshx -p search_node -p meshx-tests --bins
@@ -60,6 +61,17 @@ test-end-to-end:
 	else \
 	    cargo test -p meshx-tests --locked --no-fail-fast --tests; \
 	fi
+
+FUZZ_TARGETS := etf framing handshake epmd rpc mesh control
+FUZZ_SECONDS := 600
+
+# A directory of its own: the sanitizer's objects fit no others.
+fuzz:
+	cd fuzz && for target in $(FUZZ_TARGETS); do \
+	    mkdir -p corpus/$$target; \
+	    CARGO_TARGET_DIR=$(CARGO_TARGET_DIR)/fuzz cargo +nightly fuzz run --fuzz-dir . $$target corpus/$$target seeds/$$target \
+	        -- -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 -print_final_stats=1; \
+	done
 
 clean:
 	cargo clean

@@ -6,6 +6,7 @@
 mod agent;
 mod beam;
 pub mod bench;
+pub mod fuzz;
 mod process;
 
 pub use agent::{Agent, Mesh};

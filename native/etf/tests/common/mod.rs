@@ -1,6 +1,8 @@
 //! Generated terms, shared by the tests.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+pub(crate) mod agreement;
+
 use meshx_etf::{Export, Pid, Port, Reference, Term};
 use proptest::collection::vec;
 use proptest::prelude::*;

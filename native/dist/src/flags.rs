@@ -81,7 +81,7 @@ dist_flags! {
     V4_NC = 1 << 34;
     /// Process aliases: `ALIAS_SEND`.
     ALIAS = 1 << 35;
-    /// Alternative action signals (OTP 28 and later), control operation 37.
+    /// Alternative action signals (OTP 28 and later): `ALTACT_SIG_SEND`, which takes the place of `ALIAS_SEND`.
     ALTACT_SIG = 1 << 37;
     /// Native records (OTP 29), external tag 67.
     NATIVE_RECORDS = 1 << 38;
@@ -107,8 +107,9 @@ impl DistFlags {
 
     /// What a hidden node made with this crate says of itself: everything mandatory in OTP 25 to 29, monitors,
     /// aliases, exit payloads and spawn requests (a BEAM that gets no `SPAWN_REPLY` waits for ever, so a node
-    /// says it understands them and may answer `notsup`), and fragments, so that one large message does not
-    /// hold up the small ones behind it. Add [`Self::PUBLISHED`] for a visible node.
+    /// says it understands them and may answer `notsup`), alternative action signals, and fragments, so that one
+    /// large message does not hold up the small ones behind it. Not native records: a peer then sends none, or
+    /// its message ends the link. Add [`Self::PUBLISHED`] for a visible node.
     #[must_use]
     pub const fn c_node_default() -> Self {
         Self::MANDATORY_26
@@ -120,6 +121,7 @@ impl DistFlags {
             .with(Self::FRAGMENTS)
             .with(Self::SPAWN)
             .with(Self::ALIAS)
+            .with(Self::ALTACT_SIG)
     }
 
     /// Whether every flag of `other` is in this set.

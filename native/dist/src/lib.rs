@@ -85,7 +85,7 @@
 //! let mut receiver = Receiver::new(b.flags, LinkLimits::default());
 //! let received = receiver.receive(frame)?.unwrap();
 //! assert_eq!(received.control, message);
-//! assert_eq!(meshx_etf::decode(received.payload.unwrap(), &Default::default())?, Term::atom("hello"));
+//! assert_eq!(meshx_etf::decode(&received.payload.unwrap().to_vec(), &Default::default())?, Term::atom("hello"));
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 

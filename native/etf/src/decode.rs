@@ -53,6 +53,16 @@ pub fn decode_prefix<'a>(bytes: &'a [u8], limits: &Limits) -> Result<(Term, &'a 
     }
 }
 
+/// Decodes the term at the start of `bytes`, which has no version byte, and returns it with what follows it: as terms
+/// stand behind a distribution header. Such a term is never compressed.
+///
+/// # Errors
+/// Any [`DecodeError`] but [`DecodeError::Trailing`] and [`DecodeError::Version`].
+pub fn decode_bare_prefix<'a>(bytes: &'a [u8], limits: &Limits) -> Result<(Term, &'a [u8]), DecodeError> {
+    let (term, end) = Decoder::new(bytes, 0, limits).run()?;
+    Ok((term, bytes.get(end..).unwrap_or_default()))
+}
+
 /// Decodes the term at `pos`, which has no version byte; also returns where it ends.
 #[cfg(feature = "eetf")]
 pub(crate) fn decode_bare(bytes: &[u8], pos: usize, limits: &Limits) -> Result<(Term, usize), DecodeError> {

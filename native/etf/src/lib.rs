@@ -58,7 +58,7 @@ mod walk;
 
 pub use atom::Atom;
 pub use bigint::BigInt;
-pub use decode::{decode, decode_prefix};
+pub use decode::{decode, decode_bare_prefix, decode_prefix};
 pub use encode::{encode, encode_bare};
 pub use error::{DecodeError, EncodeError};
 pub use ids::{Export, Fun, Pid, Port, Reference};

@@ -42,6 +42,15 @@ impl<'a> Walk<'a> {
         })
     }
 
+    /// Begins at a term without a version byte, as terms stand behind a distribution header.
+    #[must_use]
+    pub fn bare(bytes: &'a [u8], limits: &Limits) -> Self {
+        Self {
+            cursor: Cursor::new(bytes, 0, limits),
+            nesting: Nesting::new(limits.depth()),
+        }
+    }
+
     /// The next token, or `None` when the term is complete. Bytes may follow it: see [`Walk::offset`].
     ///
     /// # Errors

@@ -1,6 +1,6 @@
 use meshx_etf::{Atom, Pid, Reference, Term};
 
-use super::{Control, Op, Proc, SpawnResult};
+use super::{Control, Op, Proc, SpawnResult, Target, altact};
 
 /// Why a term is not a control message. The connection is over.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -79,9 +79,7 @@ impl TryFrom<Term> for Control {
             Op::SPAWN_REPLY | Op::SPAWN_REPLY_TT => fields.spawn_reply(),
             Op::UNLINK_ID | Op::UNLINK_ID_ACK => fields.unlink_id(),
             Op::NODE_LINK => fields.exactly(0).map(|_| Self::NodeLink),
-            Op::ALTACT_SIG => Ok(Self::AltactSig {
-                fields: fields.fields.collect(),
-            }),
+            Op::ALTACT_SIG => fields.altact_sig(),
             Op(op) => Ok(Self::Unknown {
                 op,
                 fields: fields.fields.collect(),
@@ -281,6 +279,35 @@ impl Fields {
         Ok(match f.op {
             Op::UNLINK_ID => Control::UnlinkId { id, from, to },
             _ => Control::UnlinkIdAck { id, from, to },
+        })
+    }
+
+    /// The flags say what kind of target comes, and whether there is a token.
+    fn altact_sig(mut self) -> Result<Control, ControlError> {
+        let traced = self.fields.len() == 4;
+        self = self.exactly(if traced { 4 } else { 3 })?;
+        let known = altact::PRIORITY | altact::TOKEN | altact::ALIAS | altact::NAME | altact::EXIT;
+        let wanted = "flags of 5 bits that fit the other fields";
+        let flags = self.field(wanted, |term| {
+            let flags = term.as_int()?;
+            let has = |bit| flags & bit != 0;
+            let kind = !(has(altact::NAME) && (has(altact::ALIAS) || has(altact::EXIT)));
+            (flags & !known == 0 && has(altact::TOKEN) == traced && kind).then_some(flags)
+        })?;
+        let from = self.pid()?;
+        let to = if flags & altact::ALIAS != 0 {
+            Target::Alias(self.reference()?)
+        } else if flags & altact::NAME != 0 {
+            Target::Name(self.atom()?)
+        } else {
+            Target::Pid(self.pid()?)
+        };
+        Ok(Control::AltactSig {
+            from,
+            to,
+            priority: flags & altact::PRIORITY != 0,
+            exit: flags & altact::EXIT != 0,
+            token: self.token()?,
         })
     }
 

@@ -1,6 +1,6 @@
 use meshx_etf::Term;
 
-use super::{Control, Proc, SpawnResult};
+use super::{Control, Proc, SpawnResult, Target, altact};
 
 impl From<Proc> for Term {
     fn from(process: Proc) -> Self {
@@ -113,7 +113,27 @@ impl From<Control> for Term {
             Control::UnlinkId { id, from, to } | Control::UnlinkIdAck { id, from, to } => {
                 tuple.extend([id.into(), from.into(), to.into()]);
             }
-            Control::AltactSig { fields } | Control::Unknown { fields, .. } => tuple.extend(fields),
+            Control::AltactSig {
+                from,
+                to,
+                priority,
+                exit,
+                token,
+            } => {
+                let bit = |set: bool, bit| if set { bit } else { 0 };
+                let (kind, to) = match to {
+                    Target::Pid(pid) => (0, pid.into()),
+                    Target::Name(name) => (altact::NAME, name.into()),
+                    Target::Alias(alias) => (altact::ALIAS, alias.into()),
+                };
+                let flags = kind
+                    | bit(priority, altact::PRIORITY)
+                    | bit(exit, altact::EXIT)
+                    | bit(token.is_some(), altact::TOKEN);
+                tuple.extend([Term::Int(flags), from.into(), to]);
+                last = token;
+            }
+            Control::Unknown { fields, .. } => tuple.extend(fields),
         }
         tuple.extend(last);
         Term::Tuple(tuple)

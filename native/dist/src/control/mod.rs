@@ -30,6 +30,26 @@ pub enum SpawnResult {
     Error(Atom),
 }
 
+/// Whom an `ALTACT_SIG_SEND` is for.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Target {
+    /// A process by pid.
+    Pid(Pid),
+    /// A process by registered name.
+    Name(Atom),
+    /// A process by alias.
+    Alias(Reference),
+}
+
+/// The bits of the second field of `ALTACT_SIG_SEND`, as `ERTS_DOP_ALTACT_SIG_FLG_*` in the emulator's `dist.h`.
+mod altact {
+    pub(super) const PRIORITY: i64 = 1;
+    pub(super) const TOKEN: i64 = 1 << 1;
+    pub(super) const ALIAS: i64 = 1 << 2;
+    pub(super) const NAME: i64 = 1 << 3;
+    pub(super) const EXIT: i64 = 1 << 4;
+}
+
 /// A control message, the payload that some carry behind them apart ([`Control::payload`]).
 #[derive(Debug, Clone, PartialEq)]
 #[allow(
@@ -127,9 +147,16 @@ pub enum Control {
     UnlinkId { id: u64, from: Pid, to: Pid },
     /// `UNLINK_ID_ACK` (36). `id` is that of the `UNLINK_ID` which it answers.
     UnlinkIdAck { id: u64, from: Pid, to: Pid },
-    /// `ALTACT_SIG` (37) of OTP 28 and later, what follows the operation kept as it is. Sent only to nodes that
-    /// have said [`crate::flags::DistFlags::ALTACT_SIG`].
-    AltactSig { fields: Vec<Term> },
+    /// `ALTACT_SIG_SEND` (37) of OTP 28 and later: a message or, with `exit`, an exit signal whose reason is the
+    /// payload. Used for aliases and for priority signals, and only between nodes that have both said
+    /// [`crate::flags::DistFlags::ALTACT_SIG`].
+    AltactSig {
+        from: Pid,
+        to: Target,
+        priority: bool,
+        exit: bool,
+        token: Option<Term>,
+    },
     /// An operation that is not known here, kept as it is.
     Unknown { op: i64, fields: Vec<Term> },
 }
@@ -157,8 +184,9 @@ impl Control {
             | Self::PayloadExit2 { .. }
             | Self::PayloadMonitorPExit { .. }
             | Self::SpawnRequest { .. }
-            | Self::AliasSend { .. } => Payload::Required,
-            Self::AltactSig { .. } | Self::Unknown { .. } => Payload::Optional,
+            | Self::AliasSend { .. }
+            | Self::AltactSig { .. } => Payload::Required,
+            Self::Unknown { .. } => Payload::Optional,
             Self::Link { .. }
             | Self::Exit { .. }
             | Self::Unlink { .. }

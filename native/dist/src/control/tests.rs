@@ -187,7 +187,7 @@ fn samples(token: Option<Term>) -> Vec<(i64, usize, Control)> {
             Control::AliasSend {
                 from: from.clone(),
                 alias: reference(9),
-                token,
+                token: token.clone(),
             },
         ),
         (
@@ -199,14 +199,20 @@ fn samples(token: Option<Term>) -> Vec<(i64, usize, Control)> {
                 to: to.clone(),
             },
         ),
-        (36, 3, Control::UnlinkIdAck { id: 1, from, to }),
         (
-            37,
-            1,
-            Control::AltactSig {
-                fields: vec![Term::Int(1)],
+            36,
+            3,
+            Control::UnlinkIdAck {
+                id: 1,
+                from: from.clone(),
+                to: to.clone(),
             },
         ),
+        altact(Target::Pid(to.clone()), true, false, &token),
+        altact(Target::Pid(to), false, true, &token),
+        altact(Target::Name(Atom::from("name")), true, false, &token),
+        altact(Target::Alias(reference(5)), false, false, &token),
+        altact(Target::Alias(reference(5)), true, true, &token),
         (
             99,
             1,
@@ -216,6 +222,17 @@ fn samples(token: Option<Term>) -> Vec<(i64, usize, Control)> {
             },
         ),
     ]
+}
+
+fn altact(to: Target, priority: bool, exit: bool, token: &Option<Term>) -> (i64, usize, Control) {
+    let control = Control::AltactSig {
+        from: pid(1),
+        to,
+        priority,
+        exit,
+        token: token.clone(),
+    };
+    (37, 3 + usize::from(token.is_some()), control)
 }
 
 fn all_samples() -> Vec<(i64, usize, Control)> {
@@ -296,6 +313,46 @@ fn a_field_of_another_type_is_refused_with_its_place() {
             }
         }
     }
+}
+
+#[test]
+fn flags_of_an_altact_sig_fit_its_fields() {
+    let token = Term::tuple([Term::Int(1)]);
+    let message = |flags: i64, to: Term, token: Option<&Term>| {
+        let mut tuple = vec![Term::Int(37), Term::Int(flags), pid(1).into(), to];
+        tuple.extend(token.cloned());
+        Control::try_from(Term::Tuple(tuple))
+    };
+    let (name, alias) = (Term::atom("name"), Term::from(reference(5)));
+    assert!(message(0b01001, name.clone(), None).is_ok());
+    assert!(message(0b10110, alias.clone(), Some(&token)).is_ok());
+    // A token announced and not there, and the other way about; two kinds of target; exit/2 by name; unknown bits.
+    for (flags, to, token) in [
+        (0b01010, &name, None),
+        (0b01000, &name, Some(&token)),
+        (0b01100, &alias, None),
+        (0b11000, &name, None),
+        (0b100000, &name, None),
+        (-1, &name, None),
+    ] {
+        let refused = message(flags, to.clone(), token);
+        assert!(
+            matches!(refused, Err(ControlError::Field { position: 2, .. })),
+            "{flags}: {refused:?}"
+        );
+    }
+    for (flags, to) in [(0, &name), (0b100, &name), (0b1000, &alias)] {
+        let refused = message(flags, to.clone(), None);
+        assert!(
+            matches!(refused, Err(ControlError::Field { position: 4, .. })),
+            "{flags}: {refused:?}"
+        );
+    }
+    let short = Term::tuple([Term::Int(37), Term::Int(0), pid(1).into()]);
+    assert!(matches!(
+        Control::try_from(short),
+        Err(ControlError::Arity { wanted: 3, .. })
+    ));
 }
 
 #[test]

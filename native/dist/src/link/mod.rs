@@ -13,10 +13,11 @@
 //!
 //! Large messages are cut at [`FRAGMENT_SIZE`] when `FRAGMENTS` is agreed.
 
+mod common;
 mod receive;
 mod send;
 
-pub use receive::{LinkError, LinkLimits, Message, Receiver};
+pub use receive::{Encoded, LinkError, LinkLimits, Message, Receiver};
 pub use send::{FRAGMENT_SIZE, SendError, Sender};
 
 use crate::flags::DistFlags;

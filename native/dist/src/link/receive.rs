@@ -1,14 +1,12 @@
 use std::collections::HashMap;
 
-use meshx_etf::{DecodeError, Limits, decode_prefix};
+use meshx_etf::{DecodeError, Limits};
 
+use super::common::CommonDecoder;
 use super::{CONTINUATION, DIST_HEADER, FIRST_FRAGMENT, PASS_THROUGH, VERSION, with_headers};
 use crate::control::{Control, ControlError, Op, Payload};
 use crate::flags::DistFlags;
 use crate::wire::{Reader, Short};
-
-/// Space of the last message that is kept for the next one, in bytes.
-const RETAINED_CAPACITY: usize = 1024 * 1024;
 
 /// What a peer may make a receiver keep.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,9 +38,30 @@ impl Default for LinkLimits {
 pub struct Message<'a> {
     /// What is to be done.
     pub control: Control,
-    /// What [`Control::payload`] says belongs to it, as an encoded term with its version byte: unchecked, to be
-    /// given to [`meshx_etf::decode`] or walked when it is needed.
-    pub payload: Option<&'a [u8]>,
+    /// What [`Control::payload`] says belongs to it: an encoded term, unchecked.
+    pub payload: Option<Encoded<'a>>,
+}
+
+/// An encoded term without its version byte. Nothing of it has been checked: it is to be decoded or walked by whoever
+/// needs it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Encoded<'a>(pub(super) &'a [u8]);
+
+impl<'a> Encoded<'a> {
+    /// The bytes, without a version byte.
+    #[must_use]
+    pub fn bare(self) -> &'a [u8] {
+        self.0
+    }
+
+    /// A copy with the version byte in front, as [`meshx_etf::decode`] takes it.
+    #[must_use]
+    pub fn to_vec(self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(self.0.len() + 1);
+        bytes.push(VERSION);
+        bytes.extend_from_slice(self.0);
+        bytes
+    }
 }
 
 /// Why frames are no messages. The connection is over.
@@ -131,7 +150,8 @@ pub struct Receiver {
     sequences: HashMap<u64, Sequence>,
     /// Bytes in `sequences`.
     waiting: usize,
-    /// The message handed out last: a version byte, then control message and payload.
+    common: CommonDecoder,
+    /// The message handed out last, when it came in fragments.
     whole: Vec<u8>,
 }
 
@@ -139,7 +159,7 @@ pub struct Receiver {
 struct Sequence {
     /// Number of the last fragment that came; the next one is smaller by 1.
     fragment: u64,
-    /// A version byte, then what came.
+    /// What came so far.
     bytes: Vec<u8>,
 }
 
@@ -157,6 +177,7 @@ impl Receiver {
             limits: LinkLimits { control, ..limits },
             sequences: HashMap::new(),
             waiting: 0,
+            common: CommonDecoder::default(),
             whole: Vec::new(),
         }
     }
@@ -171,23 +192,24 @@ impl Receiver {
             wanted,
         };
         if !self.headers {
-            let Some((&PASS_THROUGH, terms)) = frame.split_first() else {
-                return Err(unknown("112"));
+            let [PASS_THROUGH, VERSION, terms @ ..] = frame else {
+                return Err(unknown("112 131"));
             };
-            let (control, behind) = decode_prefix(terms, &self.limits.control)?;
-            return message(control.try_into()?, behind).map(Some);
+            let (control, behind) = self.common.decode(terms, &self.limits.control)?;
+            let payload = match behind {
+                [] => None,
+                [VERSION, payload @ ..] => Some(payload),
+                [got, ..] => return Err(DecodeError::Version { found: Some(*got) }.into()),
+            };
+            return message(control, payload).map(Some);
         }
         let cut_short = |Short| LinkError::CutShort { len: frame.len() };
         let mut r = Reader::new(frame);
         match r.array().map_err(cut_short)? {
             [VERSION, DIST_HEADER] => {
                 no_atom_cache(&mut r).map_err(cut_short)??;
-                if self.whole.capacity() > RETAINED_CAPACITY {
-                    self.whole = Vec::new();
-                }
-                self.whole.clear();
-                self.whole.push(VERSION);
-                self.whole.extend_from_slice(r.rest());
+                let (control, behind) = self.common.decode(r.rest(), &self.limits.control)?;
+                return message(control, Some(behind).filter(|bytes| !bytes.is_empty())).map(Some);
             }
             [VERSION, FIRST_FRAGMENT] => {
                 let (sequence, fragment) = (r.u64().map_err(cut_short)?, r.u64().map_err(cut_short)?);
@@ -206,7 +228,8 @@ impl Receiver {
             }
             _ => return Err(unknown("131 and then 68, 69 or 70")),
         }
-        self.split_whole().map(Some)
+        let (control, behind) = self.common.decode(&self.whole, &self.limits.control)?;
+        message(control, Some(behind).filter(|bytes| !bytes.is_empty())).map(Some)
     }
 
     /// Bytes that wait for the rest of their messages.
@@ -236,10 +259,9 @@ impl Receiver {
             sequence,
             Sequence {
                 fragment,
-                bytes: vec![VERSION],
+                bytes: Vec::new(),
             },
         );
-        self.waiting += 1;
         Ok(())
     }
 
@@ -287,40 +309,23 @@ impl Receiver {
         }
         if let Some(done) = self.sequences.remove(&sequence) {
             self.waiting = self.waiting.saturating_sub(done.bytes.len());
+            // The one before is freed here, not kept: it may be as large as a message may be.
             self.whole = done.bytes;
         }
         Ok(true)
     }
-
-    /// Behind a distribution header terms have no version byte. The payload gets one: in place of the last byte
-    /// of the control message, which has been read by then.
-    fn split_whole(&mut self) -> Result<Message<'_>, LinkError> {
-        let (control, behind) = decode_prefix(&self.whole, &self.limits.control)?;
-        let control = Control::try_from(control)?;
-        let behind = behind.len();
-        let start = self.whole.len().saturating_sub(behind).saturating_sub(1);
-        if let Some(before) = self.whole.get_mut(start).filter(|_| behind > 0) {
-            *before = VERSION;
-        }
-        let payload = self.whole.get(start..).filter(|_| behind > 0).unwrap_or_default();
-        message(control, payload)
-    }
 }
 
-fn message(control: Control, behind: &[u8]) -> Result<Message<'_>, LinkError> {
-    match (control.payload(), behind.len()) {
-        (Payload::Required, 0) => Err(LinkError::MissingPayload { op: control.op() }),
-        (Payload::Forbidden, 1..) => Err(LinkError::UnexpectedPayload {
+fn message(control: Control, payload: Option<&[u8]>) -> Result<Message<'_>, LinkError> {
+    match (control.payload(), payload) {
+        (Payload::Required, None) => Err(LinkError::MissingPayload { op: control.op() }),
+        (Payload::Forbidden, Some(payload)) => Err(LinkError::UnexpectedPayload {
             op: control.op(),
-            len: behind.len(),
+            len: payload.len(),
         }),
-        (_, 0) => Ok(Message {
+        (_, payload) => Ok(Message {
             control,
-            payload: None,
-        }),
-        _ => Ok(Message {
-            control,
-            payload: Some(behind),
+            payload: payload.map(Encoded),
         }),
     }
 }

@@ -8,8 +8,10 @@ use crate::framing::{FrameError, encode_frame};
 /// Bytes of a payload in one fragment, as in a BEAM. Larger messages are cut when `FRAGMENTS` is agreed.
 pub const FRAGMENT_SIZE: usize = 64 * 1024;
 
-/// Space of the last message that is kept for the next one, in bytes.
-const RETAINED_CAPACITY: usize = 1024 * 1024;
+/// Bytes that each fragment adds, at most.
+const FRAGMENT_OVERHEAD: usize = 23;
+/// Bytes of a frame before the control message: length, and a distribution header without atom cache references.
+const HEADER: usize = 7;
 /// What the 32 bits of a frame's length can say.
 const MAX_FRAME: usize = u32::MAX as usize;
 
@@ -39,18 +41,24 @@ pub struct Sender {
     headers: bool,
     fragments: bool,
     next_sequence: u64,
-    scratch: Vec<u8>,
 }
 
 impl Sender {
     /// A sender for a link with these agreed flags ([`crate::handshake::Established::flags`]).
     #[must_use]
     pub fn new(agreed: DistFlags) -> Self {
+        Self::starting_at(agreed, 1)
+    }
+
+    /// As [`Sender::new`], with the number of the first message that is sent in fragments. Messages whose fragments
+    /// are under way at the same time must have different ones; making a sender costs nothing, so each message may
+    /// have a sender of its own.
+    #[must_use]
+    pub fn starting_at(agreed: DistFlags, sequence: u64) -> Self {
         Self {
             headers: with_headers(agreed),
             fragments: agreed.contains(DistFlags::FRAGMENTS),
-            next_sequence: 1,
-            scratch: Vec::new(),
+            next_sequence: sequence,
         }
     }
 
@@ -95,21 +103,27 @@ impl Sender {
         payload: Option<&Term>,
         out: &mut Vec<u8>,
     ) -> Result<(), SendError> {
-        let mut bytes = std::mem::take(&mut self.scratch);
-        bytes.clear();
-        encode_bare(control, &mut bytes)?;
-        let control_len = bytes.len();
-        payload.map_or(Ok(()), |payload| encode_bare(payload, &mut bytes))?;
-        if self.fragments && bytes.len() - control_len > FRAGMENT_SIZE {
-            self.cut(&bytes, control_len, out)?;
-        } else {
-            encode_frame(out, MAX_FRAME, |out| {
-                out.extend_from_slice(&[VERSION, DIST_HEADER, 0]);
-                out.extend_from_slice(&bytes);
-            })?;
-        }
-        if bytes.capacity() <= RETAINED_CAPACITY {
-            self.scratch = bytes;
+        let mut written = Ok(());
+        let start = out.len();
+        let mut cut_at = None;
+        encode_frame(out, MAX_FRAME, |out| {
+            out.extend_from_slice(&[VERSION, DIST_HEADER, 0]);
+            written = encode_bare(control, out);
+            let control_end = out.len();
+            if let (Ok(()), Some(payload)) = (&written, payload) {
+                written = encode_bare(payload, out);
+            }
+            if self.fragments && out.len() - control_end > FRAGMENT_SIZE {
+                cut_at = Some(control_end);
+            }
+        })?;
+        written?;
+        if let Some(control_end) = cut_at {
+            // Only now is it known to be large: its bytes move once more, behind the headers of its fragments.
+            let body = start + HEADER;
+            let bytes = out.split_off(body.min(out.len()));
+            out.truncate(start);
+            self.cut(&bytes, control_end.saturating_sub(body), out)?;
         }
         Ok(())
     }
@@ -118,6 +132,7 @@ impl Sender {
     fn cut(&mut self, bytes: &[u8], control_len: usize, out: &mut Vec<u8>) -> Result<(), SendError> {
         let sequence = self.next_sequence;
         self.next_sequence = sequence.wrapping_add(1);
+        out.reserve(bytes.len() + (bytes.len() / FRAGMENT_SIZE + 1) * FRAGMENT_OVERHEAD);
         let (first, rest) = bytes
             .split_at_checked(control_len + FRAGMENT_SIZE)
             .unwrap_or((bytes, &[]));

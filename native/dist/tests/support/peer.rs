@@ -140,7 +140,7 @@ impl Peer {
                 };
                 let payload = message
                     .payload
-                    .map(|bytes| decode(bytes, &Limits::default()).unwrap());
+                    .map(|bytes| decode(&bytes.to_vec(), &Limits::default()).unwrap());
                 return Some((message.control, payload));
             }
             let read = soon("a message", self.stream.read_buf(self.frames.read_buf())).await;

@@ -30,6 +30,10 @@ pub(crate) struct Connection {
     pub(crate) flags: DistFlags,
     pub(crate) link: Option<LinkId>,
     pub(crate) outbound: Outbound,
+    /// Largest message that is sent, in bytes.
+    pub(crate) max_message: usize,
+    /// Numbers messages, so that their fragments can be told apart.
+    sequence: AtomicU64,
     watch: Mutex<Watch>,
     hidden: bool,
     direction: Direction,
@@ -56,6 +60,8 @@ impl Connection {
                 limits.reply_queue_bytes,
                 limits.answer_queue_bytes,
             ),
+            max_message: limits.message_bytes,
+            sequence: AtomicU64::new(1),
             watch: Mutex::new(Watch::new(limits.watches_per_connection)),
             hidden: !ready.established.peer_flags.contains(DistFlags::PUBLISHED),
             direction,
@@ -68,6 +74,10 @@ impl Connection {
             reason: OnceLock::new(),
             told: AtomicBool::new(false),
         }
+    }
+
+    pub(crate) fn next_sequence(&self) -> u64 {
+        self.sequence.fetch_add(1, Ordering::Relaxed)
     }
 
     /// Ends it at once. The first reason counts.
@@ -198,7 +208,7 @@ async fn write_all(
         match timeout(tick, connection.outbound.next()).await {
             Ok(Some(batch)) => {
                 write_bytes(connection, &mut write, &batch.bytes, ticktime).await?;
-                connection.outbound.written(&batch);
+                connection.outbound.written(batch);
             }
             Ok(None) => {
                 let _ = timeout(ticktime, write.shutdown()).await;

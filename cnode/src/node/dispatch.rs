@@ -4,7 +4,8 @@
 
 use std::sync::Arc;
 
-use meshx_dist::control::{Control, Proc, SpawnResult};
+use meshx_dist::control::{Control, Proc, SpawnResult, Target};
+use meshx_dist::flags::DistFlags;
 use meshx_etf::{Atom, Pid, Term};
 
 use super::address::Address;
@@ -39,12 +40,7 @@ pub(crate) fn handle(inner: &Arc<Inner>, peer: &Peer<'_>, received: Received) ->
         Control::AliasSend { from, alias, .. } => {
             deliver(inner.processes.by_alias(&alias), Some(from), payload);
         }
-        Control::AltactSig { .. } => {
-            // Agreed by flag only, and this node does not set it.
-            return Err(DownReason::Protocol(
-                "ALTACT_SIG came without being agreed".to_owned(),
-            ));
-        }
+        Control::AltactSig { from, to, exit, .. } => return altact(inner, peer, from, to, exit, payload),
         Control::Link { from, to } => return link(inner, peer, from, to),
         Control::Unlink { from, to } => peer.watch(inner, |watch| watch.peer_unlinks(&to, &from)),
         Control::UnlinkId { id, from, to } => {
@@ -109,6 +105,35 @@ fn deliver(to: Option<Arc<Process>>, from: Option<Pid>, payload: Option<Vec<u8>>
     if let (Some(process), Some(payload)) = (to, payload) {
         process.deliver(Item::Encoded { from, payload });
     }
+}
+
+/// Messages to aliases from OTP 28 on, and whatever has priority, which a mailbox does not know.
+fn altact(
+    inner: &Arc<Inner>,
+    peer: &Peer<'_>,
+    from: Pid,
+    to: Target,
+    is_exit: bool,
+    payload: Option<Vec<u8>>,
+) -> Result<(), DownReason> {
+    if !peer.flags().contains(DistFlags::ALTACT_SIG) {
+        let text = "ALTACT_SIG_SEND came without being agreed";
+        return Err(DownReason::Protocol(text.to_owned()));
+    }
+    let process = match &to {
+        Target::Pid(pid) => inner.processes.by_pid(pid),
+        Target::Name(name) => inner.processes.by_name(name.as_str()),
+        Target::Alias(alias) => inner.processes.by_alias(alias),
+    };
+    if is_exit {
+        let reason = reason(inner, &payload)?;
+        if let Some(process) = process {
+            process.deliver(Item::Ready(Message::Exit { from, reason }));
+        }
+    } else {
+        deliver(process, Some(from), payload);
+    }
+    Ok(())
 }
 
 fn link(inner: &Arc<Inner>, peer: &Peer<'_>, from: Pid, to: Pid) -> Result<(), DownReason> {
@@ -247,9 +272,10 @@ impl Peer<'_> {
             Self::Local => return handle(inner, self, wire::local(control, payload)),
             Self::Remote(connection) => connection,
         };
-        let frames = wire::encode(connection, control, payload)
-            .map_err(|error| DownReason::Protocol(error.to_string()))?;
-        match connection.outbound.answer(frames) {
+        let queued = wire::encode(connection, control, payload, |origin, frames| {
+            connection.outbound.answer(origin, frames)
+        });
+        match queued.map_err(|error| DownReason::Protocol(error.to_string()))? {
             Ok(()) | Err(QueueError::Closed) => Ok(()),
             Err(QueueError::Full) => {
                 let value = inner.limits.answer_queue_bytes;

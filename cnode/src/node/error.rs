@@ -135,9 +135,17 @@ pub enum SendError {
     /// The connection ended while the message waited for room.
     #[error("the connection to {0} ended before the message was sent")]
     Disconnected(String),
-    /// The term has no encoding, or is larger than a message may be.
+    /// The term has no encoding.
     #[error("the term cannot be sent: {0}")]
     Term(String),
+    /// The message is larger than [`Limits::message_bytes`](super::Limits::message_bytes).
+    #[error("a message of {len} bytes, at most {max} are sent (limit `message_bytes`)")]
+    TooLarge {
+        /// Its bytes on the wire.
+        len: usize,
+        /// The limit.
+        max: usize,
+    },
     /// The peer does not understand this kind of message.
     #[error("{node} does not understand {what}")]
     Unsupported {

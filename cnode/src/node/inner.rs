@@ -19,7 +19,7 @@ use super::error::{ConnectError, SendError};
 use super::event::{DownReason, NodeEvent};
 use super::limits::Limits;
 use super::mailbox::Message;
-use super::outbound::QueueError;
+use super::outbound::{Origin, QueueError, Room};
 use super::process::{Item, Process, Processes};
 use super::watch::{Ended, Outgoing, Watch, Watched};
 use super::wire;
@@ -106,12 +106,8 @@ impl Inner {
             return Ok(());
         }
         let connection = self.connect(to.node()).await?;
-        let frames = wire::encode(&connection, wire::send(connection.flags, from, to), Some(term))?;
-        connection
-            .outbound
-            .send(frames)
-            .await
-            .map_err(|_| disconnected(&connection))
+        let control = wire::send(connection.flags, from, to);
+        self.post(&connection, control, Some(term)).await
     }
 
     /// Answers a call. A caller that does not read its answers loses its connection, so that it holds up a server
@@ -131,9 +127,10 @@ impl Inner {
             .connections
             .up(to.node())
             .ok_or_else(|| SendError::Disconnected(to.node().as_str().to_owned()))?;
-        let frames = wire::encode(&connection, wire::send(connection.flags, from, to), Some(term))?;
-        match tokio::time::timeout(self.limits.reply_wait, connection.outbound.reply(frames)).await {
-            Ok(sent) => sent.map_err(|_| disconnected(&connection)),
+        let control = wire::send(connection.flags, from, to);
+        let queued = queue(&connection, Room::Reply, control, Some(term));
+        match tokio::time::timeout(self.limits.reply_wait, queued).await {
+            Ok(sent) => sent,
             Err(_) => {
                 let value = self.limits.reply_queue_bytes;
                 connection.close(DownReason::Limit {
@@ -357,7 +354,8 @@ impl Inner {
             };
             let (control, payload) =
                 wire::monitor_exit(flags, from, monitor.watcher, reference, reason.clone());
-            self.notify(connection, control, payload.as_ref());
+            let origin = Some((monitor.local.id, monitor.local.serial));
+            self.notify_from(connection, origin, control, payload.as_ref());
         }
         for (reference, monitor) in ended.outgoing {
             self.notify(connection, demonitor(monitor, &reference), None);
@@ -406,12 +404,7 @@ impl Inner {
         control: Control,
         payload: Option<&Term>,
     ) -> Result<(), SendError> {
-        let frames = wire::encode(connection, control, payload)?;
-        connection
-            .outbound
-            .send(frames)
-            .await
-            .map_err(|_| disconnected(connection))
+        queue(connection, Room::Send, control, payload).await
     }
 
     /// Sends a signal where nothing may wait; how many there are is bounded by the links and monitors they end.
@@ -421,17 +414,48 @@ impl Inner {
         control: Control,
         payload: Option<&Term>,
     ) {
+        self.notify_from(connection, None, control, payload);
+    }
+
+    /// As [`Inner::notify`]; `origin` is the process that a signal which names none comes from.
+    fn notify_from(
+        self: &Arc<Self>,
+        connection: Option<&Arc<Connection>>,
+        origin: Origin,
+        control: Control,
+        payload: Option<&Term>,
+    ) {
         let Some(connection) = connection else {
             let _ = dispatch::handle(self, &Peer::Local, wire::local(control, payload));
             return;
         };
-        match wire::encode(connection, control, payload) {
-            Ok(frames) => match connection.outbound.notice(frames) {
-                Ok(()) | Err(QueueError::Closed | QueueError::Full) => {}
-            },
+        let queued = wire::encode(connection, control, payload, |own, frames| {
+            connection.outbound.notice(origin.or(own), frames)
+        });
+        match queued {
+            Ok(Ok(()) | Err(QueueError::Closed | QueueError::Full)) => {}
             // Only a reason that the owner of the mailbox gave can fail to encode.
             Err(error) => tracing::warn!(%error, "an exit reason could not be sent"),
         }
+    }
+}
+
+/// Queues a message, at once when there is room.
+async fn queue(
+    connection: &Connection,
+    room: Room,
+    control: Control,
+    payload: Option<&Term>,
+) -> Result<(), SendError> {
+    let closed = |_| disconnected(connection);
+    let outbound = &connection.outbound;
+    let waiting = wire::encode(connection, control, payload, |origin, frames| {
+        let queued = outbound.try_queue(room, origin, frames)?;
+        Ok((!queued).then(|| (origin, std::mem::take(frames))))
+    });
+    match waiting?.map_err(closed)? {
+        None => Ok(()),
+        Some((origin, frames)) => outbound.queue(room, origin, frames).await.map_err(closed),
     }
 }
 

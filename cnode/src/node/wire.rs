@@ -1,6 +1,8 @@
 //! Between frames and control messages, as the flags of a link want it.
 
-use meshx_dist::control::{Control, Proc};
+use std::cell::RefCell;
+
+use meshx_dist::control::{Control, Proc, Target};
 use meshx_dist::flags::DistFlags;
 use meshx_dist::link::{LinkError, LinkLimits, Receiver, Sender};
 use meshx_etf::{Pid, Reference, Term};
@@ -10,6 +12,10 @@ use super::connection::Connection;
 use super::error::SendError;
 use super::event::DownReason;
 use super::limits::Limits;
+use super::outbound::Origin;
+
+/// Largest buffer that a thread keeps for the next message it encodes, in bytes.
+const RETAINED_CAPACITY: usize = 256 * 1024;
 
 /// A control message, and the encoded term that belongs to it. The term's form has been checked.
 #[derive(Debug)]
@@ -48,11 +54,12 @@ impl Assembler {
             Some(payload) => {
                 // Walked once here, so that garbage ends the connection that it came by; decoded by its reader.
                 let protocol = |text: String| DownReason::Protocol(format!("a message's payload: {text}"));
-                let len = meshx_etf::term_len(payload, &self.terms).map_err(|e| protocol(e.to_string()))?;
+                let payload = payload.to_vec();
+                let len = meshx_etf::term_len(&payload, &self.terms).map_err(|e| protocol(e.to_string()))?;
                 if len != payload.len() {
                     return Err(protocol(format!("{} bytes follow the term", payload.len() - len)));
                 }
-                Some(payload.to_vec())
+                Some(payload)
             }
         };
         Ok(Some(Received {
@@ -80,19 +87,68 @@ fn down_reason(error: LinkError) -> DownReason {
     }
 }
 
-/// The frames of one message.
-pub(crate) fn encode(
+thread_local! {
+    /// Nearly all messages are small and are copied into the connection's queue at once.
+    static FRAMES: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Encodes a message, and hands its frames and the process that they come from to `queue`, which may take them away.
+/// No lock is held while a large term is encoded.
+pub(crate) fn encode<T>(
     connection: &Connection,
     control: Control,
     payload: Option<&Term>,
-) -> Result<Vec<u8>, SendError> {
-    let mut frames = Vec::new();
-    // A sender of its own for each message: its fragments go into the queue in one piece, so they never mix with
-    // those of another message, and no lock is held while a large term is encoded.
-    Sender::new(connection.flags)
-        .send(control, payload, &mut frames)
-        .map_err(|error| SendError::Term(error.to_string()))?;
-    Ok(frames)
+    queue: impl FnOnce(Origin, &mut Vec<u8>) -> T,
+) -> Result<T, SendError> {
+    let origin = origin(&control);
+    FRAMES.with_borrow_mut(|frames| {
+        frames.clear();
+        let sequence = connection.next_sequence();
+        Sender::starting_at(connection.flags, sequence)
+            .send(control, payload, frames)
+            .map_err(|error| SendError::Term(error.to_string()))?;
+        if frames.len() > connection.max_message {
+            let (len, max) = (frames.len(), connection.max_message);
+            *frames = Vec::new();
+            return Err(SendError::TooLarge { len, max });
+        }
+        let queued = queue(origin, frames);
+        if frames.capacity() > RETAINED_CAPACITY {
+            *frames = Vec::new();
+        }
+        Ok(queued)
+    })
+}
+
+/// The process that a control message comes from.
+fn origin(control: &Control) -> Origin {
+    match control {
+        Control::Link { from, .. }
+        | Control::Exit { from, .. }
+        | Control::Unlink { from, .. }
+        | Control::RegSend { from, .. }
+        | Control::Exit2 { from, .. }
+        | Control::MonitorP { from, .. }
+        | Control::DemonitorP { from, .. }
+        | Control::SendSender { from, .. }
+        | Control::PayloadExit { from, .. }
+        | Control::PayloadExit2 { from, .. }
+        | Control::SpawnRequest { from, .. }
+        | Control::AliasSend { from, .. }
+        | Control::UnlinkId { from, .. }
+        | Control::UnlinkIdAck { from, .. }
+        | Control::AltactSig { from, .. }
+        | Control::MonitorPExit {
+            from: Proc::Pid(from),
+            ..
+        }
+        | Control::PayloadMonitorPExit {
+            from: Proc::Pid(from),
+            ..
+        } => Some((from.id, from.serial)),
+        // Without a sender, or known by its name only: see `encode_from`.
+        _ => None,
+    }
 }
 
 /// A message between processes of this node, in the form that a peer's have.
@@ -117,6 +173,13 @@ pub(crate) fn send(flags: DistFlags, from: &Pid, to: &Address) -> Control {
         Address::Name { name, .. } => Control::RegSend {
             from,
             to: name,
+            token: None,
+        },
+        Address::Alias(alias) if flags.contains(DistFlags::ALTACT_SIG) => Control::AltactSig {
+            from,
+            to: Target::Alias(alias),
+            priority: false,
+            exit: false,
             token: None,
         },
         Address::Alias(alias) => Control::AliasSend {

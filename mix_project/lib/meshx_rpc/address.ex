@@ -52,10 +52,13 @@ defmodule MeshxRpc.Address do
   def local?({:tcp, {0, 0, 0, 0, 0, 0xFFFF, high, _}, _port}), do: div(high, 256) == 127
   def local?(_tcp), do: false
 
-  @doc "Listens, and answers with the socket and the address that it got."
-  @spec listen(t(), pos_integer()) :: {:ok, port(), t()} | {:error, term()}
-  def listen({:tcp, ip, port}, backlog) do
-    options = [family(ip), {:ip, ip}, {:reuseaddr, true}, {:backlog, backlog} | tcp_options()]
+  @doc "Listens, and answers with the socket and the address that it got. `own` are options of the user's."
+  @spec listen(t(), pos_integer(), list()) :: {:ok, port(), t()} | {:error, term()}
+  def listen(address, backlog, own \\ [])
+
+  def listen({:tcp, ip, port}, backlog, own) do
+    options =
+      [family(ip), {:ip, ip}, {:reuseaddr, true}, {:backlog, backlog} | tcp_options()] ++ own
 
     with {:ok, socket} <- :gen_tcp.listen(port, options),
          {:ok, {ip, port}} <- :inet.sockname(socket),
@@ -64,7 +67,7 @@ defmodule MeshxRpc.Address do
 
   # The socket is made in a directory of its own and moved to its place when its mode is 0600:
   # there is no moment in which another user can connect, and a stale one is replaced.
-  def listen({:uds, path}, backlog) do
+  def listen({:uds, path}, backlog, own) do
     directory =
       Path.join(
         Path.dirname(path),
@@ -79,7 +82,10 @@ defmodule MeshxRpc.Address do
       try do
         with :ok <- File.chmod(directory, 0o700),
              {:ok, socket} <-
-               :gen_tcp.listen(0, [{:ifaddr, {:local, inner}}, {:backlog, backlog} | @options]),
+               :gen_tcp.listen(
+                 0,
+                 [{:ifaddr, {:local, inner}}, {:backlog, backlog} | @options] ++ own
+               ),
              :ok <- File.chmod(inner, 0o600),
              :ok <- :prim_file.rename(inner, path),
              do: {:ok, socket, {:uds, path}}
@@ -90,12 +96,14 @@ defmodule MeshxRpc.Address do
     end
   end
 
-  @spec connect(t(), timeout()) :: {:ok, port()} | {:error, term()}
-  def connect({:tcp, ip, port}, timeout),
-    do: :gen_tcp.connect(ip, port, [family(ip) | tcp_options()], timeout)
+  @spec connect(t(), timeout(), list()) :: {:ok, port()} | {:error, term()}
+  def connect(address, timeout, own \\ [])
 
-  def connect({:uds, path}, timeout),
-    do: :gen_tcp.connect({:local, path}, 0, [:local | @options], timeout)
+  def connect({:tcp, ip, port}, timeout, own),
+    do: :gen_tcp.connect(ip, port, [family(ip) | tcp_options()] ++ own, timeout)
+
+  def connect({:uds, path}, timeout, own),
+    do: :gen_tcp.connect({:local, path}, 0, [:local | @options] ++ own, timeout)
 
   @doc "Removes the file of a Unix socket that is no longer listened on."
   @spec remove(t()) :: :ok

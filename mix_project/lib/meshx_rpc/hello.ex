@@ -7,6 +7,7 @@ defmodule MeshxRpc.Hello do
   """
 
   alias MeshxRpc.Frame
+  import Bitwise, only: [&&&: 2]
 
   @versions {1, 1}
   @max_window 0x7FFF_FFFF
@@ -24,22 +25,42 @@ defmodule MeshxRpc.Hello do
   @max_message 7
   @auth 8
   @server_proof 9
+  @svc_ref 10
+  @node_ref 11
+  @conn_ref 12
+  @flags 13
+
+  # Bits of field 13.
+  @strict 1
+  @trace 2
+
+  # Numbers of checksums on the wire. `:user` is CRC-32 of each frame, and a checksum of the user's own within the
+  # messages (`MeshxRpc.Message`).
+  @checksum_names %{0 => :none, 1 => :crc32, 2 => :crc32c, 255 => :user}
 
   @typedoc "What one side wants: the options of the same names."
   @type config :: %{
           required(:keys) => [binary()],
-          required(:checksums) => [0 | 1],
+          required(:checksums) => [0 | 1 | 2 | 255],
           required(:blk_max_size) => pos_integer(),
           required(:stream_window) => pos_integer(),
           required(:connection_window) => pos_integer(),
           required(:max_message) => pos_integer(),
+          optional(:strict_settings) => boolean(),
+          optional(:trace) => boolean(),
+          optional(:refs) => MeshxRpc.Refs.t(),
           optional(atom()) => term()
         }
 
-  @typedoc "What was agreed; `peer_*` is what the other side grants and takes."
+  @typedoc """
+  What was agreed; `peer_*` is what the other side grants and takes, `remote` what it calls itself, `trace` whether
+  requests carry a traceparent.
+  """
   @type agreed :: %{
           version: pos_integer(),
-          checksum: 0 | 1,
+          checksum: 0 | 1 | 2 | 255,
+          trace: boolean(),
+          remote: MeshxRpc.Refs.t(),
           blk_max_size: pos_integer(),
           block: pos_integer(),
           auth: 0 | 1,
@@ -68,6 +89,7 @@ defmodule MeshxRpc.Hello do
       {@connection_window, <<config.connection_window::32>>},
       {@max_message, <<config.max_message::64>>},
       {@auth, <<if(config.keys == [], do: 0, else: 1)>>}
+      | extras(config, flags(config))
     ])
   end
 
@@ -81,10 +103,24 @@ defmodule MeshxRpc.Hello do
     with {:ok, fields} <- decode(hello),
          {:ok, _nonce} <- fetch(fields, @nonce, @nonce_bytes),
          {:ok, version} <- common_version(fields),
-         {:ok, checksum} <- common_checksum(config, fields),
+         # Before the settings: whoever holds no key learns nothing of them.
          {:ok, auth} <- common_auth(config, fields),
-         {:ok, agreed} <- peer_limits(config, fields) do
-      agreed = Map.merge(agreed, %{version: version, checksum: checksum, auth: auth})
+         {:ok, checksum} <- common_checksum(config, fields),
+         {:ok, agreed} <- peer_limits(config, fields),
+         {:ok, flags} <- flags_of(fields),
+         :ok <- strictly_equal(config, fields, flags),
+         {:ok, remote} <- remote(fields) do
+      # The client says whether it has something to send, we whether we take it.
+      trace = (flags &&& @trace) != 0 and Map.get(config, :trace, false)
+
+      agreed =
+        Map.merge(agreed, %{
+          version: version,
+          checksum: checksum,
+          auth: auth,
+          trace: trace,
+          remote: remote
+        })
 
       ack =
         encode([
@@ -96,6 +132,7 @@ defmodule MeshxRpc.Hello do
           {@connection_window, <<config.connection_window::32>>},
           {@max_message, <<config.max_message::64>>},
           {@auth, <<auth>>}
+          | extras(config, if(trace, do: @trace, else: 0))
         ])
 
       case auth do
@@ -120,8 +157,20 @@ defmodule MeshxRpc.Hello do
          {:ok, checksum} <- chosen(fields, @checksums, config.checksums, :settings, "checksum"),
          {:ok, auth} <- chosen_auth(config, fields),
          {:ok, agreed} <- peer_limits(config, fields),
+         {:ok, flags} <- flags_of(fields),
+         {:ok, trace} <- chosen_trace(config, flags),
+         {:ok, remote} <- remote(fields),
          {:ok, proof} <- server_proved(auth, config, fields, hello, ack) do
-      {:ok, Map.merge(agreed, %{version: version, checksum: checksum, auth: auth}), proof}
+      agreed =
+        Map.merge(agreed, %{
+          version: version,
+          checksum: checksum,
+          auth: auth,
+          trace: trace,
+          remote: remote
+        })
+
+      {:ok, agreed, proof}
     end
   end
 
@@ -129,7 +178,50 @@ defmodule MeshxRpc.Hello do
   @spec proved?([binary()], binary()) :: boolean()
   def proved?(expected, proof), do: Enum.reduce(expected, false, &(equal?(&1, proof) or &2))
 
+  @doc "A checksum's name, for people."
+  @spec checksum_name(byte()) :: String.t()
+  def checksum_name(id), do: to_string(Map.get(@checksum_names, id, "number #{id}"))
+
   # Fields
+
+  # Neither is there when it says nothing.
+  defp extras(config, flags) do
+    refs =
+      case config do
+        %{refs: refs} ->
+          [{@svc_ref, refs.svc_ref}, {@node_ref, refs.node_ref}, {@conn_ref, refs.conn_ref}]
+
+        _none ->
+          []
+      end
+
+    refs ++ if(flags == 0, do: [], else: [{@flags, <<flags>>}])
+  end
+
+  defp flags(config) do
+    if(Map.get(config, :strict_settings, false), do: @strict, else: 0) +
+      if(Map.get(config, :trace, false), do: @trace, else: 0)
+  end
+
+  defp flags_of(%{@flags => _value} = fields) do
+    with {:ok, <<flags>>} <- fetch(fields, @flags, 1), do: {:ok, flags}
+  end
+
+  defp flags_of(_fields), do: {:ok, 0}
+
+  defp remote(fields) do
+    refs =
+      for {tag, key} <- [svc_ref: @svc_ref, node_ref: @node_ref, conn_ref: @conn_ref],
+          do: {tag, Map.get(fields, key, "")}
+
+    case Enum.find(refs, fn {_name, text} -> byte_size(text) > 255 end) do
+      nil ->
+        {:ok, Map.new(refs)}
+
+      {name, text} ->
+        {:refused, :protocol, "#{name} has #{byte_size(text)} bytes, at most 255 wanted"}
+    end
+  end
 
   defp encode(fields),
     do: for({tag, value} <- fields, into: <<>>, do: <<tag, byte_size(value)::16, value::binary>>)
@@ -185,11 +277,37 @@ defmodule MeshxRpc.Hello do
       case Enum.find(offered, &(&1 in config.checksums)) do
         nil ->
           {:refused, :settings,
-           "checksums #{inspect(offered, charlists: :as_lists)} are offered, wanted one of #{inspect(config.checksums, charlists: :as_lists)}"}
+           "checksums #{checksum_names(offered)} are offered, wanted one of #{checksum_names(config.checksums)}"}
 
         checksum ->
           {:ok, checksum}
       end
+    end
+  end
+
+  defp checksum_names(ids), do: Enum.map_join(ids, ", ", &checksum_name/1)
+
+  # As 0.1 was: settings that differ are refused, when one side wants it.
+  defp strictly_equal(config, fields, flags) do
+    if Map.get(config, :strict_settings, false) or (flags &&& @strict) != 0 do
+      %{@blk_max_size => <<block::32>>, @checksums => offered} = fields
+      offered = :binary.bin_to_list(offered)
+
+      cond do
+        block != config.blk_max_size ->
+          {:refused, :settings,
+           "strict_settings: blk_max_size is #{block} at the client, #{config.blk_max_size} at the server"}
+
+        Enum.sort(offered) != Enum.sort(config.checksums) ->
+          {:refused, :settings,
+           "strict_settings: checksums are #{checksum_names(offered)} at the client, " <>
+             "#{checksum_names(config.checksums)} at the server"}
+
+        true ->
+          :ok
+      end
+    else
+      :ok
     end
   end
 
@@ -230,6 +348,12 @@ defmodule MeshxRpc.Hello do
           {:refused, cause,
            "#{what} #{chosen} was chosen, offered were #{inspect(offered, charlists: :as_lists)}"}
     end
+  end
+
+  defp chosen_trace(config, flags) do
+    if (flags &&& @trace) == 0 or Map.get(config, :trace, false),
+      do: {:ok, (flags &&& @trace) != 0},
+      else: {:refused, :protocol, "traceparents were chosen, and not offered"}
   end
 
   defp chosen_auth(config, fields) do

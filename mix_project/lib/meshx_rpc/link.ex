@@ -44,14 +44,16 @@ defmodule MeshxRpc.Link do
   @doc "The hello is done: from now on messages may be queued."
   @spec agree(t(), MeshxRpc.Hello.agreed(), keyword()) :: t()
   def agree(link, agreed, writer_options) do
-    codec =
-      link.module.agree(link.codec, %{checksum: agreed.checksum, blk_max_size: agreed.blk_max_size})
+    # A checksum of the user's own lies within messages, and CRC-32 on the frames.
+    checksum = if agreed.checksum == 255, do: 1, else: agreed.checksum
+
+    codec = link.module.agree(link.codec, %{checksum: checksum, blk_max_size: agreed.blk_max_size})
 
     writer =
       Writer.new(
         [
           block: agreed.block,
-          crc: if(agreed.checksum == 1, do: Function.capture(link.module, :crc32, 1)),
+          crc: if(checksum == 1, do: Function.capture(link.module, :crc32, 1)),
           stream_window: agreed.peer_stream_window,
           connection_window: agreed.peer_connection_window
         ] ++ writer_options
@@ -134,6 +136,13 @@ defmodule MeshxRpc.Link do
   @doc "The port has room again; how much, the next write asks."
   @spec drained(t()) :: t()
   def drained(link), do: %{link | blocked: false, written: Address.watermark()}
+
+  @doc "A peer's text for the log and for people: it must not look like lines of ours, or steer a terminal."
+  @spec printable(binary()) :: String.t()
+  def printable(text) do
+    quoted = inspect(text, binaries: :as_strings, printable_limit: :infinity)
+    binary_part(quoted, 1, byte_size(quoted) - 2)
+  end
 
   @doc "Sends last words, lets them arrive: after this the peer's bytes are ignored until it closes."
   @spec shutdown(t(), iodata()) :: :ok

@@ -3,7 +3,11 @@ defmodule MeshxRpc.Options do
   # The options of servers and clients: checked at start, documented in `MeshxRpc.Server` and `MeshxRpc.Client`.
 
   alias Meshx.Options
-  alias MeshxRpc.Address
+  alias MeshxRpc.{Address, Message, Secret}
+  alias MeshxRpc.Options.Check
+  alias MeshxRpc.Protocol.Default
+
+  require Logger
 
   @max_window 0x7FFF_FFFF
   @mib 1_048_576
@@ -55,24 +59,98 @@ defmodule MeshxRpc.Options do
           "reach the other side through a service mesh instead: `[adapter: Meshx.Agent, service: \"cart\"]`"
       ],
       shared_key: [
-        type: {:custom, &keys/1, "a binary or a list of binaries, each of at least 16 bytes"},
+        type: {:custom, &Check.keys/1, "a binary or a list of binaries, each of at least 16 bytes"},
         default: [],
         secret: true,
         doc: "key or keys that both sides prove to each other; the first proves, all are accepted"
       ],
+      insecure_no_auth: [
+        type: :boolean,
+        default: false,
+        doc:
+          "do without a shared key beyond loopback: everyone who can connect may call, and whoever answers is believed"
+      ],
       checksum: [
-        type: {:custom, &checksums/1, ":none, :crc32 or a list of them, preferred first"},
+        type: {:custom, &Check.checksums/1, ":none, :crc32 or a list of them, preferred first"},
         default: [0, 1],
         doc: "checksum of each block: the client's first that the server has too"
       ],
       cks_mfa: [
-        type: {:one_of, [nil, {MeshxRpc.Protocol.Default, :checksum, []}]},
-        doc: "as in 0.1; the tuple is the same as `checksum: :crc32`"
+        type:
+          {:custom, &Check.cks_mfa/1,
+           "{module, function, argument} of a function/2 that exists, or nil"},
+        doc:
+          "a checksum of your own for each `blk_max_size` bytes of an argument or result (see `MeshxRpc.Protocol.Default`); " <>
+            "its `checksum` is the same as `checksum: :crc32`"
+      ],
+      timeout_cks: [
+        type: {:range, 1, 600_000},
+        default: 500,
+        doc: "ms that `:cks_mfa` may take for one block"
+      ],
+      serialize_mfa: [
+        type:
+          {:custom, &Check.serialize_mfa/1,
+           "{module, function, argument} of a function/2 that exists"},
+        doc: "a serializer of your own, default `{MeshxRpc.Protocol.Default, :serialize, []}`"
+      ],
+      deserialize_mfa: [
+        type:
+          {:custom, &Check.deserialize_mfa/1,
+           "{module, function, argument} of a function/3 that exists"},
+        doc:
+          "the reverse, default `{MeshxRpc.Protocol.Default, :deserialize, []}`; with one of your own, `:guard` looks at nothing"
       ],
       blk_max_size: [
         type: {:range, 200, 268_435_456},
         default: 65_536,
         doc: "bytes per block; the smaller of both sides counts, and at most 64 KiB less a head"
+      ],
+      strict_settings: [
+        type: :boolean,
+        default: false,
+        doc:
+          "refuse a peer whose `blk_max_size` or checksums differ, as 0.1 did, instead of agreeing on what both can"
+      ],
+      svc_ref_mfa: [
+        type: {:custom, &Check.ref/1, Check.wanted_ref()},
+        doc: "what this side's service is called in the peer's telemetry; default: the id"
+      ],
+      node_ref_mfa: [
+        type: {:custom, &Check.ref/1, Check.wanted_ref()},
+        default: {Default, :node_ref, []},
+        doc: "the same for its node"
+      ],
+      conn_ref_mfa: [
+        type: {:custom, &Check.ref/1, Check.wanted_ref()},
+        default: {Default, :conn_ref, []},
+        doc: "the same for each connection"
+      ],
+      hsk_dgt_mfa: [
+        type: {:custom, &Check.hsk_dgt_mfa/1, "{module, function, argument}"},
+        doc: "as in 0.1; has no effect: a hello is proved by HMAC-SHA-256 of `:shared_key`"
+      ],
+      telemetry_prefix: [
+        type: {:custom, &Check.prefix/1, "a list of atoms that is not empty"},
+        doc:
+          "the first names of events, default `[:meshx_rpc, id]`; `MeshxRpc.Telemetry` has the rest"
+      ],
+      telemetry_handler: [
+        type:
+          {:custom, &Check.callable(&1, 4),
+           "{module, function, argument} of a function/4 that exists"},
+        doc:
+          "called as `function.(event, measurements, metadata, argument)` for each event, with or without `:telemetry`"
+      ],
+      socket_opts: [
+        type: {:custom, &Check.socket_opts/1, Check.wanted_socket_opts()},
+        default: [],
+        doc: "options of the connections' sockets"
+      ],
+      gen_statem_opts: [
+        type: {:custom, &Check.gen_statem_opts/1, Check.wanted_gen_statem_opts()},
+        default: [],
+        doc: "options of the connections' processes: see `GenServer.start_link/3`"
       ],
       max_message: [
         type: {:range, 1, @max_budget},
@@ -107,13 +185,17 @@ defmodule MeshxRpc.Options do
         doc: "ms that the peer may leave bytes unread before the connection is closed"
       ],
       guard: [
-        type: {:custom, &guard/1, "a map of `MeshxRpc.Guard` keys"},
+        type: {:custom, &Check.guard/1, "a map of `MeshxRpc.Guard` keys"},
         default: %{},
         doc: "limits of terms that are taken from the peer"
       ],
-      quiet_on_hsk_error?: [type: :boolean, default: false, doc: "do not log hellos that fail"],
+      quiet_on_hsk_error?: [
+        type: :boolean,
+        default: false,
+        doc: "neither log a hello that fails nor tell the peer why"
+      ],
       codec: [
-        type: {:custom, &codec/1, "a module that implements MeshxRpc.Codec"},
+        type: {:custom, &Check.codec/1, "a module that implements MeshxRpc.Codec"},
         doc: "default: the NIF when it can be loaded, otherwise plain Elixir"
       ]
     ]
@@ -125,14 +207,9 @@ defmodule MeshxRpc.Options do
       [
         module: [type: :atom, doc: "the module whose functions are called; default: the id"],
         functions: [
-          type: {:custom, &functions/1, ":all or a list of function names"},
+          type: {:custom, &Check.functions/1, ":all or a list of function names"},
           default: :all,
           doc: "which functions may be called, of those exported with one argument"
-        ],
-        insecure_no_auth: [
-          type: :boolean,
-          default: false,
-          doc: "listen beyond loopback without a shared key: everyone who can connect may call"
         ],
         max_connections: [type: {:range, 1, 1_000_000}, default: 1_024, doc: "connections at once"],
         max_hello: [
@@ -156,6 +233,13 @@ defmodule MeshxRpc.Options do
           doc: "ms that a function may run, whatever its caller allows"
         ],
         acceptors: [type: {:range, 1, 64}, default: 4, doc: "processes that accept connections"],
+        pool_opts: [
+          type:
+            {:custom, &Check.server_pool/1,
+             "a keyword list of :num_acceptors (1 to 64) and :max_connections"},
+          default: [],
+          doc: "as in 0.1: the same as `:acceptors` and `:max_connections`"
+        ],
         backlog: [
           type: {:range, 1, 65_535},
           default: 512,
@@ -169,11 +253,19 @@ defmodule MeshxRpc.Options do
     common(@mesh_client) ++
       [
         pool_opts: [
-          type: {:custom, &pool_opts/1, "a keyword list of :size (1 to 64) and :max_overflow"},
+          type:
+            {:custom, &Check.client_pool/1,
+             "a keyword list of :size (1 to 64), :max_overflow and :strategy (:lifo or :fifo)"},
           default: %{size: 2},
           doc:
             "`size` connections; each carries any number of calls at once, so few are needed. " <>
-              "`max_overflow` is taken and has no meaning any more"
+              "`max_overflow` and `strategy` are taken and have no meaning any more"
+        ],
+        traceparent: [
+          type:
+            {:custom, &Check.source/1, "{module, function, args} of a function that exists, or nil"},
+          doc:
+            "called by each caller: the W3C traceparent to send with the request, or nil. See `MeshxRpc.Server.traceparent/0`"
         ],
         max_bytes: [
           type: {:range, 1, @max_budget},
@@ -201,7 +293,7 @@ defmodule MeshxRpc.Options do
           doc: "wait in ms after the hello failed"
         ],
         exec_retry_on_error: [
-          type: {:custom, &reasons/1, "a list of atoms"},
+          type: {:custom, &Check.atoms/1, "a list of atoms"},
           default: [:closed],
           doc:
             "reasons after which a call is made again; after `:closed` it cannot have run, " <>
@@ -215,14 +307,11 @@ defmodule MeshxRpc.Options do
     what = "MeshxRpc.Server #{inspect(id)}"
     config = server() |> Options.validate!(options, what) |> prepare!(id, what)
     config = %{config | module: config.module || id}
-
-    with {:tcp, ip, _port} = address <- config.address,
-         false <- Address.local?(address) or config.keys.() != [] or config.insecure_no_auth do
-      raise ArgumentError,
-            "#{what}: address #{:inet.ntoa(ip)} can be reached from other hosts and there is no shared_key, " <>
-              "wanted a shared_key, a loopback address, or insecure_no_auth: true"
-    end
-
+    config = Map.merge(config, pool_opts(config, options, what))
+    # It takes the traceparents that clients send.
+    config = Map.put(config, :trace, true)
+    protected!(config, config.address, what)
+    MeshxRpc.Server.Functions.check!(config, what)
     config
   end
 
@@ -238,12 +327,41 @@ defmodule MeshxRpc.Options do
           "#{what}: option :address has port 0, wanted the port that the server listens on"
         )
 
-    config
+    protected!(config, config.address, what)
+    Map.put(config, :trace, config.traceparent != nil)
   end
 
   @doc "The configuration with its keys in the open, for `MeshxRpc.Hello`: not to be kept."
   @spec reveal(map()) :: MeshxRpc.Hello.config()
-  def reveal(config), do: %{config | keys: config.keys.()}
+  def reveal(config), do: %{config | keys: Secret.reveal(config.keys)}
+
+  @doc "As `reveal/1`, with what this side calls itself on one connection."
+  @spec reveal(map(), MeshxRpc.Refs.t()) :: MeshxRpc.Hello.config()
+  def reveal(config, refs), do: config |> reveal() |> Map.put(:refs, refs)
+
+  @doc """
+  Whether an address may be used: one beyond this host only with a shared key. Asked again for an address
+  that a mesh adapter gave.
+  """
+  @spec protected(map(), nil | Address.t()) :: :ok | {:error, String.t()}
+  def protected(_config, nil), do: :ok
+
+  def protected(config, address) do
+    if Address.local?(address) or config.protected do
+      :ok
+    else
+      {:tcp, ip, _port} = address
+
+      {:error,
+       "address #{:inet.ntoa(ip)} is not this host's alone and there is no shared_key, " <>
+         "wanted a shared_key, a loopback address, or insecure_no_auth: true"}
+    end
+  end
+
+  defp protected!(config, address, what) do
+    with {:error, text} <- protected(config, address),
+         do: raise(ArgumentError, "#{what}: #{text}")
+  end
 
   defp prepare!(config, id, what) do
     unless is_atom(id),
@@ -263,76 +381,60 @@ defmodule MeshxRpc.Options do
             "#{what}: option :max_message is #{config.max_message}, wanted at most max_bytes (#{config.max_bytes})"
     end
 
-    keys = config.shared_key
+    if config.hsk_dgt_mfa not in [nil, {Default, :checksum, []}] do
+      Logger.warning(
+        "#{what}: option :hsk_dgt_mfa has no effect: a hello is proved by HMAC-SHA-256 of :shared_key"
+      )
+    end
 
     config
     |> Map.merge(%{
       id: id,
-      # Inside a function, so that no crash report of a process or supervisor shows them.
-      keys: fn -> keys end,
-      checksums: if(config.cks_mfa, do: [1], else: config.checksum),
+      keys: Secret.hide(config.shared_key),
+      protected: config.shared_key != [] or config.insecure_no_auth,
+      checksums: checksums(config),
+      message: message(config),
+      svc_ref_mfa: config.svc_ref_mfa || MeshxRpc.Refs.cut(Atom.to_string(id)),
+      telemetry_prefix: config.telemetry_prefix || [:meshx_rpc, id],
       guard: MeshxRpc.Guard.policy(Map.put_new(config.guard, :max_bytes, config.max_message)),
       codec: config.codec || MeshxRpc.Codec.impl()
     })
     |> Map.delete(:shared_key)
   end
 
+  # The user's own comes with CRC-32 of each frame: heads and errors have checksums too.
+  defp checksums(%{cks_mfa: nil} = config), do: config.checksum
+  defp checksums(%{cks_mfa: :crc32}), do: [1]
+  defp checksums(_config), do: [255]
+
+  defp message(config) do
+    cks = if is_tuple(config.cks_mfa), do: config.cks_mfa
+
+    if cks || config.serialize_mfa || config.deserialize_mfa do
+      %Message{
+        serialize: config.serialize_mfa,
+        deserialize: config.deserialize_mfa,
+        cks: cks,
+        timeout_cks: config.timeout_cks,
+        block: config.blk_max_size
+      }
+    end
+  end
+
+  defp pool_opts(%{pool_opts: given}, options, what) do
+    for {theirs, ours} <- [num_acceptors: :acceptors, max_connections: :max_connections],
+        value = given[theirs],
+        into: %{} do
+      if Keyword.has_key?(options, ours) do
+        raise ArgumentError,
+              "#{what}: options :pool_opts (#{inspect(theirs)}) and #{inspect(ours)} say the same, wanted one of them"
+      end
+
+      {ours, value}
+    end
+  end
+
   defp mesh(options, schema) do
     {:ok, Options.validate!(schema, options, "mesh")}
-  end
-
-  defp keys(""), do: {:ok, []}
-  defp keys(key) when is_binary(key), do: keys([key])
-
-  defp keys(keys) when is_list(keys),
-    do: if(Enum.all?(keys, &(is_binary(&1) and byte_size(&1) >= 16)), do: {:ok, keys}, else: :error)
-
-  defp keys(_other), do: :error
-
-  defp checksums(name) when is_atom(name), do: checksums([name])
-
-  defp checksums([_ | _] = names) do
-    if Enum.all?(names, &(&1 in [:none, :crc32])),
-      do: {:ok, Enum.map(names, &if(&1 == :crc32, do: 1, else: 0))},
-      else: :error
-  end
-
-  defp checksums(_other), do: :error
-
-  defp guard(policy) when is_map(policy) do
-    _ = MeshxRpc.Guard.policy(policy)
-    {:ok, policy}
-  rescue
-    ArgumentError -> :error
-  end
-
-  defp guard(_other), do: :error
-
-  defp codec(module) when is_atom(module) and module != nil do
-    if Code.ensure_loaded?(module) and function_exported?(module, :feed, 2),
-      do: {:ok, module},
-      else: :error
-  end
-
-  defp codec(_other), do: :error
-
-  defp functions(:all), do: {:ok, :all}
-  defp functions(names), do: reasons(names)
-
-  defp reasons(names) when is_list(names),
-    do: if(Enum.all?(names, &is_atom/1), do: {:ok, names}, else: :error)
-
-  defp reasons(_other), do: :error
-
-  defp pool_opts(options) do
-    with true <- Keyword.keyword?(options),
-         [] <- Keyword.keys(options) -- [:size, :max_overflow],
-         size when size in 1..64 <- Keyword.get(options, :size, 2),
-         overflow when is_integer(overflow) and overflow >= 0 <-
-           Keyword.get(options, :max_overflow, 0) do
-      {:ok, %{size: size}}
-    else
-      _ -> :error
-    end
   end
 end

@@ -208,7 +208,7 @@ defmodule MeshxRpc.CallTest do
     {_server, address} = server(timeout_execute: 100)
     client = client(address)
     name = registered()
-    assert Client.Pool.call(client, :wait, {name, 1}) == {:error_rpc, :timeout}
+    assert Client.Pool.call(client, :wait, {name, 1}) == {:error_rpc, :killed}
     assert_receive {:running, pid, 1}
     refute Process.alive?(pid)
   end

@@ -58,7 +58,57 @@ defmodule MeshxRpc.HelloTest do
 
   test "no common checksum is refused, naming both sides" do
     assert {:refused, :settings, text} = greet(config(checksums: [1]), config(checksums: [0]))
-    assert text =~ "[1]" and text =~ "[0]"
+    assert text =~ "crc32 are offered" and text =~ "one of none"
+  end
+
+  test "strict_settings of either side: what differs is refused, naming both" do
+    for {client, server} <- [{[strict_settings: true], []}, {[], [strict_settings: true]}] do
+      assert {:ok, _, _, _, _} = greet(config(client), config(server))
+
+      assert {:refused, :settings, text} =
+               greet(config([blk_max_size: 500] ++ client), config(server))
+
+      assert text =~ "blk_max_size is 500 at the client, 65536 at the server"
+
+      assert {:refused, :settings, text} = greet(config(client), config([checksums: [1]] ++ server))
+
+      assert text =~ "checksums are none, crc32 at the client, crc32 at the server"
+    end
+  end
+
+  test "who holds no key learns nothing of the settings" do
+    server = config(checksums: [0], keys: [@key], strict_settings: true)
+    assert {:refused, :auth, text} = greet(config(checksums: [1], blk_max_size: 500), server)
+    refute text =~ "checksum" or text =~ "blk_max_size"
+  end
+
+  test "what a side calls itself reaches the other, at most 255 bytes each" do
+    refs = fn prefix -> %{svc_ref: prefix <> "s", node_ref: prefix <> "n", conn_ref: <<0, 255>>} end
+    client = config(refs: refs.("c"), keys: [@key])
+    server = config(refs: refs.("s"), keys: [@key])
+    assert {:ok, %{remote: at_server}, %{remote: at_client}, _, _} = greet(client, server)
+    assert at_server == refs.("c") and at_client == refs.("s")
+
+    assert {:ok, %{remote: %{svc_ref: "", node_ref: "", conn_ref: ""}}, _, _, _} =
+             greet(config(), server |> Map.put(:keys, []))
+
+    hello = Hello.hello(config(), Hello.nonce()) <> field(11, String.duplicate("x", 256))
+    assert {:refused, :protocol, text} = Hello.answer(config(), hello, Hello.nonce())
+    assert text =~ "node_ref has 256 bytes"
+  end
+
+  test "traceparents travel when both sides want them" do
+    for client <- [true, false], server <- [true, false] do
+      assert {:ok, at_server, at_client, [], nil} =
+               greet(config(trace: client), config(trace: server))
+
+      assert at_server.trace == (client and server)
+      assert at_client.trace == at_server.trace
+    end
+
+    hello = Hello.hello(config(), Hello.nonce())
+    {:ok, _, ack, _} = Hello.answer(config(), hello, Hello.nonce())
+    assert {:refused, :protocol, _} = Hello.accept(config(), hello, ack <> field(13, <<2>>))
   end
 
   test "no common version is refused, naming both ranges" do

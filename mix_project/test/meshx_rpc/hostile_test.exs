@@ -121,6 +121,7 @@ defmodule MeshxRpc.HostileTest do
     {:ok, accepted} = :gen_tcp.accept(listen, 5_000)
 
     config = MeshxRpc.Options.server!(TestServer, address: {:tcp, {127, 0, 0, 1}, 0})
+    config = Map.put(config, :offered, Server.Functions.new(TestServer, :all))
     argument = {config, self(), :counters.new(1, [])}
     {:ok, connection} = Server.Connection.start_link(argument)
     send(connection, :evicted)
@@ -352,8 +353,9 @@ defmodule MeshxRpc.HostileTest do
       proxy = start_supervised!({MeshxRpc.TestProxy, target: address, fun: fn _, _, _ -> :pass end})
       client = client(MeshxRpc.TestProxy.address(proxy), shared_key: @key)
       assert Client.Pool.call(client, :echo, 1) == 1
-      [hello, auth | _] = MeshxRpc.TestProxy.seen(proxy, :request)
-      [ack, ready | _] = MeshxRpc.TestProxy.seen(proxy, :response)
+      [hello, auth | _] = sent = MeshxRpc.TestProxy.seen(proxy, :request)
+      [ack, ready | _] = answered = MeshxRpc.TestProxy.seen(proxy, :response)
+      assert :binary.match(:erlang.iolist_to_binary([sent, answered]), @key) == :nomatch
 
       socket = raw(address)
       :ok = :gen_tcp.send(socket, hello)

@@ -74,30 +74,128 @@ defmodule MeshxRpc.OptionsTest do
       assert server_error(address: {:tcp, ip, 0}) =~ "insecure_no_auth: true"
 
       assert %{} =
-               Server.Pool.child_spec(:a_server,
+               Server.Pool.child_spec(TestServer,
                  address: {:tcp, ip, 0},
                  shared_key: "sixteen bytes at least"
                )
 
-      assert %{} = Server.Pool.child_spec(:a_server, address: {:tcp, ip, 0}, insecure_no_auth: true)
+      assert %{} =
+               Server.Pool.child_spec(TestServer, address: {:tcp, ip, 0}, insecure_no_auth: true)
     end
 
     for ip <- [{127, 1, 2, 3}, {0, 0, 0, 0, 0, 0, 0, 1}, {0, 0, 0, 0, 0, 0xFFFF, 0x7F00, 1}] do
-      assert %{} = Server.Pool.child_spec(:a_server, address: {:tcp, ip, 0})
+      assert %{} = Server.Pool.child_spec(TestServer, address: {:tcp, ip, 0})
     end
   end
 
-  test "what 0.1 took is taken" do
-    assert %{} =
-             Client.Pool.child_spec(:a_client,
-               address: {:tcp, {127, 0, 0, 1}, 1},
-               pool_opts: [size: 10, max_overflow: 5],
-               blk_max_size: 16_384,
-               cks_mfa: {MeshxRpc.Protocol.Default, :checksum, []},
-               shared_key: "",
-               timeout_connect: 5_000
-             )
+  test "a client beyond loopback needs a key too: it would believe whoever answers" do
+    for ip <- [{10, 0, 0, 1}, {0xFE80, 0, 0, 0, 0, 0, 0, 1}] do
+      assert_raise ArgumentError, ~r/insecure_no_auth: true/, fn ->
+        Client.Pool.child_spec(:a_client, address: {:tcp, ip, 1})
+      end
 
+      for options <- [[shared_key: "sixteen bytes at least"], [insecure_no_auth: true]],
+          do: assert(%{} = Client.Pool.child_spec(:a_client, [address: {:tcp, ip, 1}] ++ options))
+    end
+  end
+
+  test "functions that cannot be called are refused at start" do
+    for name <- [:nothing, :two, :module_info, :child_spec, :__info__] do
+      text = server_error(address: @loopback, functions: [:echo, name])
+      assert text =~ "option :functions has #{inspect(name)}" and text =~ ":badarith"
+    end
+
+    assert server_error(address: @loopback, functions: ["echo"]) =~ "a list of function names"
+
+    assert_raise ArgumentError, ~r/module :no_such_module cannot be loaded/, fn ->
+      Server.Pool.child_spec(:no_such_module, address: @loopback)
+    end
+  end
+
+  @common_of_0_1 [
+    blk_max_size: 16_384,
+    cks_mfa: {MeshxRpc.Protocol.Default, :checksum, []},
+    conn_ref_mfa: {MeshxRpc.Protocol.Default, :conn_ref, []},
+    node_ref_mfa: {MeshxRpc.Protocol.Default, :node_ref, []},
+    svc_ref_mfa: "a service",
+    serialize_mfa: {MeshxRpc.Protocol.Default, :serialize, []},
+    deserialize_mfa: {MeshxRpc.Protocol.Default, :deserialize, []},
+    hsk_dgt_mfa: {MeshxRpc.Protocol.Default, :checksum, []},
+    quiet_on_hsk_error?: true,
+    shared_key: "",
+    socket_opts: [nodelay: true, recbuf: 100_000],
+    telemetry_prefix: [:my_app, :rpc],
+    timeout_hsk: 5_000,
+    timeout_cks: 500,
+    gen_statem_opts: [hibernate_after: 1_000]
+  ]
+
+  test "what 0.1 took is taken" do
+    {_server, address} =
+      server(
+        @common_of_0_1 ++
+          [timeout_execute: 15_000, pool_opts: [num_acceptors: 2, max_connections: 10]]
+      )
+
+    client =
+      client(
+        address,
+        @common_of_0_1 ++
+          [
+            pool_opts: [size: 2, max_overflow: 5, strategy: :fifo],
+            retry_idle_error: 1_000,
+            retry_hsk_fail: 5_000,
+            retry_proxy_fail: 1_000,
+            timeout_connect: 5_000,
+            exec_retry_on_error: [:closed, :tcp_closed]
+          ]
+      )
+
+    assert Client.Pool.call(client, :echo, %{a: 1}) == %{a: 1}
+  end
+
+  test "and checked: name, value, what is allowed" do
+    for {name, value, wanted} <- [
+          {:cks_mfa, {MeshxRpc.Protocol.Default, :nothing, []}, "of a function/2 that exists"},
+          {:serialize_mfa, nil, "of a function/2 that exists"},
+          {:deserialize_mfa, {:no_module, :f, []}, "of a function/3 that exists"},
+          {:conn_ref_mfa, {MeshxRpc.Protocol.Default, :conn_ref, [1]}, "{module, function, args}"},
+          {:node_ref_mfa, 7, "a text or atom of at most 255 bytes"},
+          {:svc_ref_mfa, String.duplicate("x", 256), "at most 255 bytes"},
+          {:hsk_dgt_mfa, :crc32, "{module, function, argument}"},
+          {:socket_opts, [packet: 4], "cannot be changed"},
+          {:socket_opts, [{:active, true}], "cannot be changed"},
+          {:socket_opts, [:nodelay | :improper], "a list of"},
+          {:gen_statem_opts, [name: :a], "keyword list of :debug"},
+          {:telemetry_prefix, [], "a list of atoms"},
+          {:telemetry_prefix, ["a"], "a list of atoms"},
+          {:telemetry_handler, {Kernel, :send, 1}, "of a function/4 that exists"},
+          {:timeout_cks, :infinity, "an integer from 1"},
+          {:quiet_on_hsk_error?, 1, "true or false"},
+          {:strict_settings, nil, "true or false"},
+          {:shared_key, ["sixteen bytes at least" | "improper"], "a list of binaries"},
+          {:pool_opts, [size: 1], ":num_acceptors"},
+          {:timeout_execute, 0, "milliseconds"}
+        ] do
+      text = server_error([{:address, @loopback}, {name, value}])
+      assert text =~ "MeshxRpc.Server :a_server: option #{inspect(name)} is "
+      assert text =~ wanted
+    end
+
+    assert server_error(address: @loopback, pool_opts: [num_acceptors: 1], acceptors: 1) =~
+             "say the same"
+  end
+
+  test "a digest of the hello of one's own is taken, and told to have no effect" do
+    log =
+      ExUnit.CaptureLog.capture_log(fn ->
+        Server.Pool.child_spec(TestServer, address: @loopback, hsk_dgt_mfa: {:m, :f, []})
+      end)
+
+    assert log =~ "MeshxRpc.Server MeshxRpc.TestServer: option :hsk_dgt_mfa has no effect"
+  end
+
+  test "a client's address has a port" do
     assert_raise ArgumentError, ~r/port 0/, fn ->
       Client.Pool.child_spec(:a_client, address: @loopback)
     end

@@ -4,7 +4,7 @@ defmodule MeshxRpc.Client.Call do
   #
   # The answer comes to a process alias that is gone when the caller has given up: late answers vanish.
 
-  alias MeshxRpc.{Client, Term}
+  alias MeshxRpc.{Client, Message, Term}
 
   @max_fun 255
   @max_timeout 0xFFFF_FFFF
@@ -25,16 +25,26 @@ defmodule MeshxRpc.Client.Call do
   end
 
   defp run(pool, kind, fun, argument, timeout, retry, retry_sleep) do
-    request = %{
-      pool: Client.Pool.fetch!(pool),
-      kind: kind,
-      fun: name!(fun),
-      encoded: Term.encode(argument),
-      until: until(timeout),
-      sleep: retry_sleep
-    }
+    pool = Client.Pool.fetch!(pool)
+    fun = name!(fun)
+    until = until(timeout)
 
-    attempt(request, retry)
+    case Message.encode(pool.message, argument) do
+      {:ok, encoded} ->
+        request = %{
+          pool: pool,
+          kind: kind,
+          fun: fun,
+          encoded: encoded,
+          until: until,
+          sleep: retry_sleep
+        }
+
+        attempt(request, retry)
+
+      {:error, reason} ->
+        {:error_rpc, reason}
+    end
   end
 
   defp attempt(request, retry) do
@@ -67,7 +77,7 @@ defmodule MeshxRpc.Client.Call do
     receive do
       {^alias, :queued} -> :ok
       {^alias, :result, flag, bytes} -> decoded(request, flag, bytes)
-      {^alias, :error, flag, bytes} -> {:error_rpc, request |> decoded(flag, bytes) |> reason()}
+      {^alias, :error, flag, bytes} -> {:error_rpc, reason(request, flag, bytes)}
       {^alias, :failed, reason} -> {:error_rpc, reason}
       # It was gone before our message came.
       {:DOWN, ^alias, :process, _pid, :noproc} -> {:error_rpc, :closed}
@@ -90,14 +100,22 @@ defmodule MeshxRpc.Client.Call do
   end
 
   defp decoded(request, flag, bytes) do
-    case Term.decode(request.pool.codec, flag, bytes, request.pool.guard) do
+    %{message: message, codec: codec, guard: guard} = request.pool
+
+    case Message.decode(message, codec, flag, bytes, guard) do
       {:ok, term} -> term
-      {:error, _why} -> {:error_rpc, :serialization_fail}
+      {:error, :refused} -> {:error_rpc, :serialization_fail}
+      {:error, reason} -> {:error_rpc, reason}
     end
   end
 
-  defp reason({:error_rpc, :serialization_fail}), do: :serialization_fail
-  defp reason(reason), do: Term.localize(reason)
+  # What went wrong is an external term, whatever the serializers.
+  defp reason(request, flag, bytes) do
+    case Term.decode(request.pool.codec, flag, bytes, request.pool.guard) do
+      {:ok, reason} -> Term.localize(reason)
+      {:error, _why} -> :serialization_fail
+    end
+  end
 
   defp pause(%{sleep: sleep, until: until}) do
     left = left(until)

@@ -10,7 +10,7 @@ defmodule MeshxRpc.Client.Connection do
   use GenServer
   require Logger
 
-  alias MeshxRpc.{Address, Frame, Hello, Link, Options, Reason, Writer}
+  alias MeshxRpc.{Address, Frame, Hello, Link, Options, Reason, Refs, Writer}
   alias MeshxRpc.Client.{Backoff, Calls, Upstream}
 
   # What a cast costs here until the server has started it, beside its argument: nobody waits for it, so only
@@ -25,6 +25,7 @@ defmodule MeshxRpc.Client.Connection do
     :calls,
     :link,
     :address,
+    :refs,
     :hello,
     :agreed,
     :timer,
@@ -39,7 +40,8 @@ defmodule MeshxRpc.Client.Connection do
     %{id: {config.id, index}, start: {__MODULE__, :start_link, [argument]}}
   end
 
-  def start_link(argument), do: GenServer.start_link(__MODULE__, argument)
+  def start_link({config, _index, _table, _load} = argument),
+    do: GenServer.start_link(__MODULE__, argument, config.gen_statem_opts)
 
   @impl true
   def init({config, index, table, load}) do
@@ -140,13 +142,16 @@ defmodule MeshxRpc.Client.Connection do
   defp connect(%{config: config} = state) do
     with {:ok, address} <- address(state),
          state = %{state | address: address},
-         {:ok, socket} <- at(state, Address.connect(address, config.timeout_connect)) do
+         :ok <- protected(state),
+         {:ok, socket} <-
+           at(state, Address.connect(address, config.timeout_connect, config.socket_opts)) do
       # Calls are bounded by their callers, results by `max_bytes`.
       link = Link.new(socket, :client, config, 0xFFFF_FFFF)
-      hello = Hello.hello(Options.reveal(config), Hello.nonce())
+      refs = Refs.local(config)
+      hello = Hello.hello(Options.reveal(config, refs), Hello.nonce())
       link = Link.queue(link, Frame.hello(hello))
       timer = :erlang.start_timer(config.timeout_hsk, self(), :hello)
-      state = %{state | link: link, phase: :hello, hello: hello, timer: timer}
+      state = %{state | link: link, phase: :hello, hello: hello, refs: refs, timer: timer}
 
       case Link.activate(link) do
         :ok -> {:noreply, state}
@@ -159,6 +164,12 @@ defmodule MeshxRpc.Client.Connection do
       {:error, reason} ->
         {:noreply, again(state, {:mesh, reason}, :proxy)}
     end
+  end
+
+  # The mesh may give an address that leads away from this host.
+  defp protected(state) do
+    with {:error, text} <- Options.protected(state.config, state.address),
+         do: {:error, {:auth, text}, state}
   end
 
   defp at(_state, {:ok, socket}), do: {:ok, socket}
@@ -251,7 +262,8 @@ defmodule MeshxRpc.Client.Connection do
         %{state | agreed: agreed, link: Link.queue(state.link, Frame.auth(proof))}
 
       {:refused, cause, text} ->
-        Link.shutdown(state.link, Frame.refused(cause, text))
+        quiet? = state.config.quiet_on_hsk_error?
+        Link.shutdown(state.link, if(quiet?, do: [], else: Frame.refused(cause, text)))
         lost(state, {cause, text})
     end
   end
@@ -264,7 +276,7 @@ defmodule MeshxRpc.Client.Connection do
     %{state | link: link, phase: :up, attempt: 0, timer: nil, failed: nil, logged: nil}
   end
 
-  defp event({:refused, cause, text}, state), do: lost(state, {cause, printable(text)})
+  defp event({:refused, cause, text}, state), do: lost(state, {cause, Link.printable(text)})
 
   defp event({:response, stream, :started, _flag, _bytes}, state), do: done(state, stream, :started)
 
@@ -289,7 +301,7 @@ defmodule MeshxRpc.Client.Connection do
   # What the server will not run may be sent to another.
   defp event({:goaway, last, cause, text}, %{phase: phase} = state)
        when phase in [:up, :draining],
-       do: state |> unsent(last) |> drain({cause, printable(text)})
+       do: state |> unsent(last) |> drain({cause, Link.printable(text)})
 
   defp event({:pong, _bytes}, state), do: state
 
@@ -297,12 +309,6 @@ defmodule MeshxRpc.Client.Connection do
     text = "a frame came out of turn"
     Link.shutdown(state.link, Frame.refused(:protocol, text))
     lost(state, {:protocol, text})
-  end
-
-  # A peer's text goes to the log and to people: it must not look like lines of ours, or steer a terminal.
-  defp printable(text) do
-    quoted = inspect(text, binaries: :as_strings, printable_limit: :infinity)
-    binary_part(quoted, 1, byte_size(quoted) - 2)
   end
 
   # Ends the calls that have not run and will not.

@@ -105,7 +105,11 @@ defmodule MeshxRpc.Client.Pool do
     # casts that failed.
     table = :ets.new(config.id, [:named_table, :public, read_concurrency: true])
     load = :counters.new(size + 1, [])
-    pool = Map.take(config, [:codec, :guard]) |> Map.merge(%{table: table, size: size, load: load})
+
+    pool =
+      Map.take(config, [:codec, :guard, :message])
+      |> Map.merge(%{table: table, size: size, load: load})
+
     :ets.insert(table, {:pool, Map.put(pool, :retry_on, config.exec_retry_on_error)})
 
     upstream = if config.mesh, do: [upstream(config, table)], else: []

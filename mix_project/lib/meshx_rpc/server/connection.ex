@@ -9,19 +9,21 @@ defmodule MeshxRpc.Server.Connection do
   use GenServer, restart: :temporary
   require Logger
 
-  alias MeshxRpc.{Address, Frame, Hello, Link, Options, Term, Writer}
-  alias MeshxRpc.Server.Task
+  alias MeshxRpc.{Address, Frame, Hello, Link, Options, Refs, Term, Writer}
+  alias MeshxRpc.Server.{Functions, Task}
 
   @linger 1_000
 
-  @enforce_keys [:config, :listener, :held]
+  @enforce_keys [:config, :listener, :held, :offered]
   defstruct [
     :config,
     :listener,
     :held,
+    :offered,
     :link,
     :peer,
     :agreed,
+    :refs,
     :send_timer,
     phase: :hello,
     proofs: [],
@@ -33,7 +35,11 @@ defmodule MeshxRpc.Server.Connection do
   @doc "`held` counts the requests of this connection that run: the listener returns them when it dies."
   def start_link({config, listener, held}),
     do:
-      GenServer.start_link(__MODULE__, %__MODULE__{config: config, listener: listener, held: held})
+      GenServer.start_link(
+        __MODULE__,
+        %__MODULE__{config: config, listener: listener, held: held, offered: config.offered},
+        config.gen_statem_opts
+      )
 
   @impl true
   def init(state) do
@@ -98,10 +104,11 @@ defmodule MeshxRpc.Server.Connection do
   def handle_info({:tcp_closed, _socket}, state), do: {:stop, :normal, state}
   def handle_info({:tcp_error, _socket, reason}, state), do: broken(state, reason)
 
-  def handle_info({:timeout, _timer, {:deadline, stream}}, state) do
+  # `:timeout` by the caller's deadline, `:killed` by our `timeout_execute`.
+  def handle_info({:timeout, _timer, {:over, stream, reason}}, state) do
     if Map.has_key?(state.streams, stream),
       do:
-        state |> kill(stream) |> finish(stream, {:error, Term.encode_error(:timeout)}) |> continue(),
+        state |> kill(stream) |> finish(stream, {:error, Term.encode_error(reason)}) |> continue(),
       else: continue(state)
   end
 
@@ -169,7 +176,9 @@ defmodule MeshxRpc.Server.Connection do
   defp event(_event, %{phase: :closing} = state), do: state
 
   defp event({:hello, hello}, %{phase: :hello} = state) do
-    case Hello.answer(Options.reveal(state.config), hello, Hello.nonce()) do
+    state = %{state | refs: Refs.local(state.config)}
+
+    case Hello.answer(Options.reveal(state.config, state.refs), hello, Hello.nonce()) do
       {:ok, agreed, ack, []} ->
         up(%{
           state
@@ -196,8 +205,8 @@ defmodule MeshxRpc.Server.Connection do
     # Requests become whole in another order than they began.
     state = %{state | last: max(state.last, stream)}
 
-    case state.config.functions do
-      %{^fun => fun} ->
+    case offered(state, fun) do
+      {{:ok, fun}, state} ->
         if acquire(state),
           do: start(state, stream, kind, deadline, fun, flag, argument),
           else:
@@ -208,7 +217,7 @@ defmodule MeshxRpc.Server.Connection do
               "#{state.config.max_concurrency} requests run (max_concurrency)"
             )
 
-      _ ->
+      {:error, state} ->
         answer(state, stream, {:error, Term.encode_error(Term.undef(state.config.module, fun))})
     end
   end
@@ -231,11 +240,27 @@ defmodule MeshxRpc.Server.Connection do
   defp event({over, stream, _cause, _text}, state) when over in [:reset, :stream_error],
     do: forget(state, stream)
 
-  defp event({:refused, _cause, _text}, state), do: state
+  defp event({:refused, cause, text}, state) do
+    unless state.config.quiet_on_hsk_error? do
+      Logger.warning(
+        "MeshxRpc.Server #{inspect(state.config.id)}: #{state.peer} refuses this server: #{cause}: #{Link.printable(text)}"
+      )
+    end
+
+    state
+  end
+
   defp event({:goaway, _last, _cause, _text}, state), do: state
   defp event({:pong, _bytes}, state), do: state
 
   defp event(_unexpected, state), do: refuse(state, :protocol, "a frame came out of turn")
+
+  defp offered(%{config: config} = state, name) do
+    case Functions.find(state.offered, name, config.module, config.functions) do
+      {found, nil} -> {found, state}
+      {found, offered} -> {found, %{state | offered: offered}}
+    end
+  end
 
   defp up(state) do
     send(state.listener, {:up, self()})
@@ -247,10 +272,13 @@ defmodule MeshxRpc.Server.Connection do
   defp start(state, stream, kind, deadline, fun, flag, argument) do
     pid = Task.start(stream, fun, flag, argument, state.config)
 
+    execute = state.config.timeout_execute
+    reason = if execute < deadline, do: :killed, else: :timeout
+
     timer =
-      case min(deadline, state.config.timeout_execute) do
+      case min(deadline, execute) do
         :infinity -> nil
-        milliseconds -> :erlang.start_timer(milliseconds, self(), {:deadline, stream})
+        milliseconds -> :erlang.start_timer(milliseconds, self(), {:over, stream, reason})
       end
 
     request = %{pid: pid, timer: timer, kind: kind}
@@ -300,6 +328,9 @@ defmodule MeshxRpc.Server.Connection do
 
   defp answer(state, stream, {:refused_term, _}),
     do: reset(state, stream, :refused_term, "the argument is refused by this server's guard")
+
+  defp answer(state, stream, {:invalid_cks, _}),
+    do: reset(state, stream, :invalid_cks, "the argument is not what its checksums say")
 
   defp answer(state, stream, {status, {_flag, _iovec, size} = encoded}) do
     queued = Writer.bytes(state.link.writer)
@@ -395,7 +426,7 @@ defmodule MeshxRpc.Server.Connection do
 
   defp refuse(state, cause, text) do
     log(state, cause, text)
-    close(state, Frame.refused(cause, text))
+    close(state, if(state.config.quiet_on_hsk_error?, do: [], else: Frame.refused(cause, text)))
   end
 
   defp close(%{phase: :closing} = state, _frames), do: state

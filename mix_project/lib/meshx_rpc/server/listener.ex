@@ -7,7 +7,7 @@ defmodule MeshxRpc.Server.Listener do
   use GenServer
   require Logger
 
-  alias MeshxRpc.{Address, Frame}
+  alias MeshxRpc.{Address, Frame, Options}
   alias MeshxRpc.Server.Connection
 
   @retry 1_000
@@ -56,7 +56,7 @@ defmodule MeshxRpc.Server.Listener do
       state.supervisor |> Supervisor.which_children() |> List.keyfind!(:connections, 0)
 
     state = %{state | connections_supervisor: connections}
-    {:noreply, if(state.socket, do: accept(state), else: register(state))}
+    if state.socket, do: {:noreply, accept(state, state.config.acceptors)}, else: register(state)
   end
 
   @impl true
@@ -130,7 +130,10 @@ defmodule MeshxRpc.Server.Listener do
       ),
       do: {:stop, {:shutdown, :registration_lost}, %{state | registration: nil}}
 
-  def handle_info(:register, state), do: {:noreply, register(state)}
+  def handle_info(:register, state), do: register(state)
+
+  # Killed with the version of our code that it waited in, which a second reload purges.
+  def handle_info({:EXIT, _acceptor, :killed}, state), do: {:noreply, accept(state, 1)}
   def handle_info({:EXIT, _acceptor, reason}, state), do: {:stop, reason, state}
   def handle_info(_other, state), do: {:noreply, state}
 
@@ -145,7 +148,8 @@ defmodule MeshxRpc.Server.Listener do
   end
 
   defp listen(state, address) do
-    with {:ok, socket, address} <- Address.listen(address, state.config.backlog),
+    with {:ok, socket, address} <-
+           Address.listen(address, state.config.backlog, state.config.socket_opts),
          do: {:ok, %{state | socket: socket, address: address}}
   end
 
@@ -178,9 +182,15 @@ defmodule MeshxRpc.Server.Listener do
   # The agent, or the mesh behind it, may come later than we do.
   defp register(%{config: %{mesh: mesh} = config} = state) do
     with {:ok, id, address} <- mesh.adapter.start(mesh.service, mesh.template, true, mesh.timeout),
+         {:ok, _id} <- protected(config, id, address),
          {:ok, state} <- listen(state, address) do
-      accept(%{state | registration: id})
+      {:noreply, accept(%{state | registration: id}, config.acceptors)}
     else
+      # Another try would give no other address: the server does not start.
+      {:unprotected, id, text} ->
+        Logger.error("MeshxRpc.Server #{inspect(config.id)}: the mesh's #{text}")
+        {:stop, {:no_shared_key, text}, %{state | registration: id}}
+
       other ->
         Logger.warning(
           "MeshxRpc.Server #{inspect(config.id)}: service #{inspect(mesh.service)} is not registered: " <>
@@ -188,21 +198,28 @@ defmodule MeshxRpc.Server.Listener do
         )
 
         Process.send_after(self(), :register, @retry)
-        state
+        {:noreply, state}
     end
   end
 
-  defp accept(%{socket: socket, config: config} = state) do
-    listener = self()
-    for _ <- 1..config.acceptors, do: spawn_link(fn -> acceptor(listener, socket) end)
+  defp protected(config, id, address) do
+    case Options.protected(config, address) do
+      :ok -> {:ok, id}
+      {:error, text} -> {:unprotected, id, text}
+    end
+  end
+
+  defp accept(%{socket: socket} = state, acceptors) do
+    for _ <- 1..acceptors, do: spawn_link(__MODULE__, :acceptor, [self(), socket])
     state
   end
 
-  defp acceptor(listener, socket) do
+  @doc false
+  def acceptor(listener, socket) do
     case :gen_tcp.accept(socket) do
       {:ok, accepted} ->
         admit(listener, accepted)
-        acceptor(listener, socket)
+        __MODULE__.acceptor(listener, socket)
 
       {:error, reason} when reason in [:emfile, :enfile, :enobufs, :enomem] ->
         Logger.error(

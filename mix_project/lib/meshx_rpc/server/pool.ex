@@ -7,24 +7,7 @@ defmodule MeshxRpc.Server.Pool do
   use Supervisor
 
   alias MeshxRpc.Options
-  alias MeshxRpc.Server.Listener
-
-  # What compilers and behaviours export beside what people write.
-  @injected [:module_info, :__info__, :behaviour_info, :child_spec]
-  # Their callbacks are for OTP to call. A behaviour of the user's own may well describe the functions of a server.
-  @otp [
-    Agent,
-    Application,
-    DynamicSupervisor,
-    GenServer,
-    Supervisor,
-    :application,
-    :gen_event,
-    :gen_server,
-    :gen_statem,
-    :supervisor,
-    :supervisor_bridge
-  ]
+  alias MeshxRpc.Server.{Functions, Listener}
 
   @doc "A child specification; raises `ArgumentError` when an option is wrong."
   @spec child_spec(atom(), keyword()) :: Supervisor.child_spec()
@@ -58,8 +41,11 @@ defmodule MeshxRpc.Server.Pool do
 
   @impl true
   def init(config) do
-    {:module, _module} = Code.ensure_loaded(config.module)
-    config = Map.merge(config, %{functions: functions(config), running: :atomics.new(1, [])})
+    config =
+      Map.merge(config, %{
+        offered: Functions.new(config.module, config.functions),
+        running: :atomics.new(1, [])
+      })
 
     children = [
       Supervisor.child_spec({DynamicSupervisor, strategy: :one_for_one}, id: :connections),
@@ -74,29 +60,5 @@ defmodule MeshxRpc.Server.Pool do
       id |> Supervisor.which_children() |> List.keyfind!(:listener, 0)
 
     pid
-  end
-
-  # The names that a peer may say, as binaries: looking one up makes no atom.
-  defp functions(%{module: module, functions: allowed}) do
-    callbacks = callbacks(module)
-
-    for {name, 1} <- module.module_info(:exports),
-        name not in @injected and name not in callbacks,
-        text = Atom.to_string(name),
-        not String.starts_with?(text, "MACRO-") and not String.starts_with?(text, "__"),
-        allowed == :all or name in allowed,
-        into: %{},
-        do: {text, name}
-  end
-
-  defp callbacks(module) do
-    behaviours =
-      for {key, modules} <- module.module_info(:attributes),
-          key in [:behaviour, :behavior],
-          behaviour <- modules,
-          behaviour in @otp and function_exported?(behaviour, :behaviour_info, 1),
-          do: behaviour
-
-    for behaviour <- behaviours, {name, 1} <- behaviour.behaviour_info(:callbacks), do: name
   end
 end

@@ -3,7 +3,7 @@ defmodule MeshxRpc.Server.Task do
   # The process of one request: decodes its argument, runs the function, hands the result to the connection
   # as `{:done, pid, stream, status, encoded}`. It is linked to the connection, which ends it by killing it.
 
-  alias MeshxRpc.Term
+  alias MeshxRpc.{Message, Term}
 
   @spec start(pos_integer(), atom(), byte(), binary(), map()) :: pid()
   def start(stream, fun, flag, argument, config) do
@@ -13,17 +13,23 @@ defmodule MeshxRpc.Server.Task do
 
   defp run(connection, stream, fun, flag, argument, config) do
     done =
-      case Term.decode(config.codec, flag, argument, config.guard) do
-        {:ok, argument} -> call(config.module, fun, argument)
-        {:error, _why} -> {:refused_term, nil}
+      case Message.decode(config.message, config.codec, flag, argument, config.guard) do
+        {:ok, argument} -> call(config, fun, argument)
+        {:error, :refused} -> {:refused_term, nil}
+        {:error, :invalid_cks} -> {:invalid_cks, nil}
+        {:error, reason} -> {:error, Term.encode_error(reason)}
       end
 
     send(connection, {:done, self(), stream, done})
   end
 
-  defp call(module, fun, argument) do
-    result = apply(module, fun, [argument])
-    {:result, Term.encode(result)}
+  defp call(config, fun, argument) do
+    result = apply(config.module, fun, [argument])
+
+    case Message.encode(config.message, result) do
+      {:ok, encoded} -> {:result, encoded}
+      {:error, reason} -> {:error, Term.encode_error(reason)}
+    end
   catch
     kind, reason -> {:error, Term.encode_error(Term.failure(kind, reason, __STACKTRACE__))}
   end

@@ -1,7 +1,7 @@
 use meshx_dist::control::Control;
 use meshx_dist::flags::DistFlags;
 use meshx_dist::framing::{Frame, FrameDecoder, FrameError};
-use meshx_dist::link::{LinkLimits, Receiver, Sender};
+use meshx_dist::link::{Encoded, LinkLimits, Receiver, Sender};
 use meshx_etf::{Limits, decode};
 
 use super::choice;
@@ -41,7 +41,7 @@ pub fn framing(data: &[u8]) {
     let mut receiver = Receiver::new(flags, limits());
     for frame in &frames.0 {
         let message = match receiver.receive(frame) {
-            Ok(Some(message)) => (message.control.clone(), message.payload.map(<[u8]>::to_vec)),
+            Ok(Some(message)) => (message.control.clone(), message.payload.map(Encoded::to_vec)),
             Ok(None) => {
                 assert!(receiver.waiting() <= limits().max_reassembly);
                 continue;
@@ -92,7 +92,7 @@ fn again(flags: DistFlags, control: Control, payload: Option<&[u8]>) {
         received = receiver.receive(frame).unwrap().map(|message| {
             let payload = message
                 .payload
-                .map(|bytes| decode(bytes, &Limits::default()).unwrap());
+                .map(|bytes| decode(&bytes.to_vec(), &Limits::default()).unwrap());
             (message.control, payload)
         });
     }

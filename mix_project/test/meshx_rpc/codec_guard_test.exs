@@ -112,6 +112,77 @@ defmodule MeshxRpc.CodecGuardTest do
                  :integer_too_long
       end
 
+      test "pairs of all maps together have a limit", %{codec: codec} do
+        one = :erlang.term_to_binary(Map.new(1..100, &{&1, []}))
+        assert refused(codec, one, %{max_map_pairs: 99}) == :too_many_map_pairs
+        assert codec.guard(one, %{max_map_pairs: 100}) == :ok
+        many = :erlang.term_to_binary(for n <- 1..50, do: %{n => %{a: n}, b: n})
+        assert refused(codec, many, %{max_map_pairs: 149}) == :too_many_map_pairs
+        assert codec.guard(many, %{max_map_pairs: 150}) == :ok
+        # What held a scheduler for about 100 ms.
+        pairs = for n <- 1..500_000, into: "", do: <<98, n::32, 106>>
+        assert refused(codec, <<131, 116, 500_000::32, pairs::binary>>) == :too_many_map_pairs
+      end
+
+      test "bytes of keys have a limit, and count for each map that they are a key of", %{
+        codec: codec
+      } do
+        # Version, head; the key is of 5 + 10 bytes.
+        one = :erlang.term_to_binary(%{"0123456789" => "a value that does not count"})
+        assert refused(codec, one, %{max_key_bytes: 14}) == :too_many_key_bytes
+        assert codec.guard(one, %{max_key_bytes: 15}) == :ok
+        # As a key of a key: 15 bytes twice, and the head and the value of the map between once.
+        two = :erlang.term_to_binary(%{%{"0123456789" => []} => [], {} => ["0123456789"]})
+        assert refused(codec, two, %{max_key_bytes: 37}) == :too_many_key_bytes
+        assert codec.guard(two, %{max_key_bytes: 38}) == :ok
+        # 4 MiB that 250 maps hash, which held a scheduler for 0.7 s.
+        pad = for n <- 1..32, into: "", do: <<97, n, 106>>
+        heads = :binary.copy(<<116, 33::32>>, 250)
+        key = <<109, 4_000_000::32, 0::size(4_000_000)-unit(8)>>
+        nested = [131, heads, key, :binary.copy(<<106, pad::binary>>, 250)]
+        assert refused(codec, IO.iodata_to_binary(nested)) == :too_many_key_bytes
+      end
+
+      test "nodes that identifiers name have a limit, creations counted", %{codec: codec} do
+        pid = fn node, creation -> [88, node, <<7::32, 0::32, creation::32>>] end
+        port = fn node, creation -> [120, node, <<7::64, creation::32>>] end
+        reference = fn node, creation -> [90, <<2::16>>, node, <<creation::32, 1::32, 2::32>>] end
+
+        list = fn parts ->
+          IO.iodata_to_binary([<<131, 108, length(parts)::32>>, parts, 106])
+        end
+
+        {latin1, utf8} = {<<100, 3::16, ?a, ?@, 0xE9>>, <<119, 4, "a@é">>}
+
+        same =
+          for _ <- 1..100, make <- [pid, port, reference], at <- [latin1, utf8], do: make.(at, 9)
+
+        assert codec.guard(list.(same), %{max_nodes: 1}) == :ok
+        assert refused(codec, list.(same), %{max_nodes: 0}) == :too_many_nodes
+
+        for make <- [pid, port, reference] do
+          creations = for n <- 1..65, do: make.(utf8, n)
+          assert refused(codec, list.(creations)) == :too_many_nodes
+          assert codec.guard(list.(creations), %{max_nodes: 65}) == :ok
+          assert codec.guard(list.(tl(creations)), %{}) == :ok
+          names = for n <- 1..65, do: make.(<<119, 3, "n", n + 40, "@">>, 9)
+          assert refused(codec, list.(names)) == :too_many_nodes
+          assert codec.guard(list.(tl(names)), %{}) == :ok
+        end
+
+        # Forms of earlier releases, with creations of one byte.
+        old = [
+          [103, latin1, <<7::32, 0::32, 1>>],
+          [102, latin1, <<7::32, 2>>],
+          [101, latin1, <<7::32, 3>>],
+          [114, <<2::16>>, latin1, <<4, 0::64>>],
+          [89, latin1, <<7::32, 5::32>>]
+        ]
+
+        assert refused(codec, list.(old), %{max_nodes: 4}) == :too_many_nodes
+        assert codec.guard(list.(old), %{max_nodes: 5}) == :ok
+      end
+
       test "refuses what is no term", %{codec: codec} do
         assert refused(codec, "") == :version
         assert refused(codec, "hello") == :version
@@ -144,8 +215,9 @@ defmodule MeshxRpc.CodecGuardTest do
     for run <- 1..20_000 do
       :rand.seed(:exsss, {seed, run, 2})
       binary = damage(Enum.random(binaries), :rand.uniform(3))
-      nif = Codec.Nif.guard(binary, %{max_depth: 5})
-      elixir = Codec.Elixir.guard(binary, %{max_depth: 5})
+      policy = Enum.random([%{max_depth: 5}, %{max_map_pairs: 3, max_key_bytes: 9, max_nodes: 1}])
+      nif = Codec.Nif.guard(binary, policy)
+      elixir = Codec.Elixir.guard(binary, policy)
 
       assert result(nif) == result(elixir),
              "run #{run} of seed #{seed}: #{inspect({binary, nif, elixir})}"
@@ -198,7 +270,8 @@ defmodule MeshxRpc.CodecGuardTest do
       hd(Port.list()),
       Map.new(1..50, &{&1, "#{&1}"}),
       :binary.copy("large", 50),
-      {:ok, [%{id: 1, tags: [:a, :b], at: 1.5, of: self()}, nil, true]}
+      {:ok, [%{id: 1, tags: [:a, :b], at: 1.5, of: self()}, nil, true]},
+      %{%{1 => 2} => %{[] => self(), {2} => make_ref()}}
     ]
   end
 end

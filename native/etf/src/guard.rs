@@ -4,6 +4,11 @@
 //! integers that take seconds to print. The guard walks the bytes first and says no in time. It builds nothing and
 //! passes over the contents of binaries in constant time.
 //!
+//! Maps have limits of their own because a BEAM builds all maps of a term at its end without ever yielding: on OTP
+//! 25.2.3, 500,000 pairs held a scheduler for 94 ms, and one binary of 4 MiB as the key of the key of 250 maps for
+//! 740 ms, since each map hashes all that is in its keys. Nodes have one because an identifier of a node that the
+//! BEAM has not seen before, or not with this creation, takes a place in its table of nodes.
+//!
 //! It works in slices so that a NIF can return to its scheduler: [`Guard::step`] does a bounded amount of work and
 //! keeps its place.
 //!
@@ -12,6 +17,7 @@
 
 use thiserror::Error;
 
+use crate::atom::Atom;
 use crate::cursor::Cursor;
 use crate::error::DecodeError;
 use crate::limits::Limits;
@@ -33,6 +39,12 @@ pub struct GuardPolicy {
     pub max_atom_bytes: usize,
     /// Bytes of one integer's magnitude. Default 4 KiB.
     pub max_integer_bytes: usize,
+    /// Pairs of all maps together. Default 262,144.
+    pub max_map_pairs: usize,
+    /// Bytes of all map keys together as they are encoded, see [`GuardStats::key_bytes`]. Default 4 MiB.
+    pub max_key_bytes: usize,
+    /// Nodes that pids, ports and references name, each creation of a node counted. Default 64.
+    pub max_nodes: usize,
     /// Words the decoded term may take on a BEAM's heap, see [`GuardStats::heap_words`]. Default 16,777,216
     /// (128 MiB).
     pub max_heap_words: usize,
@@ -57,6 +69,9 @@ impl Default for GuardPolicy {
             max_atoms: 1 << 20,
             max_atom_bytes: 16 << 20,
             max_integer_bytes: 4 << 10,
+            max_map_pairs: 256 << 10,
+            max_key_bytes: 4 << 20,
+            max_nodes: 64,
             max_heap_words: 16 << 20,
             allow_funs: false,
             allow_exports: false,
@@ -78,6 +93,13 @@ pub struct GuardStats {
     pub atoms: usize,
     /// Bytes of their texts.
     pub atom_bytes: usize,
+    /// Pairs of all maps.
+    pub map_pairs: usize,
+    /// Bytes of all map keys as they are encoded. What is in the key of a map that is itself in a key counts once
+    /// for each of those maps, as it is hashed or compared for each.
+    pub key_bytes: usize,
+    /// Different pairs of node and creation in pids, ports and references.
+    pub nodes: usize,
     /// An upper estimate of the 64-bit words it takes on a BEAM's heap when decoded. Contents of binaries above 64
     /// bytes, which live off the heap, are not in it: they are never more than the term's own bytes.
     pub heap_words: usize,
@@ -112,6 +134,32 @@ pub enum GuardError {
         /// The limit in force.
         limit: usize,
         /// Where the term that passes it begins.
+        offset: usize,
+    },
+    /// More pairs in maps than the limit.
+    #[error("{pairs} pairs in maps by offset {offset}, the limit is {limit} (max_map_pairs)")]
+    TooManyMapPairs {
+        /// Pairs announced so far.
+        pairs: usize,
+        /// The limit in force.
+        limit: usize,
+        /// Where the map that passes it begins.
+        offset: usize,
+    },
+    /// More bytes in keys of maps than the limit.
+    #[error("more than {limit} bytes in keys of maps by offset {offset} (max_key_bytes)")]
+    TooManyKeyBytes {
+        /// The limit in force.
+        limit: usize,
+        /// Where the term that passes it begins.
+        offset: usize,
+    },
+    /// Pids, ports and references of more nodes than the limit.
+    #[error("identifiers of more than {limit} nodes or creations by offset {offset} (max_nodes)")]
+    TooManyNodes {
+        /// The limit in force.
+        limit: usize,
+        /// Where the identifier that passes it begins.
         offset: usize,
     },
     /// Decoded, it would take more heap than the limit.
@@ -169,6 +217,8 @@ pub struct Guard {
     owed: usize,
     stats: GuardStats,
     nesting: Nesting,
+    /// Nodes and creations seen, at most `max_nodes`.
+    nodes: Vec<(Atom, u32)>,
     failed: Option<GuardError>,
 }
 
@@ -182,12 +232,14 @@ impl Guard {
             owed: 1,
             stats: GuardStats::default(),
             nesting: Nesting::new(policy.max_depth as usize),
+            nodes: Vec::new(),
             failed: None,
         }
     }
 
     /// Goes on for about `max_work` bytes of the term and at least one token. Contents of binaries and strings,
-    /// which are not looked at, cost nothing; no token counts as less than 8 bytes. One costs at most `max_integer_bytes` or about 2 KiB.
+    /// which are not looked at, cost nothing; no token counts as less than 8 bytes, and an identifier as so much more
+    /// as nodes were named before it. One costs at most `max_integer_bytes` or about 2 KiB.
     ///
     /// # Errors
     /// Any [`GuardError`]; further steps then return the same one.
@@ -242,9 +294,13 @@ impl Guard {
             let at = cursor.pos();
             let token = cursor.token()?;
             self.nesting.advance(&token, at, cursor.pos())?;
-            self.admit(&token, at)?;
-            let read = cursor.pos() - at - unread_len(&token);
-            work = work.saturating_add(read.max(TOKEN_WORK));
+            let len = cursor.pos() - at;
+            self.admit(&token, at, len)?;
+            work = work.saturating_add((len - unread_len(&token)).max(TOKEN_WORK));
+            if let Some((node, creation)) = node(&token) {
+                work = work.saturating_add(self.nodes.len());
+                self.admit_node(node, creation, at)?;
+            }
             if work >= max_work {
                 break;
             }
@@ -266,8 +322,8 @@ impl Guard {
         }
     }
 
-    /// Holds one token against the policy and adds it to the figures.
-    fn admit(&mut self, token: &Token<'_>, offset: usize) -> Result<(), GuardError> {
+    /// Holds one token of `len` bytes against the policy and adds it to the figures.
+    fn admit(&mut self, token: &Token<'_>, offset: usize, len: usize) -> Result<(), GuardError> {
         let policy = &self.policy;
         let refused = match token {
             Token::Fun(_) if !policy.allow_funs => Some("fun"),
@@ -285,6 +341,11 @@ impl Guard {
             stats.atoms += 1;
             stats.atom_bytes += atom.encoded_len();
         }
+        if let Token::Map { pairs } = token {
+            stats.map_pairs = stats.map_pairs.saturating_add(*pairs);
+        }
+        let in_keys = len.saturating_mul(self.nesting.in_keys());
+        stats.key_bytes = stats.key_bytes.saturating_add(in_keys);
         stats.heap_words = stats.heap_words.saturating_add(heap_words(token));
         if stats.atoms > policy.max_atoms {
             return Err(GuardError::TooManyAtoms {
@@ -298,11 +359,48 @@ impl Guard {
                 offset,
             });
         }
+        if stats.map_pairs > policy.max_map_pairs {
+            let (pairs, limit) = (stats.map_pairs, policy.max_map_pairs);
+            return Err(GuardError::TooManyMapPairs { pairs, limit, offset });
+        }
+        if stats.key_bytes > policy.max_key_bytes {
+            return Err(GuardError::TooManyKeyBytes {
+                limit: policy.max_key_bytes,
+                offset,
+            });
+        }
         if stats.heap_words > policy.max_heap_words {
             let (words, limit) = (stats.heap_words, policy.max_heap_words);
             return Err(GuardError::TooManyHeapWords { words, limit, offset });
         }
         Ok(())
+    }
+
+    fn admit_node(&mut self, node: AtomRef<'_>, creation: u32, offset: usize) -> Result<(), GuardError> {
+        if self
+            .nodes
+            .iter()
+            .any(|(seen, of)| *of == creation && node == *seen.as_str())
+        {
+            return Ok(());
+        }
+        let limit = self.policy.max_nodes;
+        if self.nodes.len() >= limit {
+            return Err(GuardError::TooManyNodes { limit, offset });
+        }
+        self.nodes.push((node.into(), creation));
+        self.stats.nodes = self.nodes.len();
+        Ok(())
+    }
+}
+
+/// The node and creation that an identifier names.
+fn node<'a>(token: &Token<'a>) -> Option<(AtomRef<'a>, u32)> {
+    match token {
+        Token::Pid(pid) => Some((pid.node, pid.creation)),
+        Token::Port(port) => Some((port.node, port.creation)),
+        Token::Reference(reference) => Some((reference.node, reference.creation)),
+        _ => None,
     }
 }
 

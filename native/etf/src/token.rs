@@ -110,7 +110,11 @@ impl<'a> AtomRef<'a> {
 
 impl PartialEq for AtomRef<'_> {
     fn eq(&self, other: &Self) -> bool {
-        self.to_str() == other.to_str()
+        match (self, other) {
+            (Self::Utf8(a), Self::Utf8(b)) => a == b,
+            (Self::Latin1(a), Self::Latin1(b)) => a == b,
+            (Self::Utf8(text), latin1) | (latin1, Self::Utf8(text)) => latin1 == *text,
+        }
     }
 }
 
@@ -118,7 +122,10 @@ impl Eq for AtomRef<'_> {}
 
 impl PartialEq<str> for AtomRef<'_> {
     fn eq(&self, other: &str) -> bool {
-        self.to_str() == other
+        match self {
+            Self::Utf8(text) => *text == other,
+            Self::Latin1(bytes) => bytes.iter().map(|&b| char::from(b)).eq(other.chars()),
+        }
     }
 }
 

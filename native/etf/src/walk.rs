@@ -135,6 +135,8 @@ pub(crate) struct Nesting {
     open: Vec<Open>,
     deepest: usize,
     max_depth: usize,
+    /// Maps around the token that was taken note of last in whose keys it is.
+    in_keys: usize,
 }
 
 #[derive(Debug)]
@@ -149,6 +151,7 @@ enum Kind {
     List,
     /// With the offset where its size field says that it ends.
     Fun(usize),
+    Map,
     Other,
 }
 
@@ -158,11 +161,17 @@ impl Nesting {
             open: Vec::new(),
             deepest: 0,
             max_depth,
+            in_keys: 0,
         }
     }
 
     pub(crate) fn depth(&self) -> usize {
         self.open.len()
+    }
+
+    /// Of how many maps the last token is in a key, as the key itself or as a part of it.
+    pub(crate) fn in_keys(&self) -> usize {
+        self.in_keys
     }
 
     /// The deepest it was so far.
@@ -175,6 +184,14 @@ impl Nesting {
     pub(crate) fn advance(&mut self, token: &Token<'_>, at: usize, end: usize) -> Result<(), DecodeError> {
         let mut in_tail = false;
         if let Some(top) = self.open.last_mut() {
+            if top.kind == Kind::Map {
+                // Of the parts still to come an even number means that the next is a key.
+                if top.left % 2 == 0 {
+                    self.in_keys += 1;
+                } else {
+                    self.in_keys = self.in_keys.saturating_sub(1);
+                }
+            }
             top.left = top.left.saturating_sub(1);
             in_tail = top.kind == Kind::List && top.left == 0;
         }
@@ -182,6 +199,7 @@ impl Nesting {
         if left > 0 {
             let kind = match token {
                 Token::List { .. } => Kind::List,
+                Token::Map { .. } => Kind::Map,
                 Token::Fun(fun) => Kind::Fun((at + 1).saturating_add(fun.body.len())),
                 _ => Kind::Other,
             };

@@ -37,6 +37,7 @@ fn open_policy() -> GuardPolicy {
     GuardPolicy {
         max_integer_bytes: Limits::default().max_integer_bytes,
         max_heap_words: usize::MAX,
+        max_key_bytes: usize::MAX,
         ..GuardPolicy::default()
     }
 }
@@ -458,6 +459,34 @@ fn maps_in_keys_of_maps_stay_cheap() {
         }
         let term = decode(&bytes, &Limits::default()).unwrap();
         assert_eq!(term, term.clone());
+        // A BEAM hashes or compares it all for every map: nearly a second for this one, in which nothing else runs.
+        assert!(matches!(
+            guard::check(&bytes, &GuardPolicy::default()),
+            Err(GuardError::TooManyKeyBytes { limit: 4_194_304, .. })
+        ));
+    });
+}
+
+#[test]
+fn half_a_million_pairs() {
+    confined("half_a_million_pairs", || {
+        let mut bytes = vec![131, 116];
+        bytes.extend_from_slice(&500_000u32.to_be_bytes());
+        for key in 0..500_000u32 {
+            bytes.push(98);
+            bytes.extend_from_slice(&key.to_be_bytes());
+            bytes.push(106);
+        }
+        // Cheap here, where pairs are sorted; a BEAM builds its tree without yielding.
+        assert!(decode(&bytes, &Limits::default()).is_ok());
+        assert_eq!(
+            guard::check(&bytes, &GuardPolicy::default()),
+            Err(GuardError::TooManyMapPairs {
+                pairs: 500_000,
+                limit: 262_144,
+                offset: 1
+            })
+        );
     });
 }
 

@@ -3,10 +3,12 @@
 
 mod common;
 
+use std::collections::BTreeSet;
+
 use common::agreement::{check_agreement, form_only, step_through};
 use common::{each, encoded, term};
 use meshx_etf::guard::{self, Guard, GuardError, GuardPolicy, Step};
-use meshx_etf::{Limits, Term, Token, Walk, decode, decode_prefix, term_len};
+use meshx_etf::{Limits, Pid, Term, Token, Walk, decode, decode_prefix, term_len};
 use proptest::prelude::*;
 
 proptest! {
@@ -74,17 +76,29 @@ proptest! {
         term in term(),
         (allow_exports, allow_pids, allow_ports, allow_references) in any::<(bool, bool, bool, bool)>(),
         (max_atoms, max_atom_bytes, max_integer_bytes) in (0usize..12, 0usize..200, 0usize..20),
+        (max_map_pairs, max_key_bytes, max_nodes) in (0usize..12, 0usize..300, 0usize..4),
     ) {
         let policy = GuardPolicy {
             allow_exports, allow_pids, allow_ports, allow_references, max_atoms, max_atom_bytes, max_integer_bytes,
+            max_map_pairs, max_key_bytes, max_nodes,
             ..GuardPolicy::default()
         };
         let (mut kinds, mut atoms, mut integer_bytes) = (true, Vec::new(), 0);
+        let (mut map_pairs, mut key_bytes, mut nodes) = (0, 0, BTreeSet::new());
         each(&term, &mut |part| match part {
             Term::Atom(atom) => atoms.push(atom.clone()),
-            Term::Pid(pid) => { kinds &= allow_pids; atoms.push(pid.node.clone()); }
-            Term::Port(port) => { kinds &= allow_ports; atoms.push(port.node.clone()); }
-            Term::Reference(reference) => { kinds &= allow_references; atoms.push(reference.node.clone()); }
+            Term::Pid(pid) => { kinds &= allow_pids; atoms.push(pid.node.clone()); nodes.insert((pid.node.clone(), pid.creation)); }
+            Term::Port(port) => { kinds &= allow_ports; atoms.push(port.node.clone()); nodes.insert((port.node.clone(), port.creation)); }
+            Term::Reference(reference) => {
+                kinds &= allow_references;
+                atoms.push(reference.node.clone());
+                nodes.insert((reference.node.clone(), reference.creation));
+            }
+            Term::Map(map) => {
+                map_pairs += map.len();
+                // Without the version byte.
+                key_bytes += map.iter().map(|(key, _)| encoded(key).len() - 1).sum::<usize>();
+            }
             Term::Export(export) => { kinds &= allow_exports; atoms.extend([export.module.clone(), export.function.clone()]); }
             Term::Int(value) if i32::try_from(*value).is_err() => {
                 integer_bytes = integer_bytes.max(8 - value.unsigned_abs().leading_zeros() as usize / 8);
@@ -93,11 +107,13 @@ proptest! {
             _ => {}
         });
         let atom_bytes: usize = atoms.iter().map(|atom| atom.as_str().len()).sum();
-        let allowed = kinds && atoms.len() <= max_atoms && atom_bytes <= max_atom_bytes && integer_bytes <= max_integer_bytes;
+        let allowed = kinds && atoms.len() <= max_atoms && atom_bytes <= max_atom_bytes && integer_bytes <= max_integer_bytes
+            && map_pairs <= max_map_pairs && key_bytes <= max_key_bytes && nodes.len() <= max_nodes;
         let verdict = guard::check(&encoded(&term), &policy);
         prop_assert_eq!(verdict.is_ok(), allowed, "{:?}", verdict);
         if let Ok(stats) = verdict {
             prop_assert_eq!((stats.atoms, stats.atom_bytes), (atoms.len(), atom_bytes));
+            prop_assert_eq!((stats.map_pairs, stats.key_bytes, stats.nodes), (map_pairs, key_bytes, nodes.len()));
         }
     }
 }
@@ -167,6 +183,31 @@ fn the_guard_refuses_by_name() {
             offset: 1
         }
     ));
+    assert!(matches!(
+        refusal(
+            &[131, 116, 0, 0, 0, 1, 106, 106],
+            GuardPolicy {
+                max_map_pairs: 0,
+                ..default
+            }
+        ),
+        GuardError::TooManyMapPairs {
+            pairs: 1,
+            limit: 0,
+            offset: 1
+        }
+    ));
+    // The key is `{[]}`, the value of the map in a tuple is not in a key.
+    let key = [131, 104, 2, 116, 0, 0, 0, 1, 104, 1, 106, 104, 1, 106, 106];
+    let of_key = |max_key_bytes| GuardPolicy {
+        max_key_bytes,
+        ..default
+    };
+    assert!(matches!(
+        refusal(&key, of_key(2)),
+        GuardError::TooManyKeyBytes { limit: 2, offset: 10 }
+    ));
+    assert!(guard::check(&key, &of_key(3)).is_ok());
     for (policy, bytes) in [
         (
             GuardPolicy {
@@ -221,6 +262,43 @@ fn a_step_does_bounded_work() {
         assert!(passed <= work + (16 << 20) + 16, "{passed}");
         before = guard.offset();
     }
+}
+
+/// Identifiers of so many nodes that each has to be held against all the others.
+#[test]
+fn nodes_are_counted_and_cost_work() {
+    let pid = |node: u32, creation| {
+        Term::from(Pid {
+            node: format!("n{node}@h").into(),
+            id: 1,
+            serial: 0,
+            creation,
+        })
+    };
+    let policy = |max_nodes| GuardPolicy {
+        max_nodes,
+        ..GuardPolicy::default()
+    };
+    let of_nodes = encoded(&Term::list((0..64).chain(0..64).map(|node| pid(node, 5))));
+    assert_eq!(guard::check(&of_nodes, &policy(64)).unwrap().nodes, 64);
+    let of_creations = encoded(&Term::list((0..65).map(|creation| pid(0, creation))));
+    for bytes in [&of_nodes, &of_creations] {
+        let limit = if bytes == &of_nodes { 63 } else { 64 };
+        let error = guard::check(bytes, &policy(limit)).unwrap_err();
+        assert!(
+            matches!(error, GuardError::TooManyNodes { limit: l, .. } if l == limit),
+            "{error}"
+        );
+        assert!(error.to_string().contains("max_nodes"));
+    }
+    let bytes = encoded(&Term::list((0..64 * 100).map(|n| pid(n % 64, 5))));
+    let len_alone = bytes.len() / 1000;
+    let (whole, steps) = step_through(&bytes, policy(64), 1000);
+    assert!(whole.is_ok());
+    assert!(
+        steps > 3 * len_alone,
+        "{steps} steps, by length alone {len_alone}"
+    );
 }
 
 #[test]

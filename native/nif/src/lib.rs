@@ -20,6 +20,7 @@ mod atoms {
         shutdown, internal, refused_term,
         malformed, trailing, too_long, too_deep, too_many_terms, integer_too_long, compressed_not_allowed,
         not_allowed, too_many_atoms, too_many_atom_bytes, too_many_heap_words,
+        too_many_map_pairs, too_many_key_bytes, too_many_nodes,
     }
 }
 

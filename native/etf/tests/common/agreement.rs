@@ -15,6 +15,9 @@ pub fn form_only() -> GuardPolicy {
     GuardPolicy {
         max_integer_bytes: Limits::default().max_integer_bytes,
         max_heap_words: usize::MAX,
+        max_map_pairs: usize::MAX,
+        max_key_bytes: usize::MAX,
+        max_nodes: usize::MAX,
         allow_funs: true,
         allow_exports: true,
         ..GuardPolicy::default()

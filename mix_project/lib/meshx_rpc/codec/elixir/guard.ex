@@ -19,7 +19,8 @@ defmodule MeshxRpc.Codec.Elixir.Guard do
 
     case binary do
       <<131, rest::binary>> ->
-        walk(rest, [], 0, 1, Map.merge(policy, %{seen: 0, atoms: 0, atom_bytes: 0, words: 0}))
+        seen = %{seen: 0, atoms: 0, atom_bytes: 0, words: 0, pairs: 0, key_bytes: 0, in_keys: 0}
+        walk(rest, [], 0, 1, policy |> Map.merge(seen) |> Map.put(:nodes, %{}))
 
       _ ->
         refuse(:version, "a term begins with byte 131")
@@ -35,7 +36,7 @@ defmodule MeshxRpc.Codec.Elixir.Guard do
 
   defp walk(bytes, open, depth, owed, s) do
     {rest, token} = Token.read(bytes, s.max_integer_bytes)
-    s = %{s | seen: s.seen + 1}
+    s = keys(%{s | seen: s.seen + 1}, open, byte_size(bytes) - byte_size(rest))
 
     case token do
       {:open, kind, children, words} ->
@@ -46,6 +47,7 @@ defmodule MeshxRpc.Codec.Elixir.Guard do
 
         s = terms(s, owed)
         {open, depth} = nest(open, depth, kind, children, s)
+        s = if kind == :map, do: %{s | pairs: s.pairs + div(children, 2)}, else: s
         walk(rest, open, depth, owed, admit(s, kind, nil, words))
 
       {:string, len} ->
@@ -56,7 +58,23 @@ defmodule MeshxRpc.Codec.Elixir.Guard do
       {kind, atoms, words} ->
         {open, depth} = leaf(open, depth)
         walk(rest, open, depth, owed - 1, admit(s, kind, atoms, words))
+
+      {kind, atoms, words, node} ->
+        {open, depth} = leaf(open, depth)
+        walk(rest, open, depth, owed - 1, s |> admit(kind, atoms, words) |> admit_node(node))
     end
+  end
+
+  # `in_keys` is of how many maps this token is in a key. An even number of parts to come means that a key is next.
+  defp keys(s, open, len) do
+    in_keys =
+      case open do
+        [{wanted, :map} | _] when rem(wanted, 2) == 0 -> s.in_keys + 1
+        [{_wanted, :map} | _] -> s.in_keys - 1
+        _ -> s.in_keys
+      end
+
+    %{s | in_keys: in_keys, key_bytes: s.key_bytes + in_keys * len}
   end
 
   defp terms(%{seen: seen, max_terms: max} = s, owed) do
@@ -114,17 +132,34 @@ defmodule MeshxRpc.Codec.Elixir.Guard do
         refuse(:too_many_atoms, "more than #{s.max_atoms} atoms (max_atoms)")
 
       s.atom_bytes > s.max_atom_bytes ->
-        refuse(:too_many_atom_bytes, over("bytes of atom text", s.max_atom_bytes))
+        refuse(:too_many_atom_bytes, over("bytes of atom text", s.max_atom_bytes, "max_atom_bytes"))
+
+      s.pairs > s.max_map_pairs ->
+        refuse(:too_many_map_pairs, over("pairs in maps", s.max_map_pairs, "max_map_pairs"))
+
+      s.key_bytes > s.max_key_bytes ->
+        refuse(:too_many_key_bytes, over("bytes in keys of maps", s.max_key_bytes, "max_key_bytes"))
 
       s.words > s.max_heap_words ->
-        refuse(:too_many_heap_words, over("heap words", s.max_heap_words))
+        refuse(:too_many_heap_words, over("heap words", s.max_heap_words, "max_heap_words"))
 
       true ->
         s
     end
   end
 
-  defp over(what, limit), do: "more than #{limit} #{what}"
+  defp admit_node(%{nodes: nodes} = s, node) do
+    nodes = Map.put(nodes, node, true)
+
+    if map_size(nodes) > s.max_nodes do
+      what = "nodes or creations that identifiers name"
+      refuse(:too_many_nodes, over(what, s.max_nodes, "max_nodes"))
+    end
+
+    %{s | nodes: nodes}
+  end
+
+  defp over(what, limit, key), do: "more than #{limit} #{what} (#{key})"
 
   defp not_allowed(kind), do: refuse(:not_allowed, "a #{kind} is not allowed")
 

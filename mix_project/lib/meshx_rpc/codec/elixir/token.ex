@@ -9,6 +9,8 @@ defmodule MeshxRpc.Codec.Elixir.Token do
            words :: non_neg_integer()}
           | {:string, len :: pos_integer()}
           | {kind :: atom(), atom_bytes :: nil | non_neg_integer(), words :: non_neg_integer()}
+          | {:pid | :port | :reference, atom_bytes :: non_neg_integer(), words :: non_neg_integer(),
+             node :: {name :: String.t(), creation :: non_neg_integer()}}
 
   # Integers of up to 60 bits are part of the word that holds them.
   @max_small 0x0800_0000_0000_0000
@@ -46,18 +48,18 @@ defmodule MeshxRpc.Codec.Elixir.Token do
     {rest, {:atom, len, 0}}
   end
 
-  def read(<<103, rest::binary>>, _), do: identifier(rest, 9, :pid, 5)
-  def read(<<88, rest::binary>>, _), do: identifier(rest, 12, :pid, 5)
-  def read(<<102, rest::binary>>, _), do: identifier(rest, 5, :port, 5)
-  def read(<<89, rest::binary>>, _), do: identifier(rest, 8, :port, 5)
-  def read(<<120, rest::binary>>, _), do: identifier(rest, 12, :port, 5)
-  def read(<<101, rest::binary>>, _), do: identifier(rest, 5, :reference, 8)
+  def read(<<103, rest::binary>>, _), do: identifier(rest, 8, 1, 0, :pid, 5)
+  def read(<<88, rest::binary>>, _), do: identifier(rest, 8, 4, 0, :pid, 5)
+  def read(<<102, rest::binary>>, _), do: identifier(rest, 4, 1, 0, :port, 5)
+  def read(<<89, rest::binary>>, _), do: identifier(rest, 4, 4, 0, :port, 5)
+  def read(<<120, rest::binary>>, _), do: identifier(rest, 8, 4, 0, :port, 5)
+  def read(<<101, rest::binary>>, _), do: identifier(rest, 4, 1, 0, :reference, 8)
 
   def read(<<114, words::16, rest::binary>>, _) when words in 1..5,
-    do: identifier(rest, 1 + 4 * words, :reference, 8)
+    do: identifier(rest, 0, 1, 4 * words, :reference, 8)
 
   def read(<<90, words::16, rest::binary>>, _) when words in 1..5,
-    do: identifier(rest, 4 + 4 * words, :reference, 8)
+    do: identifier(rest, 0, 4, 4 * words, :reference, 8)
 
   def read(<<112, size::32, _arity, _uniq::128, _index::32, free::32, rest::binary>>, _)
       when size >= 29 and size - 29 <= byte_size(rest) and free + 4 <= size - 29,
@@ -121,12 +123,26 @@ defmodule MeshxRpc.Codec.Elixir.Token do
     end
   end
 
-  # A pid, port or reference: the atom of its node, then so many bytes.
-  defp identifier(bytes, more, kind, words) do
+  # A pid, port or reference: the atom of its node, then its creation with so many bytes before and after it.
+  defp identifier(bytes, before, size, behind, kind, words) do
     {rest, len} = atom(bytes)
-    if byte_size(rest) < more, do: malformed(kind)
-    {binary_part(rest, more, byte_size(rest) - more), {kind, len, words}}
+
+    case rest do
+      <<_::binary-size(before), creation::size(size)-unit(8), _::binary-size(behind), rest::binary>> ->
+        {rest, {kind, len, words, {name(bytes, len), creation}}}
+
+      _ ->
+        malformed(kind)
+    end
   end
+
+  defp name(<<tag, _, text::binary>>, len) when tag in [119, 115], do: name(tag, text, len)
+  defp name(<<tag, _::16, text::binary>>, len), do: name(tag, text, len)
+
+  defp name(tag, text, len) when tag in [118, 119], do: binary_part(text, 0, len)
+
+  defp name(_tag, text, len),
+    do: :unicode.characters_to_binary(binary_part(text, 0, len), :latin1)
 
   defp atom(<<119, len, text::binary-size(len), rest::binary>>), do: utf8(text, rest)
   defp atom(<<118, len::16, text::binary-size(len), rest::binary>>), do: utf8(text, rest)

@@ -26,7 +26,7 @@ struct Arguments {
     /// How long each measurement lasts, in milliseconds
     #[arg(long, default_value_t = 600)]
     ms: u64,
-    /// Only rows whose name holds this text (for the mixed load: "mixed")
+    /// Only rows whose name holds this text
     #[arg(long)]
     row: Option<String>,
     /// Only these peers; erpc is always there
@@ -71,7 +71,7 @@ fn run(arguments: &Arguments) -> Result<()> {
             measure::row(pair, row, ms)
         })?);
     }
-    let mixed = if wanted("mixed") {
+    let mixed = if wanted(MIXED) {
         warm(&mut pairs, |pair| measure::mixed(pair, ms / 4).map(drop))?;
         rounds(&mut pairs, arguments.rounds, MIXED, |pair| {
             measure::mixed(pair, ms * 2)

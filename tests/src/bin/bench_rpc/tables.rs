@@ -200,6 +200,9 @@ impl View<'_> {
 
     /// Small calls beside large ones.
     fn mixed(&self) -> String {
+        if self.mixed.is_empty() {
+            return String::new();
+        }
         let mut table = Table::new(&[
             "peer",
             "small p50 us",

@@ -58,12 +58,12 @@ defmodule MeshxRpc.Codec do
   @callback new(options()) :: t()
 
   @doc """
-  Sets what the hello agreed on: checksum id (0 none, 1 crc32) and block size in bytes.
+  Sets what the hello agreed on: checksum id (0 none, 1 crc32, 2 crc32c) and block size in bytes.
 
   A server takes requests from here on: call it when the client has proven itself and not before. A client takes
   responses from READY on, and calls this before its first `open/2`.
   """
-  @callback agree(t(), %{checksum: 0 | 1, blk_max_size: pos_integer()}) :: t()
+  @callback agree(t(), %{checksum: 0..2, blk_max_size: pos_integer()}) :: t()
 
   @doc """
   Takes one read. `{:error, ...}` means the connection is over: handle the events, write the bytes
@@ -95,6 +95,9 @@ defmodule MeshxRpc.Codec do
 
   @doc "The checksum of header and payload of one outgoing block, without joining them."
   @callback crc32(iodata()) :: non_neg_integer()
+
+  @doc "The same by CRC-32C."
+  @callback crc32c(iodata()) :: non_neg_integer()
 
   @doc """
   Looks through an external term of a peer before it may be decoded: depth, counts, size when decoded,

@@ -53,7 +53,7 @@ defmodule MeshxRpc.Link do
       Writer.new(
         [
           block: agreed.block,
-          crc: if(checksum == 1, do: Function.capture(link.module, :crc32, 1)),
+          crc: crc(link.module, checksum),
           stream_window: agreed.peer_stream_window,
           connection_window: agreed.peer_connection_window
         ] ++ writer_options
@@ -61,6 +61,11 @@ defmodule MeshxRpc.Link do
 
     %{link | codec: codec, writer: writer}
   end
+
+  # Captures of exported functions hold no version of their module.
+  defp crc(_codec, 0), do: nil
+  defp crc(codec, 1), do: Function.capture(codec, :crc32, 1)
+  defp crc(codec, 2), do: Function.capture(codec, :crc32c, 1)
 
   @doc "Lets the socket deliver some reads; `{:tcp_passive, socket}` comes when they are used up."
   @spec activate(t()) :: :ok | {:error, term()}

@@ -71,8 +71,9 @@ defmodule MeshxRpc.Options do
           "do without a shared key beyond loopback: everyone who can connect may call, and whoever answers is believed"
       ],
       checksum: [
-        type: {:custom, &Check.checksums/1, ":none, :crc32 or a list of them, preferred first"},
-        default: [0, 1],
+        type:
+          {:custom, &Check.checksums/1, ":none, :crc32, :crc32c or a list of them, preferred first"},
+        default: [0, 1, 2],
         doc: "checksum of each block: the client's first that the server has too"
       ],
       cks_mfa: [

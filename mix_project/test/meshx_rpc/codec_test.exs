@@ -147,6 +147,12 @@ defmodule MeshxRpc.CodecTest do
           "no checksum"
         )
 
+        other = up(codec, %{}, %{checksum: 2, blk_max_size: 16_384})
+        assert_reset(codec, other, request(1, ""), 1, :invalid_cks, 2, "does not fit")
+
+        assert {_, {[{:request, 3, _, _, _, _, "ok"}], _}} =
+                 fed(codec, other, request(3, "ok", crc: :crc32c))
+
         without = up(codec, %{}, %{checksum: 0, blk_max_size: 16_384})
         assert_reset(codec, without, request(1, ""), 1, :invalid_cks, 2, "none was agreed")
       end
@@ -441,7 +447,12 @@ defmodule MeshxRpc.CodecTest do
           bytes = :crypto.strong_rand_bytes(size)
           iodata = [<<1, 2>>, [bytes, [3, "four"]] | "five"]
           assert codec.crc32(iodata) == :erlang.crc32(iodata)
+          assert codec.crc32c(iodata) == codec.crc32c(IO.iodata_to_binary(iodata))
         end
+
+        # The catalogue's check value, and 32 zeroes of RFC 3720, B.4.
+        assert codec.crc32c("123456789") == 0xE3069283
+        assert codec.crc32c([<<0::256>>]) == 0x8A9136AA
       end
     end
   end

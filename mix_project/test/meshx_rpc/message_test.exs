@@ -175,6 +175,6 @@ defmodule MeshxRpc.MessageTest do
     client = client_down(address)
     assert Client.Pool.call(client, :echo, 1, 5_000, 20, 10) == {:error_rpc, :closed}
     assert [{:settings, text}] = Client.Pool.info(client).down
-    assert text =~ "checksums none, crc32 are offered, wanted one of user"
+    assert text =~ "checksums none, crc32, crc32c are offered, wanted one of user"
   end
 end

@@ -10,6 +10,14 @@ defmodule MeshxRpc.ProxyTest do
   @cancel 0x13
   @window 0x20
 
+  def sha(block, algorithm), do: :crypto.hash(algorithm, block)
+
+  defp forged(frame) do
+    body = binary_part(frame, 0, byte_size(frame) - 4)
+    body = :binary.replace(body, "MARK", "mARK")
+    body <> <<:erlang.crc32(body)::32>>
+  end
+
   defp between(codec, fun, options) do
     {server, address} = server([codec: codec] ++ options)
     proxy = start_supervised!({TestProxy, target: address, fun: fun}, id: make_ref())
@@ -22,7 +30,13 @@ defmodule MeshxRpc.ProxyTest do
       @describetag codec: codec
 
       test "a corrupted block costs its own call only, in both directions", %{codec: codec} do
-        for direction <- [:request, :response] do
+        for direction <- [:request, :response],
+            options <- [
+              [checksum: :crc32],
+              [checksum: :crc32c],
+              [cks_mfa: {MeshxRpc.Protocol.Default, :checksum, []}],
+              [cks_mfa: {__MODULE__, :sha, :sha256}]
+            ] do
           fun = fn
             ^direction, _type, frame ->
               if :binary.match(frame, "MARK") != :nomatch,
@@ -33,7 +47,7 @@ defmodule MeshxRpc.ProxyTest do
               :pass
           end
 
-          {_server, client, _proxy} = between(codec, fun, checksum: :crc32)
+          {_server, client, _proxy} = between(codec, fun, options)
 
           bystander =
             Task.async(fn -> Client.Pool.call(client, :echo, :binary.copy("x", 3_000_000)) end)
@@ -43,6 +57,27 @@ defmodule MeshxRpc.ProxyTest do
           assert Client.Pool.call(client, :echo, long) == {:error_rpc, :invalid_cks}
           assert byte_size(Task.await(bystander)) == 3_000_000
           assert Client.Pool.call(client, :echo, "fine") == "fine"
+        end
+      end
+
+      test "what changes a block with its CRC is found by a checksum of the user's own",
+           %{codec: codec} do
+        for direction <- [:request, :response] do
+          fun = fn
+            ^direction, _type, frame ->
+              if :binary.match(frame, "MARK") != :nomatch, do: forged(frame), else: :pass
+
+            _other, _type, _frame ->
+              :pass
+          end
+
+          {_server, client, _proxy} = between(codec, fun, cks_mfa: {__MODULE__, :sha, :sha256})
+
+          bystander =
+            Task.async(fn -> Client.Pool.call(client, :echo, :binary.copy("x", 300_000)) end)
+
+          assert Client.Pool.call(client, :echo, "MARK") == {:error_rpc, :invalid_cks}
+          assert byte_size(Task.await(bystander)) == 300_000
         end
       end
 

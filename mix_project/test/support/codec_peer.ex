@@ -50,13 +50,18 @@ defmodule MeshxRpc.CodecPeer do
   def control(type, stream, payload),
     do: header(byte_size(payload), type, 0, stream) <> payload
 
-  @doc "A block; options: `seq`, `fin` (default true), `crc` (default true)."
+  @doc "A block; options: `seq`, `fin` (default true), `crc` (default true; `:crc32c`)."
   def block(type, stream, payload, options \\ []) do
     fin = if Keyword.get(options, :fin, true), do: 1, else: 0
     crc = Keyword.get(options, :crc, true)
     flags = if crc, do: fin + 0x80, else: fin
     body = header(byte_size(payload), type, flags, stream, Keyword.get(options, :seq, 0)) <> payload
-    if crc, do: body <> <<:erlang.crc32(body)::32>>, else: body
+
+    case crc do
+      false -> body
+      true -> body <> <<:erlang.crc32(body)::32>>
+      :crc32c -> body <> <<MeshxRpc.Codec.Elixir.Crc32c.of(body)::32>>
+    end
   end
 
   def request_payload(total, data, fun \\ "echo"),

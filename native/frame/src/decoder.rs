@@ -5,7 +5,8 @@ use std::time::Duration;
 use crate::header::{FLAG_CKS, HEADER_LEN, Header, frame_type::*};
 use crate::streams::{Check, Streams};
 use crate::{
-    Cause, Discard, Event, Failure, MAX_PAYLOAD, MAX_WINDOW, Options, OptionsError, Output, Role, encode,
+    Cause, Checksum, Discard, Event, Failure, MAX_PAYLOAD, MAX_WINDOW, Options, OptionsError, Output, Role,
+    encode,
 };
 
 /// How far the handshake is.
@@ -42,7 +43,7 @@ pub struct Stats {
 pub struct Decoder {
     role: Role,
     phase: Phase,
-    checksum: bool,
+    checksum: Option<Checksum>,
     block: usize,
     /// A frame that is not complete; never more than one.
     partial: Vec<u8>,
@@ -70,7 +71,7 @@ impl Decoder {
         Ok(Self {
             role: options.role,
             phase: Phase::Hello,
-            checksum: false,
+            checksum: None,
             block: MAX_PAYLOAD,
             partial: Vec::new(),
             streams: Streams::new(options, discard),
@@ -82,7 +83,7 @@ impl Decoder {
 
     /// Sets what the hello agreed on. A server takes requests from here on, so it calls this when the client is
     /// authenticated; a client takes responses from READY on.
-    pub fn agree(&mut self, checksum: bool, blk_max_size: usize) {
+    pub fn agree(&mut self, checksum: Option<Checksum>, blk_max_size: usize) {
         self.checksum = checksum;
         self.block = blk_max_size.min(MAX_PAYLOAD);
         self.streams.block_size = self.block;
@@ -232,11 +233,11 @@ impl Decoder {
 
     fn checksum(&self, flags: u8, body: &[u8], checksum: &[u8]) -> Check {
         match (self.checksum, flags & FLAG_CKS != 0) {
-            (true, false) => Err("no checksum though one was agreed on"),
-            (false, true) => Err("a checksum though none was agreed on"),
-            (false, false) => Ok(()),
-            (true, true) if crc32fast::hash(body).to_be_bytes() == checksum => Ok(()),
-            (true, true) => Err("the checksum does not fit the block"),
+            (Some(_), false) => Err("no checksum though one was agreed on"),
+            (None, true) => Err("a checksum though none was agreed on"),
+            (None, false) => Ok(()),
+            (Some(agreed), true) if agreed.of(body).to_be_bytes() == checksum => Ok(()),
+            (Some(_), true) => Err("the checksum does not fit the block"),
         }
     }
 

@@ -1,7 +1,7 @@
 //! Frames to be sent, appended to a buffer.
 
 use crate::header::{FLAG_CKS, FLAG_END, Header, frame_type};
-use crate::{Cause, Kind, MAX_TEXT, Status};
+use crate::{Cause, Checksum, Kind, MAX_TEXT, Status};
 
 /// Appends a frame without checksum and with sequence number 0: all but REQUEST, RESPONSE and DATA.
 ///
@@ -89,11 +89,11 @@ pub fn block(
     stream: u32,
     seq: u32,
     end: bool,
-    checksum: bool,
+    checksum: Option<Checksum>,
     payload: &[u8],
 ) {
     let start = out.len();
-    let flags = if end { FLAG_END } else { 0 } | if checksum { FLAG_CKS } else { 0 };
+    let flags = if end { FLAG_END } else { 0 } | if checksum.is_some() { FLAG_CKS } else { 0 };
     Header {
         len: payload.len() as u32,
         frame_type,
@@ -103,8 +103,8 @@ pub fn block(
     }
     .write(out);
     out.extend_from_slice(payload);
-    if checksum {
-        let crc = crc32fast::hash(&out[start..]);
+    if let Some(checksum) = checksum {
+        let crc = checksum.of(&out[start..]);
         out.extend_from_slice(&crc.to_be_bytes());
     }
 }

@@ -22,7 +22,7 @@
 //! # Example
 //! ```
 //! use std::time::Duration;
-//! use meshx_frame::{Decoder, Event, Options, Output, Role, Status, encode, frame_type};
+//! use meshx_frame::{Checksum, Decoder, Event, Options, Output, Role, Status, encode, frame_type};
 //!
 //! let mut decoder = Decoder::new(Options {
 //!     role: Role::Client,
@@ -39,13 +39,13 @@
 //! decoder.feed(Duration::ZERO, &wire, &mut output)?;
 //! assert_eq!(output.events.pop(), Some(Event::Ready));
 //!
-//! decoder.agree(true, 16_384);
+//! decoder.agree(Some(Checksum::Crc32), 16_384);
 //! decoder.open(1);
 //! let mut payload = Vec::new();
 //! encode::response_head(&mut payload, Status::Result, 0, 5);
 //! payload.extend_from_slice(b"hello");
 //! wire.clear();
-//! encode::block(&mut wire, frame_type::RESPONSE, 1, 0, true, true, &payload);
+//! encode::block(&mut wire, frame_type::RESPONSE, 1, 0, true, Some(Checksum::Crc32), &payload);
 //! decoder.feed(Duration::ZERO, &wire, &mut output)?;
 //! let Some(Event::Response { result, .. }) = output.events.pop() else { unreachable!() };
 //! assert_eq!(result, b"hello");
@@ -56,6 +56,7 @@
 
 mod assembly;
 mod cause;
+mod checksum;
 mod contain;
 mod control_rate;
 mod decoder;
@@ -69,6 +70,7 @@ mod window;
 
 pub use assembly::Discard;
 pub use cause::Cause;
+pub use checksum::Checksum;
 pub use contain::contain;
 pub use decoder::{Decoder, Stats};
 pub use event::{Event, Failure, Kind, Output, Status};

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use common::*;
 use meshx_frame::frame_type::*;
-use meshx_frame::{CONTROL_BURST, CONTROL_PER_SECOND, Cause, Options, Output, Role, Status};
+use meshx_frame::{CONTROL_BURST, CONTROL_PER_SECOND, Cause, Checksum, Options, Output, Role, Status};
 
 #[test]
 fn what_was_on_its_way_to_a_released_stream_is_ignored_and_nothing_beyond() {
@@ -18,7 +18,7 @@ fn what_was_on_its_way_to_a_released_stream_is_ignored_and_nothing_beyond() {
         connection_window: 100_000,
         ..OPTIONS
     };
-    let mut decoder = up(options, true, 16_384);
+    let mut decoder = up(options, Some(Checksum::Crc32), 16_384);
     decoder.open(1);
     decoder.release(1);
     let first = block(
@@ -139,7 +139,7 @@ fn streams_in_error_are_limited_and_overload_is_not() {
             max_streams: 1,
             ..OPTIONS
         },
-        true,
+        Some(Checksum::Crc32),
         16_384,
     );
     for stream in 1..=CONTROL_BURST + 2 {

@@ -6,7 +6,7 @@ mod common;
 
 use common::*;
 use meshx_frame::frame_type::*;
-use meshx_frame::{Cause, Decoder, Event, Options, Role, Status};
+use meshx_frame::{Cause, Checksum, Decoder, Event, Options, Role, Status};
 
 fn header(len: u32, frame_type: u8, flags: u8, stream: u32) -> Vec<u8> {
     let mut out = Vec::new();
@@ -201,10 +201,10 @@ fn a_corrupt_byte_of_a_block_costs_only_its_stream() {
 #[test]
 fn a_checksum_is_there_exactly_when_agreed() {
     let mut without = Vec::new();
-    meshx_frame::encode::block(&mut without, REQUEST, 1, 0, true, false, &request_payload(0, b""));
+    meshx_frame::encode::block(&mut without, REQUEST, 1, 0, true, None, &request_payload(0, b""));
     resets(&mut server(), &without, 1, Cause::InvalidCks, "no checksum");
     resets(
-        &mut up(OPTIONS, false, 16_384),
+        &mut up(OPTIONS, None, 16_384),
         &request(1, b""),
         1,
         Cause::InvalidCks,
@@ -362,7 +362,7 @@ fn windows_bind_the_peer() {
         stream_window: 100,
         ..OPTIONS
     };
-    let mut decoder = up(options, true, 16_384);
+    let mut decoder = up(options, Some(Checksum::Crc32), 16_384);
     let wire = block(REQUEST, 1, 0, false, &request_payload(1_000, &[0; 101]));
     ends(
         &mut decoder,
@@ -374,7 +374,7 @@ fn windows_bind_the_peer() {
         connection_window: 100,
         ..OPTIONS
     };
-    let mut decoder = up(options, true, 16_384);
+    let mut decoder = up(options, Some(Checksum::Crc32), 16_384);
     let wire = block(REQUEST, 1, 0, false, &request_payload(1_000, &[0; 101]));
     ends(
         &mut decoder,
@@ -399,7 +399,7 @@ fn windows_are_granted_in_halves_and_never_late() {
         connection_window: 400,
         ..OPTIONS
     };
-    let mut decoder = up(options, true, 16_384);
+    let mut decoder = up(options, Some(Checksum::Crc32), 16_384);
     let first = block(REQUEST, 1, 0, false, &request_payload(180, &[0; 49]));
     assert!(feed(&mut decoder, &first).1.is_empty());
     let out = feed(&mut decoder, &block(DATA, 1, 1, false, &[0; 1])).1;
@@ -450,7 +450,7 @@ fn what_a_connection_held_is_given_back_at_once_when_it_ends() {
     let begun = |fail: bool| {
         let mut decoder = Decoder::with_discard(OPTIONS, discard).unwrap();
         feed(&mut decoder, &control(HELLO, 0, b"")).2.unwrap();
-        decoder.agree(true, 16_384);
+        decoder.agree(Some(Checksum::Crc32), 16_384);
         for stream in 1..=3 {
             let payload = request_payload(50, &[7; 10]);
             feed(&mut decoder, &block(REQUEST, stream, 0, false, &payload))

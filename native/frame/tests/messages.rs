@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use common::*;
 use meshx_frame::frame_type::*;
-use meshx_frame::{Event, Kind, Options, Output, Role, Status, encode};
+use meshx_frame::{Checksum, Event, Kind, Options, Output, Role, Status, encode};
 use proptest::prelude::*;
 
 #[test]
@@ -154,7 +154,7 @@ proptest! {
     fn what_was_sent_arrives_whatever_the_split(
         bodies in prop::collection::vec(prop::collection::vec(any::<u8>(), 0..3000), 1..6),
         size in 1usize..700,
-        checksum: bool,
+        checksum in prop::sample::select(vec![None, Some(Checksum::Crc32), Some(Checksum::Crc32c)]),
         server: bool,
         picks in prop::collection::vec(0usize..100, 0..60),
         cuts in prop::collection::vec(1usize..900, 1..40),
@@ -210,7 +210,7 @@ proptest! {
     ) {
         let role = if server { Role::Server } else { Role::Client };
         let messages = bodies.iter().zip(1..)
-            .map(|(bytes, stream)| message(role, stream, b"fun", bytes, size, true)).collect();
+            .map(|(bytes, stream)| message(role, stream, b"fun", bytes, size, Some(Checksum::Crc32))).collect();
         let mut wire = interleave(messages, &picks);
         for (at, xor) in damage {
             let at = at.index(wire.len());
@@ -218,7 +218,7 @@ proptest! {
         }
         wire.extend(noise);
         let options = Options { role, max_message: 1500, max_bytes: 4000, ..OPTIONS };
-        let mut decoder = up(options, true, size);
+        let mut decoder = up(options, Some(Checksum::Crc32), size);
         if role == Role::Client {
             (1..=bodies.len() as u32).for_each(|stream| decoder.open(stream));
         }

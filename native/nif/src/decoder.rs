@@ -4,7 +4,7 @@ use std::panic::RefUnwindSafe;
 use std::sync::Mutex;
 use std::time::Instant;
 
-use meshx_frame::{Cause, Decoder, Failure, Options, Output, Role, contain, encode};
+use meshx_frame::{Cause, Checksum, Decoder, Failure, Options, Output, Role, contain, encode};
 use rustler::{
     Atom, Binary, Encoder, Env, Error, NifMap, NifResult, NifUnitEnum, Resource, ResourceArc, Term,
 };
@@ -74,10 +74,15 @@ fn new(options: OptionsMap) -> NifResult<ResourceArc<Connection>> {
 }
 
 #[rustler::nif]
-fn agree(connection: ResourceArc<Connection>, checksum: u8, blk_max_size: u64) -> Atom {
+fn agree(connection: ResourceArc<Connection>, checksum: u8, blk_max_size: u64) -> NifResult<Atom> {
+    let checksum = match (checksum, Checksum::from_number(checksum)) {
+        (0, _) => None,
+        (_, Some(checksum)) => Some(checksum),
+        (_, None) => return Err(Error::BadArg),
+    };
     let block = usize::try_from(blk_max_size).unwrap_or(usize::MAX);
-    with(&connection, |decoder| decoder.agree(checksum == 1, block));
-    atoms::ok()
+    with(&connection, |decoder| decoder.agree(checksum, block));
+    Ok(atoms::ok())
 }
 
 #[rustler::nif]

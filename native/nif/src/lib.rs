@@ -9,6 +9,7 @@ mod guard;
 
 use std::time::Instant;
 
+use meshx_frame::Checksum;
 use rustler::schedule::consume_timeslice;
 use rustler::{Binary, Env, ListIterator, NifResult};
 
@@ -27,11 +28,20 @@ mod atoms {
 /// CRC-32 of a list of binaries, one after the other.
 #[rustler::nif]
 fn crc32(iovec: ListIterator<'_>) -> NifResult<u32> {
-    let mut hasher = crc32fast::Hasher::new();
-    for part in iovec {
-        hasher.update(part.decode::<Binary<'_>>()?.as_slice());
-    }
-    Ok(hasher.finalize())
+    checksum(Checksum::Crc32, iovec)
+}
+
+/// CRC-32C of the same.
+#[rustler::nif]
+fn crc32c(iovec: ListIterator<'_>) -> NifResult<u32> {
+    checksum(Checksum::Crc32c, iovec)
+}
+
+fn checksum(checksum: Checksum, iovec: ListIterator<'_>) -> NifResult<u32> {
+    let parts = iovec
+        .map(|part| part.decode::<Binary<'_>>())
+        .collect::<NifResult<Vec<_>>>()?;
+    Ok(checksum.of_parts(parts.iter().map(Binary::as_slice)))
 }
 
 /// To the VM a call is one reduction, however long it was: this says how much of a millisecond it really took.

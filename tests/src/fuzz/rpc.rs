@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use meshx_frame::{Decoder, Event, Failure, Options, Output, Role};
+use meshx_frame::{Checksum, Decoder, Event, Failure, Options, Output, Role};
 
 use super::choice;
 
@@ -34,7 +34,10 @@ fn run(choice: u8, stream: &[u8], read: usize) -> Seen {
     } else {
         Role::Client
     };
-    let (checksum, block) = (choice & 2 != 0, if choice & 4 == 0 { 16_384 } else { 64 });
+    let (checksum, block) = (
+        (choice & 2 != 0).then_some(Checksum::Crc32),
+        if choice & 4 == 0 { 16_384 } else { 64 },
+    );
     let mut decoder = Decoder::new(Options { role, ..OPTIONS }).unwrap();
     let mut all: Seen = Default::default();
     for bytes in stream.chunks(read.min(stream.len().max(1))) {
@@ -66,7 +69,7 @@ fn run(choice: u8, stream: &[u8], read: usize) -> Seen {
 }
 
 /// What a connection's owner does: agrees, opens streams, and is done with every second message.
-fn owner(decoder: &mut Decoder, event: &Event, checksum: bool, block: usize) {
+fn owner(decoder: &mut Decoder, event: &Event, checksum: Option<Checksum>, block: usize) {
     match event {
         Event::Auth(_) => decoder.agree(checksum, block),
         Event::HelloAck(_) => decoder.agree(checksum, block),

@@ -6,7 +6,7 @@ defmodule MeshxRpc.Codec.Elixir do
   @behaviour MeshxRpc.Codec
 
   alias MeshxRpc.Codec.{Header, Wire}
-  alias MeshxRpc.Codec.Elixir.{Guard, Streams}
+  alias MeshxRpc.Codec.Elixir.{Crc32c, Guard, Streams}
   import MeshxRpc.Codec.Header, only: [is_block: 1]
 
   # Frames that make us work but bring no message (CANCEL, RESET, PING, frames of streams that are over, ...):
@@ -52,7 +52,7 @@ defmodule MeshxRpc.Codec.Elixir do
 
   @impl true
   def agree(%__MODULE__{} = s, %{checksum: checksum, blk_max_size: block})
-      when checksum in [0, 1] do
+      when checksum in 0..2 do
     phase = if s.role == :server and s.phase != :over, do: :up, else: s.phase
     %{s | checksum: checksum, block: min(block, Wire.max_payload()), phase: phase}
   end
@@ -90,6 +90,9 @@ defmodule MeshxRpc.Codec.Elixir do
 
   @impl true
   def crc32(iodata), do: :erlang.crc32(iodata)
+
+  @impl true
+  defdelegate crc32c(iodata), to: Crc32c, as: :of
 
   @impl true
   def guard(binary, policy), do: Guard.check(binary, policy)
@@ -161,15 +164,18 @@ defmodule MeshxRpc.Codec.Elixir do
 
   defp checksum(%{checksum: agreed}, {len, _type, flags, _seq, _stream}, input) do
     cond do
-      agreed == 1 and flags < 0x80 -> {:error, "no checksum though one was agreed on"}
+      agreed > 0 and flags < 0x80 -> {:error, "no checksum though one was agreed on"}
       agreed == 0 and flags >= 0x80 -> {:error, "a checksum though none was agreed on"}
       agreed == 0 -> :ok
-      crc(input, len) == :erlang.crc32(binary_part(input, 0, 12 + len)) -> :ok
+      trailer(input, len) == crc(agreed, binary_part(input, 0, 12 + len)) -> :ok
       true -> {:error, "the checksum does not fit the block"}
     end
   end
 
-  defp crc(input, len) do
+  defp crc(1, bytes), do: :erlang.crc32(bytes)
+  defp crc(2, bytes), do: Crc32c.of(bytes)
+
+  defp trailer(input, len) do
     <<crc::32>> = binary_part(input, 12 + len, 4)
     crc
   end

@@ -4,6 +4,7 @@ defmodule MeshxRpc.Codec.Nif do
   """
   @behaviour MeshxRpc.Codec
 
+  alias MeshxRpc.Codec.Elixir.Crc32c
   alias MeshxRpc.Codec.Nif.Native
 
   # Below this the VM's own crc32 is as fast as a NIF call with its list of binaries; above the other, one call
@@ -24,7 +25,7 @@ defmodule MeshxRpc.Codec.Nif do
   end
 
   @impl true
-  def agree(decoder, %{checksum: checksum, blk_max_size: block}) when checksum in [0, 1] do
+  def agree(decoder, %{checksum: checksum, blk_max_size: block}) when checksum in 0..2 do
     :ok = Native.agree(decoder, checksum, block)
     decoder
   end
@@ -73,6 +74,12 @@ defmodule MeshxRpc.Codec.Nif do
       size when size in @crc_from..@crc_to -> Native.crc32(:erlang.iolist_to_iovec(iodata))
       _ -> :erlang.crc32(iodata)
     end
+  end
+
+  @impl true
+  def crc32c(iodata) do
+    iovec = :erlang.iolist_to_iovec(iodata)
+    if :erlang.iolist_size(iovec) <= @crc_to, do: Native.crc32c(iovec), else: Crc32c.of(iovec)
   end
 
   @impl true

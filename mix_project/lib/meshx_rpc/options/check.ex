@@ -23,7 +23,7 @@ defmodule MeshxRpc.Options.Check do
   @gen_statem_opts [:debug, :hibernate_after, :spawn_opt, :timeout]
   @max_ref 255
 
-  @checksums [none: 0, crc32: 1]
+  @checksums [none: 0, crc32: 1, crc32c: 2]
 
   def keys(""), do: {:ok, []}
   def keys(key) when is_binary(key), do: keys([key])

@@ -10,7 +10,9 @@
 
 use std::time::Duration;
 
-use meshx_frame::{Cause, Decoder, Event, Failure, Kind, Options, Output, Role, Status, encode, frame_type};
+use meshx_frame::{
+    Cause, Checksum, Decoder, Event, Failure, Kind, Options, Output, Role, Status, encode, frame_type,
+};
 
 pub const OPTIONS: Options = Options {
     role: Role::Server,
@@ -22,7 +24,7 @@ pub const OPTIONS: Options = Options {
 };
 
 /// A decoder after the handshake.
-pub fn up(options: Options, checksum: bool, block: usize) -> Decoder {
+pub fn up(options: Options, checksum: Option<Checksum>, block: usize) -> Decoder {
     let mut decoder = Decoder::new(options).unwrap();
     let mut wire = Vec::new();
     if options.role == Role::Client {
@@ -39,7 +41,7 @@ pub fn up(options: Options, checksum: bool, block: usize) -> Decoder {
 }
 
 pub fn server() -> Decoder {
-    up(OPTIONS, true, 16_384)
+    up(OPTIONS, Some(Checksum::Crc32), 16_384)
 }
 
 pub fn client() -> Decoder {
@@ -48,7 +50,7 @@ pub fn client() -> Decoder {
             role: Role::Client,
             ..OPTIONS
         },
-        true,
+        Some(Checksum::Crc32),
         16_384,
     )
 }
@@ -68,7 +70,15 @@ pub fn control(frame_type: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
 
 pub fn block(frame_type: u8, stream: u32, seq: u32, end: bool, payload: &[u8]) -> Vec<u8> {
     let mut out = Vec::new();
-    encode::block(&mut out, frame_type, stream, seq, end, true, payload);
+    encode::block(
+        &mut out,
+        frame_type,
+        stream,
+        seq,
+        end,
+        Some(Checksum::Crc32),
+        payload,
+    );
     out
 }
 
@@ -104,7 +114,7 @@ pub fn message(
     fun: &[u8],
     bytes: &[u8],
     size: usize,
-    checksum: bool,
+    checksum: Option<Checksum>,
 ) -> Vec<Vec<u8>> {
     let mut blocks: Vec<&[u8]> = bytes.chunks(size).collect();
     if blocks.is_empty() {

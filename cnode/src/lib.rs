@@ -4,9 +4,11 @@
 //! - [`mesh`]: what a service mesh must answer, and the embedded mesh.
 //! - [`proxy`]: the data plane: mutual TLS between agents, and the checks on every link.
 //! - [`agent`]: the daemon that ties them together, one per host.
+//! - [`way`]: whether others could swap a directory that is trusted.
 
 pub mod agent;
 pub mod cli;
 pub mod mesh;
 pub mod node;
 pub mod proxy;
+pub mod way;

@@ -11,6 +11,9 @@
 %% sockaddr_un.sun_path holds 108 bytes with its terminating zero (unix(7)).
 -define(MAX_SOCKET_PATH, 107).
 
+%% Symbolic links that are followed, as many as the kernel does.
+-define(MAX_LINKS, 40).
+
 -type error() :: {meshx_frame:cause(), unicode:chardata()}.
 
 %% The agent's directory: `-meshx_dir', `MESHX_DIR', `XDG_RUNTIME_DIR'/meshx, /tmp/meshx-UID; the first that is
@@ -64,18 +67,77 @@ check(Dir, Uid) ->
                 true ->
                     refuse("~ts has mode ~.8b, so that others can write it; wanted 0700", [Dir, Mode band 8#7777]);
                 false ->
-                    check_length(control_socket(Dir))
+                    case check_length(control_socket(Dir)) of
+                        ok -> check_way(Dir, Uid);
+                        {error, _} = Error -> Error
+                    end
             end;
         {ok, #file_info{type = Type}} ->
             refuse("~ts is a ~ts, wanted a directory", [Dir, atom_to_list(Type)]);
         {error, enoent} ->
             {error, {unreachable, format("no agent: ~ts does not exist", [Dir])}};
         {error, Reason} ->
-            {error, {unreachable, format("~ts: ~ts", [Dir, atom_to_list(Reason)])}}
+            unreadable(Dir, Reason)
     end.
 
 writable_by_others(0, Mode) -> Mode band 8#002 =/= 0;
 writable_by_others(_, Mode) -> Mode band 8#022 =/= 0.
+
+%% Whoever can change a directory on the way can put another one in the next one's place. So each directory in which
+%% a name of the path is looked up, through symbolic links too, is written by its owner alone, or it has the sticky bit
+%% and the name belongs to this uid or to root. (The agent checks the same: cnode/src/agent/way.rs.)
+check_way(Dir, Uid) ->
+    case prim_file:get_cwd() of
+        {ok, Cwd} ->
+            ["/" | Names] = filename:split(filename:join(Cwd, Dir)),
+            check_way(Names, "/", Uid, ?MAX_LINKS);
+        {error, Reason} ->
+            unreadable(Dir, Reason)
+    end.
+
+check_way([], _At, _Uid, _Links) ->
+    ok;
+check_way(["." | Names], At, Uid, Links) ->
+    check_way(Names, At, Uid, Links);
+check_way([".." | Names], At, Uid, Links) ->
+    check_way(Names, filename:dirname(At), Uid, Links);
+check_way([Name | Names], At, Uid, Links) ->
+    Next = filename:join(At, Name),
+    case {prim_file:read_link_info(At), prim_file:read_link_info(Next)} of
+        {{ok, #file_info{mode = Mode}}, {ok, #file_info{type = Type, uid = Owner}}} ->
+            case Mode band 8#022 =/= 0 of
+                true when Mode band 8#1000 =:= 0 ->
+                    refuse("~ts has mode ~.8b, so that others can put another directory in the place of ~ts", [
+                        At, Mode band 8#7777, Next
+                    ]);
+                true when Owner =/= Uid, Owner =/= 0 ->
+                    refuse("~ts belongs to uid ~b, wanted ~b or 0", [Next, Owner, Uid]);
+                _ when Type =:= symlink ->
+                    follow(Names, At, Next, Uid, Links);
+                _ ->
+                    check_way(Names, Next, Uid, Links)
+            end;
+        {{error, Reason}, _} ->
+            unreadable(At, Reason);
+        {_, {error, Reason}} ->
+            unreadable(Next, Reason)
+    end.
+
+follow(_Names, _At, Next, _Uid, 0) ->
+    refuse("~ts leads through more than ~b symbolic links", [Next, ?MAX_LINKS]);
+follow(Names, At, Next, Uid, Links) ->
+    case prim_file:read_link(Next) of
+        {ok, Target} ->
+            case filename:split(Target) of
+                ["/" | More] -> check_way(More ++ Names, "/", Uid, Links - 1);
+                More -> check_way(More ++ Names, At, Uid, Links - 1)
+            end;
+        {error, Reason} ->
+            unreadable(Next, Reason)
+    end.
+
+unreadable(Path, Reason) ->
+    {error, {unreachable, format("~ts: ~ts", [Path, atom_to_list(Reason)])}}.
 
 check_length(Path) ->
     case byte_size(unicode:characters_to_binary(Path)) of

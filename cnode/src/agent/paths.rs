@@ -8,6 +8,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::way::{WayError, check_way};
+
 /// Environment variable that names the agent's directory.
 pub const DIR_VARIABLE: &str = "MESHX_DIR";
 /// Environment variable that names the directory of the embedded mesh.
@@ -64,6 +66,9 @@ pub enum DirError {
         /// Its permission bits.
         mode: u32,
     },
+    /// Others could put another directory in its place.
+    #[error(transparent)]
+    Way(#[from] WayError),
     /// The sockets in it would have names that the system cannot hold.
     #[error("directory {dir} is {len} bytes long, at most {DIR_MAX} leave room for the sockets in it; name a shorter one with --dir or ${DIR_VARIABLE}", dir = dir.display())]
     TooLong {
@@ -98,8 +103,9 @@ pub fn mesh_dir(explicit: Option<&Path>) -> PathBuf {
 }
 
 /// The directory, made absolute, after the check that every client owes itself: it is a directory
-/// (no symbolic link) of this user or of root, and nobody else may write to it. The one exception is a
-/// system agent's: owned by root, mode `0770`, whose group is meant to.
+/// (no symbolic link) of this user or of root, nobody else may write to it, and nobody else may put another one
+/// in its place: a directory on the way that a group or others may write has the sticky bit. The one exception is
+/// a system agent's: owned by root, mode `0770`, whose group is meant to.
 ///
 /// # Errors
 /// [`DirError`], also when there is no such directory.
@@ -111,6 +117,7 @@ pub fn checked_client_dir(dir: &Path) -> Result<PathBuf, DirError> {
     }
     check_owner(&dir, metadata.uid(), metadata.mode(), uid())?;
     check_length(&dir)?;
+    check_way(&dir, uid())?;
     Ok(dir)
 }
 

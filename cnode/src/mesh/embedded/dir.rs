@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FlockOperation, flock};
 
 use crate::mesh::MeshError;
+use crate::way::check_way;
 
 /// Largest file of a mesh that is read, in bytes.
 pub(super) const MAX_FILE: u64 = 4 << 20;
@@ -37,6 +38,10 @@ impl MeshDir {
                 0o700,
             )?;
         }
+        // As the agent's: with another directory in this one's place anyone signs any name.
+        let absolute = std::path::absolute(path).map_err(|error| unavailable(path, &error))?;
+        check_way(&absolute, rustix::process::geteuid().as_raw())
+            .map_err(|error| MeshError::Refused(error.to_string()))?;
         let dir = Self {
             path: path.to_owned(),
         };

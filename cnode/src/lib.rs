@@ -8,6 +8,7 @@
 
 pub mod agent;
 pub mod cli;
+mod log_limit;
 pub mod mesh;
 pub mod node;
 pub mod proxy;

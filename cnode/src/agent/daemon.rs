@@ -23,6 +23,7 @@ use super::{
     registry::{Place, Registry},
 };
 use crate::{
+    log_limit::LogLimit,
     mesh::{Mesh, MeshError, embedded::EmbeddedMesh},
     proxy::{Proxy, Settings, links::LinkTable, local::LocalTable},
 };
@@ -105,7 +106,13 @@ impl Agent {
             vm: dir.vm(),
             up: dir.up(),
         };
-        let registry = Arc::new(Registry::new(mesh.clone(), local.clone(), config.trust, place)?);
+        let registry = Arc::new(Registry::new(
+            mesh.clone(),
+            local.clone(),
+            links.clone(),
+            config.trust,
+            place,
+        )?);
 
         let proxy = Proxy::new(mesh.clone(), local, links.clone(), Settings::default());
         let dist = UnixListener::from_std(dir.bind(DIST_SOCKET)?)?;
@@ -124,6 +131,7 @@ impl Agent {
             mesh: kind,
             upstreams,
             questions: Semaphore::new(QUESTIONS_MAX),
+            log: LogLimit::new("refused clients and requests"),
         };
         // Last: who finds the control socket finds an agent that is whole.
         let control = UnixListener::from_std(dir.bind(CONTROL_SOCKET)?)?;

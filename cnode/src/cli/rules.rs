@@ -117,7 +117,7 @@ impl MeshOption {
 impl From<MeshError> for Failure {
     fn from(error: MeshError) -> Self {
         let code = match error {
-            MeshError::Refused(_) => EX_NOPERM,
+            MeshError::Refused(_) | MeshError::NameTaken(_) => EX_NOPERM,
             MeshError::Unavailable(_) => EX_UNAVAILABLE,
         };
         Self::new(code, error.to_string())

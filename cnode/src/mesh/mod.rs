@@ -28,6 +28,9 @@ pub enum MeshError {
     /// The mesh answered no to a registration or a certificate request.
     #[error("the mesh refused: {0}")]
     Refused(String),
+    /// Another instance of this name or id is in the catalogue.
+    #[error("{0}")]
+    NameTaken(String),
 }
 
 /// One running copy of a service.

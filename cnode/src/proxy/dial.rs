@@ -12,6 +12,7 @@ use tokio_rustls::client::TlsStream;
 use super::Proxy;
 use super::cause::{Cause, Refusal};
 use super::frames::{read_frame, silent, write_all};
+use super::keepalive;
 use super::links::{LinkId, Purpose};
 use super::tls::{self, Peer};
 use super::wire::{MAX_MESH_FRAME, Request, decode_reply};
@@ -60,7 +61,7 @@ impl Proxy {
                 )));
             }
         };
-        stream.set_nodelay(true).map_err(|error| unreachable(&error))?;
+        keepalive::watch(&stream).map_err(|error| unreachable(&error))?;
         let handshake = TlsConnector::from(config).connect(name, stream);
         let mut stream = match timeout(settings.handshake_timeout, handshake).await {
             Ok(done) => done.map_err(|error| at(address, tls::refusal(&error)))?,

@@ -24,24 +24,46 @@ pub(super) async fn read_frame(
 ) -> Result<Vec<u8>, Refusal> {
     let whole = async {
         let mut header = [0; 2];
-        stream
-            .read_exact(&mut header)
-            .await
-            .map_err(|error| broken(&error))?;
+        fill(stream, &mut header, 0).await?;
         let len = usize::from(u16::from_be_bytes(header));
         if len > max {
             return Err(WireError::TooLong { len, max }.into());
         }
         let mut payload = vec![0; len];
-        stream
-            .read_exact(&mut payload)
-            .await
-            .map_err(|error| broken(&error))?;
+        fill(stream, &mut payload, header.len()).await?;
         Ok(payload)
     };
     timeout(deadline, whole)
         .await
         .unwrap_or_else(|_| Err(silent("a whole frame", deadline)))
+}
+
+/// Reads until `wanted` is full; `before` bytes of the frame have come already. Who closes inside a frame breaks the
+/// protocol; who closes without a word is away.
+async fn fill(
+    stream: &mut (impl AsyncRead + Unpin),
+    wanted: &mut [u8],
+    before: usize,
+) -> Result<(), Refusal> {
+    let mut done = 0;
+    while let Some(left) = wanted.get_mut(done..).filter(|left| !left.is_empty()) {
+        match stream.read(left).await {
+            Ok(0) => return Err(ended(before + done)),
+            Ok(read) => done += read,
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Err(ended(before + done)),
+            Err(error) => return Err(tls::refusal(&error)),
+        }
+    }
+    Ok(())
+}
+
+fn ended(read: usize) -> Refusal {
+    match read {
+        0 => Cause::Unreachable.because("the other side closed the connection without a word"),
+        _ => Cause::InvalidRequest.because(format!(
+            "the other side closed the connection inside a frame, after {read} of its bytes"
+        )),
+    }
 }
 
 /// Reads the dialler's name message; returns the name and all bytes that were read.
@@ -66,7 +88,10 @@ pub(super) async fn read_name(
                 }
             }
             let mut chunk = [0; CHUNK];
-            let read = stream.read(&mut chunk).await.map_err(|error| broken(&error))?;
+            let read = match stream.read(&mut chunk).await {
+                Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => 0,
+                read => read.map_err(|error| tls::refusal(&error))?,
+            };
             if read == 0 {
                 return Err(Cause::InvalidRequest.because("closed before its name message was whole"));
             }
@@ -89,7 +114,7 @@ pub(super) async fn write_all(
         stream.flush().await
     };
     match timeout(deadline, write).await {
-        Ok(result) => result.map_err(|error| broken(&error)),
+        Ok(result) => result.map_err(|error| tls::refusal(&error)),
         Err(_) => Err(Cause::Timeout.because(format!("the other side took nothing for {deadline:?}"))),
     }
 }
@@ -107,11 +132,4 @@ pub(super) async fn linger(stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) {
 
 pub(super) fn silent(wanted: &str, deadline: Duration) -> Refusal {
     Cause::Timeout.because(format!("waited {deadline:?} for {wanted}"))
-}
-
-fn broken(error: &io::Error) -> Refusal {
-    match error.kind() {
-        io::ErrorKind::UnexpectedEof => Cause::Unreachable.because("the other side closed the connection"),
-        _ => tls::refusal(error),
-    }
 }

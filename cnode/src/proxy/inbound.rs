@@ -17,6 +17,7 @@ use super::admission::{Admission, Slot};
 use super::cause::{Cause, Refusal};
 use super::endpoint::accept_frame;
 use super::frames::{Duplex, linger, read_frame, read_name, silent, write_all};
+use super::keepalive;
 use super::links::{Direction, LinkGuard, LinkInfo, Purpose};
 use super::local::{Endpoint, LocalInstance};
 use super::splice::splice;
@@ -172,10 +173,15 @@ impl Proxy {
     async fn secure(&self, stream: TcpStream, attempt: &mut Attempt) -> Result<Secured, Refused> {
         // rustls has sent its alert by then.
         let fault = |error: &io::Error, stream: Option<TcpStream>| Refused {
-            refusal: tls::refusal(error),
+            refusal: match error.kind() {
+                io::ErrorKind::UnexpectedEof => {
+                    Cause::InvalidRequest.because("closed inside its TLS handshake")
+                }
+                _ => tls::refusal(error),
+            },
             tell: stream.map(|stream| (Box::new(stream) as Box<dyn Duplex>, Vec::new())),
         };
-        stream.set_nodelay(true).map_err(|error| fault(&error, None))?;
+        keepalive::watch(&stream).map_err(|error| fault(&error, None))?;
         let mut acceptor = LazyConfigAcceptor::new(Acceptor::default(), stream);
         let hello = match (&mut acceptor).await {
             Ok(hello) => hello,
@@ -277,8 +283,10 @@ impl Proxy {
             remote_agent: Some(address),
             local_not_after: Some(not_after),
             remote_not_after: Some(peer.not_after),
+            instances: vec![local.instance.id.clone()],
             owners: vec![local.owner],
         })?;
+        self.still_here(&local)?;
         self.authorize(&peer.id, &service).await?;
         let near = self.reach(&local).await?;
         Ok(Prepared {

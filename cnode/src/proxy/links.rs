@@ -113,6 +113,8 @@ pub struct LinkInfo {
     pub local_not_after: Option<i64>,
     /// End of the other end's certificate, unix seconds; none on a local link.
     pub remote_not_after: Option<i64>,
+    /// Registered instances that are ends of it here: it ends with them.
+    pub instances: Vec<String>,
     /// Control connections of the ends that are here, to be told of a cut.
     pub owners: Vec<u64>,
 }
@@ -280,6 +282,18 @@ impl LinkTable {
         true
     }
 
+    /// Ends all links of an instance of this agent that is no more; says how many.
+    pub fn cut_instance(&self, instance: &str, cause: Cause, text: &str) -> usize {
+        let of_instance = |live: &&Arc<Live>| live.info.instances.iter().any(|id| id == instance);
+        let links: Vec<LinkId> = lock(&self.inner.live)
+            .by_id
+            .values()
+            .filter(of_instance)
+            .map(|live| live.info.id)
+            .collect();
+        links.into_iter().filter(|id| self.cut(*id, cause, text)).count()
+    }
+
     /// The cut events for one control connection, until the receiver is dropped.
     pub fn subscribe(&self, owner: u64) -> mpsc::Receiver<CutEvent> {
         let (sender, receiver) = mpsc::channel(MAX_CUT_EVENTS);
@@ -414,6 +428,7 @@ mod tests {
             remote_agent: None,
             local_not_after: None,
             remote_not_after: None,
+            instances: vec![],
             owners: vec![owner],
         }
     }

@@ -17,6 +17,7 @@ mod dial;
 mod endpoint;
 mod frames;
 mod inbound;
+mod keepalive;
 pub mod links;
 pub mod local;
 mod outbound;
@@ -34,7 +35,8 @@ pub use upstream::{Upstream, UpstreamHandle};
 
 use self::cause::{Cause, Refusal};
 use self::links::{LinkId, LinkTable, Purpose};
-use self::local::LocalTable;
+use self::local::{LocalInstance, LocalTable};
+use crate::log_limit::LogLimit;
 use crate::mesh::{Instance, Mesh, MeshError, ServiceName, SpiffeId, split_node};
 
 /// Deadlines and limits of the data plane. A live link has none.
@@ -76,6 +78,8 @@ pub struct Proxy {
     local: LocalTable,
     links: LinkTable,
     settings: Settings,
+    /// One for each listener, so that who floods one hides nothing of the others.
+    refusals: [(&'static str, LogLimit); 3],
 }
 
 impl std::fmt::Debug for Proxy {
@@ -94,6 +98,7 @@ impl Proxy {
             local,
             links,
             settings,
+            refusals: ["inbound", "dist", "upstream"].map(|at| (at, LogLimit::new("refused links"))),
         })
     }
 
@@ -152,12 +157,27 @@ impl Proxy {
         }
     }
 
+    /// A link's end that was deregistered before the link was in the table was not there to be cut. Ask when it is.
+    fn still_here(&self, local: &LocalInstance) -> Result<(), Refusal> {
+        let id = &local.instance.id;
+        match self.local.by_id(id) {
+            Some(now) if now.secret == local.secret => Ok(()),
+            _ => Err(gone(&local.instance)),
+        }
+    }
+
     fn spiffe(&self, service: &ServiceName) -> SpiffeId {
         SpiffeId::new(self.mesh.trust_domain(), service.clone())
     }
 
-    /// Logs, counts and remembers a refusal.
+    /// Logs, counts and remembers a refusal. Beyond `LINES_PER_SECOND` (50) the log
+    /// tells only how many there were.
     fn refuse(&self, attempt: &Attempt, refusal: &Refusal) {
+        self.links.refused(attempt.link, &attempt.target, refusal);
+        let limit = self.refusals.iter().find(|(at, _)| *at == attempt.at);
+        if !limit.is_none_or(|(_, limit)| limit.admit()) {
+            return;
+        }
         let link = attempt.link.map(|link| link.to_string()).unwrap_or_default();
         tracing::warn!(
             cause = %refusal.cause,
@@ -170,7 +190,6 @@ impl Proxy {
             text = refusal.text,
             "link refused"
         );
-        self.links.refused(attempt.link, &attempt.target, refusal);
     }
 }
 
@@ -184,6 +203,15 @@ struct Attempt {
     purpose: Option<Purpose>,
     source: String,
     target: String,
+}
+
+/// Why the links of a deregistered instance end.
+pub(crate) fn gone(instance: &Instance) -> Refusal {
+    let cause = match instance.node {
+        Some(_) => Cause::NoSuchNode,
+        None => Cause::NoSuchService,
+    };
+    cause.because(format!("{} was deregistered", instance.id))
 }
 
 fn no_such_service(service: &ServiceName) -> Refusal {

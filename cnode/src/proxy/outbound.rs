@@ -135,10 +135,12 @@ impl Proxy {
             remote_agent: None,
             local_not_after: None,
             remote_not_after: None,
+            instances: vec![dialler.instance.id.clone()],
             owners: vec![dialler.owner],
         };
         // Asked in this order, no denial is missed: one that comes after the answer finds the link in the table.
         if let Some(local) = here {
+            info.instances.push(local.instance.id.clone());
             info.owners.push(local.owner);
             let reply = ConnectReply::Ok {
                 remote_spiffe: info.remote_spiffe.to_string(),
@@ -146,6 +148,8 @@ impl Proxy {
             };
             let far = info.remote_spiffe.clone();
             let link_guard = self.links.insert(info)?;
+            self.still_here(&dialler)?;
+            self.still_here(&local)?;
             self.authorize(&near, &found.service).await?;
             self.authorize(&far, source).await?;
             let remote = self.reach(&local).await?;
@@ -170,6 +174,7 @@ impl Proxy {
         };
         let far = info.remote_spiffe.clone();
         let link = self.links.insert(info)?;
+        self.still_here(&dialler)?;
         self.authorize(&far, source).await?;
         Ok(Prepared {
             remote: Box::new(dialled.stream),

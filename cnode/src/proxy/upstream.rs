@@ -166,15 +166,18 @@ impl Proxy {
             remote_agent: None,
             local_not_after: None,
             remote_not_after: None,
+            instances: Vec::new(),
             owners: vec![upstream.owner],
         };
         if let Some(local) = self.local.by_id(&candidate.id)
             && local.instance.service == upstream.target
             && !matches!(local.endpoint, Endpoint::NodeSocket(_))
         {
+            info.instances.push(local.instance.id.clone());
             info.owners.push(local.owner);
             // In the table before it is asked: a denial that comes after the answer finds it there.
             let link = self.links.insert(info)?;
+            self.still_here(&local)?;
             self.authorize(&near, &upstream.target).await?;
             return Ok((self.reach(&local).await?, link));
         }

@@ -50,6 +50,26 @@ fn hello_comes_first_with_a_common_version() {
 }
 
 #[test]
+fn a_flood_of_refusals_does_not_fill_the_log() {
+    let root = temp();
+    let agent = Agent::start(root.path(), "a", &["h1"], &[]);
+    let mut client = agent.connect();
+    let (asked, began) = (2_000, Instant::now());
+    for _ in 0..asked {
+        assert_eq!(cause(client.ask("bogus", map([]))), "invalid_request");
+    }
+    // 50 lines in each second that it took, the one it began in, and the one that the last word waits for.
+    let most = 50 * (began.elapsed().as_secs() + 2);
+    agent.wait_log(&["left_out", "refused clients and requests"]);
+    let log = agent.log();
+    let written = log.lines().filter(|line| line.contains("bogus")).count();
+    assert!(
+        written as u64 <= most && written < asked,
+        "{written} of {asked} lines"
+    );
+}
+
+#[test]
 fn garbage_is_dropped_with_a_reason_while_others_go_on() {
     let root = temp();
     let agent = Agent::start(root.path(), "a", &["h1"], &[]);

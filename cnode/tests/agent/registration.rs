@@ -206,6 +206,19 @@ fn two_agents_with_the_same_host_are_reported_and_the_newer_registers_nothing() 
 }
 
 #[test]
+fn an_id_of_another_agents_service_is_taken() {
+    let root = temp();
+    let old = Agent::start(root.path(), "a", &["h1"], &[]);
+    let new = Agent::start(root.path(), "b", &["h2"], &[]);
+    let service = || map([("name", text("echo")), ("id", text("echo-1"))]);
+    let mut client = old.connect();
+    client.ask("register_service", service()).unwrap();
+    let (taken, why) = new.connect().ask("register_service", service()).unwrap_err();
+    assert_eq!(taken, "name_taken", "{why}");
+    assert!(why.contains("echo-1 is registered by agent"), "{why}");
+}
+
+#[test]
 fn services_and_upstreams_have_sockets_that_go_with_the_connection() {
     let root = temp();
     let agent = Agent::start(root.path(), "a", &["h1"], &[]);

@@ -16,6 +16,7 @@ use crate::{
         paths,
         registry::{NodeRequest, Owner, Registry, ServiceRequest, answer, chosen_socket},
     },
+    log_limit::LogLimit,
     mesh::ServiceName,
     proxy::{
         Proxy, Upstream,
@@ -44,6 +45,8 @@ pub(in crate::agent) struct Context {
     pub(in crate::agent) upstreams: Budget,
     /// [`QUESTIONS_MAX`] permits.
     pub(in crate::agent) questions: Semaphore,
+    /// For the log lines that clients cause.
+    pub(in crate::agent) log: LogLimit,
 }
 
 /// One session, as its commands see it.

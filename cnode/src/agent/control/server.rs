@@ -48,7 +48,9 @@ pub(in crate::agent) async fn serve(listener: UnixListener, context: Arc<Context
                     });
                 }
                 Err(refusal) => {
-                    warn!(uid = peer.uid, pid = peer.pid, cause = %refusal.cause, text = refusal.text, "client refused");
+                    if context.log.admit() {
+                        warn!(uid = peer.uid, pid = peer.pid, cause = %refusal.cause, text = refusal.text, "client refused");
+                    }
                     turn_away(&stream, &refusal.text);
                 }
             },

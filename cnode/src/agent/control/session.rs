@@ -86,14 +86,16 @@ impl Session {
             Err(fault) => Err(fault),
         };
         if let Err(fault) = fault {
-            warn!(
-                client = self.client.owner.id,
-                uid = self.client.owner.peer.uid,
-                pid = self.client.owner.peer.pid,
-                cause = "protocol_error",
-                text = fault,
-                "client dropped"
-            );
+            if self.context.log.admit() {
+                warn!(
+                    client = self.client.owner.id,
+                    uid = self.client.owner.peer.uid,
+                    pid = self.client.owner.peer.pid,
+                    cause = "protocol_error",
+                    text = fault,
+                    "client dropped"
+                );
+            }
             self.send(event("protocol_error", map([("text", text(fault))])));
         }
     }
@@ -178,7 +180,7 @@ impl Session {
         self.commands.spawn(async move {
             let result = context.run(&client, &request.command, &request.args).await;
             if let Err(refusal) = &result {
-                log_refusal(client.owner, &request.command, refusal);
+                log_refusal(&context, client.owner, &request.command, refusal);
             }
             unanswered.fetch_sub(1, Ordering::Relaxed);
             send(&outbox, answer(request.id, result));
@@ -224,7 +226,7 @@ impl Session {
     }
 
     fn log_refusal(&self, command: &str, refusal: &Refusal) {
-        log_refusal(self.client.owner, command, refusal);
+        log_refusal(&self.context, self.client.owner, command, refusal);
     }
 }
 
@@ -242,7 +244,10 @@ fn send(outbox: &Outbox, frame: Result<Vec<u8>, String>) {
     }
 }
 
-fn log_refusal(owner: Owner, command: &str, refusal: &Refusal) {
+fn log_refusal(context: &Context, owner: Owner, command: &str, refusal: &Refusal) {
+    if !context.log.admit() {
+        return;
+    }
     let command: String = command.chars().take(64).collect();
     warn!(
         client = owner.id, uid = owner.peer.uid, pid = owner.peer.pid, command,

@@ -28,6 +28,8 @@ use crate::{
     mesh::{Answer, Instance, Mesh, MeshError, ServiceName, SpiffeId},
     proxy::{
         cause::{Cause, Refusal},
+        gone,
+        links::LinkTable,
         local::{Endpoint, LocalInstance, LocalTable, Secret},
     },
 };
@@ -38,6 +40,10 @@ pub const INSTANCES_PER_CLIENT_MAX: usize = 256;
 pub const INSTANCES_MAX: usize = 4096;
 /// How long the mesh may take to answer one question of a registration.
 pub const MESH_TIME: Duration = Duration::from_secs(5);
+
+/// How long links outlive the control connection of their end, so that a VM which lost it can register again; links
+/// of what was deregistered by a command end at once.
+pub const RECLAIM_TIME: Duration = Duration::from_secs(10);
 
 /// A control connection, as far as registrations care.
 #[derive(Debug, Clone, Copy)]
@@ -52,8 +58,11 @@ pub struct Owner {
 pub struct Registry {
     mesh: Arc<dyn Mesh>,
     local: LocalTable,
+    links: LinkTable,
     trust: Trust,
     place: Place,
+    /// [`RECLAIM_TIME`], but in tests.
+    reclaim: Duration,
     // Held for a look-up or a change, never across an await.
     state: Mutex<State>,
 }
@@ -149,7 +158,13 @@ impl Registry {
     ///
     /// # Errors
     /// When the system has no randomness to give.
-    pub fn new(mesh: Arc<dyn Mesh>, local: LocalTable, trust: Trust, place: Place) -> std::io::Result<Self> {
+    pub fn new(
+        mesh: Arc<dyn Mesh>,
+        local: LocalTable,
+        links: LinkTable,
+        trust: Trust,
+        place: Place,
+    ) -> std::io::Result<Self> {
         let state = State {
             owners: HashMap::new(),
             ids: HashMap::new(),
@@ -159,8 +174,10 @@ impl Registry {
         Ok(Self {
             mesh,
             local,
+            links,
             trust,
             place,
+            reclaim: RECLAIM_TIME,
             state: Mutex::new(state),
         })
     }
@@ -299,6 +316,7 @@ impl Registry {
                 Cause::InvalidRequest.because(format!("{id:?} is not registered through this connection"))
             );
         }
+        self.drop_local(id);
         self.leave(id).await;
         Ok(())
     }
@@ -316,6 +334,7 @@ impl Registry {
             })
             .collect()
         };
+        self.cut_links_later(ids.iter().filter_map(|id| self.local.remove(id)).collect());
         // What is pending takes itself away when it finds its owner gone.
         join_all(ids.iter().map(|id| self.leave(id))).await;
         ids.len()
@@ -398,20 +417,20 @@ impl Registry {
         match timeout(MESH_TIME, &mut registering).await {
             Ok(Ok(Ok(()))) if pending.to_live(owner.id) => Ok((secret, identity.id.clone())),
             Ok(Ok(Ok(()))) => {
-                self.local.remove(&id);
+                self.drop_local(&id);
                 tokio::spawn(pending.withdraw());
                 Err(owner_gone())
             }
             Ok(Ok(Err(error))) => {
-                self.local.remove(&id);
+                self.drop_local(&id);
                 Err(refused(error))
             }
             Ok(Err(error)) => {
-                self.local.remove(&id);
+                self.drop_local(&id);
                 Err(Cause::NotReady.because(error.to_string()))
             }
             Err(_) => {
-                self.local.remove(&id);
+                self.drop_local(&id);
                 // The mesh may still take it. Until that is undone the name is nobody's.
                 tokio::spawn(async move {
                     let _ = registering.await;
@@ -422,9 +441,46 @@ impl Registry {
         }
     }
 
-    /// Gone from this agent at once; the name is free when the mesh has let it go.
+    /// Takes it away, and its links with it.
+    fn drop_local(&self, id: &str) {
+        if let Some(local) = self.local.remove(id) {
+            self.cut_links(&local.instance);
+        }
+    }
+
+    fn cut_links(&self, instance: &Instance) {
+        let Refusal { cause, text } = gone(instance);
+        let cut = self.links.cut_instance(&instance.id, cause, &text);
+        if cut > 0 {
+            info!(
+                id = instance.id,
+                links = cut,
+                "links of a deregistered instance were cut"
+            );
+        }
+    }
+
+    /// Unless they are registered again by then.
+    fn cut_links_later(self: &Arc<Self>, left: Vec<Arc<LocalInstance>>) {
+        if left.is_empty() {
+            return;
+        }
+        let (registry, reclaim) = (Arc::downgrade(self), self.reclaim);
+        tokio::spawn(async move {
+            tokio::time::sleep(reclaim).await;
+            let Some(registry) = registry.upgrade() else {
+                return;
+            };
+            for local in left {
+                if registry.local.by_id(&local.instance.id).is_none() {
+                    registry.cut_links(&local.instance);
+                }
+            }
+        });
+    }
+
+    /// It is gone from this agent; the name is free when the mesh has let it go.
     async fn leave(self: &Arc<Self>, id: &str) {
-        self.local.remove(id);
         let (registry, owned) = (self.clone(), id.to_owned());
         let leaving = tokio::spawn(async move {
             registry.take_out_of_mesh(&owned).await;
@@ -477,9 +533,10 @@ pub(super) async fn answer<T>(question: Answer<'_, T>) -> Result<T, Refusal> {
     }
 }
 
-/// What a mesh refuses is a host part that another agent owns.
+/// What a mesh refuses, when no other instance has the name, is a host part that another agent owns.
 fn refused(error: MeshError) -> Refusal {
     match error {
+        MeshError::NameTaken(text) => Cause::NameTaken.because(text),
         MeshError::Refused(text) => Cause::HostNotOwned.because(text),
         error => error.into(),
     }

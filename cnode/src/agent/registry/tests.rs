@@ -1,12 +1,11 @@
-//! Limits that would take thousands of clients to reach.
+//! Limits that would take thousands of clients to reach, and what becomes of links.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use super::*;
 use crate::mesh::embedded::EmbeddedMesh;
+use crate::proxy::links::{Direction, LinkGuard, LinkId, LinkInfo, Purpose};
 
-#[test]
-fn an_agent_takes_so_many_registrations_and_no_more() {
-    let temp = tempfile::tempdir().unwrap();
+fn registry(temp: &tempfile::TempDir) -> (Arc<Registry>, LinkTable) {
     let address = "127.0.0.1:1".parse().unwrap();
     let dir = temp.path().join("mesh");
     let mesh = EmbeddedMesh::open(&dir, "a", vec!["h1".to_owned()], address).unwrap();
@@ -18,15 +17,28 @@ fn an_agent_takes_so_many_registrations_and_no_more() {
         up: "/up".into(),
     };
     let trust = Trust::new(0, vec![]);
-    let registry = Arc::new(Registry::new(Arc::new(mesh), LocalTable::default(), trust, place).unwrap());
-    let owner = |id| Owner {
+    let links = LinkTable::default();
+    let mut registry =
+        Registry::new(Arc::new(mesh), LocalTable::default(), links.clone(), trust, place).unwrap();
+    registry.reclaim = Duration::from_millis(200);
+    (Arc::new(registry), links)
+}
+
+fn owner(id: u64) -> Owner {
+    Owner {
         id,
         peer: Peer {
             uid: 0,
             gid: 0,
             pid: None,
         },
-    };
+    }
+}
+
+#[test]
+fn an_agent_takes_so_many_registrations_and_no_more() {
+    let temp = tempfile::tempdir().unwrap();
+    let (registry, _) = registry(&temp);
     let mut held = Vec::new();
     for number in 0..INSTANCES_MAX {
         let id = (number / INSTANCES_PER_CLIENT_MAX) as u64;
@@ -49,4 +61,73 @@ fn an_agent_takes_so_many_registrations_and_no_more() {
         "a connection that is not there"
     );
     assert!(registry.reserve(owner(99), "more").is_ok());
+}
+
+async fn service(registry: &Arc<Registry>, by: u64) {
+    let request = ServiceRequest {
+        name: "echo",
+        id: Some("echo-1"),
+        address: None,
+    };
+    registry.register_service(owner(by), request).await.unwrap();
+}
+
+fn link(links: &LinkTable, instance: &str, number: u8) -> LinkGuard {
+    let spiffe = |name| SpiffeId::new("td", ServiceName::new(name).unwrap());
+    let info = LinkInfo {
+        id: LinkId([number; 16]),
+        direction: Direction::Inbound,
+        purpose: Purpose::Tcp,
+        local: instance.to_owned(),
+        remote: "cart".to_owned(),
+        local_spiffe: spiffe("echo"),
+        remote_spiffe: spiffe("cart"),
+        remote_agent: None,
+        local_not_after: None,
+        remote_not_after: None,
+        instances: vec![instance.to_owned()],
+        owners: vec![1],
+    };
+    links.insert(info).unwrap()
+}
+
+#[tokio::test]
+async fn the_links_of_a_deregistered_instance_end_at_once() {
+    let temp = tempfile::tempdir().unwrap();
+    let (registry, links) = registry(&temp);
+    registry.enter(1);
+    service(&registry, 1).await;
+    let mut told = links.subscribe(1);
+    let (its, other) = (link(&links, "echo-1", 1), link(&links, "echo-2", 2));
+    registry.deregister(owner(1), "echo-1").await.unwrap();
+    assert!(its.cut().is_cancelled() && !other.cut().is_cancelled());
+    let event = told.recv().await.unwrap();
+    assert_eq!(event.cause, Cause::NoSuchService);
+    assert_eq!(event.text, "echo-1 was deregistered");
+}
+
+#[tokio::test]
+async fn links_outlive_a_lost_control_connection_for_as_long_as_it_may_come_back() {
+    let temp = tempfile::tempdir().unwrap();
+    let (registry, links) = registry(&temp);
+    for (round, returns) in [(1, true), (3, false)] {
+        registry.enter(round);
+        service(&registry, round).await;
+        let link = link(&links, "echo-1", 1);
+        registry.release(round).await;
+        assert!(!link.cut().is_cancelled());
+        if returns {
+            registry.enter(round + 1);
+            service(&registry, round + 1).await;
+        }
+        // Three times as long says that it stays; a minute that it does not.
+        let patience = if returns {
+            registry.reclaim * 3
+        } else {
+            Duration::from_secs(60)
+        };
+        let cut = timeout(patience, link.cut().cancelled()).await;
+        assert_eq!(cut.is_err(), returns, "round {round}");
+        registry.deregister(owner(round + 1), "echo-1").await.ok();
+    }
 }

@@ -108,7 +108,7 @@ impl OwnEntry {
             }
             let same = |i: &&Instance| i.id == instance.id || i.node.is_some() && i.node == instance.node;
             if let Some(taken) = other.instances.iter().find(same) {
-                return Err(MeshError::Refused(format!(
+                return Err(MeshError::NameTaken(format!(
                     "{} is registered by agent {}",
                     taken.id, other.id
                 )));

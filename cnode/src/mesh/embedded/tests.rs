@@ -50,7 +50,7 @@ async fn two_agents_share_names_and_one_authority() {
     assert_eq!(b.instances(&service("shop")).await.unwrap().len(), 1);
     assert!(matches!(
         b.register(&node("shop@h1", "a2")).await,
-        Err(MeshError::Refused(_))
+        Err(MeshError::NameTaken(_))
     ));
     a.deregister("shop@h1").await.unwrap();
     a.deregister("shop@h1").await.unwrap();

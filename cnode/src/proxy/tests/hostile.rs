@@ -51,12 +51,24 @@ async fn the_dist_socket_refuses_what_it_cannot_read() {
         assert_eq!(refused(reply).cause, cause, "{bytes:?}");
         drop(stream);
     }
-    // Half a frame and gone.
-    let before = h1.all_refusals();
-    let mut stream = UnixStream::connect(&shop.dist).await.unwrap();
-    stream.write_all(&[0, 90, 1, 1]).await.unwrap();
+    // Half a length or half a frame and gone; gone without a word.
+    for (bytes, cause) in [
+        (&[0][..], Cause::InvalidRequest),
+        (&[0, 90, 1, 1], Cause::InvalidRequest),
+        (&[], Cause::Unreachable),
+    ] {
+        let before = h1.refusals(cause);
+        let mut stream = UnixStream::connect(&shop.dist).await.unwrap();
+        stream.write_all(bytes).await.unwrap();
+        drop(stream);
+        until("the log", || h1.refusals(cause) == before + 1).await;
+    }
+    // Half a TLS handshake and gone.
+    let before = h2.refusals(Cause::InvalidRequest);
+    let mut stream = TcpStream::connect(h2.address).await.unwrap();
+    stream.write_all(&[22, 3, 1, 2, 0, 1]).await.unwrap();
     drop(stream);
-    until("the log", || h1.all_refusals() == before + 1).await;
+    until("the log", || h2.refusals(Cause::InvalidRequest) == before + 1).await;
     // After OK: no name message, half of one, a giant.
     for bytes in [
         &b"\x00\x07Xabcdef"[..],

@@ -295,3 +295,26 @@ async fn links_outlive_rules_that_cannot_be_read() {
     assert_eq!(h1.links.snapshot().len(), 1);
     drop((near, far));
 }
+
+/// An idle link between agents has a running keepalive timer at both ends: `/proc/net/tcp` shows it as timer 2 (proc(5)).
+#[tokio::test]
+async fn both_agents_look_whether_the_other_host_lives() {
+    let world = World::new();
+    let (h1, h2) = (
+        world.host("h1", "127.0.0.2").await,
+        world.host("h2", "127.0.0.3").await,
+    );
+    let (shop, cart) = (h1.node("shop@h1").await, h2.node("cart@h2").await);
+    let (_near, _far) = shop.link(&cart).await;
+    // 127.0.0.3:PORT as the table has it: little-endian address, port in hexadecimal.
+    let agent = format!("0300007F:{:04X}", h2.address.port());
+    let timers = || -> Vec<String> {
+        let table = std::fs::read_to_string("/proc/net/tcp").unwrap();
+        let fields = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+        let lines = table.lines().skip(1).map(fields);
+        let ends = lines.filter(|f| f[3] == "01" && (f[1] == agent || f[2] == agent));
+        ends.map(|f| f[5].split(':').next().unwrap().to_owned()).collect()
+    };
+    // Retransmission has the timer while bytes are on their way.
+    until("idle ends", || timers() == ["02", "02"]).await;
+}

@@ -49,8 +49,14 @@ pub fn check_agreement(bytes: &[u8]) {
     let limits = Limits::default();
     let decoded = decode_prefix(bytes, &limits);
     if bytes.get(1) == Some(&80) {
-        if let Ok(inflated) = inflate(bytes, &limits) {
-            assert_eq!(decoded.map(|(term, _)| term), decode(&inflated, &limits));
+        match inflate(bytes, &limits) {
+            // Only the outermost term may be compressed.
+            Ok(inflated) if inflated.get(1) == Some(&80) => {
+                assert!(matches!(decoded, Err(DecodeError::Refused { tag: 80, .. })));
+                assert!(guard::check(&inflated, &form_only()).is_err());
+            }
+            Ok(inflated) => assert_eq!(decoded.map(|(term, _)| term), decode(&inflated, &limits)),
+            Err(error) => assert_eq!(decoded.map(|_| ()), Err(error)),
         }
         return;
     }

@@ -1,6 +1,6 @@
 //! How a node is described and started.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,9 +10,10 @@ use meshx_dist::handshake::{Cookie, LocalNode};
 use meshx_etf::Atom;
 use tokio::sync::broadcast;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use super::Node;
-use super::carrier::Carrier;
+use super::carrier::{Carrier, Listener};
 use super::connections::{Connections, is_node_name};
 use super::error::StartError;
 use super::inner::{Alive, Inner};
@@ -20,7 +21,8 @@ use super::limits::Limits;
 use super::mailbox::Mailbox;
 use super::mesh::Mesh;
 use super::net_kernel::NetKernel;
-use super::plain::Plain;
+use super::plain::{self, Plain};
+use super::policy::{Kept, Reconnect};
 use super::process::Processes;
 use super::server;
 use super::watch::Watch;
@@ -36,7 +38,9 @@ pub struct NodeBuilder {
     hidden: bool,
     agent_dir: Option<PathBuf>,
     plain_epmd: Option<SocketAddr>,
+    listen: Option<IpAddr>,
     beyond_loopback: bool,
+    reconnect: Reconnect,
     net_ticktime: Duration,
     tick_interval: Option<Duration>,
     limits: Limits,
@@ -60,7 +64,9 @@ impl NodeBuilder {
             hidden: true,
             agent_dir: None,
             plain_epmd: None,
+            listen: None,
             beyond_loopback: false,
+            reconnect: Reconnect::default(),
             net_ticktime: Duration::from_secs(60),
             tick_interval: None,
             limits: Limits::default(),
@@ -90,19 +96,48 @@ impl NodeBuilder {
         self
     }
 
-    /// Joins without a mesh: plain, unencrypted TCP, on loopback, between nodes that this EPMD knows. Every name is
-    /// looked up at this EPMD, whatever its host part; nodes are dialled on the EPMD's host.
+    /// Joins without a mesh: plain, unencrypted TCP on loopback, between nodes that this EPMD knows. The node listens
+    /// on a port that the system chooses, registers it, and registers again whenever that EPMD was away. Every name is
+    /// looked up at this EPMD, whatever its host part.
+    ///
+    /// ```no_run
+    /// # async fn example() -> Result<(), meshx::node::StartError> {
+    /// let epmd = ([127, 0, 0, 1], 4369).into();
+    /// let node = meshx::node::Node::builder("search@127.0.0.1")
+    ///     .cookie("secret")
+    ///     .plain_epmd(epmd)
+    ///     .start()
+    ///     .await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     #[must_use]
     pub fn plain_epmd(mut self, epmd: SocketAddr) -> Self {
         self.plain_epmd = Some(epmd);
         self
     }
 
-    /// Lets [`NodeBuilder::plain_epmd`] leave loopback. Whoever is on the network can then read all, and whoever
-    /// learns the cookie from a guess can run code on every node.
+    /// The address that a node of [`NodeBuilder::plain_epmd`] listens on. Default: loopback.
+    #[must_use]
+    pub fn plain_listen(mut self, address: IpAddr) -> Self {
+        self.listen = Some(address);
+        self
+    }
+
+    /// Lets [`NodeBuilder::plain_epmd`] and [`NodeBuilder::plain_listen`] leave loopback. Other nodes are then looked
+    /// up as OTP does it: at the EPMD of the host that their name says, on the same port as this node's EPMD.
+    ///
+    /// Whoever is on the network can then read all, and whoever guesses the cookie can run code on every BEAM.
     #[must_use]
     pub fn insecure_plain_beyond_loopback(mut self) -> Self {
         self.beyond_loopback = true;
+        self
+    }
+
+    /// When the node dials of its own accord. Default: [`Reconnect::OnDemand`].
+    #[must_use]
+    pub fn reconnect(mut self, reconnect: Reconnect) -> Self {
+        self.reconnect = reconnect;
         self
     }
 
@@ -128,6 +163,14 @@ impl NodeBuilder {
         self
     }
 
+    /// Largest message that is taken or sent, in bytes: [`Limits::message_bytes`], default 128 MiB. Whatever goes
+    /// between nodes of a cluster must fit, replies to calls included.
+    #[must_use]
+    pub fn max_message(mut self, bytes: usize) -> Self {
+        self.limits.message_bytes = bytes;
+        self
+    }
+
     /// Registers the node, and begins to accept connections.
     ///
     /// # Errors
@@ -148,14 +191,21 @@ impl NodeBuilder {
             .cookie
             .filter(|Secret(text)| !text.is_empty())
             .ok_or(StartError::NoCookie)?;
-        let (carrier, creation) = match self.plain_epmd {
+        let (carrier, listener, creation) = match self.plain_epmd {
             Some(epmd) => {
-                let plain = Plain::start(&self.name, self.hidden, epmd, !self.beyond_loopback).await?;
-                (Carrier::Plain(plain.0), plain.1)
+                let settings = plain::Settings {
+                    epmd,
+                    listen: self.listen,
+                    loopback_only: !self.beyond_loopback,
+                    limit: self.limits.handshake_time,
+                };
+                let (plain, listener, creation) = Plain::start(&self.name, self.hidden, settings).await?;
+                (Carrier::Plain(plain), Listener::Plain(listener), creation)
             }
             None => {
-                let mesh = Mesh::start(&self.name, self.hidden, self.agent_dir.as_deref()).await?;
-                (Carrier::Mesh(Box::new(mesh.0)), mesh.1)
+                let mesh = Mesh::start(&self.name, self.hidden, self.agent_dir.as_deref());
+                let (mesh, listener, creation) = mesh.await?;
+                (Carrier::Mesh(Box::new(mesh)), Listener::Mesh(listener), creation)
             }
         };
         let mut local = LocalNode::hidden(self.name.clone(), creation);
@@ -180,6 +230,9 @@ impl NodeBuilder {
             carrier,
             events: broadcast::Sender::new(EVENTS),
             stop: CancellationToken::new(),
+            reconnect: self.reconnect,
+            kept: Kept::default(),
+            tasks: TaskTracker::new(),
             // What this node's own processes hold on each other is no peer's doing.
             own_watch: Watch::new(usize::MAX).into(),
             name,
@@ -188,11 +241,12 @@ impl NodeBuilder {
         let net_kernel = Mailbox::new(Arc::clone(&inner), None);
         // The table is empty, so the name is free.
         let _ = net_kernel.register("net_kernel");
-        tokio::spawn(server::run(net_kernel, NetKernel));
-        tokio::spawn(Arc::clone(&inner).accept_all());
-        if let Carrier::Mesh(_) = &inner.carrier {
-            tokio::spawn(super::mesh::keep(Arc::clone(&inner)));
-        }
+        inner.spawn(server::run(net_kernel, NetKernel));
+        inner.spawn(Arc::clone(&inner).accept_all(listener));
+        match &inner.carrier {
+            Carrier::Mesh(_) => inner.spawn(super::mesh::keep(Arc::clone(&inner))),
+            Carrier::Plain(_) => inner.spawn(super::epmd::keep(Arc::clone(&inner))),
+        };
         Ok(Node {
             inner: Arc::clone(&inner),
             alive: Arc::new(Alive(inner)),

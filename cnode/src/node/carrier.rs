@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use tokio::net::{TcpStream, UnixStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 
 use super::error::ConnectError;
 use super::handshake::{Failure, Transport};
@@ -15,6 +15,25 @@ use super::plain::Plain;
 pub(crate) enum Carrier {
     Mesh(Box<Mesh>),
     Plain(Plain),
+}
+
+/// Where connections come in. Held by the task that accepts them, so that it is closed when the node stops.
+pub(crate) enum Listener {
+    Mesh(UnixListener),
+    Plain(TcpListener),
+}
+
+impl Listener {
+    /// The next connection that comes in. Cancel-safe.
+    pub(crate) async fn accept(&self) -> io::Result<Accepted> {
+        match self {
+            Self::Mesh(listener) => listener.accept().await.map(|(socket, _)| Accepted::Mesh(socket)),
+            Self::Plain(listener) => listener
+                .accept()
+                .await
+                .map(|(socket, from)| Accepted::Plain(socket, from)),
+        }
+    }
 }
 
 /// A connection that came in. Nothing of it has been read.
@@ -45,19 +64,8 @@ impl Carrier {
     pub(crate) fn release(&self) {
         match self {
             Self::Mesh(mesh) => mesh.release(),
-            Self::Plain(plain) => plain.release(),
-        }
-    }
-
-    /// The next connection that comes in. Cancel-safe.
-    pub(crate) async fn accept(&self) -> io::Result<Accepted> {
-        match self {
-            Self::Mesh(mesh) => mesh.accept().await.map(Accepted::Mesh),
-            Self::Plain(plain) => plain
-                .listener
-                .accept()
-                .await
-                .map(|(socket, from)| Accepted::Plain(socket, from)),
+            // The registration ends with the task that keeps it.
+            Self::Plain(_) => {}
         }
     }
 

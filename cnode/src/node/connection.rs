@@ -87,6 +87,11 @@ impl Connection {
         self.stop.cancel();
     }
 
+    /// Waits until it has ended.
+    pub(crate) async fn over(&self) {
+        self.stop.cancelled().await;
+    }
+
     /// Why it ended.
     pub(crate) fn reason(&self) -> DownReason {
         self.reason.get().cloned().unwrap_or(DownReason::Closed)
@@ -132,7 +137,7 @@ pub(crate) async fn run(
     decoder: FrameDecoder,
 ) {
     let Transport { read, write, .. } = transport;
-    let writer = tokio::spawn({
+    let writer = inner.spawn({
         let connection = Arc::clone(&connection);
         let (tick, ticktime) = (inner.tick_interval, inner.net_ticktime);
         async move {

@@ -7,19 +7,20 @@ use meshx_dist::handshake::HandshakeError;
 use meshx_etf::Atom;
 use tokio::sync::{Semaphore, watch};
 
-use super::carrier::Accepted;
+use super::carrier::{Accepted, Listener};
 use super::connection::{self, Connection};
 use super::error::ConnectError;
 use super::event::{Direction, DownReason};
 use super::handshake::{self, Failure, Ready, Standing};
 use super::inner::Inner;
+use super::policy::Reconnect;
 
 type Outcome = Option<Result<Arc<Connection>, ConnectError>>;
 
 /// The table of connections, one per node.
 pub(crate) struct Connections {
     slots: Mutex<Slots>,
-    /// Counts connections that came up: wakes who waits for one.
+    /// Counts connections that came up and accepted handshakes that ended: wakes who waits for one.
     came_up: watch::Sender<u64>,
     max: usize,
 }
@@ -27,6 +28,8 @@ pub(crate) struct Connections {
 #[derive(Default)]
 struct Slots {
     by_node: HashMap<Atom, Slot>,
+    /// Accepted handshakes that this node has said yes to, by the name that the peer gave; how many of each.
+    accepting: HashMap<Atom, usize>,
     closed: bool,
 }
 
@@ -78,11 +81,41 @@ impl Connections {
         }
     }
 
-    fn standing(&self, node: &str) -> Standing {
-        match self.lock().by_node.get(node) {
+    /// What there is with a peer that wants in. When it may come in, the handshake counts as under way until what is
+    /// returned is dropped.
+    fn standing(&self, own: &str, node: &str) -> (Standing, Option<Accepting<'_>>) {
+        let mut slots = self.lock();
+        let standing = match slots.by_node.get(node) {
             None => Standing::Unknown,
             Some(Slot::Dialling(_)) => Standing::Dialling,
             Some(Slot::Up(_)) => Standing::Up,
+        };
+        // Section "Distribution Handshake", step 3: of two attempts that of the greater name goes on.
+        let refused = standing == Standing::Dialling && own > node;
+        let accepting = (!refused).then(|| {
+            let node = Atom::from(node);
+            *slots.accepting.entry(node.clone()).or_default() += 1;
+            Accepting { table: self, node }
+        });
+        (standing, accepting)
+    }
+
+    /// Whether a connection is up, once no accepted handshake with this peer is under way.
+    async fn settled_up(&self, node: &Atom) -> bool {
+        let mut changed = self.came_up.subscribe();
+        loop {
+            {
+                let slots = self.lock();
+                if let Some(Slot::Up(_)) = slots.by_node.get(node) {
+                    return true;
+                }
+                if !slots.accepting.contains_key(node) {
+                    return false;
+                }
+            }
+            if changed.changed().await.is_err() {
+                return false;
+            }
         }
     }
 
@@ -96,9 +129,40 @@ impl Connections {
     }
 }
 
+/// An accepted handshake that is under way.
+struct Accepting<'a> {
+    table: &'a Connections,
+    node: Atom,
+}
+
+impl Drop for Accepting<'_> {
+    fn drop(&mut self) {
+        let mut slots = self.table.lock();
+        if let Some(count) = slots.accepting.get_mut(&self.node) {
+            *count -= 1;
+            if *count == 0 {
+                slots.accepting.remove(&self.node);
+            }
+        }
+        drop(slots);
+        self.table.came_up.send_modify(|count| *count += 1);
+    }
+}
+
 impl Inner {
-    /// The connection to a node: the one there is, or a new one.
+    /// The connection to a node for something that is to be sent: the one there is, or a new one if the node may dial.
     pub(crate) async fn connect(self: &Arc<Self>, node: &Atom) -> Result<Arc<Connection>, ConnectError> {
+        if let Some(connection) = self.connections.up(node) {
+            return Ok(connection);
+        }
+        if self.reconnect == Reconnect::Never {
+            return Err(ConnectError::NotConnected(node.as_str().to_owned()));
+        }
+        self.dial_or_wait(node).await
+    }
+
+    /// The connection to a node: the one there is, the one that is being made, or a new one.
+    pub(crate) async fn dial_or_wait(self: &Arc<Self>, node: &Atom) -> Result<Arc<Connection>, ConnectError> {
         let mut outcome = {
             let mut slots = self.connections.lock();
             if slots.closed {
@@ -123,7 +187,7 @@ impl Inner {
                         .by_node
                         .insert(node.clone(), Slot::Dialling(outcome.clone()));
                     // A task of its own: the attempt goes on for others when this caller gives up.
-                    tokio::spawn(Arc::clone(self).dial(node.clone(), sender));
+                    self.spawn(Arc::clone(self).dial(node.clone(), sender));
                     outcome
                 }
             }
@@ -172,7 +236,7 @@ impl Inner {
     async fn dial_once(&self, node: &Atom) -> Result<Ready, ConnectError> {
         let limits = &self.limits;
         let transport = self.carrier.dial(node.as_str(), limits.handshake_time).await?;
-        let is_up = || self.connections.standing(node.as_str()) == Standing::Up;
+        let is_up = || self.connections.settled_up(node);
         let ready = handshake::initiate(
             transport,
             self.local.clone(),
@@ -216,25 +280,25 @@ impl Inner {
         self.tell(connection.up_event());
         self.connections.came_up.send_modify(|count| *count += 1);
         let (inner, running) = (Arc::clone(self), Arc::clone(&connection));
-        tokio::spawn(connection::run(inner, running, ready.transport, ready.decoder));
+        self.spawn(connection::run(inner, running, ready.transport, ready.decoder));
         Ok(connection)
     }
 
     /// Accepts connections until the node shuts down.
-    pub(crate) async fn accept_all(self: Arc<Self>) {
+    pub(crate) async fn accept_all(self: Arc<Self>, listener: Listener) {
         let permits = Arc::new(Semaphore::new(self.limits.handshakes));
         loop {
             let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
                 return;
             };
             let accepted = tokio::select! {
-                accepted = self.carrier.accept() => accepted,
+                accepted = listener.accept() => accepted,
                 () = self.stop.cancelled() => return,
             };
             match accepted {
                 Ok(accepted) => {
                     let inner = Arc::clone(&self);
-                    tokio::spawn(async move {
+                    self.spawn(async move {
                         inner.accept_one(accepted).await;
                         drop(permit);
                     });
@@ -249,6 +313,9 @@ impl Inner {
     }
 
     async fn accept_one(self: &Arc<Self>, accepted: Accepted) {
+        // Until the connection is in the table, or its attempt has failed.
+        let mut under_way = None;
+        let accepting = &mut under_way;
         if self.connections.is_full() {
             tracing::warn!(
                 limit = self.connections.max,
@@ -266,7 +333,11 @@ impl Inner {
                 self.cookie.clone(),
                 limits.message_bytes,
                 limits.handshake_time,
-                |peer| self.connections.standing(peer),
+                |peer| {
+                    let (standing, guard) = self.connections.standing(self.name.as_str(), peer);
+                    *accepting = guard;
+                    standing
+                },
             )
             .await
         };

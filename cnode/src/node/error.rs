@@ -58,6 +58,9 @@ pub enum ConnectError {
     /// The name is not `name@host`.
     #[error("{0:?} is no node name: name@host wanted")]
     InvalidName(String),
+    /// There is no connection, and [`Reconnect::Never`](super::Reconnect::Never) is set.
+    #[error("there is no connection to {0}, and this node dials only when it is told to")]
+    NotConnected(String),
     /// The agent refused, or the agent at the other end did. The causes are those of docs/mesh-protocol.md.
     #[error("{node} was refused: {cause}: {text}")]
     Refused {

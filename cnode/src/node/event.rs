@@ -22,6 +22,11 @@ pub enum NodeEvent {
         /// Why.
         reason: DownReason,
     },
+    /// The EPMD that this node was registered with is gone, so it cannot be found. Connections that stand are not
+    /// touched, and it registers again by itself.
+    RegistrationLost,
+    /// It is registered again.
+    RegisteredAgain,
     /// A tick came: the peer lives, and had nothing else to say.
     Tick {
         /// The other node.

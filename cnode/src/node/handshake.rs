@@ -6,6 +6,7 @@ use std::time::Duration;
 use meshx_dist::framing::{FrameDecoder, HandshakeDecoder};
 use meshx_dist::handshake::{
     Admission, AfterStatus, AwaitName, Cookie, Established, HandshakeError, Initiator, LocalNode, Refusal,
+    Status,
 };
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -68,15 +69,16 @@ pub(crate) enum Standing {
     Up,
 }
 
-/// The dialling side. `is_up` says whether a connection to the peer came up meanwhile.
-pub(crate) async fn initiate(
+/// The dialling side. `is_up` says whether a connection to the peer came up meanwhile; it may wait for a handshake
+/// that the peer began and that is about to end, since the peer counts that connection as up already.
+pub(crate) async fn initiate<F: Future<Output = bool>>(
     mut transport: Transport,
     local: LocalNode,
     peer: &str,
     cookie: Cookie,
     max_frame: usize,
     limit: Duration,
-    is_up: impl Fn() -> bool,
+    is_up: impl Fn() -> F,
 ) -> Result<Ready, Failure> {
     let mut decoder = HandshakeDecoder::new();
     let mut replaces = false;
@@ -87,7 +89,7 @@ pub(crate) async fn initiate(
         let next = state.on_status(&message(&mut transport, &mut decoder).await?)?;
         let state = match next {
             AfterStatus::Challenge(state) => state,
-            AfterStatus::Alive(state) if is_up() => {
+            AfterStatus::Alive(state) if is_up().await => {
                 state.give_up(&mut out)?;
                 flush(&mut transport, &mut out).await?;
                 return Err(Failure::AlreadyUp);
@@ -130,13 +132,21 @@ pub(crate) async fn accept(
     cookie: Cookie,
     max_frame: usize,
     limit: Duration,
-    standing: impl Fn(&str) -> Standing,
+    standing: impl FnOnce(&str) -> Standing,
 ) -> Result<Ready, Failure> {
     let mut decoder = HandshakeDecoder::new();
     let own = local.name.clone();
     let established = within(limit, async {
         let mut out = Vec::new();
-        let given = AwaitName::new(local).on_name(&message(&mut transport, &mut decoder).await?)?;
+        let given = match AwaitName::new(local).on_name(&message(&mut transport, &mut decoder).await?) {
+            Err(error @ HandshakeError::MissingFlags { .. }) => {
+                // As OTP does: the peer then knows that it was not the network.
+                Status::NotAllowed.encode(&mut out)?;
+                flush(&mut transport, &mut out).await?;
+                return Err(error.into());
+            }
+            given => given?,
+        };
         let peer = given.peer_name().to_owned();
         if let Some(failure) = refusal(&own, &peer, given.wants_name(), vouched) {
             given.refuse(Refusal::NotAllowed, &mut out)?;
@@ -258,7 +268,7 @@ mod tests {
             Cookie::new("c"),
             100,
             limit,
-            || false,
+            || async { false },
         );
         let local = LocalNode::hidden("b@h", 8);
         let accepting = accept(

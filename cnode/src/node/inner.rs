@@ -8,7 +8,9 @@ use meshx_dist::handshake::{Cookie, LocalNode};
 use meshx_etf::{Atom, Pid, Reference, Term};
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use super::address::Address;
 use super::carrier::Carrier;
@@ -20,6 +22,7 @@ use super::event::{DownReason, NodeEvent};
 use super::limits::Limits;
 use super::mailbox::Message;
 use super::outbound::{Origin, QueueError, Room};
+use super::policy::{Kept, Reconnect};
 use super::process::{Item, Process, Processes};
 use super::watch::{Ended, Outgoing, Watch, Watched};
 use super::wire;
@@ -37,6 +40,10 @@ pub(crate) struct Inner {
     pub(crate) carrier: Carrier,
     pub(crate) events: broadcast::Sender<NodeEvent>,
     pub(crate) stop: CancellationToken,
+    pub(crate) reconnect: Reconnect,
+    pub(crate) kept: Kept,
+    /// All tasks of this node.
+    pub(crate) tasks: TaskTracker,
     /// Links and monitors between processes of this node.
     pub(crate) own_watch: Mutex<Watch>,
 }
@@ -53,6 +60,14 @@ impl Drop for Alive {
 impl Inner {
     pub(crate) fn local_watch(&self) -> MutexGuard<'_, Watch> {
         self.own_watch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Runs a task that [`Inner::stop`] waits for. Each ends soon after `stop` is cancelled.
+    pub(crate) fn spawn<T: Send + 'static>(
+        &self,
+        task: impl Future<Output = T> + Send + 'static,
+    ) -> JoinHandle<T> {
+        self.tasks.spawn(task)
     }
 
     pub(crate) fn tell(&self, event: NodeEvent) {
@@ -74,6 +89,8 @@ impl Inner {
         };
         let _ = tokio::time::timeout(grace, flushed).await;
         self.shut_down(&DownReason::Disconnected);
+        // A server may be busy with a request; it ends when it looks for the next.
+        let _ = tokio::time::timeout(grace, self.tasks.wait()).await;
     }
 
     /// Ends everything at once.
@@ -84,6 +101,7 @@ impl Inner {
             connection.close(reason.clone());
         }
         self.processes.close();
+        self.tasks.close();
     }
 
     pub(crate) async fn ensure_connected(self: &Arc<Self>, node: &Atom) -> Result<(), ConnectError> {

@@ -12,6 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 
+use super::backoff::{Attempts, Backoff};
 use super::carrier::Carrier;
 use super::error::{ConnectError, StartError};
 use super::event::DownReason;
@@ -23,16 +24,17 @@ use crate::proxy::links::LinkId;
 use crate::proxy::local::{SECRET_LEN, Secret};
 use crate::proxy::wire::{Accept, Connect, ConnectReply, MAX_DIST_FRAME};
 
-/// First wait before a lost agent is looked for again; doubled up to [`RETRY_MAX`].
-const RETRY_MIN: Duration = Duration::from_millis(200);
-const RETRY_MAX: Duration = Duration::from_secs(10);
+/// How an agent that is gone is looked for.
+const RETRY: Backoff = Backoff {
+    min: Duration::from_millis(200),
+    max: Duration::from_secs(10),
+};
 
 /// A node that an agent carries.
 pub(crate) struct Mesh {
     node: String,
     hidden: bool,
     agent_dir: Option<PathBuf>,
-    listener: UnixListener,
     socket: PathBuf,
     registration: Mutex<Registration>,
     /// Events of the first registration, until [`keep`] takes them.
@@ -54,7 +56,7 @@ impl Mesh {
         node: &str,
         hidden: bool,
         agent_dir: Option<&Path>,
-    ) -> Result<(Self, u32), StartError> {
+    ) -> Result<(Self, UnixListener, u32), StartError> {
         let registering = |error: ClientError| StartError::Registration {
             what: format!("registering {node} with the agent"),
             reason: error.to_string(),
@@ -80,16 +82,11 @@ impl Mesh {
             node: node.to_owned(),
             hidden,
             agent_dir: agent_dir.map(Path::to_path_buf),
-            listener,
             socket,
             registration: Mutex::new(registration),
             events: Mutex::new(Some(events)),
         };
-        Ok((mesh, creation))
-    }
-
-    pub(crate) async fn accept(&self) -> io::Result<UnixStream> {
-        self.listener.accept().await.map(|(socket, _)| socket)
+        Ok((mesh, listener, creation))
     }
 
     /// Reads the agent's `ACCEPT`. Gives the node that the agent vouches for.
@@ -208,11 +205,10 @@ pub(crate) async fn keep(inner: Arc<Inner>) {
 }
 
 async fn again(mesh: &Mesh) -> mpsc::Receiver<Event> {
-    let mut wait = RETRY_MIN;
+    // Spread out, so that a host's nodes do not all come at once.
+    let mut attempts = Attempts::new(RETRY);
     loop {
-        // Spread out, so that a host's nodes do not all come at once.
-        let jitter = getrandom::u32().unwrap_or_default() % 256;
-        tokio::time::sleep(wait + wait * jitter / 1024).await;
+        tokio::time::sleep(attempts.wait()).await;
         match mesh.register_again().await {
             Ok(events) => {
                 tracing::info!("registered with the agent again");
@@ -220,7 +216,6 @@ async fn again(mesh: &Mesh) -> mpsc::Receiver<Event> {
             }
             Err(error) => tracing::warn!(%error, "no agent yet"),
         }
-        wait = (wait * 2).min(RETRY_MAX);
     }
 }
 

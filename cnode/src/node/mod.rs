@@ -28,6 +28,7 @@
 //! dynamic node names, and names of `{global, _}` or `{via, _, _}`.
 
 mod address;
+mod backoff;
 mod builder;
 mod call;
 mod carrier;
@@ -35,6 +36,7 @@ mod connection;
 mod connections;
 mod cookie;
 mod dispatch;
+mod epmd;
 mod error;
 mod event;
 mod handshake;
@@ -45,6 +47,7 @@ mod mesh;
 mod net_kernel;
 mod outbound;
 mod plain;
+mod policy;
 mod process;
 mod rpc;
 mod server;
@@ -59,6 +62,7 @@ use meshx_etf::{Atom, Pid, Reference, Term};
 use tokio::sync::broadcast;
 
 pub use address::Address;
+pub use backoff::Backoff;
 pub use builder::NodeBuilder;
 pub use call::{Caller, Request};
 pub use cookie::{CookieError, read_cookie};
@@ -66,6 +70,7 @@ pub use error::{CallError, ConnectError, RpcError, SendError, StartError};
 pub use event::{Direction, DownReason, NodeEvent, PeerInfo};
 pub use limits::Limits;
 pub use mailbox::{Mailbox, Message};
+pub use policy::Reconnect;
 pub use process::RegisterError;
 pub use server::Server;
 
@@ -130,17 +135,20 @@ impl Node {
         self.inner.processes.make_reference()
     }
 
-    /// Connects to a node; at once when there is a connection.
+    /// Connects to a node; at once when there is a connection. With [`Reconnect::Keep`] the node stays connected from
+    /// then on, also when this first attempt fails.
     ///
     /// # Errors
     /// [`ConnectError`].
     pub async fn connect(&self, node: &str) -> Result<(), ConnectError> {
-        self.inner.ensure_connected(&Atom::from(node)).await
+        self.inner.connect_for_good(&Atom::from(node)).await
     }
 
-    /// Ends the connection to a node; false when there is none.
+    /// Ends the connection to a node, and no longer keeps it; false when there is no connection.
     pub fn disconnect(&self, node: &str) -> bool {
-        let connection = self.inner.connections.up(&Atom::from(node));
+        let node = Atom::from(node);
+        self.inner.kept.remove(&node);
+        let connection = self.inner.connections.up(&node);
         connection.is_some_and(|connection| {
             connection.close(DownReason::Disconnected);
             self.inner.ended(&connection);
@@ -148,7 +156,16 @@ impl Node {
         })
     }
 
-    /// The connections that stand.
+    /// The names of all nodes that are connected, hidden ones too, as `nodes(connected)`; sorted.
+    #[must_use]
+    pub fn nodes(&self) -> Vec<String> {
+        let connections = self.inner.connections.all();
+        let mut nodes: Vec<_> = connections.iter().map(|it| it.node.as_str().to_owned()).collect();
+        nodes.sort_unstable();
+        nodes
+    }
+
+    /// The connections that stand, with what is known of each.
     #[must_use]
     pub fn peers(&self) -> Vec<PeerInfo> {
         self.inner
@@ -193,7 +210,7 @@ impl Node {
     pub fn start_server(&self, name: &str, server: impl Server) -> Result<Pid, RegisterError> {
         let mailbox = self.register(name)?;
         let pid = mailbox.pid().clone();
-        tokio::spawn(server::run(mailbox, server));
+        self.inner.spawn(server::run(mailbox, server));
         Ok(pid)
     }
 
@@ -247,7 +264,8 @@ impl Node {
     }
 
     /// Ends the node: what is queued is still written, for at most a second; then all connections are closed, the
-    /// name is free again, and every mailbox says that the node is down.
+    /// name is free again, and every mailbox says that the node is down. When it returns, all sockets are closed and
+    /// all tasks have ended, but for servers that are busy with a request for more than another second.
     pub async fn stop(self) {
         self.inner.stop(Duration::from_secs(1)).await;
     }

@@ -233,6 +233,11 @@ defmodule MeshxRpc.Options do
           default: :infinity,
           doc: "ms that a function may run, whatever its caller allows"
         ],
+        drain: [
+          type: {:range, 0, 600_000},
+          default: 5_000,
+          doc: "ms that a server which stops gives to what it has begun"
+        ],
         acceptors: [type: {:range, 1, 64}, default: 4, doc: "processes that accept connections"],
         pool_opts: [
           type:

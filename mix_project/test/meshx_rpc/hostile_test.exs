@@ -162,13 +162,6 @@ defmodule MeshxRpc.HostileTest do
     end
   end
 
-  defp await(condition) do
-    unless condition.() do
-      :erlang.yield()
-      await(condition)
-    end
-  end
-
   # The listener hears of a connection's end a moment after us.
   defp await_connections(server, wanted),
     do: await(fn -> Server.Pool.info(server).connections <= wanted end)
@@ -197,8 +190,12 @@ defmodule MeshxRpc.HostileTest do
     long = :binary.copy("x", 101)
     assert Client.Pool.call(client, :echo, long, 5_000, 500, 5) == {:error_rpc, :error_too_long}
     :ok = Client.Pool.cast(client, :echo, "y")
-    # The first that comes is the next one.
-    assert {0x10, 1, <<2, _deadline::32, 1::64, 0, 4, "echo", "y">>} = TestPeer.frame(socket)
+
+    # The first that comes is the next one: timeout, term, length of the name, no key, name, argument.
+    assert {0x10, 1, <<1, _deadline::32, 12::64, 0, 5, "\0cast", cast::binary>>} =
+             TestPeer.frame(socket)
+
+    assert cast == <<0xFFFF_FFFF::32, 0, 4, 0, "echo", "y">>
   end
 
   test "what a server calls an exception and is none is raised as our own" do
@@ -264,7 +261,7 @@ defmodule MeshxRpc.HostileTest do
     :ok = :gen_tcp.close(socket)
     assert_receive {:DOWN, ^task, :process, ^pid, _killed}, 10_000
     await_connections(server, 0)
-    assert Server.Pool.info(server) == %{connections: 0, in_hello: 0, running: 0}
+    assert %{connections: 0, in_hello: 0, running: 0} = Server.Pool.info(server)
   end
 
   test "a client that does not read is closed after timeout_send" do

@@ -83,6 +83,14 @@ defmodule MeshxRpc.Case do
     id
   end
 
+  @doc "Waits until it is so: as long as the test may take."
+  def await(condition) do
+    unless condition.() do
+      Process.sleep(2)
+      await(condition)
+    end
+  end
+
   @doc "Registers the test process so that the test server's `wait` finds it; answers with the name as a binary."
   def registered do
     name = unique("test")

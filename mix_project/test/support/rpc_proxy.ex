@@ -11,6 +11,12 @@ defmodule MeshxRpc.TestProxy do
   def address(proxy), do: GenServer.call(proxy, :address)
   def release(proxy), do: GenServer.call(proxy, :release)
 
+  @doc "Closes all connections; new ones are taken."
+  def cut(proxy), do: GenServer.call(proxy, :cut)
+
+  @doc "Where new connections lead."
+  def target(proxy, address), do: GenServer.call(proxy, {:target, address})
+
   @doc "All frames of a direction so far, as they came."
   def seen(proxy, direction), do: GenServer.call(proxy, {:seen, direction})
 
@@ -50,17 +56,34 @@ defmodule MeshxRpc.TestProxy do
     {:reply, :ok, %{state | held: [], holding: false}}
   end
 
+  def handle_call(:cut, _from, state) do
+    for {socket, _} <- state.pairs, do: :gen_tcp.close(socket)
+    {:reply, :ok, %{state | pairs: %{}, buffers: %{}, held: []}}
+  end
+
+  def handle_call({:target, address}, _from, state),
+    do: {:reply, :ok, %{state | target: address}}
+
   def handle_call({:seen, direction}, _from, state),
     do: {:reply, for({^direction, frame} <- Enum.reverse(state.seen), do: frame), state}
 
   @impl true
   def handle_info({:accepted, client}, state) do
     {:tcp, ip, port} = state.target
-    {:ok, server} = :gen_tcp.connect(ip, port, [:binary, active: true])
-    :ok = :inet.setopts(client, active: true)
-    pairs = Map.merge(state.pairs, %{client => {:request, server}, server => {:response, client}})
-    {:noreply, %{state | pairs: pairs}}
+
+    with {:ok, server} <- :gen_tcp.connect(ip, port, [:binary, active: true]),
+         :ok <- :inet.setopts(client, active: true) do
+      pair = %{client => {:request, server}, server => {:response, client}}
+      {:noreply, %{state | pairs: Map.merge(state.pairs, pair)}}
+    else
+      {:error, _nobody_there} ->
+        :gen_tcp.close(client)
+        {:noreply, state}
+    end
   end
+
+  def handle_info({:tcp, from, _bytes}, state) when not is_map_key(state.pairs, from),
+    do: {:noreply, state}
 
   def handle_info({:tcp, from, bytes}, state) do
     {direction, to} = state.pairs[from]

@@ -7,8 +7,8 @@ defmodule MeshxRpc.Client.Pool do
   """
   use Supervisor
 
-  alias MeshxRpc.Client.{Call, Connection, Upstream}
-  alias MeshxRpc.Options
+  alias MeshxRpc.Client.{Call, Casts, Connection, Streams, Upstream}
+  alias MeshxRpc.{Options, Stream}
 
   @typedoc "Why a call has no result: see `MeshxRpc.Client`."
   @type reason :: term()
@@ -39,60 +39,84 @@ defmodule MeshxRpc.Client.Pool do
   """
   @spec call(atom(), atom() | String.t(), term(), timeout(), non_neg_integer(), non_neg_integer()) ::
           term() | {:error_rpc, reason()}
-  def call(pool, fun, args \\ [], timeout \\ :infinity, retry \\ 5, retry_sleep \\ 100),
-    do: Call.call(pool, fun, args, timeout, retry, retry_sleep)
+  def call(pool, fun, args \\ [], timeout \\ :infinity, retry \\ 5, retry_sleep \\ 100) do
+    if Stream.in?(args),
+      do: Streams.call(pool, fun, args, timeout, retry, retry_sleep),
+      else: Call.call(pool, fun, args, timeout, retry, retry_sleep)
+  end
 
   @doc "As `call/6`, but raises: the exception that was raised there, or `MeshxRpc.Error`."
   @spec call!(atom(), atom() | String.t(), term(), timeout(), non_neg_integer(), non_neg_integer()) ::
           term()
   def call!(pool, fun, args \\ [], timeout \\ :infinity, retry \\ 5, retry_sleep \\ 100) do
-    case Call.call(pool, fun, args, timeout, retry, retry_sleep) do
-      {:error_rpc, reason} ->
-        if exception?(reason),
-          do: raise(reason),
-          else: raise(MeshxRpc.Error, reason: reason, pool: pool, fun: fun)
-
-      result ->
-        result
+    case call(pool, fun, args, timeout, retry, retry_sleep) do
+      {:error_rpc, reason} -> MeshxRpc.Error.raise_reason(reason, pool, fun)
+      result -> result
     end
   end
 
-  # What a server calls an exception need not be one here, and `message/1` of any other module is not to be called.
-  defp exception?(%{__exception__: true, __struct__: module}) when is_atom(module),
-    do: Code.ensure_loaded?(module) and function_exported?(module, :exception, 1)
-
-  defp exception?(_reason), do: false
-
   @doc """
-  Starts a function of the server and does not wait for it. Always `:ok`; `info/1` counts the failures.
-
-  `timeout` is how long the function may run. A cast is made again as a call is, until a connection has
-  taken it.
+  Calls a function whose result is an Enumerable, and gives a lazy Enumerable of its pieces: see
+  `MeshxRpc.Stream`. Options: `:timeout` for all of it (`:infinity`), `:window`, the bytes that may be on their way
+  (1 MiB), `:retry` (5) and `:retry_sleep` (100 ms) for when there is no connection.
   """
-  @spec cast(atom(), atom() | String.t(), term(), timeout(), non_neg_integer(), non_neg_integer()) ::
-          :ok
-  def cast(pool, fun, args \\ [], timeout \\ :infinity, retry \\ 5, retry_sleep \\ 100),
-    do: Call.cast(pool, fun, args, timeout, retry, retry_sleep)
+  @spec stream(atom(), atom() | String.t(), term(), keyword()) :: Enumerable.t()
+  def stream(pool, fun, args \\ [], options \\ []), do: Streams.stream(pool, fun, args, options)
 
   @doc """
-  How the pool does: `size`, `connected`, calls in `in_flight`, `cast_failures` since start, and why
-  connections are `down`.
+  Has the server start a function, at most once, and does not wait for it. Always `:ok`; `info/1` counts the failures.
+
+  The server acknowledges a cast when its function starts; until then it waits in the pool, and survives the loss of
+  a connection on which it certainly has not run: it is made again as a call is. Once started it runs on when the connection is
+  lost. In the place of `timeout`, which is how long it may wait and run together, there can be options:
+
+  | Option | Default | |
+  |---|---|---|
+  | `:key` | none | casts of this pool with the same key start in the order in which they were made, each after the one before has started, and one server runs them one after the other |
+  | `:ack` | `false` | wait until the function starts: `:ok`, or `{:error_rpc, reason}` |
+  | `:timeout`, `:retry`, `:retry_sleep` | | as the arguments |
+
+  A cast with a key is also made again when it may have run, within 30 s and to the same server instance, which remembers
+  for a minute after a key's last cast what it has started: it does not run twice. `:tcp_closed` is the reason when nobody can tell.
+  """
+  @spec cast(
+          atom(),
+          atom() | String.t(),
+          term(),
+          timeout() | keyword(),
+          non_neg_integer(),
+          non_neg_integer()
+        ) ::
+          :ok | {:error_rpc, reason()}
+  def cast(pool, fun, args \\ [], timeout \\ :infinity, retry \\ 5, retry_sleep \\ 100)
+
+  def cast(pool, fun, args, options, _retry, _retry_sleep) when is_list(options),
+    do: Casts.cast(pool, fun, args, options)
+
+  def cast(pool, fun, args, timeout, retry, retry_sleep),
+    do: Casts.cast(pool, fun, args, timeout: timeout, retry: retry, retry_sleep: retry_sleep)
+
+  @doc """
+  How the pool does: `size`, `connected`, calls in `in_flight`, `casts` that have not started, `cast_failures` since
+  start, and why connections are `down`.
   """
   @spec info(atom()) :: %{
           size: pos_integer(),
           connected: non_neg_integer(),
           in_flight: non_neg_integer(),
+          casts: non_neg_integer(),
           cast_failures: non_neg_integer(),
           down: [reason :: term()]
         }
   def info(pool) do
-    %{table: table, size: size, load: load} = fetch!(pool)
+    %{table: table, size: size, load: load, casts: casts} = pool = fetch!(pool)
 
     %{
       size: size,
       connected: Enum.count(1..size, &(:ets.lookup(table, &1) != [])),
       in_flight: Enum.sum(for(index <- 1..size, do: :counters.get(load, index))),
-      cast_failures: :counters.get(load, size + 1),
+      casts: Casts.waiting(pool),
+      cast_failures: :atomics.get(casts, 3),
       down: for([reason] <- :ets.match(table, {{:down, :_}, :"$1"}), do: reason)
     }
   end
@@ -101,20 +125,22 @@ defmodule MeshxRpc.Client.Pool do
   def init(config) do
     size = config.pool_opts.size
 
-    # Owned by this supervisor, so it lives as long as the pool. One counter per connection, and one of
-    # casts that failed.
+    # Owned by this supervisor, so it lives as long as the pool. One counter per connection. Of casts: the bytes that wait, how many do, and how many failed.
     table = :ets.new(config.id, [:named_table, :public, read_concurrency: true])
     load = :counters.new(size + 1, [])
+    casts = :atomics.new(3, [])
 
     pool =
-      Map.take(config, [:codec, :guard, :message])
-      |> Map.merge(%{table: table, size: size, load: load})
+      config
+      |> Map.take([:codec, :guard, :message, :max_queue])
+      |> Map.merge(%{table: table, size: size, load: load, casts: casts})
+      |> Map.put(:retry_on, config.exec_retry_on_error)
 
-    :ets.insert(table, {:pool, Map.put(pool, :retry_on, config.exec_retry_on_error)})
+    :ets.insert(table, {:pool, pool})
 
     upstream = if config.mesh, do: [upstream(config, table)], else: []
     connections = for index <- 1..size, do: {Connection, {config, index, table, load}}
-    Supervisor.init(upstream ++ connections, strategy: :one_for_one)
+    Supervisor.init(upstream ++ connections ++ [{Casts, pool}], strategy: :one_for_one)
   end
 
   defp upstream(config, table) do
@@ -156,7 +182,6 @@ defmodule MeshxRpc.Client.Pool do
 
   @doc false
   def cast_failed(pool) do
-    %{load: load, size: size} = fetch!(pool)
-    :counters.add(load, size + 1, 1)
+    :atomics.add(fetch!(pool).casts, 3, 1)
   end
 end

@@ -22,7 +22,9 @@ defmodule MeshxRpc.Server.Functions do
     :supervisor_bridge
   ]
 
-  @type t :: %{version: term(), names: %{binary() => atom()}}
+  alias MeshxRpc.Server.Internal
+
+  @type t :: %{version: term(), names: %{binary() => atom() | {:internal, atom()}}}
 
   @doc "Raises when `:functions` has a name that cannot be called."
   @spec check!(map(), String.t()) :: :ok
@@ -51,12 +53,12 @@ defmodule MeshxRpc.Server.Functions do
           wanted == :all or name in wanted,
           do: {Atom.to_string(name), name}
 
-    %{version: version(module), names: Map.new(names)}
+    %{version: version(module), names: Map.merge(Map.new(names), Internal.functions())}
   end
 
   @doc "The function of that name. The second element is nil unless the module was loaded anew."
   @spec find(t(), binary(), module(), :all | [atom()]) ::
-          {{:ok, atom()} | :error, nil | t()}
+          {{:ok, atom() | {:internal, atom()}} | :error, nil | t()}
   def find(functions, name, module, wanted) do
     case functions.names do
       %{^name => fun} ->
@@ -69,6 +71,15 @@ defmodule MeshxRpc.Server.Functions do
           functions = new(module, wanted)
           {Map.fetch(functions.names, name), functions}
         end
+    end
+  end
+
+  @doc "A function of the module itself, for requests that name one in their argument."
+  @spec own(map(), binary()) :: {:ok, atom()} | :error
+  def own(config, name) do
+    case find(config.offered, name, config.module, config.functions) do
+      {{:ok, fun}, _functions} when is_atom(fun) -> {:ok, fun}
+      _unknown_or_ours -> :error
     end
   end
 
@@ -85,7 +96,7 @@ defmodule MeshxRpc.Server.Functions do
     for {name, 1} <- module.module_info(:exports),
         name not in @injected and name not in callbacks,
         text = Atom.to_string(name),
-        not String.starts_with?(text, "MACRO-") and not String.starts_with?(text, "__"),
+        not String.starts_with?(text, ["MACRO-", "__", <<0>>]),
         do: name
   end
 

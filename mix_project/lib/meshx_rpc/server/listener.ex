@@ -8,7 +8,7 @@ defmodule MeshxRpc.Server.Listener do
   require Logger
 
   alias MeshxRpc.{Address, Frame, Options}
-  alias MeshxRpc.Server.Connection
+  alias MeshxRpc.Server.{Casts, Connection}
 
   @retry 1_000
   # While it registers with the mesh, it answers nobody.
@@ -66,10 +66,14 @@ defmodule MeshxRpc.Server.Listener do
   def handle_call(:address, _from, state), do: {:reply, {:ok, state.address}, state}
 
   def handle_call(:info, _from, state) do
+    casts = Casts.info(state.config.streams)
+
     info = %{
       connections: map_size(state.connections),
       in_hello: state.hellos,
-      running: :atomics.get(state.config.running, 1)
+      running: :atomics.get(state.config.running, 1),
+      casts: casts.running,
+      cast_failures: casts.failures
     }
 
     {:reply, info, state}

@@ -7,7 +7,7 @@ defmodule MeshxRpc.Server.Pool do
   use Supervisor
 
   alias MeshxRpc.Options
-  alias MeshxRpc.Server.{Functions, Listener}
+  alias MeshxRpc.Server.{Casts, Functions, Listener, Streams}
 
   @doc "A child specification; raises `ArgumentError` when an option is wrong."
   @spec child_spec(atom(), keyword()) :: Supervisor.child_spec()
@@ -31,11 +31,16 @@ defmodule MeshxRpc.Server.Pool do
   @spec address(atom()) :: {:ok, Meshx.ServiceMesh.address()} | {:error, :not_registered}
   def address(id), do: id |> listener() |> Listener.address()
 
-  @doc "Counts: `connections`, how many of them are `in_hello`, and `running` requests."
+  @doc """
+  Counts: `connections`, how many of them are `in_hello`, `running` requests, `casts` that run, and
+  `cast_failures` since start.
+  """
   @spec info(atom()) :: %{
           connections: non_neg_integer(),
           in_hello: non_neg_integer(),
-          running: non_neg_integer()
+          running: non_neg_integer(),
+          casts: non_neg_integer(),
+          cast_failures: non_neg_integer()
         }
   def info(id), do: id |> listener() |> Listener.info()
 
@@ -44,10 +49,13 @@ defmodule MeshxRpc.Server.Pool do
     config =
       Map.merge(config, %{
         offered: Functions.new(config.module, config.functions),
-        running: :atomics.new(1, [])
+        running: :atomics.new(1, []),
+        streams: Streams.table()
       })
 
     children = [
+      {Streams, config.streams},
+      {Casts, config},
       Supervisor.child_spec({DynamicSupervisor, strategy: :one_for_one}, id: :connections),
       Supervisor.child_spec({Listener, {config, self()}}, id: :listener, shutdown: 10_000)
     ]

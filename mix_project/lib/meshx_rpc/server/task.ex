@@ -4,11 +4,16 @@ defmodule MeshxRpc.Server.Task do
   # as `{:done, pid, stream, status, encoded}`. It is linked to the connection, which ends it by killing it.
 
   alias MeshxRpc.{Message, Term}
+  alias MeshxRpc.Server.Internal
 
-  @spec start(pos_integer(), atom(), byte(), binary(), map()) :: pid()
+  @spec start(pos_integer(), atom() | {:internal, atom()}, byte(), binary(), map()) :: pid()
   def start(stream, fun, flag, argument, config) do
     connection = self()
     :erlang.spawn_opt(fn -> run(connection, stream, fun, flag, argument, config) end, [:link])
+  end
+
+  defp run(connection, stream, {:internal, name}, flag, argument, config) do
+    send(connection, {:done, self(), stream, internal(name, flag, argument, config)})
   end
 
   defp run(connection, stream, fun, flag, argument, config) do
@@ -21,6 +26,13 @@ defmodule MeshxRpc.Server.Task do
       end
 
     send(connection, {:done, self(), stream, done})
+  end
+
+  # Its argument is bytes, which no serializer of the user's made.
+  defp internal(name, flag, argument, config) do
+    Internal.run(name, flag, argument, config)
+  catch
+    kind, reason -> {:error, Term.encode_error(Term.failure(kind, reason, __STACKTRACE__))}
   end
 
   defp call(config, fun, argument) do

@@ -1,0 +1,122 @@
+defmodule MeshxRpc.Client.Request do
+  @moduledoc false
+  # One request on one connection, without waiting for it: what calls of several steps are made of.
+  #
+  # It is known by an alias of the asking process. Its answer is one message, which `outcome/2` recognises; after that
+  # the alias is gone.
+
+  alias MeshxRpc.{Message, Term}
+
+  @type t :: reference()
+
+  @type outcome ::
+          {:result | :error, flag :: byte(), binary()} | {:failed, reason :: atom()}
+
+  @max_fun 255
+  @max_timeout 0xFFFF_FFFF
+
+  @doc "Sends it; `left` is how long it may take, in milliseconds."
+  @spec start(pid(), binary(), timeout(), Term.encoded()) :: t()
+  def start(connection, fun, left, encoded) do
+    request = :erlang.monitor(:process, connection, alias: :reply_demonitor)
+    send(connection, {:call, request, self(), fun, left, encoded})
+    request
+  end
+
+  @doc "A request that could not be sent: its answer is on its way to this process."
+  @spec failed(reason :: atom()) :: t()
+  def failed(reason) do
+    request = make_ref()
+    send(self(), {request, :failed, reason})
+    request
+  end
+
+  @doc "Gives it up: the server ends its work, and its answer will not come."
+  @spec cancel(pid() | nil, t()) :: :ok
+  def cancel(connection, request) do
+    :erlang.demonitor(request, [:flush])
+
+    # What came until the end of the alias.
+    receive do
+      {^request, :failed, _reason} -> :ok
+      {^request, _status, _flag, _bytes} -> :ok
+    after
+      0 -> if connection, do: send(connection, {:cancel, request})
+    end
+
+    :ok
+  end
+
+  @doc "What a message says about it, `:no` when nothing."
+  @spec outcome(t(), term()) :: {:ok, outcome()} | :no
+  def outcome(request, {request, :failed, reason}), do: {:ok, {:failed, reason}}
+  def outcome(request, {request, status, flag, bytes}), do: {:ok, {status, flag, bytes}}
+  # It was gone before our message came.
+  def outcome(request, {:DOWN, request, :process, _pid, :noproc}), do: {:ok, {:failed, :closed}}
+  def outcome(request, {:DOWN, request, :process, _, _}), do: {:ok, {:failed, :tcp_closed}}
+  def outcome(_request, _message), do: :no
+
+  @doc "Waits for its answer."
+  @spec await(t(), timeout()) :: {:ok, outcome()} | :timeout
+  def await(request, left) do
+    receive do
+      {^request, _failed, _reason} = message -> outcome(request, message)
+      {^request, _status, _flag, _bytes} = message -> outcome(request, message)
+      {:DOWN, ^request, :process, _pid, _reason} = message -> outcome(request, message)
+    after
+      left -> :timeout
+    end
+  end
+
+  @doc "The outcome as a caller sees it."
+  @spec value(outcome(), %{
+          optional(atom()) => term(),
+          message: Message.t(),
+          codec: module(),
+          guard: map()
+        }) :: term() | {:error_rpc, term()}
+  def value({:failed, reason}, _pool), do: {:error_rpc, reason}
+
+  def value({:result, flag, bytes}, pool) do
+    case Message.decode(pool.message, pool.codec, flag, bytes, pool.guard) do
+      {:ok, term} -> term
+      {:error, :refused} -> {:error_rpc, :serialization_fail}
+      {:error, reason} -> {:error_rpc, reason}
+    end
+  end
+
+  # What went wrong is an external term, whatever the serializers.
+  def value({:error, flag, bytes}, pool) do
+    case Term.decode(pool.codec, flag, bytes, pool.guard) do
+      {:ok, reason} -> {:error_rpc, Term.localize(reason)}
+      {:error, _why} -> {:error_rpc, :serialization_fail}
+    end
+  end
+
+  @doc "The moment in which a timeout that begins now is over; raises when it cannot be waited for."
+  @spec until(timeout()) :: :infinity | integer()
+  def until(:infinity), do: :infinity
+
+  def until(timeout) when is_integer(timeout) and timeout <= @max_timeout,
+    do: System.monotonic_time(:millisecond) + timeout
+
+  def until(timeout) do
+    raise ArgumentError,
+          "timeout is #{inspect(timeout)}, wanted milliseconds (at most #{@max_timeout}) or :infinity"
+  end
+
+  @doc "Milliseconds until then."
+  @spec left(:infinity | integer()) :: timeout()
+  def left(:infinity), do: :infinity
+  def left(until), do: max(until - System.monotonic_time(:millisecond), 0)
+
+  @doc "A function's name as it goes over the wire."
+  @spec name!(atom() | binary()) :: binary()
+  def name!(fun) when is_atom(fun), do: fun |> Atom.to_string() |> name!()
+  def name!(<<first, _::binary>> = fun) when first > 0 and byte_size(fun) <= @max_fun, do: fun
+
+  def name!(fun) do
+    raise ArgumentError,
+          "function name is #{inspect(fun)}, wanted an atom or a binary of 1 to #{@max_fun} bytes"
+  end
+end

@@ -16,16 +16,20 @@ pub(crate) const MAX_REFERENCE_WORDS: usize = 5;
 /// Size field, arity, uniq, index, number of free variables: what a fun has before its parts.
 const FUN_HEAD: usize = 4 + 1 + 16 + 4 + 4;
 
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) struct Cursor<'a> {
-    bytes: &'a [u8],
-    pos: usize,
+    rest: &'a [u8],
+    /// Bytes of the whole input.
+    len: usize,
     owed: usize,
-    seen: usize,
+    /// Terms read and owed, the elements of strings counted.
+    announced: usize,
     max_terms: usize,
     max_integer_bytes: usize,
 }
 
+// What runs for every term is forced inline, so that a loop over tokens keeps the cursor in registers; the rest takes
+// and returns values for the same reason, and errors are made in functions of their own.
 impl<'a> Cursor<'a> {
     /// A cursor at `pos`, where exactly one term is owed.
     pub(crate) fn new(bytes: &'a [u8], pos: usize, limits: &Limits) -> Self {
@@ -42,81 +46,68 @@ impl<'a> Cursor<'a> {
         max_integer_bytes: usize,
     ) -> Self {
         Self {
-            bytes,
-            pos,
+            rest: bytes.get(pos..).unwrap_or_default(),
+            len: bytes.len(),
             owed,
-            seen,
+            announced: seen.saturating_add(owed),
             max_terms,
             max_integer_bytes,
         }
     }
 
+    #[inline(always)]
     pub(crate) fn pos(&self) -> usize {
-        self.pos
+        self.len - self.rest.len()
     }
 
     /// Terms that open containers still wait for; 0 when the term is complete.
+    #[inline(always)]
     pub(crate) fn owed(&self) -> usize {
         self.owed
     }
 
     /// Terms read so far, the elements of strings counted.
     pub(crate) fn seen(&self) -> usize {
-        self.seen
+        self.announced.saturating_sub(self.owed)
     }
 
-    fn remaining(&self) -> usize {
-        self.bytes.len().saturating_sub(self.pos)
-    }
-
-    #[inline]
+    #[inline(always)]
     pub(crate) fn token(&mut self) -> Result<Token<'a>, DecodeError> {
-        let at = self.pos;
+        let at = self.pos();
         let tag = self.u8()?;
         self.owed = self.owed.saturating_sub(1);
-        self.seen = self.seen.saturating_add(1);
         Ok(match tag {
             tag::SMALL_INTEGER => Token::Int(i64::from(self.u8()?)),
             tag::INTEGER => Token::Int(i64::from(i32::from_be_bytes(self.array()?))),
+            tag::SMALL_ATOM_UTF8 => {
+                let len = usize::from(self.u8()?);
+                let bytes = self.take(len)?;
+                if is_ascii(bytes) {
+                    Token::Atom(AtomRef::ascii(bytes))
+                } else {
+                    Token::Atom(atom_text(at, bytes, false)?)
+                }
+            }
             tag::SMALL_BIG => {
                 let len = usize::from(self.u8()?);
                 self.integer(at, len)?
             }
-            tag::LARGE_BIG => {
-                let len = self.length()?;
-                self.integer(at, len)?
-            }
-            tag::NEW_FLOAT => finite(at, f64::from_be_bytes(self.array()?))?,
-            tag::FLOAT => float_text(at, self.take(31)?)?,
-            tag::ATOM | tag::SMALL_ATOM | tag::ATOM_UTF8 | tag::SMALL_ATOM_UTF8 => {
-                Token::Atom(self.atom_body(at, tag)?)
+            tag::NEW_FLOAT => {
+                let value = f64::from_be_bytes(self.array()?);
+                if !value.is_finite() {
+                    return Err(not_finite(at));
+                }
+                Token::Float(value)
             }
             tag::BINARY => {
                 let len = self.length()?;
                 Token::Binary(self.take(len)?)
             }
-            tag::BIT_BINARY => {
-                let len = self.length()?;
-                let bits = self.u8()?;
-                if bits > 8 || (bits == 0) != (len == 0) {
-                    return Err(DecodeError::BitCount {
-                        len,
-                        bits,
-                        offset: at,
-                    });
-                }
-                let bytes = self.take(len)?;
-                if bits % 8 == 0 {
-                    Token::Binary(bytes)
-                } else {
-                    Token::BitBinary { bytes, bits }
-                }
-            }
             tag::NIL => Token::Nil,
             tag::STRING => {
                 let len = usize::from(u16::from_be_bytes(self.array()?));
                 let bytes = self.take(len)?;
-                self.seen = self.seen.saturating_add(len);
+                self.announced = self.announced.saturating_add(len);
                 self.check_terms(at)?;
                 if bytes.is_empty() {
                     Token::Nil
@@ -126,143 +117,70 @@ impl<'a> Cursor<'a> {
             }
             tag::LIST => {
                 let len = self.length()?;
-                self.open(at, len, Token::List { len })?
+                self.open(at, len, len.saturating_add(1))?;
+                Token::List { len }
             }
             tag::SMALL_TUPLE => {
                 let arity = usize::from(self.u8()?);
-                self.open(at, arity, Token::Tuple { arity })?
+                self.open(at, arity, arity)?;
+                Token::Tuple { arity }
             }
             tag::LARGE_TUPLE => {
                 let arity = self.length()?;
-                self.open(at, arity, Token::Tuple { arity })?
+                self.open(at, arity, arity)?;
+                Token::Tuple { arity }
             }
             tag::MAP => {
                 let pairs = self.length()?;
-                self.open(at, pairs, Token::Map { pairs })?
-            }
-            tag::PID | tag::NEW_PID => {
-                let node = self.atom()?;
-                let (id, serial) = (self.u32()?, self.u32()?);
-                Token::Pid(PidRef {
-                    node,
-                    id,
-                    serial,
-                    creation: self.creation(tag == tag::PID)?,
-                })
-            }
-            tag::PORT | tag::NEW_PORT | tag::V4_PORT => {
-                let node = self.atom()?;
-                let id = if tag == tag::V4_PORT {
-                    u64::from_be_bytes(self.array()?)
-                } else {
-                    u64::from(self.u32()?)
-                };
-                Token::Port(PortRef {
-                    node,
-                    id,
-                    creation: self.creation(tag == tag::PORT)?,
-                })
-            }
-            tag::REFERENCE => {
-                let node = self.atom()?;
-                let words = self.take(4)?;
-                Token::Reference(ReferenceRef {
-                    node,
-                    words,
-                    creation: self.creation(true)?,
-                })
-            }
-            tag::NEW_REFERENCE | tag::NEWER_REFERENCE => {
-                let count = usize::from(u16::from_be_bytes(self.array()?));
-                if count == 0 || count > MAX_REFERENCE_WORDS {
-                    return Err(DecodeError::ReferenceWords { count, offset: at });
-                }
-                let node = self.atom()?;
-                let creation = self.creation(tag == tag::NEW_REFERENCE)?;
-                Token::Reference(ReferenceRef {
-                    node,
-                    creation,
-                    words: self.take(count * 4)?,
-                })
-            }
-            tag::NEW_FUN => self.fun(at)?,
-            tag::EXPORT => {
-                let (module, function) = (self.atom()?, self.atom()?);
-                let offset = self.pos;
-                match self.u8()? {
-                    tag::SMALL_INTEGER => Token::Export {
-                        module,
-                        function,
-                        arity: self.u8()?,
-                    },
-                    tag => {
-                        return Err(DecodeError::Expected {
-                            wanted: "a small integer",
-                            tag,
-                            offset,
-                        });
-                    }
-                }
+                self.open(at, pairs, pairs.saturating_mul(2))?;
+                Token::Map { pairs }
             }
             tag => {
-                return Err(match tag::refused_name(tag) {
-                    Some(name) => DecodeError::Refused {
-                        tag,
-                        name,
-                        offset: at,
-                    },
-                    None => DecodeError::UnknownTag { tag, offset: at },
-                });
+                let (token, after) = rare_token(*self, at, tag)?;
+                *self = after;
+                token
             }
         })
     }
 
     /// Adds a container's parts to what is owed, or refuses it.
-    fn open(&mut self, at: usize, count: usize, token: Token<'a>) -> Result<Token<'a>, DecodeError> {
-        self.owed = self.owed.saturating_add(token.children());
-        let remaining = self.remaining();
-        if self.owed > remaining {
-            return Err(DecodeError::CountPastEnd {
-                count,
-                offset: at,
-                remaining,
-            });
+    #[inline(always)]
+    fn open(&mut self, at: usize, count: usize, parts: usize) -> Result<(), DecodeError> {
+        self.owed = self.owed.saturating_add(parts);
+        self.announced = self.announced.saturating_add(parts);
+        if self.owed > self.rest.len() {
+            return Err(count_past_end(count, at, self.rest.len()));
         }
-        self.check_terms(at)?;
-        Ok(token)
+        self.check_terms(at)
     }
 
+    #[inline(always)]
     fn check_terms(&self, offset: usize) -> Result<(), DecodeError> {
-        let terms = self.seen.saturating_add(self.owed);
-        if terms > self.max_terms {
-            return Err(DecodeError::TooManyTerms {
-                terms,
-                limit: self.max_terms,
-                offset,
-            });
+        if self.announced > self.max_terms {
+            return Err(too_many_terms(self.announced, self.max_terms, offset));
         }
         Ok(())
     }
 
+    #[inline(always)]
     fn integer(&mut self, at: usize, len: usize) -> Result<Token<'a>, DecodeError> {
-        if len > self.max_integer_bytes {
-            return Err(DecodeError::IntegerTooLong {
-                len,
-                limit: self.max_integer_bytes,
-                offset: at,
-            });
+        // What an i64 mostly takes, read at once.
+        if len == 8
+            && self.max_integer_bytes >= 8
+            && let Some((sign, after)) = self.rest.split_first()
+            && let Some((magnitude, after)) = after.split_first_chunk::<8>()
+            && let Some(value) = signed(*sign != 0, u64::from_le_bytes(*magnitude))
+        {
+            self.rest = after;
+            return Ok(Token::Int(value));
         }
-        // Any byte but 0 means negative to the BEAM.
-        let negative = self.u8()? != 0;
-        let magnitude = trim_zeros(self.take(len)?);
-        Ok(match small_integer(negative, magnitude) {
-            Some(value) => Token::Int(value),
-            None => Token::BigInt { negative, magnitude },
-        })
+        let (token, rest) = any_integer(self, at, len)?;
+        self.rest = rest;
+        Ok(token)
     }
 
     fn fun(&mut self, at: usize) -> Result<Token<'a>, DecodeError> {
-        let start = self.pos;
+        let (start, whole) = (self.pos(), self.rest);
         let size = self.length()?;
         let head_end = start.saturating_add(FUN_HEAD);
         let end = start.saturating_add(size);
@@ -273,10 +191,10 @@ impl<'a> Cursor<'a> {
             });
         }
         let left = size - 4;
-        if left > self.remaining() {
-            return Err(self.truncated(left));
+        if left > self.rest.len() {
+            return Err(truncated(self.len, self.rest, left));
         }
-        let body = self.bytes.get(start..end).unwrap_or_default();
+        let body = whole.get(..size).unwrap_or_default();
         let arity = self.u8()?;
         let uniq = self.take(16)?;
         let (index, num_free) = (self.u32()?, self.u32()?);
@@ -288,18 +206,15 @@ impl<'a> Cursor<'a> {
             body,
         });
         if token.children() > size - FUN_HEAD {
-            return Err(DecodeError::CountPastEnd {
-                count: num_free as usize,
-                offset: at,
-                remaining: size - FUN_HEAD,
-            });
+            return Err(count_past_end(num_free as usize, at, size - FUN_HEAD));
         }
-        self.open(at, num_free as usize, token)
+        self.open(at, num_free as usize, token.children())?;
+        Ok(token)
     }
 
     /// An atom that is part of another term: a node, a module, a function.
     fn atom(&mut self) -> Result<AtomRef<'a>, DecodeError> {
-        let at = self.pos;
+        let at = self.pos();
         let tag = self.u8()?;
         self.atom_body(at, tag)
     }
@@ -326,23 +241,7 @@ impl<'a> Cursor<'a> {
             }
         };
         let bytes = self.take(len)?;
-        if latin1 && !bytes.is_ascii() {
-            return match len {
-                0..=MAX_ATOM_CHARS => Ok(AtomRef::Latin1(bytes)),
-                chars => Err(DecodeError::AtomTooLong { chars, offset: at }),
-            };
-        }
-        let text = std::str::from_utf8(bytes).map_err(|_| DecodeError::AtomUtf8 { offset: at })?;
-        // Fewer bytes than the limit can't be more characters: most atoms are never counted.
-        let chars = if len <= MAX_ATOM_CHARS {
-            len
-        } else {
-            text.chars().count()
-        };
-        if chars > MAX_ATOM_CHARS {
-            return Err(DecodeError::AtomTooLong { chars, offset: at });
-        }
-        Ok(AtomRef::Utf8(text))
+        atom_text(at, bytes, latin1)
     }
 
     fn creation(&mut self, one_byte: bool) -> Result<u32, DecodeError> {
@@ -354,55 +253,247 @@ impl<'a> Cursor<'a> {
     }
 
     /// A 32-bit length or count.
+    #[inline(always)]
     fn length(&mut self) -> Result<usize, DecodeError> {
         // Lossless: no supported target has a usize below 32 bits.
         self.u32().map(|n| n as usize)
     }
 
-    #[inline]
+    #[inline(always)]
     fn u8(&mut self) -> Result<u8, DecodeError> {
         self.array::<1>().map(|[b]| b)
     }
 
-    #[inline]
+    #[inline(always)]
     fn u32(&mut self) -> Result<u32, DecodeError> {
         self.array().map(u32::from_be_bytes)
     }
 
-    #[inline]
+    #[inline(always)]
     fn array<const N: usize>(&mut self) -> Result<[u8; N], DecodeError> {
-        match self
-            .bytes
-            .get(self.pos..)
-            .and_then(|rest| rest.first_chunk::<N>())
-        {
-            Some(chunk) => {
-                self.pos += N;
+        match self.rest.split_first_chunk::<N>() {
+            Some((chunk, rest)) => {
+                self.rest = rest;
                 Ok(*chunk)
             }
-            None => Err(self.truncated(N)),
+            None => Err(truncated(self.len, self.rest, N)),
         }
     }
 
-    #[cold]
-    fn truncated(&self, needed: usize) -> DecodeError {
-        DecodeError::Truncated {
-            offset: self.pos,
-            needed,
-            remaining: self.remaining(),
-        }
-    }
-
-    #[inline]
+    #[inline(always)]
     fn take(&mut self, len: usize) -> Result<&'a [u8], DecodeError> {
-        match self.bytes.get(self.pos..).and_then(|rest| rest.get(..len)) {
-            Some(taken) => {
-                self.pos += len;
+        match self.rest.split_at_checked(len) {
+            Some((taken, rest)) => {
+                self.rest = rest;
                 Ok(taken)
             }
-            None => Err(self.truncated(len)),
+            None => Err(truncated(self.len, self.rest, len)),
         }
     }
+}
+
+/// The tokens that are seldom met. `cursor` is behind the tag; returns it behind the token.
+#[inline(never)]
+fn rare_token<'a>(
+    mut cursor: Cursor<'a>,
+    at: usize,
+    tag: u8,
+) -> Result<(Token<'a>, Cursor<'a>), DecodeError> {
+    let c = &mut cursor;
+    let token = match tag {
+        tag::LARGE_BIG => {
+            let len = c.length()?;
+            c.integer(at, len)?
+        }
+        tag::FLOAT => float_text(at, c.take(31)?)?,
+        tag::ATOM | tag::SMALL_ATOM | tag::ATOM_UTF8 => Token::Atom(c.atom_body(at, tag)?),
+        tag::BIT_BINARY => {
+            let len = c.length()?;
+            let bits = c.u8()?;
+            if bits > 8 || (bits == 0) != (len == 0) {
+                return Err(DecodeError::BitCount {
+                    len,
+                    bits,
+                    offset: at,
+                });
+            }
+            let bytes = c.take(len)?;
+            if bits % 8 == 0 {
+                Token::Binary(bytes)
+            } else {
+                Token::BitBinary { bytes, bits }
+            }
+        }
+        tag::PID | tag::NEW_PID => {
+            let node = c.atom()?;
+            let (id, serial) = (c.u32()?, c.u32()?);
+            Token::Pid(PidRef {
+                node,
+                id,
+                serial,
+                creation: c.creation(tag == tag::PID)?,
+            })
+        }
+        tag::PORT | tag::NEW_PORT | tag::V4_PORT => {
+            let node = c.atom()?;
+            let id = if tag == tag::V4_PORT {
+                u64::from_be_bytes(c.array()?)
+            } else {
+                u64::from(c.u32()?)
+            };
+            Token::Port(PortRef {
+                node,
+                id,
+                creation: c.creation(tag == tag::PORT)?,
+            })
+        }
+        tag::REFERENCE => {
+            let node = c.atom()?;
+            let words = c.take(4)?;
+            Token::Reference(ReferenceRef {
+                node,
+                words,
+                creation: c.creation(true)?,
+            })
+        }
+        tag::NEW_REFERENCE | tag::NEWER_REFERENCE => {
+            let count = usize::from(u16::from_be_bytes(c.array()?));
+            if count == 0 || count > MAX_REFERENCE_WORDS {
+                return Err(DecodeError::ReferenceWords { count, offset: at });
+            }
+            let node = c.atom()?;
+            let creation = c.creation(tag == tag::NEW_REFERENCE)?;
+            Token::Reference(ReferenceRef {
+                node,
+                creation,
+                words: c.take(count * 4)?,
+            })
+        }
+        tag::NEW_FUN => c.fun(at)?,
+        tag::EXPORT => {
+            let (module, function) = (c.atom()?, c.atom()?);
+            let offset = c.pos();
+            match c.u8()? {
+                tag::SMALL_INTEGER => Token::Export {
+                    module,
+                    function,
+                    arity: c.u8()?,
+                },
+                tag => {
+                    return Err(DecodeError::Expected {
+                        wanted: "a small integer",
+                        tag,
+                        offset,
+                    });
+                }
+            }
+        }
+        tag => {
+            return Err(match tag::refused_name(tag) {
+                Some(name) => DecodeError::Refused {
+                    tag,
+                    name,
+                    offset: at,
+                },
+                None => DecodeError::UnknownTag { tag, offset: at },
+            });
+        }
+    };
+    Ok((token, cursor))
+}
+
+/// An integer with `len` bytes of magnitude; `cursor` is at its sign. Returns what follows it.
+#[inline(never)]
+fn any_integer<'a>(cursor: &Cursor<'a>, at: usize, len: usize) -> Result<(Token<'a>, &'a [u8]), DecodeError> {
+    let mut cursor = *cursor;
+    if len > cursor.max_integer_bytes {
+        return Err(DecodeError::IntegerTooLong {
+            len,
+            limit: cursor.max_integer_bytes,
+            offset: at,
+        });
+    }
+    // Any byte but 0 means negative to the BEAM.
+    let negative = cursor.u8()? != 0;
+    let magnitude = trim_zeros(cursor.take(len)?);
+    let token = match small_integer(negative, magnitude) {
+        Some(value) => Token::Int(value),
+        None => Token::BigInt { negative, magnitude },
+    };
+    Ok((token, cursor.rest))
+}
+
+/// Whether all bytes are below 128. Most atoms are a few bytes long: they are read in one or two pieces.
+#[inline(always)]
+fn is_ascii(bytes: &[u8]) -> bool {
+    let word = |chunk: Option<&[u8; 8]>| chunk.map_or(0, |c| u64::from_ne_bytes(*c));
+    let half = |chunk: Option<&[u8; 4]>| chunk.map_or(0, |c| u32::from_ne_bytes(*c));
+    match bytes.len() {
+        0..=3 => bytes.iter().fold(0, |all, &b| all | b) < 128,
+        4..=7 => (half(bytes.first_chunk()) | half(bytes.last_chunk())) & 0x8080_8080 == 0,
+        8..=16 => (word(bytes.first_chunk()) | word(bytes.last_chunk())) & 0x8080_8080_8080_8080 == 0,
+        _ => bytes.is_ascii(),
+    }
+}
+
+#[inline(never)]
+fn atom_text(at: usize, bytes: &[u8], latin1: bool) -> Result<AtomRef<'_>, DecodeError> {
+    let too_long = |chars| DecodeError::AtomTooLong { chars, offset: at };
+    if bytes.is_ascii() {
+        return match bytes.len() {
+            0..=MAX_ATOM_CHARS => Ok(AtomRef::ascii(bytes)),
+            chars => Err(too_long(chars)),
+        };
+    }
+    if latin1 {
+        return match bytes.len() {
+            0..=MAX_ATOM_CHARS => Ok(AtomRef::latin1(bytes)),
+            chars => Err(too_long(chars)),
+        };
+    }
+    let text = std::str::from_utf8(bytes).map_err(|_| DecodeError::AtomUtf8 { offset: at })?;
+    // Fewer bytes than the limit can't be more characters.
+    let chars = if bytes.len() <= MAX_ATOM_CHARS {
+        bytes.len()
+    } else {
+        text.chars().count()
+    };
+    if chars > MAX_ATOM_CHARS {
+        return Err(too_long(chars));
+    }
+    Ok(AtomRef::utf8(text))
+}
+
+#[cold]
+#[inline(never)]
+fn truncated(len: usize, rest: &[u8], needed: usize) -> DecodeError {
+    DecodeError::Truncated {
+        offset: len - rest.len(),
+        needed,
+        remaining: rest.len(),
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn count_past_end(count: usize, offset: usize, remaining: usize) -> DecodeError {
+    DecodeError::CountPastEnd {
+        count,
+        offset,
+        remaining,
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn too_many_terms(terms: usize, limit: usize, offset: usize) -> DecodeError {
+    DecodeError::TooManyTerms { terms, limit, offset }
+}
+
+#[cold]
+#[inline(never)]
+fn not_finite(offset: usize) -> DecodeError {
+    DecodeError::Float { offset }
 }
 
 /// Magnitude bytes without the zero bytes at their high end.
@@ -420,6 +511,11 @@ pub(crate) fn small_integer(negative: bool, magnitude: &[u8]) -> Option<i64> {
         .iter()
         .rev()
         .fold(0u64, |acc, &b| acc << 8 | u64::from(b));
+    signed(negative, value)
+}
+
+#[inline(always)]
+fn signed(negative: bool, value: u64) -> Option<i64> {
     if negative {
         0i64.checked_sub_unsigned(value)
     } else {
@@ -427,20 +523,13 @@ pub(crate) fn small_integer(negative: bool, magnitude: &[u8]) -> Option<i64> {
     }
 }
 
-fn finite<'a>(offset: usize, value: f64) -> Result<Token<'a>, DecodeError> {
-    if value.is_finite() {
-        Ok(Token::Float(value))
-    } else {
-        Err(DecodeError::Float { offset })
-    }
-}
-
 /// `FLOAT_EXT`: the number as text, `sprintf("%.20e")`, filled up with zero bytes.
 fn float_text<'a>(offset: usize, bytes: &[u8]) -> Result<Token<'a>, DecodeError> {
     let text = bytes.split(|&b| b == 0).next().unwrap_or_default();
-    // Rust also parses "inf" and "nan", which `finite` refuses.
+    // Rust also parses "inf" and "nan".
     let value = std::str::from_utf8(text)
         .ok()
-        .and_then(|text| text.parse::<f64>().ok());
-    value.map_or(Err(DecodeError::Float { offset }), |value| finite(offset, value))
+        .and_then(|text| text.parse::<f64>().ok())
+        .filter(|value| value.is_finite());
+    value.map(Token::Float).ok_or_else(|| not_finite(offset))
 }

@@ -251,15 +251,15 @@ impl<'a> Decoder<'a> {
     }
 
     fn atom(&mut self, atom: AtomRef<'_>) -> Atom {
-        let AtomRef::Utf8(text) = atom else {
+        let Some(text) = atom.utf8_bytes() else {
             return Atom::from(atom);
         };
-        let byte = |index: usize| text.as_bytes().get(index).map_or(0, |&b| usize::from(b));
+        let byte = |index: usize| text.get(index).map_or(0, |&b| usize::from(b));
         let hash = text.len() ^ byte(0) ^ (byte(text.len() / 2) * 3) ^ (byte(text.len().wrapping_sub(1)) * 7);
         match self.atoms.get_mut(hash % CACHED_ATOMS) {
-            Some(Some(known)) if *known == *text => known.clone(),
-            Some(slot) => slot.insert(Atom::from(text)).clone(),
-            None => Atom::from(text),
+            Some(Some(known)) if known.as_str().as_bytes() == text => known.clone(),
+            Some(slot) => slot.insert(Atom::from(atom)).clone(),
+            None => Atom::from(atom),
         }
     }
 }

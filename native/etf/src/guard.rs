@@ -217,6 +217,8 @@ pub struct Guard {
     owed: usize,
     stats: GuardStats,
     nesting: Nesting,
+    /// Of how many maps the token is in a key, as the key itself or as a part of it.
+    in_keys: usize,
     /// Nodes and creations seen, at most `max_nodes`.
     nodes: Vec<(Atom, u32)>,
     failed: Option<GuardError>,
@@ -232,6 +234,7 @@ impl Guard {
             owed: 1,
             stats: GuardStats::default(),
             nesting: Nesting::new(policy.max_depth as usize),
+            in_keys: 0,
             nodes: Vec::new(),
             failed: None,
         }
@@ -293,6 +296,11 @@ impl Guard {
         while cursor.owed() > 0 {
             let at = cursor.pos();
             let token = cursor.token()?;
+            match self.nesting.next_is_key() {
+                Some(true) => self.in_keys += 1,
+                Some(false) => self.in_keys = self.in_keys.saturating_sub(1),
+                None => {}
+            }
             self.nesting.advance(&token, at, cursor.pos())?;
             let len = cursor.pos() - at;
             self.admit(&token, at, len)?;
@@ -344,7 +352,7 @@ impl Guard {
         if let Token::Map { pairs } = token {
             stats.map_pairs = stats.map_pairs.saturating_add(*pairs);
         }
-        let in_keys = len.saturating_mul(self.nesting.in_keys());
+        let in_keys = len.saturating_mul(self.in_keys);
         stats.key_bytes = stats.key_bytes.saturating_add(in_keys);
         stats.heap_words = stats.heap_words.saturating_add(heap_words(token));
         if stats.atoms > policy.max_atoms {

@@ -1,6 +1,9 @@
 //! What a borrowed walk yields: one token per term header or leaf.
 
 use std::borrow::Cow;
+use std::fmt;
+
+use crate::atom::Atom;
 
 /// One step of a [`Walk`](crate::Walk). Containers are announced; their elements follow as further tokens.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -81,39 +84,68 @@ impl Token<'_> {
 }
 
 /// An atom's text as it stands in the input: at most 255 characters.
-#[derive(Debug, Clone, Copy)]
-pub enum AtomRef<'a> {
-    /// UTF-8 (any pure ASCII atom is given so).
-    Utf8(&'a str),
-    /// Latin-1, with at least one byte above 127.
-    Latin1(&'a [u8]),
+#[derive(Clone, Copy)]
+pub struct AtomRef<'a> {
+    bytes: &'a [u8],
+    /// Latin-1 with at least one byte above 127, else UTF-8.
+    latin1: bool,
 }
 
 impl<'a> AtomRef<'a> {
+    #[inline(always)]
+    pub(crate) fn ascii(bytes: &'a [u8]) -> Self {
+        Self { bytes, latin1: false }
+    }
+
+    pub(crate) fn utf8(text: &'a str) -> Self {
+        Self {
+            bytes: text.as_bytes(),
+            latin1: false,
+        }
+    }
+
+    /// At least one byte is above 127.
+    pub(crate) fn latin1(bytes: &'a [u8]) -> Self {
+        Self { bytes, latin1: true }
+    }
+
+    /// The text, borrowed; `None` if it came as Latin-1 with characters above ASCII (OTP 25 sends such atoms).
+    #[inline]
+    pub fn as_str(self) -> Option<&'a str> {
+        if self.latin1 {
+            None
+        } else {
+            std::str::from_utf8(self.bytes).ok()
+        }
+    }
+
     /// The text as UTF-8; copies only if it was Latin-1.
     pub fn to_str(self) -> Cow<'a, str> {
-        match self {
-            Self::Utf8(text) => Cow::Borrowed(text),
+        match self.as_str() {
+            Some(text) => Cow::Borrowed(text),
             // A Latin-1 byte is the Unicode code point of the same number.
-            Self::Latin1(bytes) => Cow::Owned(bytes.iter().map(|&b| char::from(b)).collect()),
+            None => Cow::Owned(self.bytes.iter().map(|&b| char::from(b)).collect()),
         }
     }
 
     /// Bytes it takes in the input.
     pub fn encoded_len(self) -> usize {
-        match self {
-            Self::Utf8(text) => text.len(),
-            Self::Latin1(bytes) => bytes.len(),
-        }
+        self.bytes.len()
+    }
+
+    /// The bytes of the text if they are UTF-8.
+    #[inline(always)]
+    pub(crate) fn utf8_bytes(self) -> Option<&'a [u8]> {
+        (!self.latin1).then_some(self.bytes)
     }
 }
 
 impl PartialEq for AtomRef<'_> {
     fn eq(&self, other: &Self) -> bool {
-        match (self, other) {
-            (Self::Utf8(a), Self::Utf8(b)) => a == b,
-            (Self::Latin1(a), Self::Latin1(b)) => a == b,
-            (Self::Utf8(text), latin1) | (latin1, Self::Utf8(text)) => latin1 == *text,
+        if self.latin1 == other.latin1 {
+            self.bytes == other.bytes
+        } else {
+            self.to_str() == other.to_str()
         }
     }
 }
@@ -122,10 +154,23 @@ impl Eq for AtomRef<'_> {}
 
 impl PartialEq<str> for AtomRef<'_> {
     fn eq(&self, other: &str) -> bool {
-        match self {
-            Self::Utf8(text) => *text == other,
-            Self::Latin1(bytes) => bytes.iter().map(|&b| char::from(b)).eq(other.chars()),
+        if self.latin1 {
+            self.bytes.iter().map(|&b| char::from(b)).eq(other.chars())
+        } else {
+            self.bytes == other.as_bytes()
         }
+    }
+}
+
+impl PartialEq<&str> for AtomRef<'_> {
+    fn eq(&self, other: &&str) -> bool {
+        self == *other
+    }
+}
+
+impl fmt::Debug for AtomRef<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&Atom::from(*self), f)
     }
 }
 

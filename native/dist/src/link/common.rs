@@ -99,7 +99,7 @@ impl CommonDecoder {
     }
 
     fn name(&mut self, name: AtomRef<'_>) -> Atom {
-        let AtomRef::Utf8(text) = name else {
+        let Some(text) = name.as_str() else {
             return Atom::from(name);
         };
         if let Some(known) = self.names.iter().flatten().find(|known| known.as_str() == text) {

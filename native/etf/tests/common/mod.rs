@@ -2,6 +2,7 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 pub(crate) mod agreement;
+pub(crate) mod libei;
 
 use meshx_etf::{Export, Pid, Port, Reference, Term};
 use proptest::collection::vec;

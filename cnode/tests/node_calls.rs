@@ -207,23 +207,6 @@ async fn functions_of_a_beam_are_called() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_beam_that_wants_to_spawn_here_is_told_no() {
-    let epmd = Epmd::start().await;
-    let _node = epmd.node("search@127.0.0.1").await;
-    let mut beam = epmd.beam("cart@127.0.0.1").await;
-    let error = beam
-        .try_eval("erpc:call('search@127.0.0.1', lists, seq, [1, 2]).")
-        .await
-        .unwrap_err();
-    assert_eq!(error, "{error,{erpc,notsup}}");
-    // rpc falls back to `rex`, which this node does not have.
-    let value = beam
-        .eval("rpc:call('search@127.0.0.1', lists, seq, [1, 2]).")
-        .await;
-    assert!(value.starts_with("{badrpc,"), "{value}");
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn large_messages_go_both_ways() {
     const LEN: usize = 8 << 20;
     let epmd = Epmd::start().await;
@@ -277,11 +260,18 @@ async fn nodes_of_the_library_call_each_other_and_themselves() {
             .await;
         assert!(matches!(nobody, Err(CallError::NoProcess(_))), "{nobody:?}");
     }
-    let unsupported = a.rpc("b@127.0.0.1", "lists", "seq", vec![], LONG).await;
-    assert!(
-        matches!(&unsupported, Err(RpcError::NotStarted { reason, .. }) if *reason == Term::atom("notsup")),
-        "{unsupported:?}"
-    );
+    b.expose("math", "twice", 1, |args: Vec<Term>| async move {
+        Ok(Term::Int(args[0].as_int().unwrap_or_default() * 2))
+    });
+    for node in [&a, &b] {
+        let result = node.rpc("b@127.0.0.1", "math", "twice", vec![Term::Int(4)], LONG);
+        assert_eq!(result.await.unwrap(), Term::Int(8));
+        let undef = node.rpc("b@127.0.0.1", "lists", "seq", vec![], LONG).await;
+        assert!(
+            matches!(&undef, Err(RpcError::Error { reason, .. }) if *reason == Term::atom("undef")),
+            "{undef:?}"
+        );
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -441,7 +441,7 @@ async fn a_caller_that_never_reads_its_answers_holds_up_no_server() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_full_mailbox_drops_messages_but_no_signals() {
+async fn a_full_mailbox_drops_messages_but_not_the_ends_it_waits_for() {
     let scene = Scene::new(Limits {
         mailbox_messages: 3,
         ..Limits::default()
@@ -449,26 +449,45 @@ async fn a_full_mailbox_drops_messages_but_no_signals() {
     .await;
     let mut full = scene.node.register("full").unwrap();
     let sender = scene.friend.mailbox();
+    // Its own link and monitor, which count for nothing in the queue until they end.
+    let (linked, monitored) = (scene.friend.mailbox(), scene.friend.mailbox());
+    full.link(linked.pid()).await;
+    let reference = full.monitor(monitored.pid()).await;
+    // Behind both, so that they stand.
+    scene.node.ping("friend@127.0.0.1", LONG).await.unwrap();
     for number in 0..10 {
         sender
             .send(("full", "search@127.0.0.1"), &Term::Int(number))
             .await
             .unwrap();
     }
+    // What a peer sends of its own accord is no better than a message.
     sender.exit(full.pid(), &Term::atom("signal")).await.unwrap();
+    sender.link(full.pid()).await;
+    sender.close(Term::atom("their_link"));
+    let (linked_pid, target) = (linked.pid().clone(), monitored.pid().clone().into());
+    linked.close(Term::atom("boom"));
+    monitored.close(Term::atom("bang"));
     // Behind all of these on the same connection.
     scene.friend_is_served().await;
-    assert_eq!(full.dropped(), 7);
+    assert_eq!(full.dropped(), 9);
     for number in 0..3 {
         let Some(Message::Term { term, .. }) = soon(full.recv()).await else {
             panic!("no message")
         };
         assert_eq!(term, Term::Int(number));
     }
-    let Some(Message::Exit { reason, .. }) = soon(full.recv()).await else {
-        panic!("no signal")
+    let exit = Message::Exit {
+        from: linked_pid,
+        reason: Term::atom("boom"),
     };
-    assert_eq!(reason, Term::atom("signal"));
+    assert_eq!(soon(full.recv()).await, Some(exit));
+    let down = Message::Down {
+        reference,
+        target,
+        reason: Term::atom("bang"),
+    };
+    assert_eq!(soon(full.recv()).await, Some(down));
 }
 
 #[tokio::test(flavor = "multi_thread")]

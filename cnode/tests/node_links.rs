@@ -3,7 +3,7 @@
 
 mod node_support;
 
-use meshx::node::{Address, Mailbox, Message};
+use meshx::node::{Address, Mailbox, Message, SpawnOptions};
 use meshx_etf::{Pid, Term};
 use node_support::{Beam, Epmd, soon};
 
@@ -176,7 +176,13 @@ async fn processes_are_started_on_a_beam() {
     let mut main = node.mailbox();
     let args = vec![Term::tuple([Term::atom("some"), Term::atom("reason")])];
     let reference = main
-        .spawn_monitor("cart@127.0.0.1", "erlang", "exit", args)
+        .spawn_request(
+            "cart@127.0.0.1",
+            "erlang",
+            "exit",
+            args,
+            SpawnOptions::new().monitor(),
+        )
         .await
         .unwrap();
     let Some(Message::Spawned {

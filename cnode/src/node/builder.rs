@@ -16,6 +16,7 @@ use super::Node;
 use super::carrier::{Carrier, Listener};
 use super::connections::{Connections, is_node_name};
 use super::error::StartError;
+use super::exposed::Exposed;
 use super::inner::{Alive, Inner};
 use super::limits::Limits;
 use super::mailbox::Mailbox;
@@ -24,6 +25,7 @@ use super::net_kernel::NetKernel;
 use super::plain::{self, Plain};
 use super::policy::{Kept, Reconnect};
 use super::process::Processes;
+use super::rex::Rex;
 use super::server;
 use super::watch::Watch;
 
@@ -233,15 +235,20 @@ impl NodeBuilder {
             reconnect: self.reconnect,
             kept: Kept::default(),
             tasks: TaskTracker::new(),
+            exposed: Exposed::default(),
             // What this node's own processes hold on each other is no peer's doing.
             own_watch: Watch::new(usize::MAX).into(),
             name,
             limits,
         });
-        let net_kernel = Mailbox::new(Arc::clone(&inner), None);
-        // The table is empty, so the name is free.
-        let _ = net_kernel.register("net_kernel");
-        inner.spawn(server::run(net_kernel, NetKernel));
+        let own = |name| {
+            let mailbox = Mailbox::new(Arc::clone(&inner), None);
+            // The table is empty, so the name is free.
+            let _ = mailbox.register(name);
+            mailbox
+        };
+        inner.spawn(server::run(own("net_kernel"), NetKernel));
+        inner.spawn(server::run(own("rex"), Rex(Arc::clone(&inner))));
         inner.spawn(Arc::clone(&inner).accept_all(listener));
         match &inner.carrier {
             Carrier::Mesh(_) => inner.spawn(super::mesh::keep(Arc::clone(&inner))),

@@ -59,6 +59,7 @@ impl Connection {
                 limits.send_queue_bytes,
                 limits.reply_queue_bytes,
                 limits.answer_queue_bytes,
+                limits.notice_queue_bytes,
             ),
             max_message: limits.message_bytes,
             sequence: AtomicU64::new(1),

@@ -6,16 +6,18 @@ use std::sync::Arc;
 
 use meshx_dist::control::{Control, Proc, SpawnResult, Target};
 use meshx_dist::flags::DistFlags;
-use meshx_etf::{Atom, Pid, Term};
+use meshx_etf::{Pid, Reference, Term};
 
 use super::address::Address;
 use super::connection::Connection;
 use super::event::DownReason;
+use super::exits::{Reason, Via};
 use super::inner::Inner;
 use super::mailbox::Message;
 use super::outbound::QueueError;
 use super::process::{Item, Process};
-use super::watch::{Incoming, TooMany, Watched};
+use super::spawned::{self, LINKED, MONITORED};
+use super::watch::{Incoming, Outgoing, TooMany, Watched};
 use super::wire::{self, Received};
 
 /// Where a control message came from, and where its answers go.
@@ -58,10 +60,16 @@ pub(crate) fn handle(inner: &Arc<Inner>, peer: &Peer<'_>, received: Received) ->
         Control::UnlinkIdAck { id, from, to } => {
             peer.watch(inner, |watch| watch.unlink_acknowledged(&to, &from, id));
         }
-        Control::Exit { from, to, reason, .. } => link_broke(inner, peer, from, &to, reason),
-        Control::PayloadExit { from, to, .. } => link_broke(inner, peer, from, &to, reason(inner, &payload)?),
-        Control::Exit2 { from, to, reason, .. } => exit(inner, from, &to, reason),
-        Control::PayloadExit2 { from, to, .. } => exit(inner, from, &to, reason(inner, &payload)?),
+        Control::Exit { from, to, reason, .. } => link_broke(inner, peer, from, &to, in_control(reason)?),
+        Control::PayloadExit { from, to, .. } => {
+            link_broke(inner, peer, from, &to, in_payload(inner, payload)?)
+        }
+        Control::Exit2 { from, to, reason, .. } => {
+            inner.exit_signal(from, &to, in_control(reason)?, Via::Exit);
+        }
+        Control::PayloadExit2 { from, to, .. } => {
+            inner.exit_signal(from, &to, in_payload(inner, payload)?, Via::Exit);
+        }
         Control::MonitorP { from, to, reference } => return monitor(inner, peer, from, to, reference),
         Control::DemonitorP { reference, .. } => {
             peer.watch(inner, |watch| watch.peer_demonitors(&reference));
@@ -71,25 +79,18 @@ pub(crate) fn handle(inner: &Arc<Inner>, peer: &Peer<'_>, received: Received) ->
             reference,
             reason,
             ..
-        } => {
-            down(inner, peer, from, &reference, reason);
-        }
+        } => down(inner, peer, from, reference, in_control(reason)?),
         Control::PayloadMonitorPExit { from, reference, .. } => {
-            let reason = reason(inner, &payload)?;
-            down(inner, peer, from, &reference, reason);
+            down(inner, peer, from, reference, in_payload(inner, payload)?);
         }
-        Control::SpawnRequest { id, from, .. } => {
-            let result = SpawnResult::Error(Atom::from("notsup"));
-            let reply = Control::SpawnReply {
-                id,
-                to: from,
-                flags: 0,
-                result,
-                token: None,
-            };
-            return peer.answer(inner, reply, None);
-        }
-        Control::SpawnReply { id, to, result, .. } => spawned(inner, peer, &to, id, result),
+        request @ Control::SpawnRequest { .. } => return spawned::request(inner, peer, request, payload),
+        Control::SpawnReply {
+            id,
+            to,
+            flags,
+            result,
+            ..
+        } => return spawn_reply(inner, peer, to, id, flags, result),
         // A group leader means nothing here: nothing prints.
         Control::GroupLeader { .. } | Control::NodeLink => {}
         // Operations of later releases come only when agreed by flags that this node does not set.
@@ -126,9 +127,9 @@ fn altact(
         Target::Alias(alias) => inner.processes.by_alias(alias),
     };
     if is_exit {
-        let reason = reason(inner, &payload)?;
+        let reason = in_payload(inner, payload)?;
         if let Some(process) = process {
-            process.deliver(Item::Ready(Message::Exit { from, reason }));
+            inner.exit_signal(from, &process.pid, reason, Via::Exit);
         }
     } else {
         deliver(process, Some(from), payload);
@@ -137,28 +138,23 @@ fn altact(
 }
 
 fn link(inner: &Arc<Inner>, peer: &Peer<'_>, from: Pid, to: Pid) -> Result<(), DownReason> {
-    if inner.processes.by_pid(&to).is_some() {
-        let (local, remote) = (to.clone(), from.clone());
-        peer.watch(inner, |watch| watch.peer_links(local, remote))
+    if let Some(process) = inner.processes.by_pid(&to) {
+        process.set_watched();
+        let from = peer.known(from.clone());
+        peer.watch(inner, |watch| watch.peer_links(&process.pid, from))
             .map_err(|TooMany| peer.too_many(inner))?;
         // It may have ended between the two lines above. Then either its end took the link along and told the
         // peer, or the link is still there and it is ours to tell.
-        if inner.processes.by_pid(&to).is_some() || !peer.watch(inner, |watch| watch.link_broke(&to, &from)) {
-            return Ok(());
-        }
+        inner.sweep(&process);
+        return Ok(());
     }
-    peer.answer_exit(inner, to, from, "noproc")
+    let (control, payload) = wire::exit(peer.flags(), to, from, Term::atom("noproc"));
+    peer.answer(inner, control, payload.as_ref())
 }
 
-fn link_broke(inner: &Arc<Inner>, peer: &Peer<'_>, from: Pid, to: &Pid, reason: Term) {
-    if peer.watch(inner, |watch| watch.link_broke(to, &from)) {
-        exit(inner, from, to, reason);
-    }
-}
-
-fn exit(inner: &Arc<Inner>, from: Pid, to: &Pid, reason: Term) {
-    if let Some(process) = inner.processes.by_pid(to) {
-        process.deliver(Item::Ready(Message::Exit { from, reason }));
+fn link_broke(inner: &Arc<Inner>, peer: &Peer<'_>, from: Pid, to: &Pid, reason: Reason) {
+    if let Some(ours) = peer.watch(inner, |watch| watch.link_broke(to, &from)) {
+        inner.exit_signal(from, to, reason, Via::Link { ours });
     }
 }
 
@@ -167,86 +163,127 @@ fn monitor(
     peer: &Peer<'_>,
     from: Pid,
     to: Proc,
-    reference: meshx_etf::Reference,
+    reference: Reference,
 ) -> Result<(), DownReason> {
     let process = match &to {
         Proc::Pid(pid) => inner.processes.by_pid(pid),
         Proc::Name(name) => inner.processes.by_name(name.as_str()),
     };
     if let Some(process) = process {
-        let watched = match &to {
-            Proc::Pid(pid) => Watched::Pid(pid.clone()),
-            Proc::Name(name) => Watched::Name(name.clone()),
+        let watched = match to {
+            Proc::Pid(_) => Watched::Pid(process.pid.clone()),
+            Proc::Name(name) => Watched::Name(name),
         };
         let monitor = Incoming {
-            watcher: from.clone(),
+            watcher: peer.known(from),
             watched,
             local: process.pid.clone(),
         };
-        peer.watch(inner, |watch| watch.peer_monitors(reference.clone(), monitor))
+        process.set_watched();
+        peer.watch(inner, |watch| watch.peer_monitors(reference, monitor))
             .map_err(|TooMany| peer.too_many(inner))?;
         // As with links: it may have ended meanwhile.
-        let lives = inner.processes.by_pid(&process.pid).is_some();
-        if lives
-            || peer
-                .watch(inner, |watch| watch.peer_demonitors(&reference))
-                .is_none()
-        {
-            return Ok(());
-        }
+        inner.sweep(&process);
+        return Ok(());
     }
-    peer.answer_monitor_exit(inner, to, from, reference, "noproc")
+    let (control, payload) = wire::monitor_exit(peer.flags(), to, from, reference, Term::atom("noproc"));
+    peer.answer(inner, control, payload.as_ref())
 }
 
-fn down(inner: &Arc<Inner>, peer: &Peer<'_>, from: Proc, reference: &meshx_etf::Reference, reason: Term) {
-    let Some(monitor) = peer.watch(inner, |watch| watch.take_outgoing(reference)) else {
+fn down(inner: &Arc<Inner>, peer: &Peer<'_>, from: Proc, reference: Reference, reason: Reason) {
+    let Some(monitor) = peer.watch(inner, |watch| watch.take_outgoing(&reference)) else {
         return;
     };
+    let target = match (from, monitor.target) {
+        (_, target @ Address::Name { .. }) => target,
+        (Proc::Pid(pid), _) => Address::Pid(pid),
+        (Proc::Name(_), target) => target,
+    };
     if let Some(process) = inner.processes.by_pid(&monitor.local) {
-        let target = match (from, monitor.target) {
-            // The monitor of a spawn request learns the pid from its end.
-            (Proc::Pid(pid), Address::Name { name, .. }) if name.as_str().is_empty() => Address::Pid(pid),
-            (_, target) => target,
-        };
-        process.deliver(Item::Ready(Message::Down {
-            reference: reference.clone(),
-            target,
-            reason,
-        }));
+        process.deliver_owed(match reason.encoded {
+            Some(reason) => Item::Down {
+                reference,
+                target,
+                reason,
+            },
+            None => Item::Ready(Message::Down {
+                reference,
+                target,
+                reason: reason.term,
+            }),
+        });
     }
 }
 
-fn spawned(inner: &Arc<Inner>, peer: &Peer<'_>, to: &Pid, id: meshx_etf::Reference, result: SpawnResult) {
-    let result = match result {
-        SpawnResult::Pid(pid) => {
-            // From here on the monitor is one of this pid.
+/// The answer to a spawn request of this node. The link and the monitor that it asked for stand from here on.
+fn spawn_reply(
+    inner: &Arc<Inner>,
+    peer: &Peer<'_>,
+    to: Pid,
+    id: Reference,
+    flags: u32,
+    result: SpawnResult,
+) -> Result<(), DownReason> {
+    let known = peer.watch(inner, |watch| watch.take_spawning(&id));
+    let process = inner.processes.by_pid(&to);
+    match (result, known, process) {
+        (SpawnResult::Error(error), Some(spawning), _) => {
+            inner.spawned(&spawning.local, id, Err(Term::Atom(error)));
+        }
+        (SpawnResult::Pid(pid), Some(spawning), Some(process)) if process.pid == spawning.local => {
             peer.watch(inner, |watch| {
-                if let Some(mut monitor) = watch.take_outgoing(&id) {
-                    monitor.target = Address::Pid(pid.clone());
-                    watch.monitor(id.clone(), monitor);
+                if spawning.link && flags & LINKED != 0 {
+                    watch.link(&process.pid, pid.clone());
+                }
+                if spawning.monitor && flags & MONITORED != 0 {
+                    let outgoing = Outgoing {
+                        local: process.pid.clone(),
+                        target: Address::Pid(pid.clone()),
+                    };
+                    watch.monitor(id.clone(), outgoing);
                 }
             });
-            Ok(pid)
+            inner.spawned(&process.pid, id, Ok(pid));
+            inner.sweep(&process);
         }
-        SpawnResult::Error(error) => {
-            if peer.watch(inner, |watch| watch.take_outgoing(&id)).is_none() {
-                return;
+        // Nobody waits for it any more: it ends, if it was to be linked, and is not watched.
+        (SpawnResult::Pid(pid), _, _) => {
+            if flags & MONITORED != 0 {
+                let demonitor = Control::DemonitorP {
+                    from: to.clone(),
+                    to: Proc::Pid(pid.clone()),
+                    reference: id,
+                };
+                peer.answer(inner, demonitor, None)?;
             }
-            Err(Term::Atom(error))
+            if flags & LINKED != 0 {
+                let (control, payload) = wire::exit(peer.flags(), to, pid, Term::atom("abandoned"));
+                peer.answer(inner, control, payload.as_ref())?;
+            }
         }
-    };
-    if let Some(process) = inner.processes.by_pid(to) {
-        process.deliver(Item::Ready(Message::Spawned {
-            reference: id,
-            result,
-        }));
+        (SpawnResult::Error(_), None, _) => {}
     }
+    Ok(())
 }
 
-/// The exit reason in a payload.
-fn reason(inner: &Inner, payload: &Option<Vec<u8>>) -> Result<Term, DownReason> {
-    let bytes = payload.as_deref().unwrap_or_default();
-    meshx_etf::decode(bytes, &inner.limits.terms).map_err(|error| DownReason::Protocol(error.to_string()))
+/// An exit reason within a control message, as nodes without `EXIT_PAYLOAD` send it.
+fn in_control(term: Term) -> Result<Reason, DownReason> {
+    let mut bytes = Vec::new();
+    meshx_etf::encode(&term, &mut bytes).map_err(|error| DownReason::Protocol(error.to_string()))?;
+    Ok(Reason {
+        term,
+        encoded: Some(bytes),
+    })
+}
+
+/// An exit reason behind a control message.
+fn in_payload(inner: &Inner, payload: Option<Vec<u8>>) -> Result<Reason, DownReason> {
+    let bytes = payload.unwrap_or_default();
+    let term = meshx_etf::decode(&bytes, &inner.limits.terms);
+    Ok(Reason {
+        term: term.map_err(|error| DownReason::Protocol(error.to_string()))?,
+        encoded: Some(bytes),
+    })
 }
 
 impl Peer<'_> {
@@ -258,7 +295,7 @@ impl Peer<'_> {
         }
     }
 
-    fn too_many(&self, inner: &Inner) -> DownReason {
+    pub(crate) fn too_many(&self, inner: &Inner) -> DownReason {
         let _ = self;
         DownReason::Limit {
             name: "watches_per_connection",
@@ -267,7 +304,12 @@ impl Peer<'_> {
     }
 
     /// Sends what the peer's own message caused.
-    fn answer(&self, inner: &Arc<Inner>, control: Control, payload: Option<&Term>) -> Result<(), DownReason> {
+    pub(crate) fn answer(
+        &self,
+        inner: &Arc<Inner>,
+        control: Control,
+        payload: Option<&Term>,
+    ) -> Result<(), DownReason> {
         let connection = match self {
             Self::Local => return handle(inner, self, wire::local(control, payload)),
             Self::Remote(connection) => connection,
@@ -287,21 +329,14 @@ impl Peer<'_> {
         }
     }
 
-    fn answer_exit(&self, inner: &Arc<Inner>, from: Pid, to: Pid, reason: &str) -> Result<(), DownReason> {
-        let (control, payload) = wire::exit(self.flags(), from, to, Term::atom(reason));
-        self.answer(inner, control, payload.as_ref())
-    }
-
-    fn answer_monitor_exit(
-        &self,
-        inner: &Arc<Inner>,
-        from: Proc,
-        to: Pid,
-        reference: meshx_etf::Reference,
-        reason: &str,
-    ) -> Result<(), DownReason> {
-        let (control, payload) = wire::monitor_exit(self.flags(), from, to, reference, Term::atom(reason));
-        self.answer(inner, control, payload.as_ref())
+    /// A pid of the peer, its node's name shared with the connection.
+    pub(crate) fn known(&self, mut pid: Pid) -> Pid {
+        if let Self::Remote(connection) = self
+            && pid.node == connection.node
+        {
+            pid.node = connection.node.clone();
+        }
+        pid
     }
 
     pub(crate) fn flags(&self) -> meshx_dist::flags::DistFlags {

@@ -165,6 +165,21 @@ impl From<EncodeError> for SendError {
     }
 }
 
+/// Why a mailbox has no message.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum RecvError {
+    /// None came in time.
+    #[error("no message within {0:?}")]
+    Timeout(Duration),
+    /// An exit signal has ended the mailbox; the reason.
+    #[error("the mailbox has ended: {0:?}")]
+    Ended(Term),
+    /// This node has been shut down.
+    #[error("this node has shut down")]
+    NodeDown,
+}
+
 /// Why a call has no result.
 #[derive(Debug, Clone, thiserror::Error)]
 #[non_exhaustive]

@@ -19,12 +19,14 @@ use super::connections::Connections;
 use super::dispatch::{self, Peer};
 use super::error::{ConnectError, SendError};
 use super::event::{DownReason, NodeEvent};
+use super::exits::{Reason, Via};
+use super::exposed::Exposed;
 use super::limits::Limits;
-use super::mailbox::Message;
-use super::outbound::{Origin, QueueError, Room};
+use super::mailbox::{Message, SpawnOptions};
+use super::outbound::{Origin, Room};
 use super::policy::{Kept, Reconnect};
 use super::process::{Item, Process, Processes};
-use super::watch::{Ended, Outgoing, Watch, Watched};
+use super::watch::{Outgoing, Spawning, Watch};
 use super::wire;
 
 /// A node, without what keeps it up.
@@ -44,6 +46,7 @@ pub(crate) struct Inner {
     pub(crate) kept: Kept,
     /// All tasks of this node.
     pub(crate) tasks: TaskTracker,
+    pub(crate) exposed: Exposed,
     /// Links and monitors between processes of this node.
     pub(crate) own_watch: Mutex<Watch>,
 }
@@ -146,7 +149,19 @@ impl Inner {
             .up(to.node())
             .ok_or_else(|| SendError::Disconnected(to.node().as_str().to_owned()))?;
         let control = wire::send(connection.flags, from, to);
-        let queued = queue(&connection, Room::Reply, control, Some(term));
+        self.post_reply(&connection, None, control, Some(term)).await
+    }
+
+    /// Queues what answers a peer's request, waiting for room for a bounded time. `origin` is the process that it
+    /// comes from if it names none.
+    pub(crate) async fn post_reply(
+        &self,
+        connection: &Connection,
+        origin: Origin,
+        control: Control,
+        payload: Option<&Term>,
+    ) -> Result<(), SendError> {
+        let queued = queue(connection, Room::Reply, origin, control, payload);
         match tokio::time::timeout(self.limits.reply_wait, queued).await {
             Ok(sent) => sent,
             Err(_) => {
@@ -155,7 +170,7 @@ impl Inner {
                     name: "reply_queue_bytes",
                     value,
                 });
-                Err(disconnected(&connection))
+                Err(disconnected(connection))
             }
         }
     }
@@ -181,113 +196,119 @@ impl Inner {
         reference: Reference,
         target: Address,
     ) {
+        let from = process.pid.clone();
         let to = match &target {
             Address::Pid(pid) => Proc::Pid(pid.clone()),
             Address::Name { name, .. } => Proc::Name(name.clone()),
-            Address::Alias(_) => return down(process, reference, target, "noproc"),
+            Address::Alias(_) => return self.down(&from, reference, target, Term::atom("noproc")),
         };
-        let from = process.pid.clone();
         let node = target.node().clone();
         let outgoing = Outgoing {
             local: from.clone(),
             target: target.clone(),
         };
         let control = Control::MonitorP {
-            from,
+            from: from.clone(),
             to,
             reference: reference.clone(),
         };
+        process.set_watched();
         if node == self.name {
             self.local_watch().monitor(reference, outgoing);
-            let _ = dispatch::handle(self, &Peer::Local, wire::local(control, None));
-            return;
+            self.handle_here(control, None);
+            return self.sweep(process);
         }
+        let noconnection = || Term::atom("noconnection");
         let Ok(connection) = self.connect(&node).await else {
-            return down(process, reference, target, "noconnection");
+            return self.down(&from, reference, target, noconnection());
         };
         connection.watch().monitor(reference.clone(), outgoing);
         if self.post(&connection, control, None).await.is_err()
             // Else the end of the connection has told it already.
             && connection.watch().take_outgoing(&reference).is_some()
         {
-            down(process, reference, target, "noconnection");
+            self.down(&from, reference, target, noconnection());
         }
+        self.sweep(process);
     }
 
     pub(crate) fn demonitor(self: &Arc<Self>, process: &Arc<Process>, reference: &Reference) {
         let mine = |watch: &mut Watch| watch.take_outgoing_of(reference, &process.pid);
-        if let Some(outgoing) = mine(&mut self.local_watch()) {
-            self.notify(None, demonitor(outgoing, reference), None);
+        let here = mine(&mut self.local_watch());
+        if let Some(outgoing) = here {
+            return self.handle_here(demonitor(outgoing, reference), None);
         }
         for connection in self.connections.all() {
             let taken = mine(&mut connection.watch());
             if let Some(outgoing) = taken {
-                self.notify(Some(&connection), demonitor(outgoing, reference), None);
+                self.notify(&connection, None, demonitor(outgoing, reference), None);
+                return;
             }
         }
     }
 
     pub(crate) async fn link(self: &Arc<Self>, process: &Arc<Process>, to: &Pid) {
-        let from = process.pid.clone();
+        let from = &process.pid;
         let control = Control::Link {
             from: from.clone(),
             to: to.clone(),
         };
+        process.set_watched();
         if to.node == self.name {
-            let new = self.local_watch().link(from, to.clone());
-            if new {
-                let _ = dispatch::handle(self, &Peer::Local, wire::local(control, None));
+            // A link to itself is none.
+            if to != from && self.local_watch().link(from, to.clone()) {
+                self.handle_here(control, None);
             }
-            return;
+            return self.sweep(process);
         }
         let broken = || {
-            let reason = Term::atom("noconnection");
-            process.deliver(Item::Ready(Message::Exit {
-                from: to.clone(),
-                reason,
-            }));
+            self.exit_signal(
+                to.clone(),
+                from,
+                Reason::atom("noconnection"),
+                Via::Link { ours: true },
+            )
         };
         let Ok(connection) = self.connect(&to.node).await else {
             return broken();
         };
-        let new = connection.watch().link(from.clone(), to.clone());
-        if new
-            && self.post(&connection, control, None).await.is_err()
-            && connection.watch().link_broke(&from, to)
-        {
-            broken();
+        let new = connection.watch().link(from, to.clone());
+        if new && self.post(&connection, control, None).await.is_err() {
+            let broke = connection.watch().link_broke(from, to);
+            if broke.is_some() {
+                broken();
+            }
         }
+        self.sweep(process);
     }
 
     pub(crate) fn unlink(self: &Arc<Self>, process: &Arc<Process>, to: &Pid) {
         let from = process.pid.clone();
-        let connection = self.connections.up(&to.node);
-        let id = match &connection {
-            Some(connection) => connection.watch().unlink(from.clone(), to.clone()),
-            None => self.local_watch().unlink(from.clone(), to.clone()),
+        let unlink = |id| Control::UnlinkId {
+            id,
+            from: from.clone(),
+            to: to.clone(),
         };
-        if let Some(id) = id {
-            self.notify(
-                connection.as_ref(),
-                Control::UnlinkId {
-                    id,
-                    from,
-                    to: to.clone(),
-                },
-                None,
-            );
+        if to.node == self.name {
+            let id = self.local_watch().unlink(&from, to);
+            if let Some(id) = id {
+                self.handle_here(unlink(id), None);
+            }
+        } else if let Some(connection) = self.connections.up(&to.node) {
+            let id = connection.watch().unlink(&from, to);
+            if let Some(id) = id {
+                self.notify(&connection, None, unlink(id), None);
+            }
         }
     }
 
     pub(crate) async fn exit(self: &Arc<Self>, from: &Pid, to: &Pid, reason: &Term) -> Result<(), SendError> {
         if to.node == self.name {
-            let control = Control::Exit2 {
-                from: from.clone(),
-                to: to.clone(),
-                reason: reason.clone(),
-                token: None,
+            let reason = Reason {
+                term: reason.clone(),
+                encoded: None,
             };
-            let _ = dispatch::handle(self, &Peer::Local, wire::local(control, None));
+            self.exit_signal(from.clone(), to, reason, Via::Exit);
             return Ok(());
         }
         let connection = self.connect(&to.node).await?;
@@ -295,42 +316,25 @@ impl Inner {
         self.post(&connection, control, payload.as_ref()).await
     }
 
-    pub(crate) async fn spawn_monitor(
+    pub(crate) async fn spawn_request(
         self: &Arc<Self>,
         process: &Arc<Process>,
         node: &str,
         module: &str,
         function: &str,
         args: Vec<Term>,
+        options: SpawnOptions,
     ) -> Result<Reference, SendError> {
-        let unsupported = || SendError::Unsupported {
-            node: node.to_owned(),
-            what: "a spawn request",
-        };
-        if self.name == *node {
-            return Err(unsupported());
-        }
         let arity =
             u8::try_from(args.len()).map_err(|_| SendError::Term("more than 255 arguments".into()))?;
-        let node = Atom::from(node);
-        let connection = self.connect(&node).await?;
-        if !connection.flags.contains(meshx_dist::flags::DistFlags::SPAWN) {
-            return Err(unsupported());
-        }
         let id = self.processes.make_reference();
         let from = process.pid.clone();
-        // The pid is not known yet; `dispatch` fills it in.
-        let target = Address::Name {
-            name: Atom::from(""),
-            node,
+        let spawning = Spawning {
+            local: from.clone(),
+            link: options.link,
+            monitor: options.monitor,
         };
-        connection.watch().monitor(
-            id.clone(),
-            Outgoing {
-                local: from.clone(),
-                target,
-            },
-        );
+        let wanted = [(options.link, "link"), (options.monitor, "monitor")];
         let request = Control::SpawnRequest {
             id: id.clone(),
             group_leader: from.clone(),
@@ -338,81 +342,49 @@ impl Inner {
             module: Atom::from(module),
             function: Atom::from(function),
             arity,
-            options: vec![Term::atom("monitor")],
+            options: wanted
+                .iter()
+                .filter(|(wanted, _)| *wanted)
+                .map(|(_, name)| Term::atom(*name))
+                .collect(),
             token: None,
         };
+        process.set_watched();
+        if self.name == *node {
+            self.local_watch().spawn(id.clone(), spawning);
+            self.handle_here(request, Some(&Term::List(args)));
+            return Ok(id);
+        }
+        let connection = self.connect(&Atom::from(node)).await?;
+        if !connection.flags.contains(meshx_dist::flags::DistFlags::SPAWN) {
+            return Err(SendError::Unsupported {
+                node: node.to_owned(),
+                what: "a spawn request",
+            });
+        }
+        connection.watch().spawn(id.clone(), spawning);
         let sent = self.post(&connection, request, Some(&Term::List(args))).await;
-        if sent.is_err() {
-            connection.watch().take_outgoing(&id);
+        if let Err(error) = sent
+            // Else the end of the connection has told it already.
+            && connection.watch().take_spawning(&id).is_some()
+        {
+            return Err(error);
         }
-        sent.map(|()| id)
+        Ok(id)
     }
 
-    /// Ends a process: tells all who watch it, and frees its names.
-    pub(crate) fn retire(self: &Arc<Self>, process: &Arc<Process>, reason: &Term) {
-        self.processes.remove(process);
-        let ended = self.local_watch().take_process(&process.pid);
-        self.tell_watchers(None, ended, reason);
-        for connection in self.connections.all() {
-            let ended = connection.watch().take_process(&process.pid);
-            self.tell_watchers(Some(&connection), ended, reason);
+    /// Forgets a spawn request; false when it was answered already.
+    pub(crate) fn abandon(&self, node: &str, id: &Reference) -> bool {
+        if self.name == *node {
+            return self.local_watch().take_spawning(id).is_some();
         }
+        let connection = self.connections.up(&Atom::from(node));
+        connection.is_some_and(|connection| connection.watch().take_spawning(id).is_some())
     }
 
-    fn tell_watchers(self: &Arc<Self>, connection: Option<&Arc<Connection>>, ended: Ended, reason: &Term) {
-        let flags = connection.map_or(Peer::Local, Peer::Remote).flags();
-        for (local, remote) in ended.links {
-            let (control, payload) = wire::exit(flags, local, remote, reason.clone());
-            self.notify(connection, control, payload.as_ref());
-        }
-        for (reference, monitor) in ended.incoming {
-            let from = match monitor.watched {
-                Watched::Pid(pid) => Proc::Pid(pid),
-                Watched::Name(name) => Proc::Name(name),
-            };
-            let (control, payload) =
-                wire::monitor_exit(flags, from, monitor.watcher, reference, reason.clone());
-            let origin = Some((monitor.local.id, monitor.local.serial));
-            self.notify_from(connection, origin, control, payload.as_ref());
-        }
-        for (reference, monitor) in ended.outgoing {
-            self.notify(connection, demonitor(monitor, &reference), None);
-        }
-    }
-
-    /// A connection is over: tells all whose links and monitors it carried.
-    pub(crate) fn ended(self: &Arc<Self>, connection: &Arc<Connection>) {
-        self.connections.remove(connection);
-        if !connection.tell_end() {
-            return;
-        }
-        let reason = Term::atom("noconnection");
-        let ended = connection.watch().take_all();
-        for (local, remote) in ended.links {
-            if let Some(process) = self.processes.by_pid(&local) {
-                process.deliver(Item::Ready(Message::Exit {
-                    from: remote,
-                    reason: reason.clone(),
-                }));
-            }
-        }
-        for (reference, monitor) in ended.outgoing {
-            if let Some(process) = self.processes.by_pid(&monitor.local) {
-                down(&process, reference, monitor.target, "noconnection");
-            }
-        }
-        let reason = connection.reason();
-        // Ends that somebody should look into are told without being asked for.
-        match &reason {
-            DownReason::Closed | DownReason::Disconnected | DownReason::Replaced => {
-                tracing::info!(node = connection.node.as_str(), %reason, "connection down");
-            }
-            _ => tracing::warn!(node = connection.node.as_str(), %reason, "connection down"),
-        }
-        self.tell(NodeEvent::Down {
-            node: connection.node.as_str().to_owned(),
-            reason,
-        });
+    /// Does what a control message between processes of this node asks for.
+    fn handle_here(self: &Arc<Self>, control: Control, payload: Option<&Term>) {
+        let _ = dispatch::handle(self, &Peer::Local, wire::local(control, payload));
     }
 
     /// Sends a signal, waiting for room.
@@ -422,39 +394,7 @@ impl Inner {
         control: Control,
         payload: Option<&Term>,
     ) -> Result<(), SendError> {
-        queue(connection, Room::Send, control, payload).await
-    }
-
-    /// Sends a signal where nothing may wait; how many there are is bounded by the links and monitors they end.
-    fn notify(
-        self: &Arc<Self>,
-        connection: Option<&Arc<Connection>>,
-        control: Control,
-        payload: Option<&Term>,
-    ) {
-        self.notify_from(connection, None, control, payload);
-    }
-
-    /// As [`Inner::notify`]; `origin` is the process that a signal which names none comes from.
-    fn notify_from(
-        self: &Arc<Self>,
-        connection: Option<&Arc<Connection>>,
-        origin: Origin,
-        control: Control,
-        payload: Option<&Term>,
-    ) {
-        let Some(connection) = connection else {
-            let _ = dispatch::handle(self, &Peer::Local, wire::local(control, payload));
-            return;
-        };
-        let queued = wire::encode(connection, control, payload, |own, frames| {
-            connection.outbound.notice(origin.or(own), frames)
-        });
-        match queued {
-            Ok(Ok(()) | Err(QueueError::Closed | QueueError::Full)) => {}
-            // Only a reason that the owner of the mailbox gave can fail to encode.
-            Err(error) => tracing::warn!(%error, "an exit reason could not be sent"),
-        }
+        queue(connection, Room::Send, None, control, payload).await
     }
 }
 
@@ -462,12 +402,14 @@ impl Inner {
 async fn queue(
     connection: &Connection,
     room: Room,
+    origin: Origin,
     control: Control,
     payload: Option<&Term>,
 ) -> Result<(), SendError> {
     let closed = |_| disconnected(connection);
     let outbound = &connection.outbound;
-    let waiting = wire::encode(connection, control, payload, |origin, frames| {
+    let waiting = wire::encode(connection, control, payload, |own, frames| {
+        let origin = origin.or(own);
         let queued = outbound.try_queue(room, origin, frames)?;
         Ok((!queued).then(|| (origin, std::mem::take(frames))))
     });
@@ -477,7 +419,7 @@ async fn queue(
     }
 }
 
-fn demonitor(monitor: Outgoing, reference: &Reference) -> Control {
+pub(crate) fn demonitor(monitor: Outgoing, reference: &Reference) -> Control {
     let to = match monitor.target {
         Address::Pid(pid) => Proc::Pid(pid),
         Address::Name { name, .. } => Proc::Name(name),
@@ -488,15 +430,6 @@ fn demonitor(monitor: Outgoing, reference: &Reference) -> Control {
         to,
         reference: reference.clone(),
     }
-}
-
-fn down(process: &Process, reference: Reference, target: Address, reason: &str) {
-    let reason = Term::atom(reason);
-    process.deliver(Item::Ready(Message::Down {
-        reference,
-        target,
-        reason,
-    }));
 }
 
 fn disconnected(connection: &Connection) -> SendError {

@@ -18,7 +18,8 @@ pub struct Limits {
     pub handshakes: usize,
     /// Time for a whole handshake, in which no single peer can hold a slot longer. Default 7 s, as in OTP.
     pub handshake_time: Duration,
-    /// Messages in one mailbox. A message that finds it full is dropped and counted. Default 100,000.
+    /// Messages in one mailbox. A message that finds it full is dropped and counted, and so is an exit signal of a
+    /// peer that none of the mailbox's own links brought. Default 100,000.
     pub mailbox_messages: usize,
     /// Encoded bytes in one mailbox; a message that finds it empty is always taken. Default 256 MiB.
     pub mailbox_bytes: usize,
@@ -35,6 +36,14 @@ pub struct Limits {
     /// Bytes of signals that a peer's own signals caused and that it does not read. More ends its connection.
     /// Default 4 MiB.
     pub answer_queue_bytes: usize,
+    /// Bytes of exit signals and `DOWN`s that the ends of processes cause at a peer and that it does not read. More
+    /// ends its connection. Default 64 MiB.
+    pub notice_queue_bytes: usize,
+    /// Processes that peers have started here and that run: by spawn requests, `erpc` and `rpc`. Further ones are
+    /// refused (`system_limit`). Default 10,000.
+    pub spawned_processes: usize,
+    /// As [`Limits::spawned_processes`], for one peer. Default 1,000.
+    pub spawned_per_peer: usize,
     /// Messages that a peer may send in fragments at the same time; a BEAM sends one for each of its processes that
     /// is sending. Default 1,024.
     pub fragmented_messages: usize,
@@ -57,6 +66,9 @@ impl Default for Limits {
             reply_queue_bytes: 64 << 20,
             reply_wait: Duration::from_secs(5),
             answer_queue_bytes: 4 << 20,
+            notice_queue_bytes: 64 << 20,
+            spawned_processes: 10_000,
+            spawned_per_peer: 1000,
             fragmented_messages: 1024,
             reassembly_bytes: 256 << 20,
         }

@@ -1,12 +1,14 @@
 //! A process of this node: what it receives, and what it can ask for.
 
+use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use meshx_etf::{Atom, Pid, Reference, Term};
 
 use super::address::Address;
-use super::error::SendError;
+use super::error::{CallError, RecvError, RpcError, SendError};
 use super::inner::{Alive, Inner};
 use super::process::{Item, Process, RegisterError};
 
@@ -21,7 +23,7 @@ pub enum Message {
         /// The message.
         term: Term,
     },
-    /// A link broke, or somebody called `exit/2`. A mailbox is never ended by it: it traps exits, `kill` included.
+    /// A link broke, or somebody called `exit/2`; only mailboxes that [trap exits](Mailbox::trap_exit) receive it.
     Exit {
         /// The process that ended, or the one that called `exit/2`.
         from: Pid,
@@ -30,20 +32,49 @@ pub enum Message {
     },
     /// A monitored process ended: `noproc` when there was none, `noconnection` when the connection ended.
     Down {
-        /// What [`Mailbox::monitor`] or [`Mailbox::spawn_monitor`] returned.
+        /// What [`Mailbox::monitor`] or [`Mailbox::spawn_request`] returned.
         reference: Reference,
         /// The process.
         target: Address,
         /// Its reason.
         reason: Term,
     },
-    /// A process that [`Mailbox::spawn_monitor`] asked for was started, or not.
+    /// A process that [`Mailbox::spawn_request`] asked for was started, or not.
     Spawned {
-        /// What [`Mailbox::spawn_monitor`] returned.
+        /// What [`Mailbox::spawn_request`] returned.
         reference: Reference,
         /// The process, or why there is none (an atom like `notsup` or `noconnection`).
         result: Result<Pid, Term>,
     },
+}
+
+/// What a process that is to be started elsewhere has to do with the one that asks for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SpawnOptions {
+    pub(crate) link: bool,
+    pub(crate) monitor: bool,
+}
+
+impl SpawnOptions {
+    /// Neither linked nor monitored.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Links the two, before the new one runs.
+    #[must_use]
+    pub fn link(mut self) -> Self {
+        self.link = true;
+        self
+    }
+
+    /// Monitors the new one, before it runs.
+    #[must_use]
+    pub fn monitor(mut self) -> Self {
+        self.monitor = true;
+        self
+    }
 }
 
 /// A process of this node.
@@ -51,27 +82,69 @@ pub enum Message {
 /// It ends when it is dropped, or with [`Mailbox::close`]: its names are free again, whoever monitors it gets a
 /// `DOWN`, whoever is linked to it an exit signal.
 ///
+/// **Exit signals** do what they do in Erlang. A mailbox that [traps exits](Mailbox::trap_exit), as every new one
+/// does, receives them as [`Message::Exit`]. One that does not is ended by any reason but `normal`. `exit(Pid, kill)`
+/// ends either kind, with the reason `killed`. A mailbox that was ended loses what it had not received;
+/// [`Mailbox::recv`] gives `None`, and [`Mailbox::ended`] the reason.
+///
 /// **A mailbox is bounded** ([`Limits::mailbox_messages`](super::Limits::mailbox_messages) and
 /// [`Limits::mailbox_bytes`](super::Limits::mailbox_bytes)). A message that finds it full is dropped, counted
 /// ([`Mailbox::dropped`]) and reported in the log; its sender sees what it would see if the message was lost with a
-/// connection: a call times out. Exit signals and `DOWN`s are never dropped. Connections are always read on, so a
-/// full mailbox holds up no other.
+/// connection: a call times out. So is an exit signal that a peer sent with `exit/2` or over a link of its own
+/// making. The ends of this mailbox's own links and monitors are never dropped. Connections are always read on, so
+/// a full mailbox holds up no other.
+///
+/// ```
+/// # use std::time::Duration;
+/// # use meshx::node::{Message, Node, RecvError};
+/// # use meshx_etf::Term;
+/// # async fn wait(node: &Node) -> Result<(), Box<dyn std::error::Error>> {
+/// let mut mailbox = node.register("results")?;
+/// // `receive {done, _} = Done -> Done after 5000 -> ... end`: what else has come stays, in order.
+/// let is_done = |message: &Message| matches!(message, Message::Term { term, .. }
+///     if term.as_tuple().is_some_and(|parts| parts.first().and_then(Term::as_atom) == Some("done")));
+/// match mailbox.recv_where(Duration::from_secs(5), is_done).await {
+///     Ok(message) => println!("{message:?}"),
+///     Err(RecvError::Timeout(_)) => println!("not done"),
+///     Err(ended) => return Err(ended.into()),
+/// }
+/// # Ok(())
+/// # }
+/// ```
 pub struct Mailbox {
     inner: Arc<Inner>,
     process: Arc<Process>,
     /// Keeps the node up. The node's own processes do without.
     _alive: Option<Arc<Alive>>,
+    /// Messages that a selective receive passed over, and what they count for in the queue.
+    aside: VecDeque<(Message, usize)>,
     reason: Option<Term>,
+    /// Whether the process ends with this: one that a peer spawned ends with its function.
+    owner: bool,
 }
 
 impl Mailbox {
     pub(crate) fn new(inner: Arc<Inner>, alive: Option<Arc<Alive>>) -> Self {
-        let process = inner.processes.spawn();
+        let process = inner.processes.spawn(true, alive.is_none());
         Self {
             inner,
             process,
             _alive: alive,
+            aside: VecDeque::new(),
             reason: None,
+            owner: true,
+        }
+    }
+
+    /// The mailbox of a process that somebody else ends.
+    pub(crate) fn of(inner: Arc<Inner>, process: Arc<Process>) -> Self {
+        Self {
+            inner,
+            process,
+            _alive: None,
+            aside: VecDeque::new(),
+            reason: None,
+            owner: false,
         }
     }
 
@@ -87,15 +160,84 @@ impl Mailbox {
         self.process.dropped()
     }
 
-    /// The next message; `None` once the node has shut down. Cancel-safe.
+    /// Whether exit signals come as messages (the way of every new mailbox) or end it, as
+    /// `process_flag(trap_exit, _)` does. Gives what it was before.
+    pub fn trap_exit(&self, traps: bool) -> bool {
+        self.process.trap_exit(traps)
+    }
+
+    /// Why an exit signal ended it; `None` while it lives, and when the whole node ended.
+    #[must_use]
+    pub fn ended(&self) -> Option<Term> {
+        self.process.killed()
+    }
+
+    /// The next message; `None` once the node has shut down, or an exit signal has ended the mailbox. Cancel-safe.
     pub async fn recv(&mut self) -> Option<Message> {
+        self.forget_when_killed();
+        if let Some((message, cost)) = self.aside.pop_front() {
+            self.process.give_out(cost);
+            return Some(message);
+        }
+        self.next().await.map(|(message, _)| message)
+    }
+
+    /// As [`Mailbox::recv`], for at most this long.
+    ///
+    /// # Errors
+    /// [`RecvError`].
+    pub async fn recv_timeout(&mut self, timeout: Duration) -> Result<Message, RecvError> {
+        self.recv_where(timeout, |_| true).await
+    }
+
+    /// The oldest message that is `wanted`, waiting for it at most this long. Messages that are not wanted stay, in
+    /// order, and count towards the mailbox's bounds as before. Cancel-safe.
+    ///
+    /// # Errors
+    /// [`RecvError`].
+    pub async fn recv_where(
+        &mut self,
+        timeout: Duration,
+        mut wanted: impl FnMut(&Message) -> bool,
+    ) -> Result<Message, RecvError> {
+        self.forget_when_killed();
+        let found = self.aside.iter().position(|(message, _)| wanted(message));
+        if let Some((message, cost)) = found.and_then(|at| self.aside.remove(at)) {
+            self.process.give_out(cost);
+            return Ok(message);
+        }
+        let search = async {
+            while let Some((message, cost)) = self.next().await {
+                if wanted(&message) {
+                    return Ok(message);
+                }
+                self.process.set_aside(cost);
+                self.aside.push_back((message, cost));
+            }
+            Err(match self.process.killed() {
+                Some(reason) => RecvError::Ended(reason),
+                None => RecvError::NodeDown,
+            })
+        };
+        let found = tokio::time::timeout(timeout, search).await;
+        found.map_err(|_| RecvError::Timeout(timeout))?
+    }
+
+    fn forget_when_killed(&mut self) {
+        if !self.aside.is_empty() && self.process.killed().is_some() {
+            self.aside.clear();
+        }
+    }
+
+    /// What comes next from the queue, and what it counted for there.
+    async fn next(&mut self) -> Option<(Message, usize)> {
         loop {
             match self.process.take() {
                 Err(()) => return None,
-                Ok(Some(Item::Ready(message))) => return Some(message),
-                Ok(Some(Item::Encoded { from, payload })) => {
-                    match meshx_etf::decode(&payload, &self.inner.limits.terms) {
-                        Ok(term) => return Some(Message::Term { from, term }),
+                Ok(Some(item)) => {
+                    let cost = item.cost();
+                    match self.decode(item) {
+                        Ok(message) => return Some((message, cost)),
                         // Its form was checked when it came; what is left are keys that a map has twice.
                         Err(error) => tracing::warn!(pid = ?self.process.pid, %error, "a message is dropped"),
                     }
@@ -104,6 +246,30 @@ impl Mailbox {
                 Ok(None) => self.process.ready.notified().await,
             }
         }
+    }
+
+    fn decode(&self, item: Item) -> Result<Message, meshx_etf::DecodeError> {
+        let decode = |bytes: &[u8]| meshx_etf::decode(bytes, &self.inner.limits.terms);
+        Ok(match item {
+            Item::Ready(message) => message,
+            Item::Encoded { from, payload } => Message::Term {
+                from,
+                term: decode(&payload)?,
+            },
+            Item::Exit { from, reason } => Message::Exit {
+                from,
+                reason: decode(&reason)?,
+            },
+            Item::Down {
+                reference,
+                target,
+                reason,
+            } => Message::Down {
+                reference,
+                target,
+                reason: decode(&reason)?,
+            },
+        })
     }
 
     /// Registers a name for it, as `register(Name, self())` does. It may have several.
@@ -121,7 +287,12 @@ impl Mailbox {
 
     /// A reference under which this mailbox can be sent to until [`Mailbox::unalias`], as `alias/0` does.
     pub fn alias(&self) -> Reference {
-        self.inner.processes.add_alias(&self.process)
+        self.inner.processes.add_alias(&self.process, false)
+    }
+
+    /// An alias that ends with the first message that comes by it, as `alias([reply])` does: for one answer.
+    pub fn reply_alias(&self) -> Reference {
+        self.inner.processes.add_alias(&self.process, true)
     }
 
     /// Ends an alias; false when it is none of this mailbox.
@@ -149,9 +320,16 @@ impl Mailbox {
         reference
     }
 
-    /// Takes a monitor back. A `DOWN` that was under way may already be in the mailbox.
-    pub fn demonitor(&self, reference: &Reference) {
+    /// Takes a monitor back; no `DOWN` of it comes any more (`demonitor(Ref, [flush])`).
+    pub fn demonitor(&mut self, reference: &Reference) {
         self.inner.demonitor(&self.process, reference);
+        self.process.flush_down(reference);
+        let is_down =
+            |message: &Message| matches!(message, Message::Down { reference: down, .. } if down == reference);
+        let found = self.aside.iter().position(|(message, _)| is_down(message));
+        if let Some((_, cost)) = found.and_then(|at| self.aside.remove(at)) {
+            self.process.give_out(cost);
+        }
     }
 
     /// Links to a process: when it ends, [`Message::Exit`] comes; when this mailbox ends, it gets an exit signal.
@@ -172,22 +350,69 @@ impl Mailbox {
         self.inner.exit(self.pid(), to, reason).await
     }
 
-    /// Starts `module:function(args...)` as a process on another node and monitors it.
+    /// Asks for `module:function(args...)` to be started as a process on another node (or on this one, where it must
+    /// be [exposed](super::Node::expose)), as `spawn_request/5` does.
     ///
-    /// First [`Message::Spawned`] comes, then, when the process has ended, [`Message::Down`].
+    /// First [`Message::Spawned`] comes with the returned reference. When the process has ended,
+    /// [`SpawnOptions::monitor`] gives a [`Message::Down`] with the same reference, and [`SpawnOptions::link`] an
+    /// exit signal.
     ///
     /// # Errors
     /// [`SendError`]; [`SendError::Unsupported`] when that node knows no spawn requests (before OTP 23).
-    pub async fn spawn_monitor(
+    pub async fn spawn_request(
         &self,
         node: &str,
         module: &str,
         function: &str,
         args: Vec<Term>,
+        options: SpawnOptions,
     ) -> Result<Reference, SendError> {
         self.inner
-            .spawn_monitor(&self.process, node, module, function, args)
+            .spawn_request(&self.process, node, module, function, args, options)
             .await
+    }
+
+    /// [`Mailbox::spawn_request`], and waits for the new process: its pid, and the reference of its monitor.
+    ///
+    /// # Errors
+    /// [`RpcError::NotStarted`] with that node's reason, or [`RpcError::Call`]. A process that is started after the
+    /// timeout is not linked nor monitored; if it was to be linked, it is ended with the reason `abandoned`.
+    pub async fn spawn(
+        &mut self,
+        node: &str,
+        module: &str,
+        function: &str,
+        args: Vec<Term>,
+        options: SpawnOptions,
+        timeout: Duration,
+    ) -> Result<(Pid, Reference), RpcError> {
+        let mfa = format!("{module}:{function}/{}", args.len());
+        let asked = tokio::time::Instant::now();
+        let request = self.spawn_request(node, module, function, args, options);
+        let request = tokio::time::timeout(timeout, request).await;
+        let id = request.map_err(|_| CallError::Timeout(timeout))??;
+        let left = timeout.saturating_sub(asked.elapsed());
+        let is_reply =
+            |message: &Message| matches!(message, Message::Spawned { reference, .. } if *reference == id);
+        let mut reply = self.recv_where(left, is_reply).await;
+        if let Err(RecvError::Timeout(_)) = reply {
+            if self.inner.abandon(node, &id) {
+                return Err(CallError::Timeout(timeout).into());
+            }
+            // It was answered at this very moment, so the answer is in the queue.
+            reply = self.recv_where(Duration::ZERO, is_reply).await;
+        }
+        match reply {
+            Ok(Message::Spawned { result: Ok(pid), .. }) => Ok((pid, id)),
+            Ok(Message::Spawned {
+                result: Err(reason), ..
+            }) => Err(RpcError::NotStarted {
+                node: node.to_owned(),
+                mfa,
+                reason,
+            }),
+            _ => Err(CallError::NodeDown.into()),
+        }
     }
 
     /// Ends it with a reason, which monitors and links get. Dropping it does the same with the reason `normal`.
@@ -204,6 +429,7 @@ impl Drop for Mailbox {
     fn drop(&mut self) {
         let reason = match self.reason.take() {
             Some(reason) => reason,
+            None if !self.owner => return,
             None if std::thread::panicking() => Term::Atom(Atom::from("panic")),
             None => Term::Atom(Atom::from("normal")),
         };

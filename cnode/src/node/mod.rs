@@ -39,6 +39,8 @@ mod dispatch;
 mod epmd;
 mod error;
 mod event;
+mod exits;
+mod exposed;
 mod handshake;
 mod inner;
 mod limits;
@@ -49,8 +51,10 @@ mod outbound;
 mod plain;
 mod policy;
 mod process;
+mod rex;
 mod rpc;
 mod server;
+mod spawned;
 mod watch;
 mod wire;
 
@@ -66,10 +70,11 @@ pub use backoff::Backoff;
 pub use builder::NodeBuilder;
 pub use call::{Caller, Request};
 pub use cookie::{CookieError, read_cookie};
-pub use error::{CallError, ConnectError, RpcError, SendError, StartError};
+pub use error::{CallError, ConnectError, RecvError, RpcError, SendError, StartError};
 pub use event::{Direction, DownReason, NodeEvent, PeerInfo};
+pub use exposed::Raised;
 pub use limits::Limits;
-pub use mailbox::{Mailbox, Message};
+pub use mailbox::{Mailbox, Message, SpawnOptions};
 pub use policy::Reconnect;
 pub use process::RegisterError;
 pub use server::Server;
@@ -234,6 +239,52 @@ impl Node {
     pub async fn gen_cast(&self, target: impl Into<Address>, request: Term) -> Result<(), SendError> {
         self.send(target, &Term::tuple([Term::atom("$gen_cast"), request]))
             .await
+    }
+
+    /// Lets peers call a function: `Node.spawn`, `:erpc.call`, `:rpc.call` and the like find it under this module,
+    /// name and arity, as if the node had such a module. Exposed again, the new one takes the old one's place.
+    ///
+    /// It gets the arguments, as many as its arity says. Calls run at the same time, each in a process of its own and
+    /// at most [`Limits::spawned_per_peer`] for one peer; a panic ends its process with the reason `panic`. What is
+    /// not exposed is `undef`.
+    ///
+    /// ```
+    /// # use meshx::node::{Node, Raised};
+    /// # use meshx_etf::Term;
+    /// # fn expose(node: &Node) {
+    /// // :erpc.call(:"search@h3", :math, :halve, [84])   # 42
+    /// node.expose("math", "halve", 1, |args: Vec<Term>| async move {
+    ///     match args.first().and_then(Term::as_int) {
+    ///         Some(n) if n % 2 == 0 => Ok(Term::Int(n / 2)),
+    ///         _ => Err(Raised::Error(Term::atom("badarg"))),
+    ///     }
+    /// });
+    /// # }
+    /// ```
+    pub fn expose<F, R>(&self, module: &str, function: &str, arity: u8, handler: F)
+    where
+        F: Fn(Vec<Term>) -> R + Send + Sync + 'static,
+        R: Future<Output = Result<Term, Raised>> + Send + 'static,
+    {
+        self.expose_process(module, function, arity, move |_, args| handler(args));
+    }
+
+    /// As [`Node::expose`], for a function that is a process: it gets the mailbox of the pid that `spawn` returned.
+    ///
+    /// It does not trap exits unless it says so. An exit signal that ends it drops its future where it waits.
+    pub fn expose_process<F, R>(&self, module: &str, function: &str, arity: u8, handler: F)
+    where
+        F: Fn(Mailbox, Vec<Term>) -> R + Send + Sync + 'static,
+        R: Future<Output = Result<Term, Raised>> + Send + 'static,
+    {
+        let key = (Atom::from(module), Atom::from(function), arity);
+        self.inner.exposed.add(key, handler);
+    }
+
+    /// Takes [`Node::expose`] back: calls from now on are `undef`, those under way go on. False when there is none.
+    pub fn unexpose(&self, module: &str, function: &str, arity: u8) -> bool {
+        let key = (Atom::from(module), Atom::from(function), arity);
+        self.inner.exposed.remove(&key)
     }
 
     /// Calls a function on another node, as `erpc:call/5` does. A call that times out goes on there.

@@ -64,6 +64,7 @@ struct Share {
     permits: usize,
     reply_permits: usize,
     answers: usize,
+    notices: usize,
 }
 
 #[derive(Debug)]
@@ -75,6 +76,7 @@ pub(crate) struct Outbound {
     capacity: usize,
     reply_capacity: usize,
     answer_capacity: usize,
+    notice_capacity: usize,
 }
 
 #[derive(Debug, Default)]
@@ -83,6 +85,10 @@ struct State {
     lanes: VecDeque<Lane>,
     /// Bytes of answers that are queued or being written.
     answers: usize,
+    /// As `answers`, of [`Outbound::notice`].
+    notices: usize,
+    /// Batches that have left `express`.
+    popped: u64,
     /// Nothing more is taken; what is queued is still written.
     finishing: bool,
     closed: bool,
@@ -97,10 +103,17 @@ struct Lane {
     queue: VecDeque<Batch>,
     /// Bytes of the first that have been taken.
     taken: usize,
+    /// Batches that must have left the express before it begins: they may hold earlier messages of its sender.
+    behind: u64,
 }
 
 impl Outbound {
-    pub(crate) fn new(capacity: usize, reply_capacity: usize, answer_capacity: usize) -> Self {
+    pub(crate) fn new(
+        capacity: usize,
+        reply_capacity: usize,
+        answer_capacity: usize,
+        notice_capacity: usize,
+    ) -> Self {
         let capacity = capacity.clamp(1, MAX_CAPACITY);
         let reply_capacity = reply_capacity.clamp(1, MAX_CAPACITY);
         Self {
@@ -111,6 +124,7 @@ impl Outbound {
             capacity,
             reply_capacity,
             answer_capacity,
+            notice_capacity,
         }
     }
 
@@ -180,9 +194,21 @@ impl Outbound {
         self.push(origin, frames, share)
     }
 
-    /// Queues signals that this node's own links and monitors cause, which bound them.
+    /// Queues signals that the ends of links and monitors cause, at once. The first is always taken.
     pub(crate) fn notice(&self, origin: Origin, frames: &mut Vec<u8>) -> Result<(), QueueError> {
-        self.push(origin, frames, Share::default())
+        let notices = frames.len();
+        let mut state = self.lock();
+        let queued = state.notices.saturating_add(notices);
+        if queued > self.notice_capacity && state.notices > 0 {
+            return Err(QueueError::Full);
+        }
+        state.notices = queued;
+        drop(state);
+        let share = Share {
+            notices,
+            ..Share::default()
+        };
+        self.push(origin, frames, share)
     }
 
     fn push(&self, origin: Origin, frames: &mut Vec<u8>, share: Share) -> Result<(), QueueError> {
@@ -224,6 +250,7 @@ impl Outbound {
         bytes.clear();
         let mut state = self.lock();
         state.answers = state.answers.saturating_sub(share.answers);
+        state.notices = state.notices.saturating_sub(share.notices);
         if bytes.capacity() <= RETAINED_CAPACITY && bytes.capacity() > state.spare.capacity() {
             state.spare = bytes;
         }
@@ -271,6 +298,7 @@ impl State {
                 origin,
                 queue: VecDeque::from([batch]),
                 taken: 0,
+                behind: self.popped.saturating_add(self.express.len() as u64),
             });
         } else {
             append(&mut self.express, frames, share, &mut self.spare);
@@ -278,11 +306,21 @@ impl State {
     }
 
     fn take(&mut self) -> Option<Batch> {
-        let mut batch = self.express.pop_front().unwrap_or_default();
+        let mut batch = match self.express.pop_front() {
+            Some(batch) => {
+                self.popped = self.popped.saturating_add(1);
+                batch
+            }
+            None => Batch::default(),
+        };
         for _ in 0..self.lanes.len().min(LANES_PER_WRITE) {
             let Some(mut lane) = self.lanes.pop_front() else {
                 break;
             };
+            if lane.behind > self.popped {
+                self.lanes.push_back(lane);
+                continue;
+            }
             if batch.bytes.capacity() == 0 {
                 batch.bytes = std::mem::take(&mut self.spare);
             }
@@ -385,7 +423,7 @@ mod tests {
 
     #[tokio::test]
     async fn small_frames_become_one_write() {
-        let queue = Outbound::new(1000, 1000, 1000);
+        let queue = Outbound::new(1000, 1000, 1000, 0);
         for i in 0..10u8 {
             queue.send(vec![i; 10]).await.unwrap();
         }
@@ -397,7 +435,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_large_frame_is_a_write_of_its_own() {
-        let queue = Outbound::new(1 << 20, 1, 0);
+        let queue = Outbound::new(1 << 20, 1, 0, 0);
         queue.send(vec![1; 10]).await.unwrap();
         queue.send(vec![2; COALESCE]).await.unwrap();
         assert_eq!(queue.next().await.unwrap().bytes.len(), 10);
@@ -406,7 +444,7 @@ mod tests {
 
     #[tokio::test]
     async fn senders_wait_for_room_and_answers_do_not() {
-        let queue = Outbound::new(100, 1, 10);
+        let queue = Outbound::new(100, 1, 10, 0);
         for _ in 0..4 {
             queue.send(vec![0; 25]).await.unwrap();
         }
@@ -432,7 +470,7 @@ mod tests {
 
     #[tokio::test]
     async fn messages_larger_than_the_queue_go_through() {
-        let queue = Outbound::new(8, 1, 0);
+        let queue = Outbound::new(8, 1, 0, 0);
         for _ in 0..MIN_MESSAGES {
             queue.send(vec![0; 1000]).await.unwrap();
         }
@@ -444,7 +482,7 @@ mod tests {
 
     #[tokio::test]
     async fn closing_wakes_everyone() {
-        let queue = Outbound::new(1, 1, 1);
+        let queue = Outbound::new(1, 1, 1, 0);
         queue.send(vec![0; 1]).await.unwrap();
         let waiting = queue.send(vec![0; 1]);
         queue.close();
@@ -510,7 +548,7 @@ mod tests {
 
     #[tokio::test]
     async fn large_messages_share_the_writes_and_hold_up_only_their_own_senders() {
-        let queue = Outbound::new(100 << 20, 1, 0);
+        let queue = Outbound::new(100 << 20, 1, 0, 0);
         for (from, len) in [
             (1, 3 << 20),
             (2, 1 << 20),
@@ -542,7 +580,7 @@ mod tests {
 
     #[tokio::test]
     async fn many_large_messages_take_turns() {
-        let queue = Outbound::new(100 << 20, 1, 0);
+        let queue = Outbound::new(100 << 20, 1, 0, 0);
         for from in 1..=9 {
             let frames = message(from, u64::from(from), 300_000);
             queue.queue(Room::Send, origin(from), frames).await.unwrap();
@@ -555,7 +593,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_large_message_leaves_room_for_others() {
-        let queue = Outbound::new(1 << 20, 1, 0);
+        let queue = Outbound::new(1 << 20, 1, 0, 0);
         for from in 1..=MIN_MESSAGES as u32 {
             let mut frames = message(from, u64::from(from), 5 << 20);
             assert_eq!(queue.try_queue(Room::Send, origin(from), &mut frames), Ok(true));
@@ -573,7 +611,7 @@ mod tests {
 
     #[tokio::test]
     async fn written_buffers_are_filled_again() {
-        let queue = Outbound::new(1 << 20, 1, 0);
+        let queue = Outbound::new(1 << 20, 1, 0, 0);
         queue.send(vec![1; 50_000]).await.unwrap();
         let batch = queue.next().await.unwrap();
         let buffer = batch.bytes.as_ptr();

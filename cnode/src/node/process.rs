@@ -1,13 +1,14 @@
 //! The processes of this node: their identifiers, names and queues.
 
 use std::collections::hash_map::Entry;
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use meshx_etf::{Atom, Pid, Reference};
+use meshx_etf::{Atom, Pid, Reference, Term};
 use tokio::sync::Notify;
 
+use super::address::Address;
 use super::mailbox::Message;
 
 /// Something in a mailbox.
@@ -15,18 +16,40 @@ use super::mailbox::Message;
 pub(crate) enum Item {
     /// A message as it came, decoded when it is read: so the queue's bound in bytes is the memory it takes.
     Encoded { from: Option<Pid>, payload: Vec<u8> },
-    /// Made here, or a signal.
+    /// Made here: its sender bounds it.
     Ready(Message),
+    /// An exit signal of a peer, its reason as it came.
+    Exit { from: Pid, reason: Vec<u8> },
+    /// The end of a monitor at a peer, its reason as it came.
+    Down {
+        reference: Reference,
+        target: Address,
+        reason: Vec<u8>,
+    },
 }
 
 impl Item {
-    fn cost(&self) -> usize {
+    pub(crate) fn cost(&self) -> usize {
         match self {
-            Self::Encoded { payload, .. } => payload.len(),
-            // Signals are bounded by the links and monitors that cause them, local messages by their sender.
+            Self::Encoded { payload: bytes, .. }
+            | Self::Exit { reason: bytes, .. }
+            | Self::Down { reason: bytes, .. } => bytes.len(),
             Self::Ready(_) => 0,
         }
     }
+}
+
+/// What an exit signal does to a process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OnExit {
+    /// It becomes a message.
+    Message,
+    /// Nothing.
+    Nothing,
+    /// The process ends for the reason of the signal.
+    End,
+    /// The process ends, `killed`.
+    Kill,
 }
 
 /// One process: the queue behind a [`Mailbox`](super::Mailbox).
@@ -34,9 +57,16 @@ impl Item {
 pub(crate) struct Process {
     pub(crate) pid: Pid,
     queue: Mutex<Queue>,
+    /// Wakes its reader.
     pub(crate) ready: Notify,
-    /// Whether it ever had a name or an alias: most processes live for one call and never do.
+    /// Wakes whoever runs it.
+    end: Notify,
+    traps: AtomicBool,
+    /// One of the node's own, which no peer can end.
+    protected: bool,
+    /// Whether it ever had a name or an alias, and a link or a monitor: most processes live for one call and have none.
     named: AtomicBool,
+    watched: AtomicBool,
     max_messages: usize,
     max_bytes: usize,
 }
@@ -45,21 +75,34 @@ pub(crate) struct Process {
 struct Queue {
     items: VecDeque<Item>,
     bytes: usize,
+    /// Messages taken out and set aside by a selective receive; their bytes are still in `bytes`.
+    aside: usize,
     dropped: u64,
     closed: bool,
+    /// Why it ended, if it was ended by a signal.
+    killed: Option<Term>,
 }
 
 impl Process {
     /// Puts a message into the queue; false when it was full, or its owner is gone.
     pub(crate) fn deliver(&self, item: Item) -> bool {
+        self.put(item, false)
+    }
+
+    /// Puts a signal into the queue that the process waits for. Its own links and monitors bound how many there are.
+    pub(crate) fn deliver_owed(&self, signal: Item) {
+        self.put(signal, true);
+    }
+
+    fn put(&self, item: Item, owed: bool) -> bool {
         let mut queue = self.lock();
         if queue.closed {
             return false;
         }
-        let signal = matches!(&item, Item::Ready(message) if !matches!(message, Message::Term { .. }));
         let bytes = queue.bytes.saturating_add(item.cost());
-        let full = queue.items.len() >= self.max_messages || bytes > self.max_bytes;
-        if full && !signal && !queue.items.is_empty() {
+        let count = queue.items.len() + queue.aside;
+        let full = count >= self.max_messages || bytes > self.max_bytes;
+        if full && !owed && count > 0 {
             queue.dropped += 1;
             if queue.dropped.is_power_of_two() {
                 tracing::warn!(pid = ?self.pid, dropped = queue.dropped, "a full mailbox drops messages");
@@ -86,13 +129,93 @@ impl Process {
         }
     }
 
+    /// Counts a message that was taken, and set aside, as one that is in the queue still.
+    pub(crate) fn set_aside(&self, cost: usize) {
+        let mut queue = self.lock();
+        queue.aside += 1;
+        queue.bytes = queue.bytes.saturating_add(cost);
+    }
+
+    /// Takes back [`Process::set_aside`].
+    pub(crate) fn give_out(&self, cost: usize) {
+        let mut queue = self.lock();
+        queue.aside = queue.aside.saturating_sub(1);
+        queue.bytes = queue.bytes.saturating_sub(cost);
+    }
+
+    /// Takes the `DOWN` of this monitor out of the queue.
+    pub(crate) fn flush_down(&self, monitor: &Reference) {
+        let mut queue = self.lock();
+        let found = queue.items.iter().position(|item| match item {
+            Item::Down { reference, .. } | Item::Ready(Message::Down { reference, .. }) => {
+                reference == monitor
+            }
+            _ => false,
+        });
+        if let Some(item) = found.and_then(|at| queue.items.remove(at)) {
+            queue.bytes = queue.bytes.saturating_sub(item.cost());
+        }
+    }
+
     pub(crate) fn dropped(&self) -> u64 {
         self.lock().dropped
+    }
+
+    pub(crate) fn trap_exit(&self, traps: bool) -> bool {
+        self.traps.swap(traps, Ordering::AcqRel)
+    }
+
+    /// To be said before a link or a monitor is made, so that the end of the process looks for it.
+    pub(crate) fn set_watched(&self) {
+        self.watched.store(true, Ordering::Release);
+    }
+
+    pub(crate) fn is_watched(&self) -> bool {
+        self.watched.load(Ordering::Acquire)
+    }
+
+    /// What an exit signal with this reason does. `kill`: it is one of `exit/2` whose reason is `kill`.
+    pub(crate) fn on_exit(&self, reason: &Term, kill: bool) -> OnExit {
+        if kill && !self.protected {
+            return OnExit::Kill;
+        }
+        if self.traps.load(Ordering::Acquire) {
+            return OnExit::Message;
+        }
+        if self.protected || reason.as_atom() == Some("normal") {
+            return OnExit::Nothing;
+        }
+        OnExit::End
+    }
+
+    /// Why a signal ended it.
+    pub(crate) fn killed(&self) -> Option<Term> {
+        self.lock().killed.clone()
+    }
+
+    /// Waits until it has ended, or the node has.
+    pub(crate) async fn ended(&self) {
+        while !self.lock().closed {
+            self.end.notified().await;
+        }
     }
 
     fn close(&self) {
         self.lock().closed = true;
         self.ready.notify_one();
+        self.end.notify_one();
+    }
+
+    /// Ends it where it stands: what it has not received yet is lost.
+    pub(crate) fn kill(&self, reason: Term) {
+        let mut queue = self.lock();
+        if queue.killed.is_none() {
+            queue.killed = Some(reason);
+        }
+        queue.items.clear();
+        queue.bytes = 0;
+        drop(queue);
+        self.close();
     }
 
     /// Held for short, synchronous sections only.
@@ -114,6 +237,9 @@ pub enum RegisterError {
     /// The mailbox's node has shut down.
     #[error("the node has shut down")]
     NodeDown,
+    /// An exit signal has ended the mailbox.
+    #[error("the mailbox has ended")]
+    Ended,
 }
 
 /// The table of all processes.
@@ -132,8 +258,23 @@ struct Table {
     next_reference: u64,
     by_pid: HashMap<Pid, Arc<Process>>,
     names: HashMap<Atom, Arc<Process>>,
-    aliases: HashMap<Reference, Arc<Process>>,
+    aliases: HashMap<Reference, Alias>,
+    /// What to take away with a process, for those that have any.
+    held: HashMap<Pid, Held>,
     closed: bool,
+}
+
+#[derive(Debug)]
+struct Alias {
+    process: Arc<Process>,
+    /// Ends with the first message that comes by it.
+    once: bool,
+}
+
+#[derive(Debug, Default)]
+struct Held {
+    names: Vec<Atom>,
+    aliases: HashSet<Reference>,
 }
 
 impl Processes {
@@ -147,7 +288,8 @@ impl Processes {
         }
     }
 
-    pub(crate) fn spawn(&self) -> Arc<Process> {
+    /// A process. `protected`: no peer can end it.
+    pub(crate) fn spawn(&self, traps: bool, protected: bool) -> Arc<Process> {
         let mut table = self.lock();
         table.next_pid += 1;
         let pid = self.pid(table.next_pid);
@@ -158,6 +300,10 @@ impl Processes {
                 ..Queue::default()
             }),
             ready: Notify::new(),
+            end: Notify::new(),
+            traps: AtomicBool::new(traps),
+            protected,
+            watched: AtomicBool::new(false),
             named: AtomicBool::new(false),
             max_messages: self.max_messages,
             max_bytes: self.max_bytes,
@@ -203,14 +349,16 @@ impl Processes {
         if table.closed {
             return Err(RegisterError::NodeDown);
         }
-        match table.names.entry(Atom::from(name)) {
-            Entry::Occupied(_) => Err(RegisterError::Taken(name.to_owned())),
-            Entry::Vacant(entry) => {
-                process.named.store(true, Ordering::Relaxed);
-                entry.insert(Arc::clone(process));
-                Ok(())
-            }
+        if !table.by_pid.contains_key(&process.pid) {
+            return Err(RegisterError::Ended);
         }
+        let name = Atom::from(name);
+        match table.names.entry(name.clone()) {
+            Entry::Occupied(_) => return Err(RegisterError::Taken(name.as_str().to_owned())),
+            Entry::Vacant(entry) => entry.insert(Arc::clone(process)),
+        };
+        table.held(process).names.push(name);
+        Ok(())
     }
 
     /// Takes a name away from this process; false when it does not have it.
@@ -220,15 +368,23 @@ impl Processes {
             .names
             .get(name)
             .is_some_and(|holder| Arc::ptr_eq(holder, process));
-        held && table.names.remove(name).is_some()
+        if held {
+            table.held(process).names.retain(|held| held.as_str() != name);
+            table.names.remove(name);
+        }
+        held
     }
 
-    pub(crate) fn add_alias(&self, process: &Arc<Process>) -> Reference {
+    pub(crate) fn add_alias(&self, process: &Arc<Process>, once: bool) -> Reference {
         let reference = self.make_reference();
         let mut table = self.lock();
-        if !table.closed {
-            process.named.store(true, Ordering::Relaxed);
-            table.aliases.insert(reference.clone(), Arc::clone(process));
+        if table.by_pid.contains_key(&process.pid) {
+            let alias = Alias {
+                process: Arc::clone(process),
+                once,
+            };
+            table.aliases.insert(reference.clone(), alias);
+            table.held(process).aliases.insert(reference.clone());
         }
         reference
     }
@@ -238,8 +394,8 @@ impl Processes {
         let held = table
             .aliases
             .get(alias)
-            .is_some_and(|holder| Arc::ptr_eq(holder, process));
-        held && table.aliases.remove(alias).is_some()
+            .is_some_and(|held| Arc::ptr_eq(&held.process, process));
+        held && table.take_alias(alias).is_some()
     }
 
     /// The process with exactly this pid: an earlier incarnation's are not found.
@@ -251,20 +407,33 @@ impl Processes {
         self.lock().names.get(name).cloned()
     }
 
+    /// The process that a message sent to this alias is for. An alias for one message ends with it.
     pub(crate) fn by_alias(&self, alias: &Reference) -> Option<Arc<Process>> {
-        self.lock().aliases.get(alias).cloned()
+        let mut table = self.lock();
+        let held = table.aliases.get(alias)?;
+        if held.once {
+            return table.take_alias(alias);
+        }
+        Some(Arc::clone(&held.process))
     }
 
-    /// Ends a process: from here on nobody finds it.
-    pub(crate) fn remove(&self, process: &Arc<Process>) {
+    /// Ends a process: from here on nobody finds it. False when it had ended before.
+    pub(crate) fn remove(&self, process: &Arc<Process>) -> bool {
         let mut table = self.lock();
-        table.by_pid.remove(&process.pid);
-        if process.named.load(Ordering::Relaxed) {
-            table.names.retain(|_, holder| !Arc::ptr_eq(holder, process));
-            table.aliases.retain(|_, holder| !Arc::ptr_eq(holder, process));
+        let removed = table.by_pid.remove(&process.pid).is_some();
+        if process.named.load(Ordering::Relaxed)
+            && let Some(held) = table.held.remove(&process.pid)
+        {
+            for name in &held.names {
+                table.names.remove(name);
+            }
+            for alias in &held.aliases {
+                table.aliases.remove(alias);
+            }
         }
         drop(table);
         process.close();
+        removed
     }
 
     /// Ends all, now and later: every mailbox gives what it has and then says that the node is down.
@@ -273,6 +442,7 @@ impl Processes {
         table.closed = true;
         table.names.clear();
         table.aliases.clear();
+        table.held.clear();
         let processes = std::mem::take(&mut table.by_pid);
         drop(table);
         for process in processes.values() {
@@ -283,5 +453,20 @@ impl Processes {
     /// Held for short, synchronous sections only.
     fn lock(&self) -> MutexGuard<'_, Table> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Table {
+    fn held(&mut self, process: &Process) -> &mut Held {
+        process.named.store(true, Ordering::Relaxed);
+        self.held.entry(process.pid.clone()).or_default()
+    }
+
+    fn take_alias(&mut self, alias: &Reference) -> Option<Arc<Process>> {
+        let Alias { process, .. } = self.aliases.remove(alias)?;
+        if let Some(held) = self.held.get_mut(&process.pid) {
+            held.aliases.remove(alias);
+        }
+        Some(process)
     }
 }

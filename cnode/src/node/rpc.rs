@@ -17,7 +17,7 @@ use meshx_etf::{Atom, Reference, Term};
 use super::address::Address;
 use super::call::ended;
 use super::error::{CallError, RpcError, SendError};
-use super::mailbox::{Mailbox, Message};
+use super::mailbox::{Mailbox, Message, SpawnOptions};
 
 /// A call under way.
 struct Call {
@@ -52,9 +52,10 @@ impl Call {
     async fn run(mut self, module: &str, function: &str, args: Vec<Term>) -> Result<Term, RpcError> {
         let mark = Term::from(self.mark.clone());
         let args = vec![mark, Term::atom(module), Term::atom(function), Term::List(args)];
+        let options = SpawnOptions::new().monitor();
         let id = self
             .mailbox
-            .spawn_monitor(&self.node, "erpc", "execute_call", args)
+            .spawn_request(&self.node, "erpc", "execute_call", args, options)
             .await;
         let id = id.map_err(CallError::Send)?;
         loop {
@@ -64,6 +65,9 @@ impl Call {
                     reference,
                     result: Err(reason),
                 }) if reference == id => {
+                    if reason.as_atom() == Some("noconnection") {
+                        return Err(CallError::Disconnected(self.node).into());
+                    }
                     return Err(RpcError::NotStarted {
                         node: self.node,
                         mfa: self.mfa,

@@ -39,109 +39,185 @@ pub(crate) struct TooMany;
 /// What ends with a process or a connection.
 #[derive(Debug, Default)]
 pub(crate) struct Ended {
-    /// (here, there)
-    pub(crate) links: Vec<(Pid, Pid)>,
+    /// (here, there, asked for here)
+    pub(crate) links: Vec<(Pid, Pid, bool)>,
     pub(crate) incoming: Vec<(Reference, Incoming)>,
     pub(crate) outgoing: Vec<(Reference, Outgoing)>,
+    pub(crate) spawning: Vec<(Reference, Spawning)>,
+}
+
+/// A spawn request sent to the peer that it has not answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Spawning {
+    pub(crate) local: Pid,
+    pub(crate) link: bool,
+    pub(crate) monitor: bool,
+}
+
+/// One link, as this side sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Link {
+    /// `ours`: asked for here. The end of such a link is never dropped.
+    Up { ours: bool },
+    /// Given up here, with the id whose acknowledgement is awaited: an `EXIT` or a `LINK` that crosses it counts for
+    /// nothing.
+    Unlinking(u64),
+}
+
+/// All that hangs on one process here.
+#[derive(Debug, Default)]
+struct Local {
+    links: HashMap<Pid, Link>,
+    incoming: HashSet<Reference>,
+    outgoing: HashSet<Reference>,
+}
+
+impl Local {
+    fn is_empty(&self) -> bool {
+        self.links.is_empty() && self.incoming.is_empty() && self.outgoing.is_empty()
+    }
 }
 
 #[derive(Debug)]
 pub(crate) struct Watch {
     max: usize,
-    /// (here, there)
-    links: HashSet<(Pid, Pid)>,
-    /// Links given up whose acknowledgement is awaited: an `EXIT` that crosses it counts for nothing.
-    unlinking: HashMap<(Pid, Pid), u64>,
+    /// Links and monitors of the peer's making, which `max` bounds.
+    held: usize,
     next_unlink: u64,
+    locals: HashMap<Pid, Local>,
     incoming: HashMap<Reference, Incoming>,
     outgoing: HashMap<Reference, Outgoing>,
+    spawning: HashMap<Reference, Spawning>,
 }
 
 impl Watch {
     pub(crate) fn new(max: usize) -> Self {
         Self {
             max,
-            links: HashSet::new(),
-            unlinking: HashMap::new(),
+            held: 0,
             next_unlink: 1,
+            locals: HashMap::new(),
             incoming: HashMap::new(),
             outgoing: HashMap::new(),
+            spawning: HashMap::new(),
         }
     }
 
-    fn check_room(&self) -> Result<(), TooMany> {
-        let held = self.links.len().saturating_add(self.incoming.len());
-        if held < self.max { Ok(()) } else { Err(TooMany) }
+    fn take_room(&mut self) -> Result<(), TooMany> {
+        if self.held >= self.max {
+            return Err(TooMany);
+        }
+        self.held += 1;
+        Ok(())
     }
 
-    /// The peer's `LINK`.
-    pub(crate) fn peer_links(&mut self, local: Pid, remote: Pid) -> Result<(), TooMany> {
-        let pair = (local, remote);
-        if !self.links.contains(&pair) {
-            self.check_room()?;
+    /// Changes what hangs on one process, and forgets it when nothing is left.
+    fn at<T>(&mut self, local: &Pid, change: impl FnOnce(&mut Local) -> T) -> Option<T> {
+        let entry = self.locals.get_mut(local)?;
+        let result = change(entry);
+        if entry.is_empty() {
+            self.locals.remove(local);
         }
-        self.unlinking.remove(&pair);
-        self.links.insert(pair);
+        Some(result)
+    }
+
+    /// The peer's `LINK`. One that crosses this side's `UNLINK_ID` is ended by it at the peer, so it counts for
+    /// nothing here either.
+    pub(crate) fn peer_links(&mut self, local: &Pid, remote: Pid) -> Result<(), TooMany> {
+        let known = self.locals.get(local).and_then(|at| at.links.get(&remote));
+        if known.is_some() {
+            return Ok(());
+        }
+        self.take_room()?;
+        let links = &mut self.locals.entry(local.clone()).or_default().links;
+        links.insert(remote, Link::Up { ours: false });
         Ok(())
     }
 
     /// A link asked for here; false when it is there already, and nothing is to be sent.
-    pub(crate) fn link(&mut self, local: Pid, remote: Pid) -> bool {
-        let pair = (local, remote);
-        self.unlinking.remove(&pair);
-        self.links.insert(pair)
+    pub(crate) fn link(&mut self, local: &Pid, remote: Pid) -> bool {
+        let links = &mut self.locals.entry(local.clone()).or_default().links;
+        match links.insert(remote, Link::Up { ours: true }) {
+            Some(Link::Up { ours }) => {
+                self.held -= usize::from(!ours);
+                false
+            }
+            _ => true,
+        }
     }
 
     /// A link given up here: the id for `UNLINK_ID`, never 0. `None` when there is no such link.
-    pub(crate) fn unlink(&mut self, local: Pid, remote: Pid) -> Option<u64> {
-        let pair = (local, remote);
-        if !self.links.remove(&pair) {
-            return None;
-        }
+    pub(crate) fn unlink(&mut self, local: &Pid, remote: &Pid) -> Option<u64> {
         let id = self.next_unlink;
-        self.next_unlink = self.next_unlink.checked_add(1).unwrap_or(1);
-        self.unlinking.insert(pair, id);
+        let link = self.locals.get_mut(local)?.links.get_mut(remote)?;
+        let Link::Up { ours } = *link else { return None };
+        *link = Link::Unlinking(id);
+        self.held -= usize::from(!ours);
+        self.next_unlink = id.checked_add(1).unwrap_or(1);
         Some(id)
+    }
+
+    /// Takes a link away if `which` says so; what it was.
+    fn take_link(&mut self, local: &Pid, remote: &Pid, which: impl FnOnce(&Link) -> bool) -> Option<Link> {
+        let taken = self.at(local, |at| {
+            let wanted = at.links.get(remote).is_some_and(which);
+            if wanted { at.links.remove(remote) } else { None }
+        });
+        let link = taken.flatten()?;
+        self.held -= usize::from(link == Link::Up { ours: false });
+        Some(link)
     }
 
     /// The peer's `UNLINK_ID`, to be acknowledged in any case.
     pub(crate) fn peer_unlinks(&mut self, local: &Pid, remote: &Pid) {
-        self.links.remove(&(local.clone(), remote.clone()));
+        self.take_link(local, remote, |link| matches!(link, Link::Up { .. }));
     }
 
     /// The peer's `UNLINK_ID_ACK`.
     pub(crate) fn unlink_acknowledged(&mut self, local: &Pid, remote: &Pid, id: u64) {
-        let pair = (local.clone(), remote.clone());
-        if self.unlinking.get(&pair) == Some(&id) {
-            self.unlinking.remove(&pair);
-        }
+        self.take_link(local, remote, |link| *link == Link::Unlinking(id));
     }
 
-    /// The peer's `EXIT` over a link: whether there was one.
-    pub(crate) fn link_broke(&mut self, local: &Pid, remote: &Pid) -> bool {
-        self.links.remove(&(local.clone(), remote.clone()))
+    /// The peer's `EXIT` over a link, or the end of the process here: whether there was a link, and if so, whether it
+    /// was asked for here.
+    pub(crate) fn link_broke(&mut self, local: &Pid, remote: &Pid) -> Option<bool> {
+        match self.take_link(local, remote, |link| matches!(link, Link::Up { .. }))? {
+            Link::Up { ours } => Some(ours),
+            Link::Unlinking(_) => None,
+        }
     }
 
     /// The peer's `MONITOR_P`.
     pub(crate) fn peer_monitors(&mut self, reference: Reference, monitor: Incoming) -> Result<(), TooMany> {
-        self.check_room()?;
+        // A reference that is used twice is one monitor.
+        self.peer_demonitors(&reference);
+        self.take_room()?;
+        let at = self.locals.entry(monitor.local.clone()).or_default();
+        at.incoming.insert(reference.clone());
         self.incoming.insert(reference, monitor);
         Ok(())
     }
 
     /// The peer's `DEMONITOR_P`, or the end of a monitor that came too late.
     pub(crate) fn peer_demonitors(&mut self, reference: &Reference) -> Option<Incoming> {
-        self.incoming.remove(reference)
+        let monitor = self.incoming.remove(reference)?;
+        self.held -= 1;
+        self.at(&monitor.local, |at| at.incoming.remove(reference));
+        Some(monitor)
     }
 
     /// A monitor made here.
     pub(crate) fn monitor(&mut self, reference: Reference, monitor: Outgoing) {
+        let at = self.locals.entry(monitor.local.clone()).or_default();
+        at.outgoing.insert(reference.clone());
         self.outgoing.insert(reference, monitor);
     }
 
     /// The end of a monitor made here: the peer's `MONITOR_P_EXIT`, or taken back.
     pub(crate) fn take_outgoing(&mut self, reference: &Reference) -> Option<Outgoing> {
-        self.outgoing.remove(reference)
+        let monitor = self.outgoing.remove(reference)?;
+        self.at(&monitor.local, |at| at.outgoing.remove(reference));
+        Some(monitor)
     }
 
     /// A monitor taken back by the process that made it.
@@ -149,32 +225,67 @@ impl Watch {
         self.outgoing
             .get(reference)
             .filter(|monitor| monitor.local == *local)?;
-        self.outgoing.remove(reference)
+        self.take_outgoing(reference)
+    }
+
+    /// A spawn request made here.
+    pub(crate) fn spawn(&mut self, id: Reference, spawning: Spawning) {
+        self.spawning.insert(id, spawning);
+    }
+
+    /// The answer to a spawn request made here, or its failure; `None` when there was no such request.
+    pub(crate) fn take_spawning(&mut self, id: &Reference) -> Option<Spawning> {
+        self.spawning.remove(id)
     }
 
     /// All that hangs on one process here, which ends.
     pub(crate) fn take_process(&mut self, local: &Pid) -> Ended {
-        self.unlinking.retain(|(here, _), _| here != local);
+        let Some(at) = self.locals.remove(local) else {
+            return Ended::default();
+        };
+        let links: Vec<_> = at
+            .links
+            .into_iter()
+            .filter_map(|(remote, link)| match link {
+                Link::Up { ours } => Some((local.clone(), remote, ours)),
+                Link::Unlinking(_) => None,
+            })
+            .collect();
+        let incoming: Vec<_> = at
+            .incoming
+            .into_iter()
+            .filter_map(|reference| self.incoming.remove_entry(&reference))
+            .collect();
+        let outgoing = at
+            .outgoing
+            .into_iter()
+            .filter_map(|reference| self.outgoing.remove_entry(&reference))
+            .collect();
+        let theirs = links.iter().filter(|(_, _, ours)| !ours).count();
+        self.held -= theirs + incoming.len();
         Ended {
-            links: self.links.extract_if(|(here, _)| here == local).collect(),
-            incoming: self
-                .incoming
-                .extract_if(|_, monitor| monitor.local == *local)
-                .collect(),
-            outgoing: self
-                .outgoing
-                .extract_if(|_, monitor| monitor.local == *local)
-                .collect(),
+            links,
+            incoming,
+            outgoing,
+            spawning: Vec::new(),
         }
     }
 
     /// Everything, since the connection ended.
     pub(crate) fn take_all(&mut self) -> Ended {
-        self.unlinking.clear();
+        self.held = 0;
+        let locals = std::mem::take(&mut self.locals);
+        let links = locals.into_iter().flat_map(|(local, at)| {
+            at.links.into_iter().filter_map(move |(remote, link)| match link {
+                Link::Up { ours } => Some((local.clone(), remote, ours)),
+                Link::Unlinking(_) => None,
+            })
+        });
         Ended {
-            links: self.links.drain().collect(),
+            links: links.collect(),
             incoming: self.incoming.drain().collect(),
             outgoing: self.outgoing.drain().collect(),
+            spawning: self.spawning.drain().collect(),
         }
     }
 }
@@ -213,36 +324,59 @@ mod tests {
     fn what_a_peer_may_hold_is_bounded() {
         let mut watch = Watch::new(2);
         let (here, there) = (pid("a@h", 1), pid("b@h", 1));
-        watch.peer_links(here.clone(), there.clone()).unwrap();
-        watch.peer_links(here.clone(), there.clone()).unwrap();
+        watch.peer_links(&here, there.clone()).unwrap();
+        watch.peer_links(&here, there.clone()).unwrap();
+        watch.peer_monitors(reference(1), incoming(1)).unwrap();
         watch.peer_monitors(reference(1), incoming(1)).unwrap();
         assert_eq!(watch.peer_monitors(reference(2), incoming(1)), Err(TooMany));
-        assert_eq!(watch.peer_links(here.clone(), pid("b@h", 2)), Err(TooMany));
+        assert_eq!(watch.peer_links(&here, pid("b@h", 2)), Err(TooMany));
         watch.peer_demonitors(&reference(1)).unwrap();
         watch.peer_monitors(reference(2), incoming(1)).unwrap();
+        watch.peer_unlinks(&here, &there);
+        watch.peer_links(&here, pid("b@h", 2)).unwrap();
+        assert_eq!(watch.peer_links(&here, pid("b@h", 3)), Err(TooMany));
+        watch.take_process(&here);
+        assert_eq!((watch.held, watch.locals.len()), (0, 0));
     }
 
     #[test]
-    fn an_exit_that_crosses_an_unlink_counts_for_nothing() {
+    fn what_crosses_an_unlink_counts_for_nothing() {
         let mut watch = Watch::new(10);
         let (here, there) = (pid("a@h", 1), pid("b@h", 1));
-        assert!(watch.link(here.clone(), there.clone()));
-        assert!(!watch.link(here.clone(), there.clone()));
-        let id = watch.unlink(here.clone(), there.clone()).unwrap();
+        assert!(watch.link(&here, there.clone()));
+        assert!(!watch.link(&here, there.clone()));
+        let id = watch.unlink(&here, &there).unwrap();
         assert_ne!(id, 0);
-        assert_eq!(watch.unlink(here.clone(), there.clone()), None);
-        assert!(!watch.link_broke(&here, &there));
+        assert_eq!(watch.unlink(&here, &there), None);
+        assert_eq!(watch.link_broke(&here, &there), None);
+        watch.peer_links(&here, there.clone()).unwrap();
+        assert_eq!(watch.link_broke(&here, &there), None);
         watch.unlink_acknowledged(&here, &there, id + 1);
-        assert_eq!(watch.unlinking.len(), 1);
+        assert_eq!(watch.locals.len(), 1);
         watch.unlink_acknowledged(&here, &there, id);
-        assert!(watch.unlinking.is_empty());
+        assert_eq!((watch.locals.len(), watch.held), (0, 0));
+        // Behind the acknowledgement, a link is a new one.
+        watch.peer_links(&here, there.clone()).unwrap();
+        assert_eq!(watch.link_broke(&here, &there), Some(false));
+    }
+
+    #[test]
+    fn a_link_made_anew_outlives_the_acknowledgement_of_the_old_one() {
+        let mut watch = Watch::new(10);
+        let (here, there) = (pid("a@h", 1), pid("b@h", 1));
+        assert!(watch.link(&here, there.clone()));
+        let id = watch.unlink(&here, &there).unwrap();
+        assert!(watch.link(&here, there.clone()), "LINK must be sent again");
+        watch.unlink_acknowledged(&here, &there, id);
+        assert_eq!(watch.link_broke(&here, &there), Some(true));
+        assert_eq!(watch.held, 0);
     }
 
     #[test]
     fn a_process_takes_its_own_with_it() {
         let mut watch = Watch::new(10);
-        watch.link(pid("a@h", 1), pid("b@h", 1));
-        watch.link(pid("a@h", 2), pid("b@h", 1));
+        watch.link(&pid("a@h", 1), pid("b@h", 1));
+        watch.link(&pid("a@h", 2), pid("b@h", 1));
         watch.peer_monitors(reference(1), incoming(1)).unwrap();
         watch.peer_monitors(reference(2), incoming(2)).unwrap();
         watch.monitor(

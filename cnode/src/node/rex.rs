@@ -1,0 +1,96 @@
+//! The process `rex`, which serves what `rpc` does not do by spawn requests, and C nodes that use `ei_rpc`.
+//!
+//! A call is a `gen_server:call` of `{call | block_call, Module, Function, Args, GroupLeader}`; a C node sends
+//! `{From, {call, ...}}` and awaits `{rex, Result}` (`rpc.erl` in kernel, `ei_rpc` in erl_interface). Each call runs
+//! in a process of its own, block calls included.
+
+use std::sync::Arc;
+
+use meshx_etf::{Atom, Term};
+
+use super::address::Address;
+use super::call::Caller;
+use super::exposed::{Raised, Slot};
+use super::inner::Inner;
+use super::mailbox::Message;
+use super::server::Server;
+use super::spawned::{self, Call};
+
+pub(crate) struct Rex(pub(crate) Arc<Inner>);
+
+impl Server for Rex {
+    async fn call(&mut self, request: Term, caller: Caller) -> Option<Term> {
+        let Some(call) = labelled(request, &["call", "block_call"]) else {
+            return Some(badrpc(Term::atom("badarg")));
+        };
+        let Some(slot) = self.0.slot(&caller.pid().node) else {
+            return Some(badrpc(Term::atom("system_limit")));
+        };
+        let inner = Arc::clone(&self.0);
+        self.0.spawn(async move {
+            let result = run(&inner, call, slot).await;
+            if let Err(error) = caller.reply(result).await {
+                tracing::debug!(caller = ?caller.pid(), %error, "an answer was not sent");
+            }
+        });
+        None
+    }
+
+    async fn info(&mut self, message: Message) {
+        let Message::Term {
+            term: Term::Tuple(parts),
+            ..
+        } = message
+        else {
+            return;
+        };
+        let Ok([Term::Pid(from), request]) = <[Term; 2]>::try_from(parts) else {
+            return;
+        };
+        let Some(call) = labelled(request, &["call"]) else {
+            return;
+        };
+        let Some(slot) = self.0.slot(&from.node) else {
+            return;
+        };
+        let inner = Arc::clone(&self.0);
+        self.0.spawn(async move {
+            let answer = Term::tuple([Term::atom("rex"), run(&inner, call, slot).await]);
+            let own = inner.processes.by_name("rex").map(|process| process.pid.clone());
+            if let Some(own) = own
+                && let Err(error) = inner.reply(&own, &Address::Pid(from), &answer).await
+            {
+                tracing::debug!(%error, "an answer was not sent");
+            }
+        });
+    }
+}
+
+/// `{Label, Module, Function, Args, _}`.
+fn labelled(request: Term, labels: &[&str]) -> Option<Call> {
+    let Term::Tuple(mut parts) = request else {
+        return None;
+    };
+    let label = parts.first().and_then(Term::as_atom)?;
+    if parts.len() != 5 || !labels.contains(&label) {
+        return None;
+    }
+    parts.truncate(4);
+    spawned::of_terms(parts.split_off(1)).ok()
+}
+
+/// What `rex` answers: the value, what was thrown, or `{badrpc, {'EXIT', Reason}}`.
+async fn run(inner: &Arc<Inner>, call: Call, slot: Slot) -> Term {
+    let outcome = spawned::apply_alone(inner, call).await;
+    drop(slot);
+    let reason = match outcome {
+        Ok(value) | Err((Raised::Throw(value), _)) => return value,
+        Err((Raised::Exit(reason), _)) => reason,
+        Err((Raised::Error(reason), stack)) => Term::tuple([reason, stack]),
+    };
+    badrpc(Term::tuple([Term::Atom(Atom::from("EXIT")), reason]))
+}
+
+fn badrpc(reason: Term) -> Term {
+    Term::tuple([Term::atom("badrpc"), reason])
+}

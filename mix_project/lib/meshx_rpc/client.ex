@@ -14,7 +14,12 @@ defmodule MeshxRpc.Client do
   ms for the whole call (`:infinity`), how often it is made again when it certainly has not run (5), and
   the pause before that in ms (100).
 
-  `call` answers with what the function returned, or with `{:error_rpc, reason}`:
+  `MeshxRpc.Client.Async` calls without waiting, and through several clients at once; `MeshxRpc.Stream` tells how
+  arguments and results move piece by piece.
+
+  `call` answers with what the function returned, or with `{:error_rpc, reason}`. After `:closed` the function has
+  certainly not run, and only then is a call made again by itself; after every other reason it may have, see
+  `may_have_run?/1`. `retry_unsafe: true` makes it again after `:tcp_closed` too, as 0.1 did.
 
   | Reason | |
   |---|---|
@@ -31,7 +36,7 @@ defmodule MeshxRpc.Client do
   | an exception | the function raised it |
   | `{{:nocatch, value}, stack}` | the function threw `value` |
   | `{reason, stack}` | the function failed with an Erlang error |
-  | any other term | the function called `exit` with it |
+  | any other term | the function called `exit` with it; `{:exit, reason}` for `:closed` and `:tcp_closed` |
 
   Modules and functions in a `stack` that this VM has no atom for are binaries.
 
@@ -43,6 +48,18 @@ defmodule MeshxRpc.Client do
 
   `:guard` has the keys of `MeshxRpc.Guard`.
   """
+
+  @doc """
+  Whether the function may have run, by the reason of `{:error_rpc, reason}`. False only when it certainly has not:
+  the request was never sent whole, or the server said that it will not run it.
+
+      iex> MeshxRpc.Client.may_have_run?(:closed)
+      false
+      iex> MeshxRpc.Client.may_have_run?(:tcp_closed)
+      true
+  """
+  @spec may_have_run?(reason :: term()) :: boolean()
+  def may_have_run?(reason), do: reason != :closed
 
   @doc false
   defmacro __using__(options) do
@@ -62,9 +79,17 @@ defmodule MeshxRpc.Client do
       def call!(fun, args \\ [], timeout \\ :infinity, retry \\ 5, retry_sleep \\ 100),
         do: MeshxRpc.Client.Pool.call!(__MODULE__, fun, args, timeout, retry, retry_sleep)
 
-      @doc "Starts a function of the server and does not wait for it."
+      @doc "Starts a function of the server and does not wait for it: see `MeshxRpc.Client.Pool.cast/6`."
       def cast(fun, args \\ [], timeout \\ :infinity, retry \\ 5, retry_sleep \\ 100),
         do: MeshxRpc.Client.Pool.cast(__MODULE__, fun, args, timeout, retry, retry_sleep)
+
+      @doc "Calls a function whose result is an Enumerable, and moves it piece by piece: see `MeshxRpc.Stream`."
+      def stream(fun, args \\ [], options \\ []),
+        do: MeshxRpc.Client.Pool.stream(__MODULE__, fun, args, options)
+
+      @doc "Calls a function and does not wait: `MeshxRpc.Client.Async` fetches the result."
+      def send_request(fun, args \\ [], timeout \\ :infinity),
+        do: MeshxRpc.Client.Async.send_request(__MODULE__, fun, args, timeout)
 
       defoverridable child_spec: 1
     end

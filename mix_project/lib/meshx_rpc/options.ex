@@ -298,6 +298,13 @@ defmodule MeshxRpc.Options do
           default: 5_000,
           doc: "wait in ms after the hello failed"
         ],
+        retry_unsafe: [
+          type: :boolean,
+          default: false,
+          doc:
+            "as in 0.1: make a call again also when it may have run already (`:tcp_closed`); for functions that " <>
+              "may run twice"
+        ],
         exec_retry_on_error: [
           type: {:custom, &Check.atoms/1, "a list of atoms"},
           default: [:closed],

@@ -36,7 +36,7 @@ defmodule MeshxRpc.Client.Async do
 
     {connection, request} =
       with {:ok, {_flag, _iovec, size} = encoded} <- Message.encode(pool.message, argument),
-           {:ok, pid, max} when size <= max <- Pool.connection(pool) do
+           {:ok, pid, max} when size <= max <- Request.connection(pool) do
         {pid, Request.start(pid, fun, left, encoded)}
       else
         {:error, reason} -> {nil, Request.failed(reason)}

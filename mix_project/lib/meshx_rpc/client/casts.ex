@@ -164,7 +164,7 @@ defmodule MeshxRpc.Client.Casts do
   defp attempt(state, %{until: until} = cast) do
     left = Request.left(until)
 
-    case Pool.connection(state.pool) do
+    case Request.connection(state.pool) do
       _any when left == 0 -> over(state, cast, {:error_rpc, :timeout})
       :none -> again(state, cast, :closed)
       {:ok, connection, max_message} -> ask(state, cast, connection, max_message, left)

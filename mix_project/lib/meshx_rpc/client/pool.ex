@@ -134,7 +134,7 @@ defmodule MeshxRpc.Client.Pool do
       config
       |> Map.take([:codec, :guard, :message, :max_queue])
       |> Map.merge(%{table: table, size: size, load: load, casts: casts})
-      |> Map.put(:retry_on, config.exec_retry_on_error)
+      |> Map.put(:retry_on, retry_on(config))
 
     :ets.insert(table, {:pool, pool})
 
@@ -142,6 +142,9 @@ defmodule MeshxRpc.Client.Pool do
     connections = for index <- 1..size, do: {Connection, {config, index, table, load}}
     Supervisor.init(upstream ++ connections ++ [{Casts, pool}], strategy: :one_for_one)
   end
+
+  defp retry_on(%{retry_unsafe: true} = config), do: [:tcp_closed | config.exec_retry_on_error]
+  defp retry_on(config), do: config.exec_retry_on_error
 
   defp upstream(config, table) do
     %{id: :upstream, start: {__MODULE__, :start_upstream, [config, table]}, shutdown: 10_000}

@@ -5,6 +5,7 @@ defmodule MeshxRpc.Client.Request do
   # It is known by an alias of the asking process. Its answer is one message, which `outcome/2` recognises; after that
   # the alias is gone.
 
+  alias MeshxRpc.Client.Pool
   alias MeshxRpc.{Message, Term}
 
   @type t :: reference()
@@ -14,6 +15,10 @@ defmodule MeshxRpc.Client.Request do
 
   @max_fun 255
   @max_timeout 0xFFFF_FFFF
+
+  @doc "The connection to send it on, and the largest argument that the server takes."
+  @spec connection(map()) :: {:ok, pid(), non_neg_integer()} | :none
+  def connection(pool), do: Pool.connection(pool)
 
   @doc "Sends it; `left` is how long it may take, in milliseconds."
   @spec start(pid(), binary(), timeout(), Term.encoded()) :: t()

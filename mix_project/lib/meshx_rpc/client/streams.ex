@@ -102,7 +102,7 @@ defmodule MeshxRpc.Client.Streams do
 
   # Without a connection it certainly has not run, and nothing was enumerated.
   defp begin(pool, {_flag, _iovec, size} = encoded, settings, retry) do
-    case Pool.connection(pool) do
+    case Request.connection(pool) do
       {:ok, _pid, max_message} when size > max_message ->
         {nil, Request.failed(:error_too_long)}
 

@@ -68,7 +68,8 @@ defmodule MeshxRpc.AsyncTest do
     assert Async.receive_response(id, 10_000) == {:error_rpc, :timeout}
     await(fn -> Server.Pool.info(server).running == 0 end)
     assert Client.Pool.info(client).in_flight == 0
-    assert_received {:running, _pid, 3}
+    # It may have been over before it ran.
+    receive(do: ({:running, _pid, 3} -> :ok), after: (0 -> :ok))
     assert Process.info(self(), :message_queue_len) == {:message_queue_len, 0}
   end
 

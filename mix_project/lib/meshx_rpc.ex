@@ -34,4 +34,19 @@ defmodule MeshxRpc do
   A server that stops says which calls it began (GOAWAY) and closes; calls that it did not begin are
   `:closed` for their callers, and made again elsewhere or later, the others `:tcp_closed`.
   """
+
+  @doc """
+  Prints the events of clients and servers whose `:telemetry_prefix` is this one: errors with level `:error`, others
+  with `:debug`. For development.
+
+  `id` names the handler, default the last element of the prefix. Any prefix will do. Without the application
+  `:telemetry` it works too.
+  """
+  @spec attach_telemetry([atom()], term()) :: :ok
+  def attach_telemetry(telemetry_prefix, id \\ nil),
+    do: MeshxRpc.Telemetry.attach(telemetry_prefix, id)
+
+  @doc "Ends what `attach_telemetry/2` began."
+  @spec detach_telemetry(term()) :: :ok | {:error, :not_found}
+  def detach_telemetry(id), do: MeshxRpc.Telemetry.detach(id)
 end

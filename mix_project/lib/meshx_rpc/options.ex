@@ -344,6 +344,13 @@ defmodule MeshxRpc.Options do
     Map.put(config, :trace, config.traceparent != nil)
   end
 
+  @doc "Where its events go: asked when it starts, since `:telemetry` may be loaded later than the options are checked."
+  @spec telemetry(map()) :: map()
+  def telemetry(config) do
+    sink = MeshxRpc.Telemetry.new(config.id, config.telemetry_prefix, config.telemetry_handler)
+    Map.put(config, :telemetry, sink)
+  end
+
   @doc "The configuration with its keys in the open, for `MeshxRpc.Hello`: not to be kept."
   @spec reveal(map()) :: MeshxRpc.Hello.config()
   def reveal(config), do: %{config | keys: Secret.reveal(config.keys)}

@@ -26,6 +26,14 @@ defmodule MeshxRpc.Server do
   mesh - may do without `:shared_key`; one that can refuses to start without it.
   """
 
+  @doc """
+  The W3C `traceparent` that came with the request that this process runs, or nil.
+
+  It is the caller's: well-formed, and not to be trusted. A client sends one when it has the option `:traceparent`.
+  """
+  @spec traceparent() :: binary() | nil
+  def traceparent, do: MeshxRpc.Traceparent.get()
+
   @doc false
   defmacro __using__(options) do
     quote bind_quoted: [options: options] do

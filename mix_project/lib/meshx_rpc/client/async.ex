@@ -14,7 +14,7 @@ defmodule MeshxRpc.Client.Async do
   """
 
   alias MeshxRpc.Client.{Pool, Request}
-  alias MeshxRpc.{Message, Stream}
+  alias MeshxRpc.{Message, Stream, Traceparent}
 
   @enforce_keys [:request, :connection, :pool]
   defstruct @enforce_keys
@@ -36,17 +36,21 @@ defmodule MeshxRpc.Client.Async do
 
     {connection, request} =
       with {:ok, {_flag, _iovec, size} = encoded} <- Message.encode(pool.message, argument),
-           {:ok, pid, max} when size <= max <- Request.connection(pool) do
+           {:ok, pid, max, trace} when size <= max <- Pool.route(pool) do
+        encoded = if trace, do: traced(pool, encoded), else: encoded
         {pid, Request.start(pid, fun, left, encoded)}
       else
         {:error, reason} -> {nil, Request.failed(reason)}
-        {:ok, _pid, _max} -> {nil, Request.failed(:error_too_long)}
+        {:ok, _pid, _max, _trace} -> {nil, Request.failed(:error_too_long)}
         :none -> {nil, Request.failed(:closed)}
       end
 
     pool = Map.take(pool, [:codec, :guard, :message])
     %__MODULE__{request: request, connection: connection, pool: pool}
   end
+
+  defp traced(pool, encoded),
+    do: Traceparent.append(encoded, Traceparent.ask(pool.traceparent))
 
   @doc "Sends a request and adds it to a collection."
   @spec send_request(atom(), atom() | String.t(), term(), timeout(), term(), collection()) ::

@@ -4,7 +4,8 @@ defmodule MeshxRpc.Client.Call do
   #
   # The answer comes to a process alias that is gone when the caller has given up: late answers vanish.
 
-  alias MeshxRpc.{Client, Message, Term}
+  alias MeshxRpc.{Client, Message, Telemetry, Term, Traceparent}
+  alias MeshxRpc.Client.Measured
 
   @max_fun 255
   @max_timeout 0xFFFF_FFFF
@@ -27,25 +28,33 @@ defmodule MeshxRpc.Client.Call do
   defp run(pool, kind, fun, argument, timeout, retry, retry_sleep) do
     pool = Client.Pool.fetch!(pool)
     fun = name!(fun)
-    until = until(timeout)
 
-    case Message.encode(pool.message, argument) do
-      {:ok, encoded} ->
-        request = %{
-          pool: pool,
-          kind: kind,
-          fun: fun,
-          encoded: encoded,
-          until: until,
-          sleep: retry_sleep
-        }
+    request = %{
+      pool: pool,
+      kind: kind,
+      fun: fun,
+      encoded: nil,
+      until: until(timeout),
+      sleep: retry_sleep,
+      measured: Telemetry.on?(pool.telemetry, kind)
+    }
 
-        attempt(request, retry)
+    if request.measured,
+      do: Measured.run(pool, kind, fun, fn -> encode(request, argument, retry) end),
+      else: encode(request, argument, retry)
+  end
 
-      {:error, reason} ->
-        {:error_rpc, reason}
+  defp encode(request, argument, retry) do
+    encoded = timed(request, :ser, fn -> Message.encode(request.pool.message, argument) end)
+
+    case encoded do
+      {:ok, encoded} -> attempt(%{request | encoded: encoded}, retry)
+      {:error, reason} -> {:error_rpc, reason}
     end
   end
+
+  defp timed(%{measured: false}, _name, fun), do: fun.()
+  defp timed(_request, name, fun), do: Measured.time(name, fun)
 
   defp attempt(request, retry) do
     case once(request) do
@@ -62,16 +71,24 @@ defmodule MeshxRpc.Client.Call do
   end
 
   defp once(%{encoded: {_flag, _iovec, size}} = request) do
-    case Client.Pool.connection(request.pool) do
-      {:ok, _pid, max_message} when size > max_message -> {:error_rpc, :error_too_long}
-      {:ok, pid, _max_message} -> ask(request, pid)
+    case Client.Pool.route(request.pool) do
+      {:ok, _pid, max_message, _trace} when size > max_message -> {:error_rpc, :error_too_long}
+      {:ok, pid, _max_message, false} -> ask(request, pid)
+      {:ok, pid, _max_message, true} -> request |> traced() |> ask(pid)
       :none -> {:error_rpc, :closed}
     end
   end
 
-  defp ask(request, pid) do
+  defp traced(%{pool: pool} = request) do
+    text = Traceparent.ask(pool.traceparent)
+    if request.measured, do: Measured.note(:traceparent, text)
+    %{request | encoded: Traceparent.append(request.encoded, text)}
+  end
+
+  defp ask(%{encoded: {_flag, _iovec, size}} = request, pid) do
     left = left(request.until)
     alias = :erlang.monitor(:process, pid, alias: :reply_demonitor)
+    if request.measured, do: sending(alias, pid, size)
     send(pid, {request.kind, alias, self(), request.fun, left, request.encoded})
 
     receive do
@@ -99,7 +116,18 @@ defmodule MeshxRpc.Client.Call do
     end
   end
 
+  defp sending(alias, pid, size) do
+    Measured.note(:ref, alias)
+    Measured.note(:pid, pid)
+    Measured.note(:sent, size)
+  end
+
   defp decoded(request, flag, bytes) do
+    if request.measured, do: Measured.note(:received, byte_size(bytes))
+    timed(request, :dser, fn -> term(request, flag, bytes) end)
+  end
+
+  defp term(request, flag, bytes) do
     %{message: message, codec: codec, guard: guard} = request.pool
 
     case Message.decode(message, codec, flag, bytes, guard) do

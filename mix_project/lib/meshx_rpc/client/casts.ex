@@ -7,8 +7,8 @@ defmodule MeshxRpc.Client.Casts do
 
   use GenServer
 
-  alias MeshxRpc.Client.{Backoff, Pool, Request}
-  alias MeshxRpc.Message
+  alias MeshxRpc.Client.{Backoff, Measured, Pool, Request}
+  alias MeshxRpc.{Message, Telemetry}
 
   # What a cast costs here beside its argument.
   @overhead 1_024
@@ -35,7 +35,7 @@ defmodule MeshxRpc.Client.Casts do
 
     case Message.encode(pool.message, argument) do
       {:ok, encoded} -> made(pool, fun, encoded, options)
-      {:error, reason} -> refused(pool, reason, options[:ack])
+      {:error, reason} -> refused(pool, fun, reason, options[:ack])
     end
   end
 
@@ -53,6 +53,7 @@ defmodule MeshxRpc.Client.Casts do
       ack: nil,
       # Of one with a key: its number; the instance it was last sent to; which instance may have run it, and since when.
       number: nil,
+      began: Telemetry.now(),
       meant: @no_instance,
       sent: nil,
       moved: 0
@@ -60,7 +61,7 @@ defmodule MeshxRpc.Client.Casts do
 
     if reserve(pool, size),
       do: hand_over(pool, cast, options[:ack]),
-      else: refused(pool, :full, options[:ack])
+      else: refused(pool, fun, :full, options[:ack])
   end
 
   @doc "Casts that have not started."
@@ -97,7 +98,9 @@ defmodule MeshxRpc.Client.Casts do
     end
   end
 
-  defp refused(pool, reason, ack?) do
+  defp refused(pool, fun, reason, ack?) do
+    cast = %{fun: Request.name!(fun), size: 0, began: Telemetry.now()}
+    Measured.cast(pool, cast, {:error_rpc, reason})
     :atomics.add(pool.casts, 3, 1)
     if ack?, do: {:error_rpc, reason}, else: :ok
   end
@@ -271,6 +274,8 @@ defmodule MeshxRpc.Client.Casts do
   defp over(state, cast, result) do
     if cast.ack, do: send(cast.ack, {cast.ack, result})
     if result != :ok, do: :atomics.add(state.pool.casts, 3, 1)
+    {_flag, _iovec, size} = cast.encoded
+    Measured.cast(state.pool, %{cast | size: size}, result)
     :atomics.sub(state.pool.casts, 1, cast.size)
     :atomics.sub(state.pool.casts, 2, 1)
     following(state, cast.key)

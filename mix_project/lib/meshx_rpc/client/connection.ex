@@ -10,7 +10,7 @@ defmodule MeshxRpc.Client.Connection do
   use GenServer
   require Logger
 
-  alias MeshxRpc.{Address, Frame, Hello, Link, Options, Reason, Refs, Writer}
+  alias MeshxRpc.{Address, Frame, Hello, Link, Options, Reason, Refs, Telemetry, Writer}
   alias MeshxRpc.Client.{Backoff, Calls, Upstream}
 
   # What a cast costs here until the server has started it, beside its argument: nobody waits for it, so only
@@ -33,7 +33,9 @@ defmodule MeshxRpc.Client.Connection do
     phase: :down,
     attempt: 0,
     failed: nil,
-    logged: nil
+    logged: nil,
+    hsk_ref: nil,
+    since: 0
   ]
 
   def child_spec({config, index, _table, _load} = argument) do
@@ -47,6 +49,11 @@ defmodule MeshxRpc.Client.Connection do
   def init({config, index, table, load}) do
     # What a connection that crashed has left.
     :ets.delete(table, index)
+
+    for [pid] <- :ets.match(table, {{:metadata, :"$1"}, :_}),
+        not Process.alive?(pid),
+        do: :ets.delete(table, {:metadata, pid})
+
     calls = Calls.new(config.id, load, index)
     state = %__MODULE__{config: config, index: index, table: table, calls: calls}
     {:ok, state, {:continue, :connect}}
@@ -140,6 +147,13 @@ defmodule MeshxRpc.Client.Connection do
   # Connecting
 
   defp connect(%{config: config} = state) do
+    state = %{
+      state
+      | hsk_ref: System.unique_integer([:positive]),
+        since: Telemetry.now(),
+        refs: nil
+    }
+
     with {:ok, address} <- address(state),
          state = %{state | address: address},
          :ok <- protected(state),
@@ -159,9 +173,11 @@ defmodule MeshxRpc.Client.Connection do
       end
     else
       {:error, reason, state} ->
+        state = tell(state, :hsk, {:connect, reason})
         {:noreply, again(%{state | failed: state.address}, {:connect, reason}, :proxy)}
 
       {:error, reason} ->
+        state = tell(state, :hsk, {:mesh, reason})
         {:noreply, again(state, {:mesh, reason}, :proxy)}
     end
   end
@@ -187,6 +203,8 @@ defmodule MeshxRpc.Client.Connection do
 
   defp lost(state, reason) do
     :ets.delete(state.table, state.index)
+    state = tell(state, event_of(state, reason), reason)
+    :ets.delete(state.table, {:metadata, self()})
     Link.close(state.link)
     for timer <- [state.timer, state.send_timer], timer, do: :erlang.cancel_timer(timer)
 
@@ -208,6 +226,47 @@ defmodule MeshxRpc.Client.Connection do
       nobody -> again(state, reason, :proxy)
       true -> again(%{state | failed: state.address}, reason, :hello)
     end
+  end
+
+  # Which event of 0.1 it is that a connection ends.
+  defp event_of(%{phase: phase}, _reason) when phase not in [:up, :draining], do: :hsk
+
+  defp event_of(%{calls: calls, link: link}, _reason) do
+    cond do
+      Calls.empty?(calls) -> :idle
+      link.blocked -> :send
+      true -> :recv
+    end
+  end
+
+  # `reason` is `:ok`, or why. Without listeners it costs a look; handlers run elsewhere.
+  defp tell(state, name, reason) do
+    if Telemetry.on?(state.config.telemetry, name) do
+      key = if name == :hsk, do: :hsk, else: :idle
+      time = [{key, Telemetry.now() - state.since}]
+
+      metadata = Map.merge(metadata(state), %{result: Telemetry.cause(reason), state: state.phase})
+
+      Telemetry.emit_aside(
+        state.config.telemetry,
+        name,
+        Telemetry.measurements(time: time),
+        Map.delete(metadata, :block)
+      )
+    end
+
+    state
+  end
+
+  defp metadata(state) do
+    %{
+      address: state.address || state.config.address,
+      hsk_ref: state.hsk_ref,
+      local: state.refs,
+      remote: state.agreed && state.agreed.remote,
+      socket: state.link && state.link.socket,
+      block: state.agreed && state.agreed.block
+    }
   end
 
   defp again(%{config: config} = state, reason, kind) do
@@ -272,8 +331,12 @@ defmodule MeshxRpc.Client.Connection do
     :erlang.cancel_timer(state.timer)
     link = Link.agree(state.link, agreed, Map.get(state.config, :writer, []))
     :ets.delete(state.table, {:down, state.index})
-    :ets.insert(state.table, {state.index, self(), agreed.peer_max_message})
-    %{state | link: link, phase: :up, attempt: 0, timer: nil, failed: nil, logged: nil}
+    state = %{state | link: link, phase: :up, attempt: 0, timer: nil, failed: nil, logged: nil}
+    tell(state, :hsk, :ok)
+    # Calls ask for it, and only measured ones.
+    :ets.insert(state.table, {{:metadata, self()}, metadata(state)})
+    :ets.insert(state.table, {state.index, self(), agreed.peer_max_message, agreed.trace})
+    %{state | since: Telemetry.now()}
   end
 
   defp event({:refused, cause, text}, state), do: lost(state, {cause, Link.printable(text)})

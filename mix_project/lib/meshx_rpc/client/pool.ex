@@ -123,6 +123,7 @@ defmodule MeshxRpc.Client.Pool do
 
   @impl true
   def init(config) do
+    config = Options.telemetry(config)
     size = config.pool_opts.size
 
     # Owned by this supervisor, so it lives as long as the pool. One counter per connection. Of casts: the bytes that wait, how many do, and how many failed.
@@ -132,7 +133,7 @@ defmodule MeshxRpc.Client.Pool do
 
     pool =
       config
-      |> Map.take([:codec, :guard, :message, :max_queue])
+      |> Map.take([:codec, :guard, :message, :max_queue, :telemetry, :traceparent])
       |> Map.merge(%{table: table, size: size, load: load, casts: casts})
       |> Map.put(:retry_on, retry_on(config))
 
@@ -170,7 +171,13 @@ defmodule MeshxRpc.Client.Pool do
 
   @doc false
   # The connection with the fewest calls, of those that are up.
-  def connection(%{table: table, size: size, load: load}) do
+  def connection(pool) do
+    with {:ok, pid, max_message, _trace} <- route(pool), do: {:ok, pid, max_message}
+  end
+
+  @doc false
+  # The same, with whether its requests of the server's functions carry a traceparent.
+  def route(%{table: table, size: size, load: load}) do
     case for index <- 1..size,
              [row] <- [:ets.lookup(table, index)],
              do: {:counters.get(load, index), row} do
@@ -178,8 +185,17 @@ defmodule MeshxRpc.Client.Pool do
         :none
 
       rows ->
-        {_load, {_index, pid, max_message}} = Enum.min_by(rows, &elem(&1, 0))
-        {:ok, pid, max_message}
+        {_load, {_index, pid, max_message, trace}} = Enum.min_by(rows, &elem(&1, 0))
+        {:ok, pid, max_message, trace}
+    end
+  end
+
+  @doc false
+  # What telemetry tells of a connection.
+  def metadata(%{table: table}, pid) do
+    case :ets.lookup(table, {:metadata, pid}) do
+      [{_key, metadata}] -> metadata
+      [] -> %{}
     end
   end
 

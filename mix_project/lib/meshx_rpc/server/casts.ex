@@ -11,8 +11,8 @@ defmodule MeshxRpc.Server.Casts do
 
   use GenServer
 
-  alias MeshxRpc.{Message, Term}
-  alias MeshxRpc.Server.Functions
+  alias MeshxRpc.{Message, Telemetry, Term}
+  alias MeshxRpc.Server.{Functions, Task}
 
   @max_lanes 65_536
   @remember 60_000
@@ -243,21 +243,41 @@ defmodule MeshxRpc.Server.Casts do
 
   # Whatever it ends with is for the count only.
   defp runner(cast, from, answer, config) do
+    measured = measured(cast, config)
+    began = Telemetry.now()
+
     case Message.decode(config.message, config.codec, cast.flag, cast.argument, config.guard) do
       {:ok, argument} ->
         GenServer.reply(from, {:ok, answer})
 
         try do
           apply(config.module, cast.fun, [argument])
+          Task.tell(config, measured, :ok, exec: Telemetry.now() - began)
         catch
-          _kind, _reason -> exit(:failed)
+          kind, reason ->
+            reason = Term.failure(kind, reason, __STACKTRACE__)
+            Task.tell(config, measured, {:error_rpc, reason}, exec: Telemetry.now() - began)
+            exit(:failed)
         end
 
-      {:error, :refused} ->
-        GenServer.reply(from, {:error, :serialization_fail})
-
       {:error, reason} ->
+        reason = if reason == :refused, do: :serialization_fail, else: reason
         GenServer.reply(from, {:error, reason})
+        Task.tell(config, measured, {:error_rpc, reason}, dser: Telemetry.now() - began)
+    end
+  end
+
+  # What is told of it, when somebody listens. Which connection it came on is not: it may be gone.
+  defp measured(cast, %{telemetry: telemetry} = config) do
+    if Telemetry.on?(telemetry, :cast) do
+      %{
+        address: config.address,
+        fun_name: cast.fun,
+        fun_req: :cast,
+        state: :reply,
+        received: byte_size(cast.argument),
+        block: config.blk_max_size
+      }
     end
   end
 end

@@ -9,7 +9,7 @@ defmodule MeshxRpc.Server.Connection do
   use GenServer, restart: :temporary
   require Logger
 
-  alias MeshxRpc.{Address, Frame, Hello, Link, Options, Refs, Term, Writer}
+  alias MeshxRpc.{Address, Frame, Hello, Link, Options, Refs, Telemetry, Term, Writer}
   alias MeshxRpc.Server.{Functions, Task}
 
   @linger 1_000
@@ -29,7 +29,9 @@ defmodule MeshxRpc.Server.Connection do
     proofs: [],
     streams: %{},
     pids: %{},
-    last: 0
+    last: 0,
+    hsk_ref: 0,
+    since: 0
   ]
 
   @doc "`held` counts the requests of this connection that run: the listener returns them when it dies."
@@ -44,6 +46,7 @@ defmodule MeshxRpc.Server.Connection do
   @impl true
   def init(state) do
     Process.flag(:trap_exit, true)
+    state = %{state | hsk_ref: System.unique_integer([:positive]), since: Telemetry.now()}
     _ = :erlang.start_timer(state.config.timeout_hsk, self(), :hello)
     {:ok, state}
   end
@@ -89,8 +92,12 @@ defmodule MeshxRpc.Server.Connection do
   def handle_info({:EXIT, pid, reason}, state) do
     case state.pids do
       %{^pid => stream} ->
-        done = {:error, Term.encode_error(Term.exit_reason(reason))}
-        state |> finish(stream, done) |> continue()
+        reason = Term.exit_reason(reason)
+
+        state
+        |> tell_ended(stream, reason)
+        |> finish(stream, {:error, Term.encode_error(reason)})
+        |> continue()
 
       _over ->
         continue(state)
@@ -101,14 +108,22 @@ defmodule MeshxRpc.Server.Connection do
   def handle_info({:drained, _socket}, state), do: write(%{state | link: Link.drained(state.link)})
   def handle_info({:inet_reply, _socket, :ok}, state), do: continue(state)
   def handle_info({:inet_reply, _socket, {:error, reason}}, state), do: broken(state, reason)
-  def handle_info({:tcp_closed, _socket}, state), do: {:stop, :normal, state}
+
+  def handle_info({:tcp_closed, _socket}, state) do
+    if state.streams != %{}, do: tell(state, :recv, :tcp_closed)
+    {:stop, :normal, state}
+  end
+
   def handle_info({:tcp_error, _socket, reason}, state), do: broken(state, reason)
 
   # `:timeout` by the caller's deadline, `:killed` by our `timeout_execute`.
   def handle_info({:timeout, _timer, {:over, stream, reason}}, state) do
     if Map.has_key?(state.streams, stream),
       do:
-        state |> kill(stream) |> finish(stream, {:error, Term.encode_error(reason)}) |> continue(),
+        state
+        |> kill(stream, reason)
+        |> finish(stream, {:error, Term.encode_error(reason)})
+        |> continue(),
       else: continue(state)
   end
 
@@ -159,7 +174,7 @@ defmodule MeshxRpc.Server.Connection do
 
   @impl true
   def terminate(_reason, state) do
-    for {pid, _stream} <- state.pids, do: Process.exit(pid, :kill)
+    _ = Enum.reduce(Map.keys(state.streams), state, &kill(&2, &1, :killed))
 
     if state.link do
       if state.phase == :up,
@@ -207,18 +222,17 @@ defmodule MeshxRpc.Server.Connection do
 
     case offered(state, fun) do
       {{:ok, fun}, state} ->
-        if acquire(state),
-          do: start(state, stream, kind, deadline, fun, flag, argument),
-          else:
-            reset(
-              state,
-              stream,
-              :full,
-              "#{state.config.max_concurrency} requests run (max_concurrency)"
-            )
+        if acquire(state) do
+          start(state, stream, kind, deadline, fun, flag, argument)
+        else
+          text = "#{state.config.max_concurrency} requests run (max_concurrency)"
+          state |> tell_refused(kind, fun, stream, argument, :full) |> reset(stream, :full, text)
+        end
 
       {:error, state} ->
-        answer(state, stream, {:error, Term.encode_error(Term.undef(state.config.module, fun))})
+        state
+        |> tell_refused(kind, fun, stream, argument, :undef)
+        |> answer(stream, {:error, Term.encode_error(Term.undef(state.config.module, fun))})
     end
   end
 
@@ -241,6 +255,8 @@ defmodule MeshxRpc.Server.Connection do
     do: forget(state, stream)
 
   defp event({:refused, cause, text}, state) do
+    tell(state, :hsk, {cause, Link.printable(text)})
+
     unless state.config.quiet_on_hsk_error? do
       Logger.warning(
         "MeshxRpc.Server #{inspect(state.config.id)}: #{state.peer} refuses this server: #{cause}: #{Link.printable(text)}"
@@ -264,13 +280,16 @@ defmodule MeshxRpc.Server.Connection do
 
   defp up(state) do
     send(state.listener, {:up, self()})
+    tell(state, :hsk, :ok)
+    state = %{state | config: Map.put(state.config, :traced, state.agreed.trace)}
     %{state | phase: :up, link: Link.agree(state.link, state.agreed, [])}
   end
 
   # Requests
 
   defp start(state, stream, kind, deadline, fun, flag, argument) do
-    pid = Task.start(stream, fun, flag, argument, state.config)
+    measured = measured(state, kind, fun, stream, argument)
+    pid = Task.start(stream, fun, flag, argument, state.config, measured)
 
     execute = state.config.timeout_execute
     reason = if execute < deadline, do: :killed, else: :timeout
@@ -281,7 +300,7 @@ defmodule MeshxRpc.Server.Connection do
         milliseconds -> :erlang.start_timer(milliseconds, self(), {:over, stream, reason})
       end
 
-    request = %{pid: pid, timer: timer, kind: kind}
+    request = %{pid: pid, timer: timer, kind: kind, measured: measured}
 
     state = %{
       state
@@ -307,15 +326,15 @@ defmodule MeshxRpc.Server.Connection do
     %{state | streams: streams, pids: Map.delete(state.pids, request.pid)}
   end
 
-  defp kill(state, stream) do
+  defp kill(state, stream, reason) do
     Process.exit(state.streams[stream].pid, :kill)
-    state
+    tell_ended(state, stream, reason)
   end
 
   defp forget(state, stream) do
     state =
       if Map.has_key?(state.streams, stream),
-        do: state |> kill(stream) |> finished(stream),
+        do: state |> kill(stream, :cancelled) |> finished(stream),
         else: state
 
     {_how_far, writer} = Writer.drop(state.link.writer, stream)
@@ -392,6 +411,8 @@ defmodule MeshxRpc.Server.Connection do
   defp write(state), do: {:noreply, state}
 
   defp broken(state, reason) do
+    tell(state, if(state.link && state.link.blocked, do: :send, else: :recv), reason)
+
     Logger.debug(
       "MeshxRpc.Server #{inspect(state.config.id)}: connection of #{state.peer} broke: #{inspect(reason)}"
     )
@@ -432,14 +453,87 @@ defmodule MeshxRpc.Server.Connection do
   defp close(%{phase: :closing} = state, _frames), do: state
 
   defp close(state, frames) do
-    for {pid, _stream} <- state.pids, do: Process.exit(pid, :kill)
-    state = Enum.reduce(Map.keys(state.streams), state, &finished(&2, &1))
+    kill = fn stream, state -> state |> kill(stream, :killed) |> finished(stream) end
+    state = Enum.reduce(Map.keys(state.streams), state, kill)
     Link.shutdown(state.link, frames)
     _ = :erlang.start_timer(@linger, self(), :linger)
     %{state | phase: :closing}
   end
 
+  # Telemetry. Handlers of the user's run elsewhere, and without one it costs a look.
+
+  defp tell(state, name, reason) do
+    if Telemetry.on?(state.config.telemetry, name) do
+      time = if name == :hsk, do: [hsk: Telemetry.now() - state.since], else: []
+
+      Telemetry.emit_aside(
+        state.config.telemetry,
+        name,
+        Telemetry.measurements(time: time),
+        Map.merge(metadata(state), %{result: Telemetry.cause(reason), state: state.phase})
+      )
+    end
+
+    :ok
+  end
+
+  defp tell_refused(state, kind, fun, stream, argument, reason) do
+    with %{} = measured <- measured(state, kind, fun, stream, argument),
+         do: tell_request(state, measured, reason)
+
+    state
+  end
+
+  defp tell_ended(state, stream, reason) do
+    with %{measured: %{} = measured} <- state.streams[stream],
+         do: tell_request(state, measured, reason)
+
+    state
+  end
+
+  defp tell_request(state, measured, reason) do
+    time = [exec: Telemetry.now() - measured.began]
+
+    Telemetry.emit_aside(
+      state.config.telemetry,
+      measured.fun_req,
+      Task.measurements(measured, 0, time),
+      Task.metadata(measured, Telemetry.result({:error_rpc, reason}))
+    )
+  end
+
+  # What is told of a request, when somebody listens. What casts and streams are made of is not told.
+  defp measured(_state, _kind, {:internal, _name}, _stream, _argument), do: nil
+  defp measured(_state, _kind, <<0, _::binary>>, _stream, _argument), do: nil
+
+  defp measured(state, kind, fun, stream, argument) do
+    if Telemetry.on?(state.config.telemetry, kind) do
+      Map.merge(metadata(state), %{
+        fun_name: fun,
+        fun_req: kind,
+        req_ref: stream,
+        state: :reply,
+        received: byte_size(argument),
+        block: state.agreed.block,
+        began: Telemetry.now()
+      })
+    end
+  end
+
+  defp metadata(state) do
+    %{
+      address: state.config.address,
+      peer: state.peer,
+      hsk_ref: state.hsk_ref,
+      local: state.refs,
+      remote: state.agreed && state.agreed.remote,
+      socket: state.link && state.link.socket
+    }
+  end
+
   defp log(%{config: config} = state, cause, text) do
+    tell(state, if(state.phase == :up, do: :recv, else: :hsk), {cause, text})
+
     unless config.quiet_on_hsk_error? and state.phase != :up,
       do:
         Logger.warning(

@@ -7,7 +7,7 @@ defmodule MeshxRpc.Server.Listener do
   use GenServer
   require Logger
 
-  alias MeshxRpc.{Address, Frame, Options}
+  alias MeshxRpc.{Address, Frame, Options, Telemetry}
   alias MeshxRpc.Server.{Casts, Connection}
 
   @retry 1_000
@@ -44,8 +44,12 @@ defmodule MeshxRpc.Server.Listener do
       {:ok, state, {:continue, :start}}
     else
       case listen(state, config.address) do
-        {:ok, state} -> {:ok, state, {:continue, :start}}
-        {:error, reason} -> {:stop, {:listen, config.address, reason}}
+        {:ok, state} ->
+          {:ok, state, {:continue, :start}}
+
+        {:error, reason} ->
+          tell(state, {:listen, reason})
+          {:stop, {:listen, config.address, reason}}
       end
     end
   end
@@ -154,7 +158,17 @@ defmodule MeshxRpc.Server.Listener do
   defp listen(state, address) do
     with {:ok, socket, address} <-
            Address.listen(address, state.config.backlog, state.config.socket_opts),
-         do: {:ok, %{state | socket: socket, address: address}}
+         do: {:ok, tell(%{state | socket: socket, address: address}, :ok)}
+  end
+
+  defp tell(%{config: config} = state, reason) do
+    if Telemetry.on?(config.telemetry, :init) do
+      metadata = %{address: state.address || config.address, result: Telemetry.cause(reason)}
+      measurements = Telemetry.measurements([])
+      Telemetry.emit_aside(config.telemetry, :init, measurements, Map.put(metadata, :state, :init))
+    end
+
+    state
   end
 
   # Most leave in the order in which they came: the queue stays short.
@@ -201,6 +215,7 @@ defmodule MeshxRpc.Server.Listener do
             "#{inspect(other)}, next try in #{@retry} ms"
         )
 
+        tell(state, {:mesh, if(match?({:error, _}, other), do: elem(other, 1), else: other)})
         Process.send_after(self(), :register, @retry)
         {:noreply, state}
     end

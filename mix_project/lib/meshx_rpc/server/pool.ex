@@ -47,7 +47,9 @@ defmodule MeshxRpc.Server.Pool do
   @impl true
   def init(config) do
     config =
-      Map.merge(config, %{
+      config
+      |> Options.telemetry()
+      |> Map.merge(%{
         offered: Functions.new(config.module, config.functions),
         running: :atomics.new(1, []),
         streams: Streams.table()

@@ -53,8 +53,8 @@ defmodule MeshxRpc.AsyncTest do
     assert Async.receive_response(id, 10) == {:error_rpc, :timeout}
     assert_receive {:DOWN, ^monitor, :process, ^pid, _killed}, 5_000
 
-    {caller, _} =
-      spawn_monitor(fn ->
+    caller =
+      spawn(fn ->
         Async.send_request(client, :wait, {name, 2})
         Process.sleep(:infinity)
       end)

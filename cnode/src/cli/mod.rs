@@ -1,7 +1,10 @@
 //! The command line of `meshx`.
 
 mod agent;
+mod call;
+mod caller;
 mod check;
+mod json;
 mod links;
 mod names;
 mod node;
@@ -44,8 +47,10 @@ enum Command {
     Allow(rules::PairArgs),
     Deny(rules::PairArgs),
     Rules(rules::RulesArgs),
-    Ping(node::PingArgs),
-    Call(node::CallArgs),
+    Ping(call::PingArgs),
+    Call(call::CallArgs),
+    Send(call::SendArgs),
+    Node(node::NodeArgs),
 }
 
 /// Which agent is asked.
@@ -83,8 +88,10 @@ pub fn main() -> ExitCode {
         Command::Allow(args) => rules::allow(&args),
         Command::Deny(args) => rules::deny(&args),
         Command::Rules(args) => rules::run(&args),
-        Command::Ping(args) => node::ping(&args),
-        Command::Call(args) => node::call(&args),
+        Command::Ping(args) => call::ping(&args),
+        Command::Call(args) => call::call(&args),
+        Command::Send(args) => call::send(&args),
+        Command::Node(args) => node::run(&args),
     };
     result.unwrap_or_else(|failure| {
         eprintln!("meshx: {failure}");

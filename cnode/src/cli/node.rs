@@ -1,217 +1,430 @@
-//! `meshx ping` and `meshx call`: a hidden node that joins, does one thing, and leaves.
+//! `meshx node`: a node that a script runs by lines of JSON (docs/cli.md).
 
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::io::{BufRead, Read, Write};
 use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use meshx_etf::Term;
-use serde_json::Value;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{Semaphore, broadcast, mpsc};
 
-use super::{AgentOption, EX_NOPERM, EX_UNAVAILABLE, EX_USAGE, Failure, block_on, connect, print};
-use crate::node::{CallError, ConnectError, Node, RpcError, SendError, StartError, read_cookie};
+use super::caller::{MemberArgs, call_failure, rpc_failure, send_failure};
+use super::json::{from_json, to_json};
+use super::{EX_OSERR, EX_USAGE, Failure};
+use crate::node::{Address, Caller, Message, Node, NodeEvent, Server};
 
-/// Exit code when the remote function failed.
-const EX_REMOTE: u8 = 1;
+/// Longest line that is read, in bytes.
+const LINE_MAX: u64 = 16 << 20;
+/// Lines that wait to be read or written.
+const LINES_WAITING: usize = 256;
+/// Calls of others that wait for a reply; one more and the oldest is given up: its caller times out.
+const CALLS_MAX: usize = 4096;
+/// Requests of the script that run at once; further lines wait.
+const REQUESTS_MAX: usize = 256;
+const TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Who calls, and for how long it waits.
+/// Run a hidden node that a script drives by lines of JSON
+///
+/// Prints one JSON object a line for everything that its processes receive, and takes one a line on stdin: send, cast,
+/// gen_call, call, reply, ping, peers (docs/cli.md). Ends with stdin, with SIGINT or SIGTERM.
 #[derive(Debug, clap::Args)]
-struct CallerArgs {
+pub(super) struct NodeArgs {
+    /// Name of the node, as name@host
+    name: String,
+    /// Name of a process that it has; may be given more than once
+    #[arg(long = "process", value_name = "NAME", default_value = "main")]
+    processes: Vec<String>,
+    /// Stay when stdin ends
+    #[arg(long)]
+    stay: bool,
     #[command(flatten)]
-    agent: AgentOption,
-    /// Name of the node that joins for this command [default: tool-PID@ and the agent's first host]
-    #[arg(long, value_name = "NODE")]
+    member: MemberArgs,
+}
+
+/// One line of the script.
+#[derive(Debug, Deserialize)]
+struct Line {
+    /// Comes back with the answer.
+    #[serde(default)]
+    id: Value,
+    #[serde(flatten)]
+    request: Request,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case")]
+enum Request {
+    Send {
+        #[serde(flatten)]
+        to: To,
+        term: Value,
+    },
+    Cast {
+        #[serde(flatten)]
+        to: To,
+        request: Value,
+    },
+    GenCall {
+        #[serde(flatten)]
+        to: To,
+        request: Value,
+        timeout_ms: Option<u64>,
+    },
+    Call {
+        node: String,
+        module: String,
+        function: String,
+        #[serde(default)]
+        args: Vec<Value>,
+        timeout_ms: Option<u64>,
+    },
+    Reply {
+        call: u64,
+        term: Value,
+    },
+    Ping {
+        node: String,
+        timeout_ms: Option<u64>,
+    },
+    Peers,
+}
+
+/// A registered name on a node, or a pid or alias that came in a message.
+#[derive(Debug, Deserialize)]
+struct To {
+    node: Option<String>,
     name: Option<String>,
-    /// The cluster's cookie; other users of this host can see it in the process list
-    #[arg(long, value_name = "COOKIE", conflicts_with = "cookie_file")]
-    cookie: Option<String>,
-    /// File with the cluster's cookie [default: ~/.erlang.cookie]
-    #[arg(long, value_name = "FILE")]
-    cookie_file: Option<PathBuf>,
-    /// Seconds to wait for the answer
-    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
-    timeout: u32,
+    to: Option<Value>,
 }
 
-/// Ask a node whether it answers
-///
-/// Joins the cluster as a hidden node and prints pong and the time that it took, or says on stderr why not.
-#[derive(Debug, clap::Args)]
-pub(super) struct PingArgs {
-    /// The node to ask, as name@host
-    node: String,
-    #[command(flatten)]
-    caller: CallerArgs,
+pub(super) fn run(args: &NodeArgs) -> Result<ExitCode, Failure> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::new(EX_OSERR, format!("cannot start: {error}")))?;
+    let ended = runtime.block_on(serve(args));
+    // A thread that waits for stdin cannot be ended otherwise.
+    runtime.shutdown_background();
+    ended
 }
 
-/// Call a function on a node and print its result
-///
-/// ARGS is a JSON array with one element per argument. Strings become binaries, null becomes nil, true and false
-/// themselves, numbers integers or floats, arrays lists, objects maps with binary keys. What JSON lacks is an object
-/// with one member: {"$atom": "x"}, {"$tuple": [1, 2]}, {"$charlist": "text"}. Exit code 1: the function failed.
-#[derive(Debug, clap::Args)]
-pub(super) struct CallArgs {
-    /// The node to call, as name@host
-    node: String,
-    /// Module; one of Elixir with its full name, Elixir.String for example
-    module: String,
-    /// Function
-    function: String,
-    /// Arguments as a JSON array
-    #[arg(default_value = "[]")]
-    args: String,
-    #[command(flatten)]
-    caller: CallerArgs,
-}
-
-pub(super) fn ping(args: &PingArgs) -> Result<ExitCode, Failure> {
-    let timeout = args.caller.timeout();
-    let took = block_on(async {
-        let node = args.caller.join().await?;
-        let started = std::time::Instant::now();
-        let answer = node.ping(&args.node, timeout).await;
-        let took = started.elapsed();
-        node.stop().await;
-        answer.map(|()| took).map_err(call_failure)
-    })?;
-    print(&format!(
-        "pong from {} in {} us, connecting included\n",
-        args.node,
-        took.as_micros()
-    ))?;
+async fn serve(args: &NodeArgs) -> Result<ExitCode, Failure> {
+    let system = |error: std::io::Error| Failure::new(EX_OSERR, error.to_string());
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(system)?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(system)?;
+    let node = args.member.join(&args.name).await?;
+    let (out, lines) = mpsc::channel(LINES_WAITING);
+    let writer = std::thread::spawn(move || write_lines(lines));
+    let calls = Arc::new(Calls::default());
+    let events = tokio::spawn(tell_events(node.events(), out.clone()));
+    for process in &args.processes {
+        let bridge = Bridge {
+            process: process.clone(),
+            calls: calls.clone(),
+            out: out.clone(),
+        };
+        node.start_server(process, bridge)
+            .map_err(|error| Failure::new(EX_USAGE, format!("--process {process}: {error}")))?;
+    }
+    let ready = json!({"event": "ready", "node": node.name(), "processes": args.processes});
+    let _ = out.send(ready).await;
+    let desk = Desk {
+        node: node.clone(),
+        calls,
+        out: out.clone(),
+        running: Arc::new(Semaphore::new(REQUESTS_MAX)),
+    };
+    tokio::select! {
+        () = desk.take_all(read_lines(), args.stay) => {}
+        // Nobody reads what comes.
+        () = out.closed() => {}
+        _ = interrupt.recv() => {}
+        _ = terminate.recv() => {}
+    }
+    events.abort();
+    node.stop().await;
+    drop((desk, out));
+    // Servers end with the node, and with the last of them the writer has written all.
+    let _ = tokio::task::spawn_blocking(move || writer.join()).await;
     Ok(ExitCode::SUCCESS)
 }
 
-pub(super) fn call(args: &CallArgs) -> Result<ExitCode, Failure> {
-    let terms = arguments(&args.args)?;
-    let timeout = args.caller.timeout();
-    let result = block_on(async {
-        let node = args.caller.join().await?;
-        let result = node
-            .rpc(&args.node, &args.module, &args.function, terms, timeout)
+/// Calls whose reply the script owes.
+#[derive(Default)]
+struct Calls {
+    // Held for a look-up or a change, never across an await.
+    open: Mutex<(u64, BTreeMap<u64, Caller>)>,
+}
+
+impl Calls {
+    fn enter(&self, caller: Caller) -> u64 {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = open.0 + 1;
+        open.0 = number;
+        if open.1.len() >= CALLS_MAX {
+            open.1.pop_first();
+            tracing::warn!(max = CALLS_MAX, "calls wait for a reply: the oldest was given up");
+        }
+        open.1.insert(number, caller);
+        number
+    }
+
+    fn take(&self, number: u64) -> Option<Caller> {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.1.remove(&number)
+    }
+}
+
+/// A process whose messages become lines. While stdout takes none, messages wait in its bounded mailbox.
+struct Bridge {
+    process: String,
+    calls: Arc<Calls>,
+    out: mpsc::Sender<Value>,
+}
+
+impl Bridge {
+    async fn tell(&self, event: &str, mut line: Value) {
+        line["event"] = json!(event);
+        line["process"] = json!(self.process);
+        let _ = self.out.send(line).await;
+    }
+}
+
+impl Server for Bridge {
+    async fn call(&mut self, request: Term, caller: Caller) -> Option<Term> {
+        let call = self.calls.enter(caller);
+        self.tell("call", json!({"call": call, "request": to_json(&request)}))
             .await;
-        node.stop().await;
-        result.map_err(rpc_failure)
-    })?;
-    print(&format!("{result}\n"))?;
-    Ok(ExitCode::SUCCESS)
-}
-
-impl CallerArgs {
-    fn timeout(&self) -> Duration {
-        Duration::from_secs(self.timeout.into())
+        None
     }
 
-    async fn join(&self) -> Result<Node, Failure> {
-        let cookie = match &self.cookie {
-            Some(cookie) => cookie.clone(),
-            None => read_cookie(self.cookie_file.as_deref())
-                .map_err(|error| Failure::usage(format!("{error}; or give --cookie")))?,
-        };
-        let name = match &self.name {
-            Some(name) => name.clone(),
-            None => {
-                let agent = connect(self.agent.dir.as_deref()).await?;
-                let host = agent.hello().hosts.first();
-                let host = host.ok_or_else(|| Failure::usage("the agent owns no host: give --name"))?;
-                format!("tool-{}@{host}", std::process::id())
-            }
-        };
-        let mut builder = Node::builder(name).cookie(cookie);
-        if let Some(dir) = &self.agent.dir {
-            builder = builder.agent_dir(dir);
+    async fn cast(&mut self, request: Term) {
+        self.tell("cast", json!({"request": to_json(&request)})).await;
+    }
+
+    async fn info(&mut self, message: Message) {
+        if let Message::Term { term, .. } = message {
+            self.tell("message", json!({"term": to_json(&term)})).await;
         }
-        builder.start().await.map_err(|error| {
-            let code = match error {
-                StartError::InvalidName(_) | StartError::NoCookie => EX_USAGE,
-                _ => EX_UNAVAILABLE,
+    }
+}
+
+async fn tell_events(mut events: broadcast::Receiver<NodeEvent>, out: mpsc::Sender<Value>) {
+    loop {
+        let line = match events.recv().await {
+            Ok(NodeEvent::Up { node, identity, .. }) => {
+                json!({"event": "up", "node": node, "identity": identity})
+            }
+            Ok(NodeEvent::Down { node, reason }) => {
+                json!({"event": "down", "node": node, "reason": reason.to_string()})
+            }
+            Ok(_) | Err(broadcast::error::RecvError::Lagged(_)) => continue,
+            Err(broadcast::error::RecvError::Closed) => return,
+        };
+        if out.send(line).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Takes the script's lines.
+struct Desk {
+    node: Node,
+    calls: Arc<Calls>,
+    out: mpsc::Sender<Value>,
+    running: Arc<Semaphore>,
+}
+
+impl Desk {
+    async fn take_all(&self, mut lines: mpsc::Receiver<Result<String, String>>, stay: bool) {
+        while let Some(line) = lines.recv().await {
+            let line = match line {
+                Ok(line) if line.trim().is_empty() => continue,
+                Ok(line) => line,
+                Err(fault) => {
+                    let _ = self.out.send(json!({"error": fault})).await;
+                    break;
+                }
             };
-            Failure::new(code, error.to_string())
-        })
-    }
-}
-
-fn call_failure(error: CallError) -> Failure {
-    let code = match &error {
-        CallError::Send(SendError::Connect(ConnectError::Refused { cause, .. }))
-            if cause == "intention_denied" || cause == "not_permitted" =>
-        {
-            EX_NOPERM
+            match serde_json::from_str::<Line>(&line) {
+                Ok(Line { id, request }) => self.take(id, request).await,
+                Err(error) => {
+                    let text = format!("no request: {error}");
+                    let _ = self.out.send(json!({"error": text})).await;
+                }
+            }
         }
-        CallError::Exit(_) => EX_REMOTE,
-        _ => EX_UNAVAILABLE,
-    };
-    Failure::new(code, error.to_string())
-}
-
-fn rpc_failure(error: RpcError) -> Failure {
-    match error {
-        RpcError::Call(error) => call_failure(error),
-        // With the term as Erlang prints it.
-        RpcError::Error { mfa, reason, .. } => Failure::new(EX_REMOTE, format!("{mfa} raised {reason}")),
-        RpcError::Exit { mfa, reason } => Failure::new(EX_REMOTE, format!("{mfa} exited with {reason}")),
-        RpcError::Throw { mfa, value } => Failure::new(EX_REMOTE, format!("{mfa} threw {value}")),
-        other => Failure::new(EX_REMOTE, other.to_string()),
+        // Answers that are still to come are waited for.
+        let _ = self.running.acquire_many(REQUESTS_MAX as u32).await;
+        if stay {
+            std::future::pending::<()>().await;
+        }
     }
-}
 
-fn arguments(json: &str) -> Result<Vec<Term>, Failure> {
-    match serde_json::from_str(json) {
-        Ok(Value::Array(items)) => items.into_iter().map(term).collect(),
-        Ok(_) => Err(Failure::usage(
-            "ARGS must be a JSON array, one element per argument",
-        )),
-        Err(error) => Err(Failure::usage(format!("ARGS is no JSON: {error}"))),
+    /// Messages leave in the order of the lines; what waits for an answer does not hold up the next line.
+    async fn take(&self, id: Value, request: Request) {
+        match request {
+            Request::Send { .. } | Request::Cast { .. } | Request::Reply { .. } | Request::Peers => {
+                let answer = self.do_at_once(request).await;
+                // Silence is success, unless an id asks for a word.
+                if answer.is_err() || !id.is_null() {
+                    let _ = self.out.send(answered(&id, answer)).await;
+                }
+            }
+            Request::GenCall { .. } | Request::Call { .. } | Request::Ping { .. } => {
+                let Ok(permit) = self.running.clone().acquire_owned().await else {
+                    return;
+                };
+                let (node, out) = (self.node.clone(), self.out.clone());
+                tokio::spawn(async move {
+                    let answer = ask(&node, request).await;
+                    let _ = out.send(answered(&id, answer)).await;
+                    drop(permit);
+                });
+            }
+        }
     }
-}
 
-/// As [`CallArgs`] says. `serde_json` bounds the depth.
-fn term(value: Value) -> Result<Term, Failure> {
-    Ok(match value {
-        Value::Null => Term::atom("nil"),
-        Value::Bool(value) => Term::from(value),
-        Value::Number(number) => match (number.as_i64(), number.as_u64(), number.as_f64()) {
-            (Some(int), _, _) => Term::Int(int),
-            (_, Some(int), _) => Term::from(int),
-            (_, _, Some(float)) => Term::from(float),
+    async fn do_at_once(&self, request: Request) -> Result<Value, String> {
+        let failed = |error| send_failure(error).to_string();
+        match request {
+            Request::Send { to, term } => {
+                let (to, term) = (address(to)?, from_json(term)?);
+                self.node.send(to, &term).await.map_err(failed)?;
+            }
+            Request::Cast { to, request } => {
+                let (to, request) = (address(to)?, from_json(request)?);
+                self.node.gen_cast(to, request).await.map_err(failed)?;
+            }
+            Request::Reply { call, term } => {
+                let term = from_json(term)?;
+                let caller = self
+                    .calls
+                    .take(call)
+                    .ok_or_else(|| format!("no call {call} waits for a reply"))?;
+                caller.reply(term).await.map_err(failed)?;
+            }
             _ => {
-                return Err(Failure::usage(format!(
-                    "{number} is no number that a term can hold"
-                )));
+                let peer =
+                    |peer: &crate::node::PeerInfo| json!({"node": peer.node, "identity": peer.identity});
+                return Ok(self.node.peers().iter().map(peer).collect());
             }
-        },
-        Value::String(text) => Term::binary(text),
-        Value::Array(items) => Term::List(items.into_iter().map(term).collect::<Result<_, _>>()?),
-        Value::Object(members) => {
-            if let Some(special) = special(&members)? {
-                return Ok(special);
-            }
-            let pairs = members
-                .into_iter()
-                .map(|(key, value)| Ok((Term::binary(key), term(value)?)));
-            Term::map(pairs.collect::<Result<Vec<_>, Failure>>()?)
         }
-    })
+        Ok(Value::Null)
+    }
 }
 
-/// What JSON lacks: an object with one member whose name begins with `$`.
-fn special(members: &serde_json::Map<String, Value>) -> Result<Option<Term>, Failure> {
-    let mut all = members.iter();
-    let (Some((key, value)), None) = (all.next(), all.next()) else {
-        return Ok(None);
-    };
-    Ok(Some(match (key.as_str(), value) {
-        ("$atom", Value::String(text)) => Term::atom(text.as_str()),
-        ("$charlist", Value::String(text)) => Term::charlist(text),
-        ("$tuple", Value::Array(items)) => {
-            Term::Tuple(items.iter().cloned().map(term).collect::<Result<_, _>>()?)
+async fn ask(node: &Node, request: Request) -> Result<Value, String> {
+    let wait = |ms: Option<u64>| ms.map_or(TIMEOUT, Duration::from_millis);
+    match request {
+        Request::GenCall {
+            to,
+            request,
+            timeout_ms,
+        } => {
+            let (to, request) = (address(to)?, from_json(request)?);
+            let answer = node.gen_call(to, request, wait(timeout_ms)).await;
+            answer
+                .map(|term| to_json(&term))
+                .map_err(|error| call_failure(error).to_string())
         }
-        ("$atom" | "$charlist" | "$tuple", other) => {
-            return Err(Failure::usage(format!(
-                "{key} with {other}: $atom and $charlist take a string, $tuple an array"
-            )));
+        Request::Call {
+            node: target,
+            module,
+            function,
+            args,
+            timeout_ms,
+        } => {
+            let args = args.into_iter().map(from_json).collect::<Result<_, _>>()?;
+            let answer = node
+                .rpc(&target, &module, &function, args, wait(timeout_ms))
+                .await;
+            answer
+                .map(|term| to_json(&term))
+                .map_err(|error| rpc_failure(error).to_string())
         }
-        _ => return Ok(None),
-    }))
+        Request::Ping {
+            node: target,
+            timeout_ms,
+        } => {
+            let answer = node.ping(&target, wait(timeout_ms)).await;
+            answer
+                .map(|()| json!("pong"))
+                .map_err(|error| call_failure(error).to_string())
+        }
+        _ => Err("not a question".into()),
+    }
+}
+
+fn answered(id: &Value, answer: Result<Value, String>) -> Value {
+    match answer {
+        Ok(value) => json!({"id": id, "ok": value}),
+        Err(text) => json!({"id": id, "error": text}),
+    }
+}
+
+fn address(to: To) -> Result<Address, String> {
+    match to {
+        To {
+            node: Some(node),
+            name: Some(name),
+            to: None,
+        } => Ok(Address::from((name.as_str(), node.as_str()))),
+        To {
+            node: None,
+            name: None,
+            to: Some(to),
+        } => match from_json(to)? {
+            Term::Pid(pid) => Ok(Address::Pid(pid)),
+            Term::Reference(alias) => Ok(Address::Alias(*alias)),
+            other => Err(format!("to is {other}, wanted a pid or an alias")),
+        },
+        _ => Err("wanted node and name, or to with a pid".into()),
+    }
+}
+
+/// Lines of stdin, from a thread that may wait for ever.
+fn read_lines() -> mpsc::Receiver<Result<String, String>> {
+    let (sender, lines) = mpsc::channel(LINES_WAITING);
+    std::thread::spawn(move || {
+        let mut input = std::io::stdin().lock();
+        loop {
+            let mut bytes = Vec::new();
+            let read = input.by_ref().take(LINE_MAX + 1).read_until(b'\n', &mut bytes);
+            let line = match read {
+                Ok(0) => return,
+                Ok(_) if bytes.len() as u64 > LINE_MAX => {
+                    Err(format!("a line of more than {LINE_MAX} bytes"))
+                }
+                Ok(_) => String::from_utf8(bytes).map_err(|_| "a line that is not UTF-8".to_owned()),
+                Err(error) => Err(format!("stdin: {error}")),
+            };
+            let last = line.is_err();
+            if sender.blocking_send(line).is_err() || last {
+                return;
+            }
+        }
+    });
+    lines
+}
+
+/// Until nothing more can come, or nobody reads it.
+fn write_lines(mut lines: mpsc::Receiver<Value>) {
+    let mut out = std::io::stdout().lock();
+    while let Some(line) = lines.blocking_recv() {
+        let written = writeln!(out, "{line}").and_then(|()| match lines.is_empty() {
+            true => out.flush(),
+            false => Ok(()),
+        });
+        if written.is_err() {
+            return;
+        }
+    }
 }
 
 #[cfg(test)]
@@ -220,36 +433,36 @@ mod tests {
     use super::*;
 
     #[test]
-    fn json_becomes_terms_as_documented() {
-        let json = r#"[null, true, -1, 18446744073709551615, 1.5, "é", [1, []], {"a": 1, "b": {}}]"#;
-        let printed: Vec<String> = arguments(json).unwrap().iter().map(ToString::to_string).collect();
-        let wanted = ["nil", "true", "-1", "18446744073709551615", "1.5"];
-        assert_eq!(printed[..5], wanted);
-        let terms = arguments(json).unwrap();
-        assert_eq!(terms[5], Term::binary("é"));
-        assert_eq!(terms[6], Term::list([Term::Int(1), Term::list([])]));
-        assert_eq!(
-            terms[7].as_map().unwrap().get(&Term::binary("a")),
-            Some(&Term::Int(1))
-        );
-    }
-
-    #[test]
-    fn what_json_lacks_has_a_form() {
-        let json =
-            r#"[{"$atom": "ok"}, {"$tuple": [{"$atom": "x"}, 1]}, {"$charlist": "hi"}, {"$other": 1}]"#;
-        let terms = arguments(json).unwrap();
-        assert_eq!(terms[0], Term::atom("ok"));
-        assert_eq!(terms[1], Term::tuple([Term::atom("x"), Term::Int(1)]));
-        assert_eq!(terms[2], Term::charlist("hi"));
-        assert!(terms[3].as_map().is_some());
-    }
-
-    #[test]
-    fn other_arguments_are_usage_errors() {
-        for json in ["", "1", "{}", "[1", r#"[{"$atom": 1}]"#, r#"[{"$tuple": "x"}]"#] {
-            assert_eq!(arguments(json).unwrap_err().code, EX_USAGE, "{json}");
+    fn lines_are_read_as_documented() {
+        for line in [
+            r#"{"op":"send","node":"a@h","name":"x","term":1}"#,
+            r#"{"op":"send","to":{"$external":"8358770361406800000001000000000000000b"},"term":1}"#,
+            r#"{"op":"cast","node":"a@h","name":"x","request":1}"#,
+            r#"{"id":1,"op":"gen_call","node":"a@h","name":"x","request":1,"timeout_ms":5}"#,
+            r#"{"id":"a","op":"call","node":"a@h","module":"m","function":"f"}"#,
+            r#"{"op":"reply","call":1,"term":null}"#,
+            r#"{"id":[],"op":"ping","node":"a@h"}"#,
+            r#"{"op":"peers"}"#,
+        ] {
+            assert!(serde_json::from_str::<Line>(line).is_ok(), "{line}");
         }
-        assert!(arguments(&"[".repeat(100_000)).is_err());
+        for line in ["", "1", "{}", r#"{"op":"other"}"#, r#"{"op":"reply","term":1}"#] {
+            assert!(serde_json::from_str::<Line>(line).is_err(), "{line}");
+        }
+    }
+
+    #[test]
+    fn an_address_is_a_name_or_a_pid() {
+        let to = |json: &str| address(serde_json::from_str(json).unwrap());
+        assert!(to(r#"{"node":"a@h","name":"x"}"#).is_ok());
+        assert!(to(r#"{"to":{"$external":"8358770361406800000001000000000000000b"}}"#).is_ok());
+        for json in [
+            r#"{"node":"a@h"}"#,
+            r#"{"to":1}"#,
+            r#"{"node":"a@h","name":"x","to":1}"#,
+            "{}",
+        ] {
+            assert!(to(json).is_err(), "{json}");
+        }
     }
 }

@@ -337,3 +337,55 @@ impl Inner {
         slot
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use meshx_etf::Export;
+
+    use super::*;
+
+    #[test]
+    fn options_become_flags_or_are_refused() {
+        let named = |name: &str| Term::tuple([Term::atom(name), Term::list([])]);
+        assert_eq!(flags(&[]), Some(0));
+        assert_eq!(flags(&[Term::atom("link")]), Some(LINKED));
+        assert_eq!(
+            flags(&[named("monitor"), named("priority"), Term::atom("link")]),
+            Some(LINKED | MONITORED)
+        );
+        for unknown in [Term::atom("fast"), named("fast"), Term::tuple([]), Term::Int(1)] {
+            assert_eq!(flags(&[unknown.clone()]), None, "{unknown:?}");
+        }
+    }
+
+    #[test]
+    fn apply_is_seen_through_however_deep() {
+        let fun = Term::Export(Export {
+            module: "m".into(),
+            function: "f".into(),
+            arity: 1,
+        });
+        let apply = |args| Call {
+            module: "erlang".into(),
+            function: "apply".into(),
+            args,
+        };
+        let mut call = apply(vec![fun, Term::list([Term::Int(7)])]);
+        for _ in 0..100 {
+            call = apply(vec![
+                Term::Atom(call.module),
+                Term::Atom(call.function),
+                Term::List(call.args),
+            ]);
+        }
+        let wanted = Call {
+            module: "m".into(),
+            function: "f".into(),
+            args: vec![Term::Int(7)],
+        };
+        assert_eq!(unwrap(call), wanted);
+        let odd = apply(vec![Term::Int(1), Term::Int(2)]);
+        assert_eq!(unwrap(odd.clone()), odd);
+    }
+}

@@ -361,11 +361,11 @@ mod tests {
 
     #[test]
     fn apply_is_seen_through_however_deep() {
-        let fun = Term::Export(Export {
+        let fun = Term::Export(Box::new(Export {
             module: "m".into(),
             function: "f".into(),
             arity: 1,
-        });
+        }));
         let apply = |args| Call {
             module: "erlang".into(),
             function: "apply".into(),

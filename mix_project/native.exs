@@ -9,7 +9,7 @@ defmodule Mix.Tasks.Compile.MeshxNif do
   |---|---|
   | unset | without cargo, or when the build fails: a warning, and RPC uses its Elixir codec |
   | `require` | a missing library is an error |
-  | `skip` | nothing is built |
+  | `skip` | nothing is built; a library of other sources than these is removed |
 
   cargo's own directory lies below `$CARGO_TARGET_DIR` when that is set, else below the build path, since a
   dependency's sources may be read-only.
@@ -26,7 +26,7 @@ defmodule Mix.Tasks.Compile.MeshxNif do
   @impl true
   def run(_args) do
     case System.get_env("MESHX_NIF", "") do
-      "skip" -> {:noop, []}
+      "skip" -> skip()
       "require" -> build(:error)
       "" -> build(:warning)
       other -> Mix.raise("MESHX_NIF is #{inspect(other)}, \"require\" or \"skip\" wanted")
@@ -40,6 +40,21 @@ defmodule Mix.Tasks.Compile.MeshxNif do
   def clean do
     File.rm(stamp_file())
     File.rm(installed())
+  end
+
+  # What an earlier run built stays in use when it is of these sources. Another may speak another protocol than the
+  # code beside it.
+  defp skip do
+    with {:ok, root} <- find_root(), :fresh <- state(stamp(root)) do
+      {:noop, []}
+    else
+      _stale ->
+        if File.regular?(installed()),
+          do: Mix.shell().info("Removing a NIF of other sources (MESHX_NIF=skip)")
+
+        clean()
+        {:noop, []}
+    end
   end
 
   defp build(severity) do

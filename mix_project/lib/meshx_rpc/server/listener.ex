@@ -11,6 +11,8 @@ defmodule MeshxRpc.Server.Listener do
   alias MeshxRpc.Server.{Casts, Connection}
 
   @retry 1_000
+  # Then an acceptor goes on in the newest version of this module.
+  @accept 5_000
   # While it registers with the mesh, it answers nobody.
   @ask 30_000
 
@@ -235,9 +237,12 @@ defmodule MeshxRpc.Server.Listener do
 
   @doc false
   def acceptor(listener, socket) do
-    case :gen_tcp.accept(socket) do
+    case :gen_tcp.accept(socket, @accept) do
       {:ok, accepted} ->
         admit(listener, accepted)
+        __MODULE__.acceptor(listener, socket)
+
+      {:error, :timeout} ->
         __MODULE__.acceptor(listener, socket)
 
       {:error, reason} when reason in [:emfile, :enfile, :enobufs, :enomem] ->
@@ -246,13 +251,13 @@ defmodule MeshxRpc.Server.Listener do
         )
 
         Process.sleep(100)
-        acceptor(listener, socket)
+        __MODULE__.acceptor(listener, socket)
 
       {:error, :closed} ->
         exit(:normal)
 
       {:error, _that_connection} ->
-        acceptor(listener, socket)
+        __MODULE__.acceptor(listener, socket)
     end
   end
 

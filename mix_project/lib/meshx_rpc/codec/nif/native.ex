@@ -5,11 +5,31 @@ defmodule MeshxRpc.Codec.Nif.Native do
   @on_load :load
   @status {__MODULE__, :status}
 
+  # Why a library is not loaded a second time into the same VM: the module has it already.
+  @again [:reload, :upgrade, :old_code]
+
   @doc false
-  # Always `:ok`: a VM without the library works, more slowly (`MeshxRpc.Codec.impl/0`).
+  # `:ok` also without the library: such a VM works, more slowly (`MeshxRpc.Codec.impl/0`).
+  #
+  # A VM that has the library keeps it: native code cannot be replaced under decoders that are in use. So a reload is
+  # refused (`on_load_failure`), and the version before, which has the library, stays.
   def load do
-    :persistent_term.put(@status, load_nif())
-    :ok
+    case load_nif() do
+      {:error, {reason, text}} when reason in @again -> again(reason, text)
+      {:error, {reason, text}} -> :persistent_term.put(@status, {:error, "#{reason}: #{text}"})
+      result -> :persistent_term.put(@status, result)
+    end
+  end
+
+  # `recompile` deletes a module before it compiles it anew: then there is none to stay, and what the old one still
+  # holds goes. Connections that have its decoders end, and are made again.
+  defp again(reason, text) do
+    if :erlang.module_loaded(__MODULE__) do
+      {:native_code_stays, "#{reason}: #{text} Restart the VM for another version of it."}
+    else
+      _ = :code.purge(__MODULE__)
+      with {:error, {reason, text}} <- load_nif(), do: {:error, "#{reason}: #{text}"}
+    end
   end
 
   defp load_nif do
@@ -20,7 +40,7 @@ defmodule MeshxRpc.Codec.Nif.Native do
       directory ->
         case :erlang.load_nif(:filename.join([directory, "native", "meshx_nif"]), 0) do
           :ok -> :ok
-          {:error, {reason, text}} -> {:error, "#{reason}: #{text}"}
+          {:error, {_reason, _text}} = error -> error
         end
     end
   end

@@ -10,7 +10,11 @@ defmodule MeshxRpc.TestVm do
   defmodule Api do
     @moduledoc false
     # For tests only: it does what it is told.
-    def apply({module, fun, args}), do: Kernel.apply(module, fun, args)
+    # Whole terms as binaries, so that atoms may be new.
+    def apply(encoded) do
+      {module, fun, args} = :erlang.binary_to_term(encoded)
+      module |> Kernel.apply(fun, args) |> :erlang.term_to_binary()
+    end
   end
 
   def child_spec(options),
@@ -20,9 +24,9 @@ defmodule MeshxRpc.TestVm do
 
   @doc "Runs a function there and gives its value; raises when it failed."
   def call(vm, module, fun, args, timeout \\ 120_000) do
-    case Client.Pool.call(client(vm), :apply, {module, fun, args}, timeout) do
+    case ask(client(vm), {module, fun, args}, timeout, 0) do
       {:error_rpc, reason} -> raise "#{inspect(module)}.#{fun} failed there: #{inspect(reason)}"
-      result -> result
+      result -> :erlang.binary_to_term(result)
     end
   end
 
@@ -40,6 +44,9 @@ defmodule MeshxRpc.TestVm do
   end
 
   defp client(vm), do: GenServer.call(vm, :client, 60_000)
+
+  defp ask(client, mfa, timeout, retry),
+    do: Client.Pool.call(client, :apply, :erlang.term_to_binary(mfa), timeout, retry, 5)
 
   ## There
 
@@ -69,6 +76,9 @@ defmodule MeshxRpc.TestVm do
     {:ok, address} = MeshxRpc.Server.Pool.address(id)
     address
   end
+
+  @doc "Starts a client there."
+  def connect(id, options), do: start([Client.Pool.child_spec(id, options)])
 
   @doc "Stops what `start/1` started."
   def stop(supervisor), do: Supervisor.stop(supervisor, :shutdown, 60_000)
@@ -119,7 +129,7 @@ defmodule MeshxRpc.TestVm do
     options = [address: address, pool_opts: [size: 1], max_message: 512 * 1_048_576]
     {:ok, _pid} = Client.Pool.start_link(id, options)
     # Up before anybody uses it.
-    {:ok, _} = {:ok, Client.Pool.call(id, :apply, {:erlang, :node, []}, 30_000, 1_000, 5)}
+    true = is_binary(ask(id, {:erlang, :node, []}, 30_000, 1_000))
     for from <- state.waiting, do: GenServer.reply(from, id)
     {:noreply, %{state | client: id, waiting: []}}
   end

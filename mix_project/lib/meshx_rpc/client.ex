@@ -17,16 +17,16 @@ defmodule MeshxRpc.Client do
   `MeshxRpc.Client.Async` calls without waiting, and through several clients at once; `MeshxRpc.Stream` tells how
   arguments and results move piece by piece.
 
-  `call` answers with what the function returned, or with `{:error_rpc, reason}`. After `:closed` the function has
-  certainly not run, and only then is a call made again by itself; after every other reason it may have, see
-  `may_have_run?/1`. `retry_unsafe: true` makes it again after `:tcp_closed` too, as 0.1 did.
+  `call` answers with what the function returned, or with `{:error_rpc, reason}`. After `:closed` and `:full` the function
+  has certainly not run; after every other reason it may have, see `may_have_run?/1`. After `:closed` a call is made again by itself. `retry_unsafe: true` makes it again after `:tcp_closed` too, as 0.1 did.
 
   | Reason | |
   |---|---|
   | `:closed` | no connection; the call has not run. Why is in the log and in `MeshxRpc.Client.Pool.info/1` |
   | `:tcp_closed` | the connection was lost; the call may have run |
   | `:timeout` | the timeout passed, here or there; the function was killed |
-  | `:full` | a queue, the server's byte budget or its `max_concurrency` is used up; the call has not run, or its result found no room |
+  | `:full` | a queue, the server's byte budget or its `max_concurrency` is used up; the call has not run |
+  | `:unread` | the function has run, and its result found no room: other results wait to be read or taken |
   | `:killed` | the process that ran the function was killed |
   | `:invalid_cks` | a block did not arrive as it was sent |
   | `:error_too_long` | the argument or the result is longer than the other side takes |
@@ -36,7 +36,7 @@ defmodule MeshxRpc.Client do
   | an exception | the function raised it |
   | `{{:nocatch, value}, stack}` | the function threw `value` |
   | `{reason, stack}` | the function failed with an Erlang error |
-  | any other term | the function called `exit` with it; `{:exit, reason}` for `:closed` and `:tcp_closed` |
+  | any other term | the function called `exit` with it; `{:exit, reason}` for `:closed`, `:tcp_closed` and `:full` |
 
   Modules and functions in a `stack` that this VM has no atom for are binaries.
 
@@ -59,7 +59,7 @@ defmodule MeshxRpc.Client do
       true
   """
   @spec may_have_run?(reason :: term()) :: boolean()
-  def may_have_run?(reason), do: reason != :closed
+  def may_have_run?(reason), do: reason not in [:closed, :full]
 
   @doc false
   defmacro __using__(options) do

@@ -8,6 +8,6 @@ defmodule MeshxRpc.Reason do
   def of(:refused_term), do: :serialization_fail
   def of(:cancelled), do: :killed
   def of(:shutdown), do: :closed
-  def of(cause) when cause in [:invalid_cks, :full, :timeout], do: cause
+  def of(cause) when cause in [:invalid_cks, :full, :timeout, :unread], do: cause
   def of(_protocol_or_unknown), do: :invalid_state
 end

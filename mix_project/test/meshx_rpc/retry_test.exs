@@ -69,17 +69,17 @@ defmodule MeshxRpc.RetryTest do
     {_server, address} = server()
     client = client(address)
 
-    for reason <- [:closed, :tcp_closed] do
+    for reason <- [:closed, :tcp_closed, :full] do
       assert Client.Pool.call(client, :exit_it, reason) == {:error_rpc, {:exit, reason}}
       assert Client.may_have_run?({:exit, reason})
     end
   end
 
-  test "only one reason says that nothing has run" do
-    refute Client.may_have_run?(:closed)
+  test "only two reasons say that nothing has run" do
+    for reason <- [:closed, :full], do: refute(Client.may_have_run?(reason))
 
     for reason <- [
-          :full,
+          :unread,
           :timeout,
           :killed,
           :invalid_cks,

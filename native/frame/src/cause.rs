@@ -32,11 +32,13 @@ pub enum Cause {
     Internal = 13,
     /// A term that may not be decoded.
     RefusedTerm = 14,
+    /// The request has run; its result found no room.
+    Unread = 15,
 }
 
 impl Cause {
     /// All causes, in the order of their numbers from 1.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Protocol,
         Self::InvalidCks,
         Self::Full,
@@ -51,6 +53,7 @@ impl Cause {
         Self::Shutdown,
         Self::Internal,
         Self::RefusedTerm,
+        Self::Unread,
     ];
 
     /// Its number on the wire.

@@ -113,6 +113,7 @@ pub(crate) fn cause_atom(cause: Cause) -> Atom {
         Cause::Shutdown => atoms::shutdown(),
         Cause::Internal => atoms::internal(),
         Cause::RefusedTerm => atoms::refused_term(),
+        Cause::Unread => atoms::unread(),
     }
 }
 

@@ -18,7 +18,7 @@ mod atoms {
         ok, error, more, infinity, call, cast, result, started,
         hello, hello_ack, auth, ready, refused, request, response, cancel, reset, stream_error, window, pong, goaway,
         protocol, invalid_cks, full, too_large, cancelled, sequence, unknown_stream, version, settings, timeout,
-        shutdown, internal, refused_term,
+        shutdown, internal, refused_term, unread,
         malformed, trailing, too_long, too_deep, too_many_terms, integer_too_long, compressed_not_allowed,
         not_allowed, too_many_atoms, too_many_atom_bytes, too_many_heap_words,
         too_many_map_pairs, too_many_key_bytes, too_many_nodes,

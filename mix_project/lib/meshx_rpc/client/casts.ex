@@ -213,6 +213,9 @@ defmodule MeshxRpc.Client.Casts do
       :started ->
         over(state, cast, :ok)
 
+      :full ->
+        again(state, cast, :full)
+
       {:started, <<_::128>>} ->
         over(state, cast, :ok)
 
@@ -232,8 +235,7 @@ defmodule MeshxRpc.Client.Casts do
   end
 
   defp answered(state, cast, _connection, {:error, _flag, _bytes} = outcome) do
-    {:error_rpc, reason} = error = Request.value(outcome, state.pool)
-    if reason == :full, do: again(state, cast, :full), else: over(state, cast, error)
+    over(state, cast, Request.value(outcome, state.pool))
   end
 
   defp answered(state, cast, _connection, {:failed, :tcp_closed}) do

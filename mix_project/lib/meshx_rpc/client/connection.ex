@@ -346,6 +346,10 @@ defmodule MeshxRpc.Client.Connection do
   defp event({:response, stream, status, flag, bytes}, state),
     do: done(state, stream, {status, flag, bytes})
 
+  # It is the result that finds no room here.
+  defp event({:stream_error, stream, :full, _text}, state),
+    do: done(state, stream, {:failed, :unread})
+
   defp event({over, stream, cause, _text}, state) when over in [:reset, :stream_error],
     do: done(state, stream, {:failed, Reason.of(cause)})
 

@@ -17,7 +17,8 @@ defmodule MeshxRpc.Codec.Wire do
     timeout: 11,
     shutdown: 12,
     internal: 13,
-    refused_term: 14
+    refused_term: 14,
+    unread: 15
   ]
 
   @doc "Largest payload of one frame in bytes, heads included."

@@ -115,10 +115,10 @@ defmodule MeshxRpc.Server.Casts do
         {:noreply, wait(state, id, cast, from)}
 
       %{^id => _lane} ->
-        {:reply, {:error, :full}, state}
+        {:reply, {:ok, :full}, state}
 
       lanes when map_size(lanes) >= @max_lanes ->
-        {:reply, {:error, :full}, state}
+        {:reply, {:ok, :full}, state}
 
       _lanes ->
         {:noreply, start(state, cast, from)}
@@ -192,7 +192,7 @@ defmodule MeshxRpc.Server.Casts do
 
       map_size(state.runners) >= config.max_concurrency or
           (state.bytes > 0 and state.bytes + size > config.max_bytes) ->
-        GenServer.reply(from, {:error, :full})
+        GenServer.reply(from, {:ok, :full})
         state
 
       true ->

@@ -351,15 +351,23 @@ defmodule MeshxRpc.Server.Connection do
   defp answer(state, stream, {:invalid_cks, _}),
     do: reset(state, stream, :invalid_cks, "the argument is not what its checksums say")
 
-  defp answer(state, stream, {status, {_flag, _iovec, size} = encoded}) do
+  # Of requests that streams and casts are made of: they have room of their own, since the loss of one answer would
+  # be the end of a stream.
+  defp answer(state, stream, {:reply, encoded}),
+    do: answer(state, stream, :result, encoded, 2 * state.config.max_queue)
+
+  defp answer(state, stream, {status, encoded}),
+    do: answer(state, stream, status, encoded, state.config.max_queue)
+
+  defp answer(state, stream, status, {_flag, _iovec, size} = encoded, max_queue) do
     queued = Writer.bytes(state.link.writer)
 
     cond do
       size > state.agreed.peer_max_message ->
         respond(state, stream, :error, Term.encode_error(:error_too_long))
 
-      queued > 0 and queued + size > state.config.max_queue ->
-        reset(state, stream, :full, "#{queued} bytes of results wait to be read (max_queue)")
+      queued > 0 and queued + size > max_queue ->
+        reset(state, stream, :unread, "#{queued} bytes of results wait to be read (max_queue)")
 
       true ->
         respond(state, stream, status, encoded)

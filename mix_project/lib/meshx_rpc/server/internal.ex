@@ -23,8 +23,11 @@ defmodule MeshxRpc.Server.Internal do
   @doc "Their names, for the table of what may be called."
   def functions, do: @functions
 
-  @doc "Runs one. The term flag of its argument is 0: the bytes themselves."
-  @spec run(atom(), byte(), binary(), map()) :: {:result | :error, Term.encoded()}
+  @doc """
+  Runs one. The term flag of its argument is 0: the bytes themselves. A `:reply` is an answer to us, a `:result` one to
+  the user.
+  """
+  @spec run(atom(), byte(), binary(), map()) :: {:result | :reply | :error, Term.encoded()}
   def run(
         :open,
         0,
@@ -50,9 +53,9 @@ defmodule MeshxRpc.Server.Internal do
 
   def run(:pull, 0, <<token::binary-size(16), number::32, want::32>>, config) do
     case Producer.pull(Streams.whereis(config.streams, token), token, number, want) do
-      {:ok, iovec, size} -> {:result, {0, iovec, size}}
+      {:ok, iovec, size} -> {:reply, {0, iovec, size}}
       # The answer of the call itself says how it ended.
-      :over -> {:result, {0, [], 0}}
+      :over -> {:reply, {0, [], 0}}
     end
   end
 
@@ -60,12 +63,12 @@ defmodule MeshxRpc.Server.Internal do
       when status in 0..2 do
     pid = Streams.whereis(config.streams, token)
     Incoming.push(pid, token, index, number, {status, pieces})
-    {:result, {0, [], 0}}
+    {:reply, {0, [], 0}}
   end
 
   def run(:cast, 0, argument, config) do
     case Casts.run(config, argument) do
-      {:ok, answer} -> {:result, Term.encode(answer)}
+      {:ok, answer} -> {:reply, Term.encode(answer)}
       {:error, reason} -> {:error, Term.encode_error(reason)}
     end
   end

@@ -35,6 +35,33 @@ impl BigInt {
     }
 
     /// The value, if it fits.
+    pub fn to_u128(&self) -> Option<u128> {
+        if self.negative || self.magnitude.len() > 16 {
+            return None;
+        }
+        Some(self.low_bits())
+    }
+
+    /// The value, if it fits.
+    pub fn to_i128(&self) -> Option<i128> {
+        if self.magnitude.len() > 16 {
+            return None;
+        }
+        if self.negative {
+            0i128.checked_sub_unsigned(self.low_bits())
+        } else {
+            i128::try_from(self.low_bits()).ok()
+        }
+    }
+
+    fn low_bits(&self) -> u128 {
+        self.magnitude
+            .iter()
+            .rev()
+            .fold(0, |acc, &b| acc << 8 | u128::from(b))
+    }
+
+    /// The value, if it fits.
     pub fn to_u64(&self) -> Option<u64> {
         if self.negative || self.magnitude.len() > 8 {
             return None;

@@ -71,6 +71,12 @@ impl<'a> Cursor<'a> {
         self.announced.saturating_sub(self.owed)
     }
 
+    /// What follows.
+    #[inline(always)]
+    pub(crate) fn rest(&self) -> &'a [u8] {
+        self.rest
+    }
+
     #[inline(always)]
     pub(crate) fn token(&mut self) -> Result<Token<'a>, DecodeError> {
         let at = self.pos();

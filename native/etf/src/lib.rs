@@ -3,8 +3,10 @@
 //! The layouts are those of "External Term Format" in the ERTS user's guide; tag names here are the ones used
 //! there. What is offered:
 //!
+//! - [`TermRef`] looks into an encoded term where it lies: fields, elements, keys of maps, without allocation.
 //! - [`Walk`] goes through an encoded term and yields borrowed [`Token`]s: nothing is built.
-//! - [`decode()`] and [`decode_prefix`] build an owned [`Term`]; [`encode()`] writes one.
+//! - [`decode()`] and [`decode_prefix`] build an owned [`Term`]; [`encode()`] writes one; [`term!`] spells one out.
+//! - [`to_term`] and [`from_term`] turn Rust values into terms and back, see [`data`] (feature `serde`, on by default).
 //! - [`guard`] looks through a term before a BEAM decodes it, and refuses what a policy does not allow.
 //! - [`Limits`] bounds what any of them spends on bytes that a peer wrote.
 //!
@@ -39,6 +41,8 @@
 mod atom;
 mod bigint;
 mod cursor;
+#[cfg(feature = "serde")]
+pub mod data;
 mod decode;
 mod display;
 mod encode;
@@ -49,15 +53,19 @@ mod inflate;
 #[cfg(feature = "eetf")]
 mod interop;
 mod limits;
+mod macros;
 mod map;
 mod order;
 mod tag;
 mod term;
+mod term_ref;
 mod token;
 mod walk;
 
 pub use atom::Atom;
 pub use bigint::BigInt;
+#[cfg(feature = "serde")]
+pub use data::{DATA_DEPTH, DataError, Keys, from_bytes, from_term, to_bytes, to_term, to_term_with, with};
 pub use decode::{decode, decode_bare_prefix, decode_prefix};
 pub use encode::{encode, encode_bare};
 pub use error::{DecodeError, EncodeError};
@@ -68,5 +76,6 @@ pub use interop::ConvertError;
 pub use limits::{DEPTH_CEILING, Limits};
 pub use map::Map;
 pub use term::Term;
+pub use term_ref::{Elements, PairRefs, TermRef};
 pub use token::{AtomRef, FunRef, PidRef, PortRef, ReferenceRef, Token};
 pub use walk::{Walk, term_len};

@@ -260,6 +260,27 @@ impl From<i128> for Term {
     }
 }
 
+/// A binary.
+impl From<&str> for Term {
+    fn from(text: &str) -> Self {
+        Self::binary(text)
+    }
+}
+
+/// A binary.
+impl From<String> for Term {
+    fn from(text: String) -> Self {
+        Self::binary(text)
+    }
+}
+
+/// A binary.
+impl<const N: usize> From<&[u8; N]> for Term {
+    fn from(bytes: &[u8; N]) -> Self {
+        Self::binary(*bytes)
+    }
+}
+
 impl From<f64> for Term {
     fn from(value: f64) -> Self {
         Self::Float(value)

@@ -8,8 +8,41 @@ use std::collections::BTreeSet;
 use common::agreement::{check_agreement, form_only, step_through};
 use common::{each, encoded, term};
 use meshx_etf::guard::{self, Guard, GuardError, GuardPolicy, Step};
-use meshx_etf::{Limits, Pid, Term, Token, Walk, decode, decode_prefix, term_len};
+use meshx_etf::{DecodeError, Limits, Pid, Term, TermRef, Token, Walk, decode, decode_prefix, term_len};
 use proptest::prelude::*;
+
+/// The term, by the accessors of a borrowed look alone.
+fn rebuilt(seen: TermRef<'_>) -> Term {
+    match seen.token() {
+        Token::Tuple { arity } => {
+            let items: Vec<Term> = seen.elements().unwrap().map(rebuilt).collect();
+            assert_eq!((items.len(), seen.size()), (arity, Some(arity)));
+            assert!(seen.element(arity).is_none());
+            Term::Tuple(items)
+        }
+        Token::List { .. } | Token::ByteList(_) | Token::Nil => {
+            let mut elements = seen.elements().unwrap();
+            let items: Vec<Term> = elements.by_ref().map(rebuilt).collect();
+            match elements.tail() {
+                Some(tail) => Term::list_with_tail(items, rebuilt(tail)),
+                None => Term::List(items),
+            }
+        }
+        Token::Map { .. } => {
+            let pairs = seen.pairs().unwrap();
+            assert_eq!(Some(pairs.len()), seen.size());
+            Term::map(pairs.map(|(key, value)| (rebuilt(key), rebuilt(value))))
+        }
+        Token::Atom(atom) => match seen.as_bool() {
+            Some(value) => Term::from(value),
+            None => Term::atom(atom.to_str().into_owned()),
+        },
+        Token::Int(value) => Term::from(value),
+        Token::Float(_) => Term::from(seen.as_float().unwrap()),
+        Token::Binary(_) => Term::binary(seen.as_binary().unwrap()),
+        _ => seen.to_term().unwrap(),
+    }
+}
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
@@ -23,6 +56,25 @@ proptest! {
         let theirs = eetf::Term::decode(bytes.as_slice()).unwrap();
         prop_assert_eq!(Term::try_from(&theirs), Ok(term.clone()));
         prop_assert_eq!(Term::try_from(&eetf::Term::try_from(&term).unwrap()), Ok(term));
+    }
+
+    #[test]
+    fn a_borrowed_look_sees_what_is_decoded(term in term()) {
+        let bytes = encoded(&term);
+        let seen = TermRef::new(&bytes, &Limits::default()).unwrap();
+        prop_assert_eq!(rebuilt(seen), term.clone());
+        prop_assert_eq!(seen.to_term(), Ok(term.clone()));
+        if let Term::Map(map) = &term {
+            for (key, value) in map {
+                let found = match key {
+                    Term::Atom(atom) => seen.key(atom.as_str()),
+                    Term::Binary(bytes) => seen.binary_key(bytes),
+                    _ => continue,
+                };
+                prop_assert_eq!(found.map(rebuilt), Some(value.clone()));
+            }
+            prop_assert!(seen.key("no such key").is_none());
+        }
     }
 
     #[test]
@@ -312,6 +364,32 @@ fn later_steps_need_the_same_input() {
     });
     assert_eq!(guard.step(&bytes[..10], 10), wanted);
     assert_eq!(guard.step(&bytes, 10), wanted);
+}
+
+#[test]
+fn a_borrowed_look_takes_lists_in_pieces() {
+    // [1, 2, 3, 4 | ok], written as [1 | [2 | "\3\4"]]; then with a tail that is no list.
+    let limits = Limits::default();
+    let bytes = [
+        131, 108, 0, 0, 0, 1, 97, 1, 108, 0, 0, 0, 1, 97, 2, 107, 0, 2, 3, 4,
+    ];
+    let look = TermRef::new(&bytes, &limits).unwrap();
+    let ints: Vec<_> = look.elements().unwrap().filter_map(TermRef::as_int).collect();
+    assert_eq!(ints, [1, 2, 3, 4]);
+    assert_eq!(look.element(3).unwrap().to_term(), Ok(Term::from(4)));
+    let bytes = [
+        131, 108, 0, 0, 0, 1, 97, 1, 108, 0, 0, 0, 1, 97, 2, 119, 2, b'o', b'k',
+    ];
+    let mut elements = TermRef::new(&bytes, &limits).unwrap().elements().unwrap();
+    assert!(elements.tail().is_none());
+    assert_eq!(elements.by_ref().count(), 2);
+    assert!(elements.tail().unwrap().as_atom().unwrap() == "ok");
+    assert!(TermRef::new(&[131, 106, 0], &limits).is_err());
+    assert!(TermRef::new(&[131, 97, 1], &limits).unwrap().elements().is_none());
+    // A key twice: the first is found, and copying shows the fault.
+    let twice = [131, 116, 0, 0, 0, 2, 97, 1, 97, 2, 97, 1, 97, 3];
+    let look = TermRef::new(&twice, &limits).unwrap();
+    assert!(matches!(look.to_term(), Err(DecodeError::DuplicateKey { .. })));
 }
 
 #[test]

@@ -1,0 +1,117 @@
+defmodule MeshxRpc.AccessTest do
+  # Who may reach whom, where the options alone do not say it.
+  use MeshxRpc.Case, async: true
+  import ExUnit.CaptureLog
+
+  @key "a shared key of some length"
+
+  defmodule Mesh do
+    @moduledoc false
+    # Gives the address that the service's name says.
+    @behaviour Meshx.ServiceMesh
+
+    @impl true
+    def start({test, address}, _template, _force?, _timeout) do
+      send(test, {:started, self()})
+      {:ok, {:id, test}, address}
+    end
+
+    @impl true
+    def stop({:id, test}) do
+      send(test, :stopped)
+      :ok
+    end
+
+    @impl true
+    def connect([{_test, address}], _template, _proxy), do: {:ok, [{:ok, address}]}
+    @impl true
+    def disconnect([_service], _proxy, _restart?), do: {:ok, []}
+  end
+
+  # Nobody listens there, and nobody can: it is for documentation (RFC 5737).
+  @elsewhere {:tcp, {192, 0, 2, 1}, 4_000}
+
+  @tag :capture_log
+  test "a mesh that gives a server an address beyond loopback: no start without a key" do
+    Process.flag(:trap_exit, true)
+    options = [module: TestServer, mesh: [adapter: Mesh, service: {self(), @elsewhere}]]
+
+    log =
+      capture_log(fn ->
+        {:ok, server} = Server.Pool.start_link(unique("server"), options)
+        assert_receive {:started, _listener}, 5_000
+        # What was registered is given back, again and again until the supervisor gives up.
+        assert_receive :stopped, 5_000
+        assert_receive {:EXIT, ^server, :shutdown}, 10_000
+      end)
+
+    assert log =~ "the mesh's address 192.0.2.1 is not this host's alone and there is no shared_key"
+    assert log =~ "insecure_no_auth: true"
+  end
+
+  @tag :capture_log
+  test "with a key, or without by name, it listens where the mesh says" do
+    # All of this host's addresses: beyond loopback, and still there to be called.
+    everywhere = {:tcp, {0, 0, 0, 0}, 0}
+
+    for access <- [[shared_key: @key], [insecure_no_auth: true]] do
+      id = unique("server")
+      mesh = [adapter: Mesh, service: {self(), everywhere}]
+      start_supervised!(Server.Pool.child_spec(id, [module: TestServer, mesh: mesh] ++ access))
+      assert_receive {:started, _listener}, 5_000
+      {:ok, {:tcp, _ip, port}} = Server.Pool.address(id)
+      client = client({:tcp, {127, 0, 0, 1}, port}, Keyword.delete(access, :insecure_no_auth))
+      assert Client.Pool.call(client, :echo, 1) == 1
+    end
+  end
+
+  @tag :capture_log
+  test "a mesh that leads a client beyond loopback: no connection without a key" do
+    mesh = [mesh: [adapter: Mesh, service: {self(), @elsewhere}]]
+    client = client_down(nil, mesh)
+    assert Client.Pool.call(client, :echo, 1, 5_000, 5, 10) == {:error_rpc, :closed}
+    await(fn -> Client.Pool.info(client).down != [] end)
+    assert [{:connect, {:auth, text}} | _] = Client.Pool.info(client).down
+    assert text =~ "address 192.0.2.1 is not this host's alone"
+
+    for access <- [[shared_key: @key], [insecure_no_auth: true]] do
+      client = client_down(nil, mesh ++ access ++ [timeout_connect: 50])
+      await(fn -> Client.Pool.info(client).down != [] end)
+      refute match?([{:connect, {:auth, _}} | _], Client.Pool.info(client).down)
+    end
+  end
+
+  test "both sides are told what does not fit, unless one is to be quiet" do
+    for quiet <- [false, true], {mine, theirs} <- [{[checksum: :crc32], [checksum: :none]}] do
+      log =
+        capture_log(fn ->
+          {_server, address} = server([quiet_on_hsk_error?: quiet] ++ mine)
+          client = client_down(address, theirs)
+          await(fn -> Client.Pool.info(client).down != [] end)
+          told = Client.Pool.info(client).down
+
+          if quiet,
+            do: assert(told in [[:closed], [:econnreset]]),
+            else: assert([{:settings, "checksums none are offered, wanted one of crc32"}] = told)
+        end)
+
+      assert log =~ "MeshxRpc.Server" == not quiet
+    end
+  end
+
+  test "a client that refuses tells the server, unless it is to be quiet" do
+    for quiet <- [false, true] do
+      log =
+        capture_log(fn ->
+          {_server, address} = server(shared_key: "not the key of this client")
+          client = client_down(address, shared_key: @key, quiet_on_hsk_error?: quiet)
+          await(fn -> Client.Pool.info(client).down != [] end)
+          assert [{:auth, _text}] = Client.Pool.info(client).down
+          # The server's line comes by itself.
+          Process.sleep(100)
+        end)
+
+      assert log =~ "refuses this server: auth: the server does not prove" == not quiet
+    end
+  end
+end

@@ -1,5 +1,6 @@
 # make demo    the main job on the embedded mesh, line by line (KEEP=1: stays up)
 # make test    everything: format, lints, unit, property, differential and end-to-end tests
+# make bench-cnode our node and terms beside libei, eetf and BEAMs, likewise (ARGS="--rounds 3 --percent 20")
 # make bench-rpc   MeshxRpc beside :erpc, tables and a plot in target/bench (ARGS="--rounds 3 --row 64")
 # make build   the meshx program, the NIF and the Elixir application
 # make fuzz    every fuzz target with libFuzzer, FUZZ_SECONDS each (docs/fuzzing.md)
@@ -15,7 +16,7 @@ unexport ERL_FLAGS ERL_AFLAGS ERL_ZFLAGS ERL_LIBS MESHX_DIR
 MIX := cd mix_project && mix
 TEST_ENV := MIX_ENV=test MESHX_NIF=require
 
-.PHONY: build demo test bench-rpc preflight-demo preflight-test lint test-rust test-elixir test-end-to-end fuzz clean
+.PHONY: build demo test bench-cnode bench-rpc preflight-demo preflight-test lint test-rust test-elixir test-end-to-end fuzz clean
 
 build: preflight-demo
 	cargo build --release --locked -p meshx -p search_node -p meshx-tests --bins
@@ -25,6 +26,9 @@ demo: build
 	@exec $(CARGO_TARGET_DIR)/release/demo $(if $(KEEP),--keep)
 
 test: preflight-test lint test-rust test-elixir test-end-to-end
+
+bench-cnode: preflight-test build
+	@exec $(CARGO_TARGET_DIR)/release/bench_cnode $(ARGS)
 
 bench-rpc: preflight-test build
 	@exec $(CARGO_TARGET_DIR)/release/bench_rpc $(ARGS)

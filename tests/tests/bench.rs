@@ -35,3 +35,29 @@ fn bench_rpc_measures_and_writes_its_tables() {
     }
     assert!(!text.contains("NaN") && !text.contains("| met "), "{text}");
 }
+
+#[test]
+fn bench_cnode_measures_and_writes_its_table() {
+    let output = Command::new(env!("CARGO_BIN_EXE_bench_cnode"))
+        .args(["--rounds", "1", "--percent", "1"])
+        .output()
+        .unwrap();
+    let (text, log) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    assert!(output.status.success(), "{text}\n{log}");
+    for wanted in [
+        "| decode 10k maps ",
+        "| walk 10k maps ",
+        "| messages/s to a BEAM, 64 B ",
+        "| CPU per message from a BEAM, 16 KiB ",
+        "| GenServer.call round trip from a BEAM ",
+        "- 1000 monitors in our node: ",
+        "undecided",
+        "bench/cnode.svg",
+    ] {
+        assert!(text.contains(wanted), "{wanted:?} is missing in\n{text}\n{log}");
+    }
+    assert!(!text.contains("NaN") && !text.contains("| met "), "{text}");
+}

@@ -26,7 +26,7 @@ pub struct Libei {
 impl Libei {
     /// Compiles the program and starts it.
     pub fn start() -> Self {
-        let program = compile();
+        let program = compile(SOURCE);
         let mut process = Command::new(&program)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -99,7 +99,8 @@ impl Drop for Libei {
     }
 }
 
-fn compile() -> PathBuf {
+/// Compiles a C program with libei into a temporary file, which the caller removes.
+pub fn compile(source: &str) -> PathBuf {
     static COUNT: AtomicUsize = AtomicUsize::new(0);
     let root = Command::new("erl")
         .args(["-noshell", "-eval", "io:put_chars(code:root_dir()), halt()."])
@@ -107,7 +108,7 @@ fn compile() -> PathBuf {
         .expect("erl must be on the path");
     let root = String::from_utf8(root.stdout).unwrap();
     let name = format!(
-        "ei_terms-{}-{}",
+        "libei-{}-{}",
         std::process::id(),
         COUNT.fetch_add(1, Ordering::Relaxed)
     );
@@ -123,7 +124,7 @@ fn compile() -> PathBuf {
         .spawn()
         .expect("cc must be on the path");
     // Gone when `cc` cannot even start to read; its messages say why.
-    let _ = compiler.stdin.take().unwrap().write_all(SOURCE.as_bytes());
+    let _ = compiler.stdin.take().unwrap().write_all(source.as_bytes());
     let done = compiler.wait_with_output().unwrap();
     assert!(
         done.status.success(),

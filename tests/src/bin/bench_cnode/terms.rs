@@ -9,7 +9,7 @@ use std::time::Instant;
 use meshx_etf::{Limits, Term, Token, Walk, decode, encode, term_len};
 
 #[path = "../../../../native/etf/tests/common/libei.rs"]
-mod libei;
+pub(crate) mod libei;
 
 use libei::Libei;
 

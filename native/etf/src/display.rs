@@ -144,6 +144,10 @@ fn write_binary(f: &mut Formatter<'_>, bytes: &[u8], bits: Option<u8>) -> fmt::R
                 f.write_str("/utf8")?;
             }
         }
+        // What is no UTF-8 may be text in Latin-1, whose bytes are code points.
+        Err(_) if bits.is_none() && bytes.iter().all(|&b| is_printable(char::from(b))) => {
+            write_quoted(f, '"', bytes.iter().map(|&b| char::from(b)))?;
+        }
         _ => {
             for (index, &byte) in bytes.iter().enumerate() {
                 if index > 0 {
@@ -193,7 +197,9 @@ fn write_quoted(f: &mut Formatter<'_>, quote: char, text: impl Iterator<Item = c
             '\u{B}' => f.write_str("\\v")?,
             '\u{C}' => f.write_str("\\f")?,
             '\u{1B}' => f.write_str("\\e")?,
+            '\u{7F}' => f.write_str("\\d")?,
             c if c == quote => write!(f, "\\{c}")?,
+            c if c < ' ' || ('\u{80}'..'\u{A0}').contains(&c) => write!(f, "\\{:03o}", u32::from(c))?,
             c if is_printable(c) => f.write_char(c)?,
             c => write!(f, "\\x{{{:X}}}", u32::from(c))?,
         }

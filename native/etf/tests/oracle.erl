@@ -39,10 +39,14 @@ reply(<<"take", Bytes/binary>>) ->
 %% Whether the text reads back as the term.
 reply(<<"read", Len:32, Bytes:Len/binary, Text/binary>>) ->
     {ok, Term} = decode(Bytes),
-    case catch read(unicode:characters_to_list(Text)) of
+    case read(unicode:characters_to_list(Text)) of
         Term -> <<1>>;
         Other -> [<<0>>, unicode:characters_to_binary(io_lib:format("~0tp", [Other]))]
     end;
+%% The term as text, on one line.
+reply(<<"show", Bytes/binary>>) ->
+    {ok, Term} = decode(Bytes),
+    unicode:characters_to_binary(io_lib:format("~0tp", [Term]));
 %% Terms that only a node can make.
 reply(<<"own">>) ->
     Captured = {self(), make_ref(), "text", 1.5},
@@ -72,6 +76,10 @@ encodings(Term) ->
     [<<(byte_size(B)):32, B/binary>> || O <- Options, B <- [term_to_binary(Term, O)]].
 
 read(Text) ->
-    {ok, Tokens, _} = erl_scan:string(Text ++ "."),
-    {ok, Term} = erl_parse:parse_term(Tokens),
-    Term.
+    try
+        {ok, Tokens, _} = erl_scan:string(Text ++ "."),
+        {ok, Term} = erl_parse:parse_term(Tokens),
+        Term
+    catch
+        _:Reason -> {unreadable, Reason}
+    end.

@@ -45,6 +45,7 @@ lint:
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --quiet
 	$(MIX) format --check-formatted
 	cd examples/shop && mix format --check-formatted
+	cd examples/rpc && mix format --check-formatted
 
 # The crate meshx-tests holds the end-to-end tests, which need both halves built: they come last.
 test-rust:
@@ -83,4 +84,4 @@ fuzz:
 
 clean:
 	cargo clean
-	rm -rf mix_project/_build mix_project/deps examples/shop/_build examples/shop/deps
+	rm -rf mix_project/_build mix_project/deps examples/{shop,rpc}/{_build,deps}

@@ -23,6 +23,7 @@ defmodule MeshxRpc.Codec do
   - `:max_bytes` - byte budget for messages that are being reassembled or used
   - `:max_streams` - messages that may be open at once
   - `:stream_window`, `:connection_window` - what our hello grants, in bytes
+  - `:budget` - nil, or what `c:budget/1` made and a counter whose second slot says how much of it is taken
   """
   @type options :: %{
           role: :client | :server,
@@ -30,7 +31,8 @@ defmodule MeshxRpc.Codec do
           max_bytes: pos_integer(),
           max_streams: pos_integer(),
           stream_window: pos_integer(),
-          connection_window: pos_integer()
+          connection_window: pos_integer(),
+          budget: nil | {term(), :counters.counters_ref()}
         }
 
   @typedoc "Names of causes on the wire; an unknown number stays a number."
@@ -53,6 +55,21 @@ defmodule MeshxRpc.Codec do
           | {:window, stream :: non_neg_integer(), increment :: pos_integer()}
           | {:pong, binary()}
           | {:goaway, last :: non_neg_integer(), cause(), text :: binary()}
+
+  @doc "A byte budget that several connections share."
+  @callback budget(max :: pos_integer()) :: term()
+
+  @doc "The bytes of a budget that are taken."
+  @callback budget_used(budget :: term()) :: non_neg_integer()
+
+  @doc "What a connection that died had taken of a budget, by its counter."
+  @callback give_back(budget :: term(), bytes :: non_neg_integer()) :: :ok
+
+  @doc "Request ids up to the largest that no request has taken: a GOAWAY's `last` says nothing of them."
+  @callback skipped(t()) :: [pos_integer()]
+
+  @doc "A policy of `MeshxRpc.Guard` in the form that `c:guard/2` takes fastest."
+  @callback policy(map()) :: term()
 
   @doc "A codec for a fresh connection. Before `agree/2` it takes hello frames only."
   @callback new(options()) :: t()
@@ -104,7 +121,8 @@ defmodule MeshxRpc.Codec do
   no functions unless allowed, no compression. Runs in slices that do not block a scheduler.
   `MeshxRpc.Guard` has the keys of `policy` and their defaults.
   """
-  @callback guard(binary(), policy :: map()) :: :ok | {:error, {name :: atom(), text :: String.t()}}
+  @callback guard(binary(), policy :: map() | term()) ::
+              :ok | {:error, {name :: atom(), text :: String.t()}}
 
   @doc """
   The codec that this VM uses: `config :meshx, rpc_codec: module` when that is set, else the NIF, else plain

@@ -7,12 +7,10 @@ defmodule MeshxRpc.Link do
   # calls overtake bulk. `gen_tcp:send` is no way to write: it answers only when the queue is below the mark again.
   # The port's own answer, `{:inet_reply, socket, :ok | {:error, reason}}`, comes as a message.
 
-  alias MeshxRpc.{Address, Writer}
+  alias MeshxRpc.{Address, Frame, Shared, Writer}
 
   @batch 262_144
-  # Messages that are collected for one write while more are in the mailbox.
-  @collect 64
-  @reads 8
+  @reads 32
   # Control frames are answers to what a peer sends, so one that sends and does not read could pile them up.
   @max_control 4_194_304
 
@@ -22,21 +20,27 @@ defmodule MeshxRpc.Link do
     :module,
     :codec,
     writer: nil,
+    shared: nil,
+    # Frames that go with the next write, and their bytes.
+    out: [],
+    out_size: 0,
     dirty: false,
-    collected: 0,
     written: 0,
     blocked: false
   ]
 
   @type t :: %__MODULE__{}
 
-  @doc "A connection before its hello. `max_streams` messages may be received or in use at once."
-  @spec new(port(), :client | :server, map(), pos_integer()) :: t()
-  def new(socket, role, config, max_streams) do
+  @doc """
+  A connection before its hello. `max_streams` messages may be received or in use at once; `budget` is what all
+  connections of a server share, and the counter of what this one has of it, or nil.
+  """
+  @spec new(port(), :client | :server, map(), pos_integer(), term()) :: t()
+  def new(socket, role, config, max_streams, budget \\ nil) do
     options =
       config
       |> Map.take([:max_message, :max_bytes, :stream_window, :connection_window])
-      |> Map.merge(%{role: role, max_streams: max_streams})
+      |> Map.merge(%{role: role, max_streams: max_streams, budget: budget})
 
     %__MODULE__{socket: socket, module: config.codec, codec: config.codec.new(options)}
   end
@@ -59,7 +63,7 @@ defmodule MeshxRpc.Link do
         ] ++ writer_options
       )
 
-    %{link | codec: codec, writer: writer}
+    %{link | codec: codec, writer: writer, shared: writer.shared}
   end
 
   # Captures of exported functions hold no version of their module.
@@ -91,12 +95,54 @@ defmodule MeshxRpc.Link do
 
   @doc "Tells the codec about a stream."
   def open(link, stream), do: %{link | codec: link.module.open(link.codec, stream)}
+
+  @doc "Request ids that no request has taken."
+  @spec skipped(t()) :: [pos_integer()]
+  def skipped(link), do: link.module.skipped(link.codec)
+
+  @doc "Tells the codec that a stream is over."
   def release(link, stream), do: %{link | codec: link.module.release(link.codec, stream)}
 
   @doc "Changes the writer: something new may be sent."
   @spec update(t(), (Writer.t() -> Writer.t())) :: t()
-  def update(link, fun),
-    do: %{link | writer: fun.(link.writer), dirty: true, collected: link.collected + 1}
+  def update(link, fun), do: %{link | writer: fun.(link.writer), dirty: true}
+
+  @doc "Sends a request: `{stream, link}` when its only frame goes with the next write, `{nil, link}` when it waits."
+  @spec request(t(), Writer.key(), binary(), [binary()], non_neg_integer()) ::
+          {pos_integer() | nil, t()}
+  def request(%{blocked: false} = link, key, head, data, size) do
+    if Writer.free?(link.writer, size) and not Shared.retiring?(link.shared) do
+      stream = Shared.take_id(link.shared)
+      {stream, whole(link, :request, stream, head, data, size)}
+    else
+      {nil, update(link, &Writer.request(&1, key, head, data, size))}
+    end
+  end
+
+  def request(link, key, head, data, size),
+    do: {nil, update(link, &Writer.request(&1, key, head, data, size))}
+
+  @doc "Sends a response: true when its only frame goes with the next write, false when it waits."
+  @spec response(t(), pos_integer(), binary(), [binary()], non_neg_integer()) :: {boolean(), t()}
+  def response(%{blocked: blocked} = link, stream, head, data, size) do
+    if not blocked and Writer.free?(link.writer, size),
+      do: {true, whole(link, :response, stream, head, data, size)},
+      else: {false, update(link, &Writer.response(&1, stream, head, data, size))}
+  end
+
+  @doc "A frame that somebody else has made goes with the next write."
+  @spec frame(t(), iodata(), pos_integer()) :: t()
+  def frame(link, frame, size),
+    do: %{link | out: [link.out | frame], out_size: link.out_size + size, dirty: true}
+
+  defp whole(link, kind, stream, head, data, size) do
+    size = size + byte_size(head)
+    frame(link, Frame.block(kind, true, 0, stream, [head | data], size, link.writer.crc), size + 16)
+  end
+
+  @doc "Bytes that wait here to be sent."
+  @spec queued(t()) :: non_neg_integer()
+  def queued(link), do: Writer.bytes(link.writer) + link.out_size
 
   @doc "Queues control frames."
   @spec queue(t(), iodata()) :: t()
@@ -111,31 +157,44 @@ defmodule MeshxRpc.Link do
          do: {:ok, %{link | writer: writer, dirty: true}}
   end
 
-  @doc "What to do after a message was handled: write now, write when the mailbox is empty, or nothing."
-  @spec next(t()) :: :write | :soon | :wait
-  def next(%{dirty: false}), do: :wait
-  def next(%{blocked: true}), do: :wait
-  def next(%{collected: collected}) when collected >= @collect, do: :write
-  def next(_link), do: :soon
+  @doc "Whether a write may have something to do."
+  @spec dirty?(t()) :: boolean()
+  def dirty?(link), do: link.dirty and not link.blocked
+
+  @doc "Whether what was collected is enough for a write."
+  @spec enough?(t()) :: boolean()
+  def enough?(link), do: link.out_size >= @batch
 
   @doc "Writes one batch, if the port has taken the one before."
   @spec write(t()) :: {:ok, t(), [Writer.note()]} | {:error, term()}
   def write(%{blocked: true} = link), do: {:ok, link, []}
 
+  # What is ready goes before control frames: a CANCEL or RESET never overtakes the message that it is about.
   def write(link) do
-    {frames, size, notes, writer} = Writer.take(link.writer, @batch)
+    {frames, taken, notes, writer} = Writer.take(link.writer, @batch - link.out_size)
+    size = taken + link.out_size
+    out = [link.out | frames]
 
     link = %{
       link
       | writer: writer,
+        out: [],
+        out_size: 0,
         dirty: size >= @batch,
-        collected: 0,
         written: link.written + size
     }
 
-    with :ok <- if(size == 0, do: :ok, else: command(link.socket, frames)),
-         {:ok, link} <- ask(link),
-         do: {:ok, link, notes}
+    case if(size == 0, do: :ok, else: command(link.socket, out)) do
+      :ok ->
+        with {:ok, link} <- ask(link), do: {:ok, link, notes}
+
+      # Those who write beside us have filled it.
+      :busy ->
+        {:ok, busy(%{link | out: out, out_size: size, dirty: true, blocked: true}), notes}
+
+      {:error, reason} ->
+        {:error, reason}
+    end
   end
 
   @doc "The port has room again; how much, the next write asks."
@@ -165,14 +224,13 @@ defmodule MeshxRpc.Link do
     :gen_tcp.close(link.socket)
   end
 
-  # Refused only by a port that is busy, which `blocked` rules out: `written` is never less than the port's queue.
   defp command(socket, frames) do
-    if :erlang.port_command(socket, frames, [:nosuspend]), do: :ok, else: {:error, :busy}
+    if :erlang.port_command(socket, frames, [:nosuspend]), do: :ok, else: :busy
   rescue
     ArgumentError -> {:error, :closed}
   end
 
-  # `written` is at least what the port's queue can hold: it is asked only when that may be too much.
+  # `written` is at least what we can have in the port's queue: it is asked only when that may be too much.
   defp ask(link) do
     if link.written < Address.watermark() do
       {:ok, link}

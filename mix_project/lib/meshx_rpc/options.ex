@@ -226,7 +226,7 @@ defmodule MeshxRpc.Options do
         max_bytes: [
           type: {:range, 1, @max_budget},
           default: 256 * @mib,
-          doc: "bytes of arguments that one connection may have in use; more are `:full`"
+          doc: "bytes of arguments that all connections together may have in use; more are `:full`"
         ],
         timeout_execute: [
           type: :timeout,

@@ -15,12 +15,11 @@ defmodule MeshxRpc.Writer do
   ids must grow on the wire, and small requests overtake bulk ones.
   """
 
-  alias MeshxRpc.Frame
+  alias MeshxRpc.{Frame, Shared}
 
   @small 65_536
   @overtake 262_144
   @max_window 0x7FFF_FFFF
-  @max_stream 0xFFFF_FFFF
 
   defmodule Message do
     @moduledoc false
@@ -28,14 +27,13 @@ defmodule MeshxRpc.Writer do
     defstruct [:kind, :head, :data, :left, :class, :window, stream: nil, seq: 0, blocked: false]
   end
 
-  @enforce_keys [:block, :stream_window, :window]
+  @enforce_keys [:block, :stream_window, :shared]
   defstruct [
     :block,
     :crc,
     :stream_window,
-    :window,
+    :shared,
     max_bulk: 4,
-    next_stream: 1,
     control: [],
     control_bytes: 0,
     messages: %{},
@@ -57,7 +55,7 @@ defmodule MeshxRpc.Writer do
   @doc """
   A writer for a connection whose hello is done. Options: `:block` (bytes per frame), `:crc` (nil or a
   function from iodata to its checksum), `:stream_window` and `:connection_window` (what the peer grants),
-  `:max_bulk`, `:next_stream`.
+  `:max_bulk`, and those of `MeshxRpc.Shared.new/2`.
   """
   @spec new(keyword()) :: t()
   def new(options) do
@@ -65,9 +63,12 @@ defmodule MeshxRpc.Writer do
       block: Keyword.fetch!(options, :block),
       crc: options[:crc],
       stream_window: Keyword.fetch!(options, :stream_window),
-      window: Keyword.fetch!(options, :connection_window),
-      max_bulk: Keyword.get(options, :max_bulk, 4),
-      next_stream: Keyword.get(options, :next_stream, 1)
+      shared:
+        Shared.new(
+          Keyword.fetch!(options, :connection_window),
+          Keyword.take(options, [:next_stream, :last_stream])
+        ),
+      max_bulk: Keyword.get(options, :max_bulk, 4)
     }
   end
 
@@ -104,8 +105,8 @@ defmodule MeshxRpc.Writer do
 
   @doc "Adds to the window of the connection (stream 0) or of a stream; one that is over is ignored."
   @spec window(t(), non_neg_integer(), pos_integer()) :: {:ok, t()} | :error
-  def window(%{window: window}, 0, increment) when window + increment > @max_window, do: :error
-  def window(writer, 0, increment), do: {:ok, %{writer | window: writer.window + increment}}
+  def window(writer, 0, increment),
+    do: if(Shared.grant(writer.shared, increment) == :ok, do: {:ok, writer}, else: :error)
 
   def window(writer, stream, increment) do
     with %{^stream => key} <- writer.streams,
@@ -126,13 +127,20 @@ defmodule MeshxRpc.Writer do
   @spec bytes(t()) :: non_neg_integer()
   def bytes(writer), do: writer.bytes
 
+  @doc "Whether a message of so many bytes may be sent at once, in one frame: nothing waits, and no window is too small."
+  @spec free?(t(), non_neg_integer()) :: boolean()
+  def free?(%{messages: messages} = writer, size) do
+    messages == %{} and size <= writer.block and size <= writer.stream_window and
+      Shared.take_all?(writer.shared, size)
+  end
+
   @doc "Messages that wait here, wholly or in part."
   @spec count(t()) :: non_neg_integer()
   def count(writer), do: map_size(writer.messages)
 
   @doc "Whether the stream ids are used up: the connection must be replaced."
   @spec exhausted?(t()) :: boolean()
-  def exhausted?(writer), do: writer.next_stream > @max_stream
+  def exhausted?(writer), do: Shared.exhausted?(writer.shared)
 
   @doc """
   Takes the next frames: about `max` bytes (at most one frame more). Empty iodata: nothing may be sent now.
@@ -148,8 +156,8 @@ defmodule MeshxRpc.Writer do
 
   defp fill(writer, max, frames, size, notes) do
     case next(writer) do
-      {:emit, key, writer} ->
-        {frame, frame_size, new, writer} = emit(writer, key, Map.fetch!(writer.messages, key))
+      {:emit, key, writer, n} ->
+        {frame, frame_size, new, writer} = emit(writer, key, Map.fetch!(writer.messages, key), n)
         fill(writer, max, [frames | frame], size + frame_size, new ++ notes)
 
       :none ->
@@ -184,18 +192,28 @@ defmodule MeshxRpc.Writer do
 
   defp ready(writer, popped, key, message) do
     cond do
-      message.stream == nil and exhausted?(writer) -> {:again, popped}
-      message.left == 0 -> {:emit, key, popped}
-      message.window == 0 -> {:again, save(popped, key, %{message | blocked: true})}
-      # Nothing may be sent, so it keeps its place in the queue.
-      writer.window == 0 -> :none
-      true -> {:emit, key, popped}
+      message.stream == nil and exhausted?(writer) ->
+        {:again, popped}
+
+      message.left == 0 ->
+        {:emit, key, popped, 0}
+
+      message.window == 0 ->
+        {:again, save(popped, key, %{message | blocked: true})}
+
+      true ->
+        wanted = message.left |> min(writer.block) |> min(message.window)
+
+        case Shared.take(writer.shared, wanted) do
+          # Nothing may be sent, so it keeps its place in the queue.
+          0 -> :none
+          n -> {:emit, key, popped, n}
+        end
     end
   end
 
-  defp emit(writer, key, message) do
+  defp emit(writer, key, message, n) do
     {writer, message, opened} = open(writer, key, message)
-    n = message.left |> min(writer.block) |> min(message.window) |> min(writer.window)
     {data, rest} = Frame.split(message.data, n)
     last? = message.left == n
     kind = if message.seq == 0, do: message.kind, else: :data
@@ -223,8 +241,7 @@ defmodule MeshxRpc.Writer do
 
     writer = %{
       writer
-      | window: writer.window - n,
-        bytes: writer.bytes - n,
+      | bytes: writer.bytes - n,
         overtaken: overtaken(writer, message, n)
     }
 
@@ -243,8 +260,8 @@ defmodule MeshxRpc.Writer do
     do: if(writer.active_bulk == 0, do: 0, else: writer.overtaken + n + 12)
 
   defp open(writer, key, %{stream: nil} = message) do
-    stream = writer.next_stream
-    writer = %{writer | next_stream: stream + 1, streams: Map.put(writer.streams, stream, key)}
+    stream = Shared.take_id(writer.shared)
+    writer = %{writer | streams: Map.put(writer.streams, stream, key)}
     {writer, %{message | stream: stream}, [{:opened, key, stream}]}
   end
 

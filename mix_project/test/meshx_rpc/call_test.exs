@@ -144,7 +144,7 @@ defmodule MeshxRpc.CallTest do
         assert_receive {:DOWN, ^monitor, :process, ^pid, _reason}, 5_000
         refute_received {_alias, :error, _flag, _bytes}
         assert Client.Pool.call(client, :echo, 1) == 1
-        assert Server.Pool.info(server).running == 0
+        await(fn -> Server.Pool.info(server).running == 0 end)
         assert Client.Pool.info(client).in_flight == 0
       end
 

@@ -289,13 +289,11 @@ defmodule MeshxRpc.CodecTest do
       end
 
       test "frames of streams that never were end the connection", %{codec: codec} do
-        for frame <- [
-              block(:data, 1, "x"),
-              control(:cancel, 1, ""),
-              control(:reset, 1, <<5::16>>),
-              control(:window, 1, <<1::32>>)
-            ] do
+        for frame <- [block(:data, 1, "x"), control(:window, 1, <<1::32>>)] do
           assert_end(codec, up(codec), frame, :unknown_stream, "stream 1 was never opened")
+          # Nor is one that was left out.
+          {decoder, _} = fed(codec, up(codec), request(2, ""))
+          assert_end(codec, decoder, frame, :unknown_stream, "stream 1 was never opened")
         end
 
         assert_end(
@@ -307,11 +305,62 @@ defmodule MeshxRpc.CodecTest do
         )
       end
 
-      test "request ids only grow", %{codec: codec} do
-        for stream <- [5, 4] do
+      test "an id is used once; one that was left out may come later", %{codec: codec} do
+        {decoder, _} = fed(codec, up(codec), request(5, ""))
+        assert codec.skipped(decoder) == [1, 2, 3, 4]
+        assert_end(codec, decoder, request(5, ""), :protocol, "after request 5")
+
+        {decoder, _} = fed(codec, up(codec), request(5, ""))
+        {decoder, {[{:request, 4, _, _, _, _, ""}], ""}} = fed(codec, decoder, request(4, ""))
+        assert codec.skipped(decoder) == [1, 2, 3]
+        assert_end(codec, decoder, request(4, ""), :protocol, "request 4 after request 5")
+      end
+
+      test "CANCEL and RESET of an id that was left out take it", %{codec: codec} do
+        for frame <- [&control(:cancel, &1, ""), &control(:reset, &1, <<5::16>>)],
+            stream <- [2, 9] do
           {decoder, _} = fed(codec, up(codec), request(5, ""))
-          assert_end(codec, decoder, request(stream, ""), :protocol, "after request 5")
+          {decoder, @no_events} = fed(codec, decoder, frame.(stream))
+          refute stream in codec.skipped(decoder)
+          assert_end(codec, decoder, request(stream, ""), :protocol, "request #{stream} after")
         end
+      end
+
+      test "at most 1024 ids are left out", %{codec: codec} do
+        {decoder, _} = fed(codec, up(codec), request(1_025, ""))
+        assert length(codec.skipped(decoder)) == 1_024
+
+        {decoder, _} =
+          fed(codec, decoder, request(1_026, "") <> request(7, "") <> request(1_028, ""))
+
+        assert_end(codec, decoder, request(1_030, ""), :protocol, "1025 request ids were left out")
+        # However far the id is, at no cost.
+        assert_end(codec, up(codec), request(0xFFFF_FFFF, ""), :protocol, "at most 1024 wanted")
+        assert_end(codec, up(codec), control(:cancel, 2_000, ""), :protocol, "at most 1024 wanted")
+      end
+
+      test "last words reset what was left out", %{codec: codec} do
+        {decoder, _} = fed(codec, up(codec), request(3, ""))
+        {:error, _, [], out, :protocol, _} = codec.feed(decoder, request(3, ""))
+
+        resets = for stream <- [1, 2], do: control(:reset, stream, <<12::16, "not run">>)
+        assert String.starts_with?(IO.iodata_to_binary(out), IO.iodata_to_binary(resets))
+      end
+
+      test "connections share a budget, and give back what they had", %{codec: codec} do
+        budget = codec.budget(100)
+        counter = :counters.new(2, [])
+        options = %{budget: {budget, counter}}
+        half = block(:request, 1, request_payload(60, "x"), fin: false)
+        {one, @no_events} = fed(codec, up(codec, options), half)
+        assert codec.budget_used(budget) == 60
+        other = assert_reset(codec, up(codec, options), half, 1, :full, 3, "byte budget")
+        {other, _} = fed(codec, other, request(2, :binary.copy("y", 40)))
+        assert codec.budget_used(budget) == 100
+        _ = codec.release(other, 2)
+        assert codec.budget_used(budget) == 60
+        {:error, _, _, _, :protocol, _} = codec.feed(one, request(1, ""))
+        assert codec.budget_used(budget) == 0
       end
 
       test "responses reach the client, each once", %{codec: codec} do
@@ -330,9 +379,10 @@ defmodule MeshxRpc.CodecTest do
                  {:response, 3, :started, 1, "ok"}
                ] = events
 
-        client = assert_reset(codec, client, response(1, ""), 1, :protocol, 1, "a second response")
-        client = Enum.reduce(1..3, client, &codec.release(&2, &1))
         assert %{reserved: 0, open: 0} = codec.stats(client)
+        # Whoever answers a second time does so in vain, as long as it is whole.
+        {client, @no_events} = fed(codec, client, response(1, "once more"))
+        assert_end(codec, client, block(:data, 1, "x"), :protocol, "on a stream that is over")
       end
 
       test "causes without a name stay numbers", %{codec: codec} do

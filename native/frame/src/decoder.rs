@@ -1,12 +1,13 @@
 //! Bytes to frames, and the frames of the connection itself.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::header::{FLAG_CKS, HEADER_LEN, Header, frame_type::*};
 use crate::streams::{Check, Streams};
 use crate::{
-    Cause, Checksum, Discard, Event, Failure, MAX_PAYLOAD, MAX_WINDOW, Options, OptionsError, Output, Role,
-    encode,
+    Budget, Cause, Checksum, Discard, Event, Failure, MAX_PAYLOAD, MAX_WINDOW, Options, OptionsError, Output,
+    Role, encode,
 };
 
 /// How far the handshake is.
@@ -79,6 +80,17 @@ impl Decoder {
             frames: 0,
             bytes: 0,
         })
+    }
+
+    /// Counts the bytes of messages against a budget that several connections share, too.
+    pub fn share(&mut self, budget: Arc<Budget>) {
+        self.streams.share(budget);
+    }
+
+    /// Request ids up to the largest that no request has taken: a GOAWAY of the owner's resets them, since its `last`
+    /// says nothing of them.
+    pub fn skipped(&self) -> Vec<u32> {
+        self.streams.skipped().collect()
     }
 
     /// Sets what the hello agreed on. A server takes requests from here on, so it calls this when the client is
@@ -272,10 +284,10 @@ impl Decoder {
                 let (cause, text) = split_u16(payload);
                 self.streams.reset(stream, cause, text, output)?;
             }
+            CANCEL => self.streams.cancel(stream, output)?,
             frame_type => {
                 self.streams.control.spend()?;
                 match frame_type {
-                    CANCEL => self.streams.cancel(stream, output)?,
                     PING => encode::control(&mut output.bytes, PONG, 0, &[payload]),
                     PONG => output.events.push(Event::Pong(payload.to_vec())),
                     GOAWAY => {
@@ -303,7 +315,12 @@ impl Decoder {
     fn fail(&mut self, failure: &Failure, output: &mut Output) {
         let Failure { cause, text } = failure;
         match self.phase {
-            Phase::Up => encode::goaway(&mut output.bytes, self.streams.goaway_last(), *cause, text),
+            Phase::Up => {
+                for stream in self.streams.skipped() {
+                    encode::reset(&mut output.bytes, stream, Cause::Shutdown, "not run");
+                }
+                encode::goaway(&mut output.bytes, self.streams.goaway_last(), *cause, text);
+            }
             _ => encode::refused(&mut output.bytes, *cause, text),
         }
         self.failure = Some(failure.clone());

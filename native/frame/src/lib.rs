@@ -12,6 +12,8 @@
 //! | [`MAX_HELLO`], [`MAX_TEXT`] | 4,096 and 1,024 bytes | the connection ends, before the payload is kept |
 //! | [`Options::max_message`] | set by the owner | the stream is reset, `too_large` |
 //! | [`Options::max_bytes`], [`Options::max_streams`] | set by the owner | the stream is reset, `full` |
+//! | [`Budget`] | set by the owner | the stream is reset, `full` |
+//! | [`MAX_SKIPPED`] | 1,024 | the connection ends |
 //! | windows | set by the owner | the connection ends |
 //! | [`CONTROL_BURST`], [`CONTROL_PER_SECOND`] | 10,000 and 5,000 | the connection ends |
 //!
@@ -55,6 +57,7 @@
 //! ```
 
 mod assembly;
+mod budget;
 mod cause;
 mod checksum;
 mod contain;
@@ -69,6 +72,7 @@ mod streams;
 mod window;
 
 pub use assembly::Discard;
+pub use budget::Budget;
 pub use cause::Cause;
 pub use checksum::Checksum;
 pub use contain::contain;
@@ -85,6 +89,8 @@ pub const MAX_HELLO: usize = 4_096;
 pub const MAX_TEXT: usize = 1_024;
 /// Largest window in bytes.
 pub const MAX_WINDOW: u32 = 0x7FFF_FFFF;
+/// Request ids that may be left out below the largest: callers of one client race for the socket.
+pub const MAX_SKIPPED: usize = 1_024;
 /// Frames that bring no message and may come at once.
 pub const CONTROL_BURST: u32 = 10_000;
 /// Frames that bring no message and may come each second, after the burst.

@@ -1,19 +1,20 @@
 //! What arrives on streams: reassembly, byte budget, receive windows.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
+use std::sync::Arc;
 
 use crate::assembly::{Assembly, Discard};
 use crate::control_rate::ControlRate;
-use crate::header::{Header, REQUEST_HEAD_MAX, block_too_large, frame_type::*};
+use crate::header::{FLAG_END, Header, REQUEST_HEAD_MAX, block_too_large, frame_type::*};
 use crate::stream::{Fault, Head, Receiving, State, Stream, sequence, split_request, split_response};
 use crate::window::Window;
-use crate::{Cause, Event, Failure, Options, Output, Role, Status, encode};
+use crate::{Budget, Cause, Event, Failure, MAX_SKIPPED, Options, Output, Role, Status, encode};
 
 /// What a block's checksum said, or what was wrong with it.
 pub(crate) type Check = Result<(), &'static str>;
 
-/// All streams of a connection. One that is not in the table is over when its id is at most `last`, and was never
-/// opened otherwise.
+/// All streams of a connection. One that is not in the table is over when its id is at most `last` and not among the
+/// skipped, and was never opened otherwise.
 #[derive(Debug)]
 pub(crate) struct Streams {
     options: Options,
@@ -22,8 +23,11 @@ pub(crate) struct Streams {
     pub(crate) control: ControlRate,
     table: HashMap<u32, Stream>,
     last: u32,
+    /// Ids below `last` that no request has taken yet: callers of one client race for the socket.
+    skipped: BTreeSet<u32>,
     window: Window,
     reserved: u64,
+    budget: Option<Arc<Budget>>,
     /// Bytes that may still come for streams that we ended before their message was whole.
     stray: u64,
 }
@@ -42,11 +46,13 @@ impl Streams {
             control: ControlRate::new(),
             table: HashMap::new(),
             last: 0,
+            skipped: BTreeSet::new(),
             window: Window {
                 left: options.connection_window,
                 pending: 0,
             },
             reserved: 0,
+            budget: None,
             stray: 0,
             options,
         }
@@ -58,6 +64,15 @@ impl Streams {
 
     pub(crate) fn reserved(&self) -> u64 {
         self.reserved
+    }
+
+    /// Counts what is reserved against a budget of several connections too.
+    pub(crate) fn share(&mut self, budget: Arc<Budget>) {
+        self.budget = Some(budget);
+    }
+
+    pub(crate) fn skipped(&self) -> impl Iterator<Item = u32> + '_ {
+        self.skipped.iter().copied()
     }
 
     pub(crate) fn goaway_last(&self) -> u32 {
@@ -80,7 +95,24 @@ impl Streams {
         if !messages.is_empty() {
             (self.discard)(messages);
         }
-        self.reserved = 0;
+        self.give_back(self.reserved);
+    }
+
+    /// Reserves bytes of the connection's budget and of the shared one, or of neither.
+    fn reserve(&mut self, total: u64) -> Result<(), Fault> {
+        let own = total <= self.options.max_bytes.saturating_sub(self.reserved);
+        if !own || !self.budget.as_ref().is_none_or(|budget| budget.reserve(total)) {
+            return Err((Cause::Full, "the byte budget is used up".to_owned()));
+        }
+        self.reserved += total;
+        Ok(())
+    }
+
+    fn give_back(&mut self, bytes: u64) {
+        self.reserved -= bytes;
+        if let Some(budget) = &self.budget {
+            budget.give_back(bytes);
+        }
     }
 
     pub(crate) fn open(&mut self, stream: u32) {
@@ -92,14 +124,15 @@ impl Streams {
     pub(crate) fn release(&mut self, stream: u32) {
         if let Some(entry) = self.table.remove(&stream) {
             self.allow_stray(&entry);
-            self.reserved -= entry.state.reserved();
+            self.give_back(entry.state.reserved());
         }
     }
 
     pub(crate) fn cancel(&mut self, stream: u32, output: &mut Output) -> Result<(), Failure> {
-        if self.end_by_peer(stream)? {
-            output.events.push(Event::Cancel { stream });
+        if !self.end_by_peer(stream)? {
+            return self.control.spend();
         }
+        output.events.push(Event::Cancel { stream });
         Ok(())
     }
 
@@ -156,6 +189,10 @@ impl Streams {
             .receive(data.len(), self.options.connection_window, output)?;
         // Out of the table while it is worked on, so that what fails simply stays out.
         let Some(mut entry) = self.table.remove(&header.stream) else {
+            // A server that gives up on work may find that it has answered at the same moment.
+            if header.frame_type == RESPONSE && header.flags & FLAG_END != 0 {
+                return self.control.spend();
+            }
             return self.take_stray(data.len());
         };
         if !entry.state.is_live() {
@@ -178,7 +215,7 @@ impl Streams {
         check: Check,
         output: &mut Output,
     ) -> Result<(), Failure> {
-        if header.stream <= self.last {
+        if header.stream <= self.last && !self.skipped.contains(&header.stream) {
             return Err(Failure::protocol(format!(
                 "request {} after request {}",
                 header.stream, self.last
@@ -194,7 +231,7 @@ impl Streams {
         if size > self.block_size {
             return Err(block_too_large(size, self.block_size));
         }
-        self.last = header.stream;
+        self.take_id(header.stream)?;
         self.window
             .receive(size, self.options.connection_window, output)?;
         let mut entry = self.fresh();
@@ -244,18 +281,15 @@ impl Streams {
                 format!("a message of {total} bytes, at most {max} taken"),
             ));
         };
-        if total > self.options.max_bytes.saturating_sub(self.reserved) {
-            return Err((Cause::Full, "the byte budget is used up".to_owned()));
-        }
+        self.reserve(total)?;
         let mut receiving = Receiving {
             head,
             message: Assembly::new(size, self.discard),
             next: 1,
         };
-        receiving.append(data)?;
-        self.reserved += total;
+        let result = receiving.append(data);
         entry.state = State::Receiving(receiving);
-        Ok(())
+        result
     }
 
     /// What happens to a stream after a block of it was looked at: it ends, is handed over, or gets more window.
@@ -289,6 +323,11 @@ impl Streams {
             if let State::Receiving(receiving) = entry.state {
                 let total = receiving.message.total() as u64;
                 output.events.push(receiving.into_event(stream));
+                if self.options.role == Role::Client {
+                    // The caller has it: nothing of ours will use it any more.
+                    self.give_back(total);
+                    return Ok(());
+                }
                 entry.state = State::Used { total };
             }
         } else if let State::Receiving(receiving) = &entry.state {
@@ -324,7 +363,27 @@ impl Streams {
         }
     }
 
+    /// Takes an id for a request, or for the CANCEL of one that is not sent: false when it was taken before.
+    fn take_id(&mut self, stream: u32) -> Result<bool, Failure> {
+        if stream <= self.last {
+            return Ok(self.skipped.remove(&stream));
+        }
+        let skipped = self.skipped.len() + (stream - self.last - 1) as usize;
+        if skipped > MAX_SKIPPED {
+            return Err(Failure::protocol(format!(
+                "{skipped} request ids were left out up to {stream}, at most {MAX_SKIPPED} wanted"
+            )));
+        }
+        self.skipped.extend(self.last + 1..stream);
+        self.last = stream;
+        Ok(true)
+    }
+
+    /// Whether the stream was live.
     fn end_by_peer(&mut self, stream: u32) -> Result<bool, Failure> {
+        if self.options.role == Role::Server && self.take_id(stream)? {
+            return Ok(false);
+        }
         self.check_known(stream)?;
         let Some(entry) = self.table.remove(&stream) else {
             return Ok(false);
@@ -341,12 +400,12 @@ impl Streams {
                 entry.state = State::Dead { total };
                 self.table.insert(stream, entry);
             }
-            ref state => self.reserved -= state.reserved(),
+            ref state => self.give_back(state.reserved()),
         }
     }
 
     fn check_known(&self, stream: u32) -> Result<(), Failure> {
-        if stream <= self.last {
+        if stream <= self.last && !self.skipped.contains(&stream) {
             return Ok(());
         }
         let text = format!("stream {stream} was never opened, the last is {}", self.last);

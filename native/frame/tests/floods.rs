@@ -105,18 +105,30 @@ fn floods_end_the_connection_and_time_forgives() {
 }
 
 #[test]
-fn rapid_resets_are_limited() {
+fn cancels_of_live_streams_are_not_counted() {
     let mut decoder = server();
-    for stream in 1..=CONTROL_BURST {
+    for stream in 1..=2 * CONTROL_BURST {
         let wire = [request(stream, b""), control(CANCEL, stream, b"")].concat();
         let (events, _, result) = feed(&mut decoder, &wire);
         result.unwrap();
         assert_eq!(events.len(), 2);
         decoder.release(stream);
     }
-    let stream = CONTROL_BURST + 1;
-    let wire = [request(stream, b""), control(CANCEL, stream, b"")].concat();
-    ends(&mut decoder, &wire, Cause::Protocol, "control frames");
+}
+
+#[test]
+fn a_second_answer_is_ignored_and_counted() {
+    let mut decoder = client();
+    decoder.open(1);
+    let answer = block(RESPONSE, 1, 0, true, &response_payload(Status::Result, 2, b"ok"));
+    assert_eq!(feed(&mut decoder, &answer).0.len(), 1);
+    assert_eq!(decoder.stats().open, 0);
+    for _ in 0..CONTROL_BURST {
+        let (events, _, result) = feed(&mut decoder, &answer);
+        result.unwrap();
+        assert_eq!(events, []);
+    }
+    ends(&mut decoder, &answer, Cause::Protocol, "control frames");
 }
 
 #[test]

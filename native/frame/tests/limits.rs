@@ -4,9 +4,11 @@
 
 mod common;
 
+use std::sync::Arc;
+
 use common::*;
 use meshx_frame::frame_type::*;
-use meshx_frame::{Cause, Checksum, Decoder, Event, Options, Role, Status};
+use meshx_frame::{Budget, Cause, Checksum, Decoder, Event, MAX_SKIPPED, Options, Role, Status};
 
 fn header(len: u32, frame_type: u8, flags: u8, stream: u32) -> Vec<u8> {
     let mut out = Vec::new();
@@ -321,36 +323,80 @@ fn messages_beyond_the_limits_are_not_kept() {
 }
 
 #[test]
-fn request_ids_only_grow() {
+fn an_id_is_used_once_and_one_that_was_left_out_may_come_later() {
     let mut decoder = server();
     feed(&mut decoder, &request(5, b"")).2.unwrap();
-    decoder.release(5);
+    feed(&mut decoder, &request(4, b"")).2.unwrap();
+    assert_eq!(decoder.skipped(), [1, 2, 3]);
     for stream in [5, 4] {
         let mut decoder = server();
         feed(&mut decoder, &request(5, b"")).2.unwrap();
-        ends(
-            &mut decoder,
-            &request(stream, b""),
-            Cause::Protocol,
-            "after request 5",
-        );
+        feed(&mut decoder, &request(4, b"")).2.unwrap();
+        let text = format!("request {stream} after request 5");
+        ends(&mut decoder, &request(stream, b""), Cause::Protocol, &text);
     }
 }
 
 #[test]
+fn cancel_and_reset_take_an_id_that_was_left_out() {
+    for stream in [2, 9] {
+        for wire in [control(CANCEL, stream, b""), control(RESET, stream, b"\0\x05")] {
+            let mut decoder = server();
+            feed(&mut decoder, &request(5, b"")).2.unwrap();
+            assert_eq!(feed(&mut decoder, &wire), (vec![], vec![], Ok(())));
+            assert!(!decoder.skipped().contains(&stream));
+            ends(
+                &mut decoder,
+                &request(stream, b""),
+                Cause::Protocol,
+                "after request",
+            );
+        }
+    }
+}
+
+#[test]
+fn ids_that_are_left_out_are_limited() {
+    let most = MAX_SKIPPED as u32;
+    let mut decoder = server();
+    feed(&mut decoder, &request(most + 1, b"")).2.unwrap();
+    assert_eq!(decoder.skipped().len(), MAX_SKIPPED);
+    feed(&mut decoder, &request(most + 2, b"")).2.unwrap();
+    let text = "1025 request ids were left out";
+    ends(&mut decoder, &request(most + 4, b""), Cause::Protocol, text);
+    for wire in [request(u32::MAX, b""), control(CANCEL, u32::MAX, b"")] {
+        ends(&mut server(), &wire, Cause::Protocol, "at most 1024 wanted");
+    }
+}
+
+#[test]
+fn a_shared_budget_binds_all_and_comes_back() {
+    let budget = Arc::new(Budget::new(100));
+    let shared = || {
+        let mut decoder = server();
+        decoder.share(Arc::clone(&budget));
+        decoder
+    };
+    let (mut one, mut other) = (shared(), shared());
+    let half = block(REQUEST, 1, 0, false, &request_payload(60, b"x"));
+    feed(&mut one, &half).2.unwrap();
+    resets(&mut other, &half, 1, Cause::Full, "byte budget");
+    feed(&mut other, &request(2, &[7; 40])).2.unwrap();
+    assert_eq!(budget.used(), 100);
+    other.release(2);
+    assert_eq!(budget.used(), 60);
+    drop(one);
+    assert_eq!(budget.used(), 0);
+}
+
+#[test]
 fn frames_of_streams_that_never_were_end_the_connection() {
-    for wire in [
-        block(DATA, 1, 1, true, b"x"),
-        control(CANCEL, 1, b""),
-        control(RESET, 1, b"\0\x05"),
-        control(WINDOW, 1, b"\0\0\0\x01"),
-    ] {
-        ends(
-            &mut server(),
-            &wire,
-            Cause::UnknownStream,
-            "stream 1 was never opened, the last is 0",
-        );
+    for wire in [block(DATA, 1, 1, true, b"x"), control(WINDOW, 1, b"\0\0\0\x01")] {
+        let text = "stream 1 was never opened, the last is";
+        ends(&mut server(), &wire, Cause::UnknownStream, text);
+        let mut decoder = server();
+        feed(&mut decoder, &request(2, b"")).2.unwrap();
+        ends(&mut decoder, &wire, Cause::UnknownStream, text);
     }
     let wire = block(RESPONSE, 1, 0, true, &response_payload(Status::Result, 0, b""));
     ends(&mut client(), &wire, Cause::UnknownStream, "never opened");

@@ -42,9 +42,16 @@ struct PolicyMap {
     allow_references: bool,
 }
 
+/// A policy that is read once for many terms.
+struct PolicyResource(GuardPolicy);
+
+#[rustler::resource_impl]
+impl Resource for PolicyResource {}
+impl RefUnwindSafe for PolicyResource {}
+
 #[rustler::nif]
-fn guard_new(policy: PolicyMap) -> ResourceArc<GuardResource> {
-    let policy = GuardPolicy {
+fn guard_policy(policy: PolicyMap) -> ResourceArc<PolicyResource> {
+    ResourceArc::new(PolicyResource(GuardPolicy {
         max_bytes: policy.max_bytes,
         max_depth: policy.max_depth,
         max_terms: policy.max_terms,
@@ -60,8 +67,28 @@ fn guard_new(policy: PolicyMap) -> ResourceArc<GuardResource> {
         allow_pids: policy.allow_pids,
         allow_ports: policy.allow_ports,
         allow_references: policy.allow_references,
-    };
-    ResourceArc::new(GuardResource(Mutex::new(Guard::new(policy))))
+    }))
+}
+
+/// The first slice, and for most terms the only one: `ok`, `{error, {Name, Text}}`, or `{more, Guard}`.
+#[rustler::nif]
+fn guard<'a>(env: Env<'a>, policy: ResourceArc<PolicyResource>, bytes: Binary<'a>) -> Term<'a> {
+    let before = Instant::now();
+    let step = catch_unwind(AssertUnwindSafe(|| {
+        let mut guard = Guard::new(policy.0);
+        let step = guard.step(bytes.as_slice(), SLICE);
+        (guard, step)
+    }));
+    crate::count_time(env, before);
+    match step {
+        Ok((guard, Ok(Step::More))) => {
+            let guard = ResourceArc::new(GuardResource(Mutex::new(guard)));
+            (atoms::more(), guard).encode(env)
+        }
+        Ok((_, Ok(Step::Done(_)))) => atoms::ok().encode(env),
+        Ok((_, Err(error))) => (atoms::error(), (name(&error), error.to_string())).encode(env),
+        Err(_) => failed(env),
+    }
 }
 
 /// Goes on for one slice: `more`, `ok` or `{error, {Name, Text}}`.
@@ -77,11 +104,13 @@ fn guard_step<'a>(env: Env<'a>, guard: ResourceArc<GuardResource>, bytes: Binary
         Ok(Some(Ok(Step::More))) => atoms::more().encode(env),
         Ok(Some(Ok(Step::Done(_)))) => atoms::ok().encode(env),
         Ok(Some(Err(error))) => (atoms::error(), (name(&error), error.to_string())).encode(env),
-        Ok(None) | Err(_) => {
-            let text = "the guard failed, please report it";
-            (atoms::error(), (atoms::internal(), text)).encode(env)
-        }
+        Ok(None) | Err(_) => failed(env),
     }
+}
+
+fn failed(env: Env<'_>) -> Term<'_> {
+    let text = "the guard failed, please report it";
+    (atoms::error(), (atoms::internal(), text)).encode(env)
 }
 
 fn name(error: &GuardError) -> Atom {

@@ -4,7 +4,7 @@ defmodule MeshxRpc.Client.Call do
   #
   # The answer comes to a process alias that is gone when the caller has given up: late answers vanish.
 
-  alias MeshxRpc.{Client, Message, Telemetry, Term, Traceparent}
+  alias MeshxRpc.{Client, Frame, Message, Shared, Telemetry, Term, Traceparent}
   alias MeshxRpc.Client.Measured
 
   @max_fun 255
@@ -71,11 +71,18 @@ defmodule MeshxRpc.Client.Call do
   end
 
   defp once(%{encoded: {_flag, _iovec, size}} = request) do
-    case Client.Pool.route(request.pool) do
-      {:ok, _pid, max_message, _trace} when size > max_message -> {:error_rpc, :error_too_long}
-      {:ok, pid, _max_message, false} -> ask(request, pid)
-      {:ok, pid, _max_message, true} -> request |> traced() |> ask(pid)
-      :none -> {:error_rpc, :closed}
+    case Client.Pool.row(request.pool) do
+      {:ok, {_index, _pid, max_message, _trace, _direct}} when size > max_message ->
+        {:error_rpc, :error_too_long}
+
+      {:ok, {_index, pid, _max_message, false, direct}} ->
+        ask(request, pid, direct)
+
+      {:ok, {_index, pid, _max_message, true, direct}} ->
+        request |> traced() |> ask(pid, direct)
+
+      :none ->
+        {:error_rpc, :closed}
     end
   end
 
@@ -85,12 +92,23 @@ defmodule MeshxRpc.Client.Call do
     %{request | encoded: Traceparent.append(request.encoded, text)}
   end
 
-  defp ask(%{encoded: {_flag, _iovec, size}} = request, pid) do
+  defp ask(%{encoded: {_flag, _iovec, size}} = request, pid, direct) do
     left = left(request.until)
     alias = :erlang.monitor(:process, pid, alias: :reply_demonitor)
     if request.measured, do: sending(alias, pid, size)
-    send(pid, {request.kind, alias, self(), request.fun, left, request.encoded})
 
+    if request.kind == :call and direct?(direct, request.encoded) do
+      written = write(request, alias, pid, left, direct)
+      answer = wait(request, alias, pid, left)
+      if written == :soon, do: written(direct.socket)
+      answer
+    else
+      send(pid, {request.kind, alias, self(), request.fun, left, request.encoded})
+      wait(request, alias, pid, left)
+    end
+  end
+
+  defp wait(request, alias, pid, left) do
     receive do
       {^alias, :queued} -> :ok
       {^alias, :result, flag, bytes} -> decoded(request, flag, bytes)
@@ -120,6 +138,41 @@ defmodule MeshxRpc.Client.Call do
     Measured.note(:ref, alias)
     Measured.note(:pid, pid)
     Measured.note(:sent, size)
+  end
+
+  # While the connection is idle the caller writes the request itself. That saves a process on the way; waiting
+  # in the port is the connection's business.
+  defp direct?(%{shared: shared, block: block}, {_flag, _iovec, size}) do
+    size <= block and Shared.claim?(shared) and not Shared.retiring?(shared) and
+      Shared.take_all?(shared, size)
+  end
+
+  defp write(request, alias, pid, left, %{socket: socket, shared: shared, crc: crc}) do
+    {flag, iovec, size} = request.encoded
+    head = Frame.request_head(:call, left, size, flag, request.fun)
+    stream = Shared.take_id(shared)
+    size = size + byte_size(head)
+    frame = Frame.block(:request, true, 0, stream, [head | iovec], size, crc)
+
+    # The connection knows of it before the server can: a caller that dies in between is cancelled, and its id
+    # is not missed for ever.
+    send(pid, {:direct, socket, alias, self(), stream})
+
+    if :erlang.port_command(socket, frame, [:nosuspend]),
+      do: written(socket),
+      else: send(pid, {:frame, socket, frame, size})
+  rescue
+    # The connection is gone, and will say so.
+    ArgumentError -> :ok
+  end
+
+  # The port's answer. It is there at once, or when another process that is in the port leaves it.
+  defp written(socket) do
+    receive do
+      {:inet_reply, ^socket, _status} -> :ok
+    after
+      0 -> :soon
+    end
   end
 
   defp decoded(request, flag, bytes) do

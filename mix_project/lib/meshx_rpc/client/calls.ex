@@ -7,7 +7,7 @@ defmodule MeshxRpc.Client.Calls do
   alias MeshxRpc.Client.Pool
 
   @enforce_keys [:pool, :load, :index]
-  defstruct [:pool, :load, :index, calls: %{}, streams: %{}, monitors: %{}]
+  defstruct [:pool, :load, :index, keys: %{}, streams: %{}, casts: 0]
 
   @type key :: reference()
   @type t :: %__MODULE__{}
@@ -23,24 +23,36 @@ defmodule MeshxRpc.Client.Calls do
     %__MODULE__{pool: pool, load: load, index: index}
   end
 
-  @doc "A call begins: its caller is watched from now on. Nobody waits for a cast."
-  @spec add(t(), key(), :call | :cast, pid()) :: t()
-  def add(calls, key, kind, caller) do
-    monitor = if kind == :call, do: Process.monitor(caller)
+  @doc """
+  A call begins, on a stream or not yet: its caller is watched from now on, `{{:caller_down, key}, ...}` comes when it
+  goes. Nobody waits for a cast.
+  """
+  @spec add(t(), key(), :call | :cast, pid(), pos_integer() | nil) :: t()
+  def add(%__MODULE__{} = calls, key, :call, caller, stream) do
+    monitor = :erlang.monitor(:process, caller, tag: {:caller_down, key})
+    insert(calls, key, monitor, stream)
+  end
+
+  def add(%__MODULE__{} = calls, key, :cast, _caller, stream),
+    do: insert(%{calls | casts: calls.casts + 1}, key, nil, stream)
+
+  defp insert(calls, key, monitor, stream) do
     :counters.add(calls.load, calls.index, 1)
-    entry = %{kind: kind, monitor: monitor, stream: nil}
-    monitors = if monitor, do: Map.put(calls.monitors, monitor, key), else: calls.monitors
-    %{calls | calls: Map.put(calls.calls, key, entry), monitors: monitors}
+    keys = Map.put(calls.keys, key, {stream, monitor})
+
+    if stream,
+      do: %{calls | keys: keys, streams: Map.put(calls.streams, stream, key)},
+      else: %{calls | keys: keys}
   end
 
   @doc "The first frame of a call was made."
   @spec opened(t(), key(), pos_integer()) :: t()
   def opened(calls, key, stream) do
-    entry = Map.fetch!(calls.calls, key)
+    {nil, monitor} = Map.fetch!(calls.keys, key)
 
     %{
       calls
-      | calls: Map.put(calls.calls, key, %{entry | stream: stream}),
+      | keys: Map.put(calls.keys, key, {stream, monitor}),
         streams: Map.put(calls.streams, stream, key)
     }
   end
@@ -49,41 +61,39 @@ defmodule MeshxRpc.Client.Calls do
   @spec on_stream(t(), pos_integer()) :: {:ok, key()} | :error
   def on_stream(calls, stream), do: Map.fetch(calls.streams, stream)
 
-  @doc "The call whose caller this monitor watches."
-  @spec watched(t(), reference()) :: {:ok, key()} | :error
-  def watched(calls, monitor), do: Map.fetch(calls.monitors, monitor)
-
   @doc "The stream of a call; nil when it has none yet."
   @spec stream(t(), key()) :: {:ok, nil | pos_integer()} | :error
   def stream(calls, key) do
-    with {:ok, entry} <- Map.fetch(calls.calls, key), do: {:ok, entry.stream}
+    with {:ok, {stream, _monitor}} <- Map.fetch(calls.keys, key), do: {:ok, stream}
   end
 
   @doc "The calls that a peer which ran streams up to `last` has not begun."
   @spec above(t(), non_neg_integer()) :: [key()]
   def above(calls, last) do
-    for {key, %{stream: stream}} <- calls.calls, stream == nil or stream > last, do: key
+    for {key, {stream, _monitor}} <- calls.keys, stream == nil or stream > last, do: key
   end
 
   @doc "How many casts the server has not started yet."
   @spec casts(t()) :: non_neg_integer()
-  def casts(calls), do: map_size(calls.calls) - map_size(calls.monitors)
+  def casts(calls), do: calls.casts
 
   @spec keys(t()) :: [key()]
-  def keys(calls), do: Map.keys(calls.calls)
+  def keys(calls), do: Map.keys(calls.keys)
 
   @spec empty?(t()) :: boolean()
-  def empty?(calls), do: calls.calls == %{}
+  def empty?(calls), do: calls.keys == %{}
+
+  @doc "Whether there is but one call."
+  @spec last?(t()) :: boolean()
+  def last?(calls), do: map_size(calls.keys) == 1
 
   @doc "Ends a call and tells its caller how."
   @spec finish(t(), key(), outcome()) :: t()
   def finish(calls, key, outcome) do
-    {entry, calls} = pop(calls, key)
+    {kind, calls} = pop(calls, key)
 
-    case {entry.kind, outcome} do
-      {:call, {:failed, reason}} -> send(key, {key, :failed, reason})
-      {:call, {status, flag, bytes}} -> send(key, {key, status, flag, bytes})
-      {:call, :started} -> send(key, {key, :failed, :invalid_state})
+    case {kind, outcome} do
+      {:call, outcome} -> reply(key, outcome)
       {:cast, :started} -> :ok
       {:cast, _failure} -> Pool.cast_failed(calls.pool)
     end
@@ -91,21 +101,34 @@ defmodule MeshxRpc.Client.Calls do
     calls
   end
 
+  @doc "Tells a caller how its call ended."
+  @spec reply(key(), outcome()) :: :ok
+  def reply(key, outcome) do
+    case outcome do
+      {:failed, reason} -> send(key, {key, :failed, reason})
+      {status, flag, bytes} -> send(key, {key, status, flag, bytes})
+      :started -> send(key, {key, :failed, :invalid_state})
+    end
+
+    :ok
+  end
+
   @doc "Ends a call that nobody waits for any more."
   @spec forget(t(), key()) :: t()
   def forget(calls, key), do: calls |> pop(key) |> elem(1)
 
   defp pop(calls, key) do
-    {entry, rest} = Map.pop!(calls.calls, key)
+    {{stream, monitor}, keys} = Map.pop!(calls.keys, key)
     :counters.sub(calls.load, calls.index, 1)
-    if entry.monitor, do: Process.demonitor(entry.monitor, [:flush])
+    streams = if stream, do: Map.delete(calls.streams, stream), else: calls.streams
+    calls = %{calls | keys: keys, streams: streams}
 
-    {entry,
-     %{
-       calls
-       | calls: rest,
-         monitors: Map.delete(calls.monitors, entry.monitor),
-         streams: Map.delete(calls.streams, entry.stream)
-     }}
+    if monitor do
+      # A late message of it names a key that is not known.
+      _ = :erlang.demonitor(monitor)
+      {:call, calls}
+    else
+      {:cast, %{calls | casts: calls.casts - 1}}
+    end
   end
 end

@@ -10,12 +10,14 @@ defmodule MeshxRpc.Client.Connection do
   use GenServer
   require Logger
 
-  alias MeshxRpc.{Address, Frame, Hello, Link, Options, Reason, Refs, Telemetry, Writer}
+  alias MeshxRpc.{Address, Frame, Hello, Link, Options, Reason, Refs, Shared, Telemetry, Writer}
   alias MeshxRpc.Client.{Backoff, Calls, Upstream}
 
   # What a cast costs here until the server has started it, beside its argument: nobody waits for it, so only
   # this keeps casts to a server that does not answer from filling the memory.
   @cast_overhead 1_024
+  # Messages that are collected for one write.
+  @collect 256
 
   @enforce_keys [:config, :index, :table, :calls]
   defstruct [
@@ -30,6 +32,7 @@ defmodule MeshxRpc.Client.Connection do
     :agreed,
     :timer,
     :send_timer,
+    goaway: false,
     phase: :down,
     attempt: 0,
     failed: nil,
@@ -63,44 +66,23 @@ defmodule MeshxRpc.Client.Connection do
   def handle_continue(:connect, state), do: connect(state)
 
   @impl true
-  def handle_info({kind, key, caller, fun, deadline, encoded}, state) when kind in [:call, :cast] do
-    {_flag, _iovec, size} = encoded
-    queued = if state.phase == :up, do: queued(kind, state), else: 0
+  def handle_info({kind, key, caller, fun, deadline, encoded}, state) when kind in [:call, :cast],
+    do: state |> ask(kind, key, caller, fun, deadline, encoded) |> continue()
 
-    cond do
-      state.phase != :up ->
-        send(key, {key, :failed, :closed})
-        continue(state)
+  def handle_info({:direct, socket, key, caller, stream}, state),
+    do: state |> asked(socket, key, caller, stream) |> continue()
 
-      queued > 0 and queued + size > state.config.max_queue ->
-        send(key, {key, :failed, :full})
-        continue(state)
-
-      true ->
-        state |> enqueue(kind, key, caller, fun, deadline, encoded) |> continue()
-    end
-  end
+  # A caller's own frame for which the port had no room.
+  def handle_info({:frame, socket, frame, size}, %{link: %{socket: socket}} = state),
+    do: continue(%{state | link: Link.frame(state.link, frame, size)})
 
   def handle_info({:cancel, key}, state), do: state |> give_up(key) |> continue()
 
-  def handle_info({:DOWN, monitor, :process, _pid, _reason}, state) do
-    case Calls.watched(state.calls, monitor) do
-      {:ok, key} -> state |> give_up(key) |> continue()
-      :error -> continue(state)
-    end
-  end
+  def handle_info({{:caller_down, key}, _monitor, :process, _pid, _reason}, state),
+    do: state |> give_up(key) |> continue()
 
-  def handle_info({:tcp, socket, bytes}, %{link: %{socket: socket}} = state) do
-    case Link.feed(state.link, bytes) do
-      {:ok, link, events} ->
-        %{state | link: link} |> events(events) |> continue()
-
-      {:error, link, events, out, cause, text} ->
-        state = events(%{state | link: link}, events)
-        if state.link, do: Link.shutdown(state.link, out)
-        state |> lost({cause, text}) |> continue()
-    end
-  end
+  def handle_info({:tcp, socket, bytes}, %{link: %{socket: socket}} = state),
+    do: state |> read(bytes) |> continue()
 
   def handle_info({:tcp_passive, socket}, %{link: %{socket: socket}} = state) do
     case Link.activate(state.link) do
@@ -109,7 +91,8 @@ defmodule MeshxRpc.Client.Connection do
     end
   end
 
-  def handle_info(:timeout, state), do: write(state)
+  # What was left after a write.
+  def handle_info(:timeout, state), do: continue(state)
 
   def handle_info({:drained, socket}, %{link: %{socket: socket}} = state),
     do: write(%{state | link: Link.drained(state.link)})
@@ -139,10 +122,22 @@ defmodule MeshxRpc.Client.Connection do
 
   def handle_info(_of_a_connection_that_is_gone, state), do: continue(state)
 
-  defp queued(:call, state), do: Writer.bytes(state.link.writer)
+  defp queued(:call, state), do: Link.queued(state.link)
 
   defp queued(:cast, state),
-    do: Writer.bytes(state.link.writer) + @cast_overhead * Calls.casts(state.calls)
+    do: Link.queued(state.link) + @cast_overhead * Calls.casts(state.calls)
+
+  defp read(state, bytes) do
+    case Link.feed(state.link, bytes) do
+      {:ok, link, events} ->
+        events(%{state | link: link}, events)
+
+      {:error, link, events, out, cause, text} ->
+        state = events(%{state | link: link}, events)
+        if state.link, do: Link.shutdown(state.link, out)
+        lost(state, {cause, text})
+    end
+  end
 
   # Connecting
 
@@ -219,7 +214,16 @@ defmodule MeshxRpc.Client.Connection do
 
     # A mesh takes the connection, and closes or resets it when there is nobody behind: no hello has failed then.
     nobody = is_atom(reason) and state.agreed == nil
-    state = %{state | link: nil, agreed: nil, phase: :down, send_timer: nil, calls: calls}
+
+    state = %{
+      state
+      | link: nil,
+        agreed: nil,
+        phase: :down,
+        goaway: false,
+        send_timer: nil,
+        calls: calls
+    }
 
     cond do
       was_up -> again(%{state | attempt: 0}, reason, :idle)
@@ -335,7 +339,16 @@ defmodule MeshxRpc.Client.Connection do
     tell(state, :hsk, :ok)
     # Calls ask for it, and only measured ones.
     :ets.insert(state.table, {{:metadata, self()}, metadata(state)})
-    :ets.insert(state.table, {state.index, self(), agreed.peer_max_message, agreed.trace})
+
+    direct = %{
+      socket: link.socket,
+      shared: link.shared,
+      block: min(agreed.block, agreed.peer_stream_window),
+      crc: link.writer.crc
+    }
+
+    row = {state.index, self(), agreed.peer_max_message, agreed.trace, direct}
+    :ets.insert(state.table, row)
     %{state | since: Telemetry.now()}
   end
 
@@ -368,7 +381,7 @@ defmodule MeshxRpc.Client.Connection do
   # What the server will not run may be sent to another.
   defp event({:goaway, last, cause, text}, %{phase: phase} = state)
        when phase in [:up, :draining],
-       do: state |> unsent(last) |> drain({cause, Link.printable(text)})
+       do: %{state | goaway: true} |> unsent(last) |> drain({cause, Link.printable(text)})
 
   defp event({:pong, _bytes}, state), do: state
 
@@ -394,26 +407,66 @@ defmodule MeshxRpc.Client.Connection do
 
   # Calls
 
-  defp enqueue(state, kind, key, caller, fun, deadline, {flag, iovec, size}) do
-    head = Frame.request_head(kind, deadline, size, flag, fun)
-    if kind == :cast, do: send(key, {key, :queued})
-    link = Link.update(state.link, &Writer.request(&1, key, head, iovec, size))
-    %{state | calls: Calls.add(state.calls, key, kind, caller), link: link}
+  defp ask(%{phase: :up} = state, kind, key, caller, fun, deadline, {flag, iovec, size}) do
+    queued = queued(kind, state)
+
+    if queued > 0 and queued + size > state.config.max_queue do
+      send(key, {key, :failed, :full})
+      state
+    else
+      head = Frame.request_head(kind, deadline, size, flag, fun)
+      if kind == :cast, do: send(key, {key, :queued})
+      {stream, link} = Link.request(state.link, key, head, iovec, size)
+      link = if stream, do: Link.open(link, stream), else: link
+      %{state | calls: Calls.add(state.calls, key, kind, caller, stream), link: link}
+    end
+  end
+
+  defp ask(state, _kind, key, _caller, _fun, _deadline, _encoded) do
+    send(key, {key, :failed, :closed})
+    state
+  end
+
+  # A caller is about to write a request itself. The socket's own order makes sure that we hear of it before its answer.
+  defp asked(%{link: %{socket: socket}, goaway: false} = state, socket, key, caller, stream) do
+    link = Link.open(state.link, stream)
+    %{state | calls: Calls.add(state.calls, key, :call, caller, stream), link: link}
+  end
+
+  # The server had said GOAWAY before this was written, and runs it not; the socket of another connection may have
+  # taken it.
+  defp asked(state, socket, key, _caller, _stream) do
+    reason = if match?(%{socket: ^socket}, state.link), do: :closed, else: :tcp_closed
+    Calls.reply(key, {:failed, reason})
+    state
   end
 
   # A stream has ended at the server, perhaps before all was sent.
   defp done(state, stream, outcome) do
     case Calls.on_stream(state.calls, stream) do
       {:ok, key} ->
-        {_how_far, state} = drop(state, key)
-        link = Link.release(state.link, stream)
-        state = %{state | link: link, calls: Calls.finish(state.calls, key, outcome)}
+        state = answered(state, stream, key, outcome)
+        # Before its caller can ask again.
+        if Calls.last?(state.calls), do: Shared.idle(state.link.shared)
+        state = %{state | calls: Calls.finish(state.calls, key, outcome)}
         if state.phase == :draining, do: drain(state, :drained), else: state
 
       :error ->
         state
     end
   end
+
+  # What arrived whole is no longer known to the codec, and its request mostly not to the writer.
+  defp answered(%{link: %{writer: %{messages: none}}} = state, _stream, _key, {_, _, _})
+       when none == %{},
+       do: state
+
+  defp answered(state, stream, key, _outcome) do
+    {_how_far, state} = drop(state, key)
+    release(state, stream)
+  end
+
+  defp release(state, stream), do: %{state | link: Link.release(state.link, stream)}
 
   # The caller is dead or has given up.
   defp give_up(state, key) do
@@ -440,33 +493,60 @@ defmodule MeshxRpc.Client.Connection do
 
   # Writing
 
-  defp continue(%{agreed: agreed, link: link} = state) when link != nil and agreed != nil do
-    cond do
-      state.phase == :hello -> {:noreply, state}
-      Link.next(link) == :write -> write(state)
-      Link.next(link) == :soon -> {:noreply, state, 0}
-      true -> {:noreply, state}
-    end
-  end
+  # Takes what waits in the mailbox and may fill the same batch, and writes it.
+  defp continue(%{phase: phase} = state) when phase in [:up, :draining],
+    do: collect(state, @collect)
 
   defp continue(state), do: {:noreply, state}
 
-  defp write(%{link: %{writer: writer}} = state) when writer != nil do
+  defp collect(%{link: nil} = state, _left), do: {:noreply, state}
+  defp collect(state, 0), do: write(state)
+
+  defp collect(%{link: %{socket: socket} = link} = state, left) do
+    if Link.enough?(link) do
+      write(state)
+    else
+      receive do
+        {kind, key, caller, fun, deadline, encoded} when kind in [:call, :cast] ->
+          state |> ask(kind, key, caller, fun, deadline, encoded) |> collect(left - 1)
+
+        {:direct, socket, key, caller, stream} ->
+          state |> asked(socket, key, caller, stream) |> collect(left - 1)
+
+        {:inet_reply, ^socket, :ok} ->
+          collect(state, left)
+
+        {:tcp, ^socket, bytes} ->
+          state |> read(bytes) |> collect(left - 1)
+      after
+        0 -> write(state)
+      end
+    end
+  end
+
+  defp write(%{link: %{dirty: false}} = state), do: {:noreply, idle(state)}
+  defp write(%{link: %{blocked: true}} = state), do: {:noreply, state}
+
+  defp write(state) do
     case Link.write(state.link) do
       {:ok, link, notes} ->
         state = %{state | link: link} |> sent(notes) |> watch()
-        state = if Writer.exhausted?(link.writer), do: exhausted(state), else: state
+        state = if Shared.retiring?(link.shared), do: retire(state), else: state
 
-        if state.link == nil or Link.next(state.link) == :wait,
-          do: {:noreply, state},
-          else: {:noreply, state, 0}
+        if state.link != nil and Link.dirty?(state.link),
+          do: {:noreply, state, 0},
+          else: {:noreply, idle(state)}
 
       {:error, reason} ->
         state |> lost(reason) |> continue()
     end
   end
 
-  defp write(state), do: {:noreply, state}
+  # Callers may write themselves while nothing of others is on its way.
+  defp idle(%{link: link, calls: calls} = state) do
+    if link != nil and Calls.empty?(calls), do: Shared.idle(link.shared)
+    state
+  end
 
   defp sent(state, notes) do
     Enum.reduce(notes, state, fn
@@ -479,9 +559,15 @@ defmodule MeshxRpc.Client.Connection do
     end)
   end
 
+  # The stream ids are nearly used up: requests that wait here get the last ones, new calls another connection.
+  defp retire(%{phase: :up} = state),
+    do: state |> used_up() |> drain({:shutdown, "the stream ids are used up"})
+
+  defp retire(state), do: used_up(state)
+
   # What has no stream id gets none any more.
-  defp exhausted(state),
-    do: state |> unsent(0xFFFF_FFFF) |> drain({:shutdown, "the stream ids are used up"})
+  defp used_up(state),
+    do: if(Shared.exhausted?(state.link.shared), do: unsent(state, 0xFFFF_FFFF), else: state)
 
   defp watch(%{link: %{blocked: true}, send_timer: nil} = state),
     do: %{state | send_timer: :erlang.start_timer(state.config.timeout_send, self(), :send)}

@@ -133,9 +133,10 @@ defmodule MeshxRpc.Client.Pool do
 
     pool =
       config
-      |> Map.take([:codec, :guard, :message, :max_queue, :telemetry, :traceparent])
+      |> Map.take([:codec, :message, :max_queue, :telemetry, :traceparent])
       |> Map.merge(%{table: table, size: size, load: load, casts: casts})
       |> Map.put(:retry_on, retry_on(config))
+      |> Map.put(:guard, config.codec.policy(config.guard))
 
     :ets.insert(table, {:pool, pool})
 
@@ -170,14 +171,28 @@ defmodule MeshxRpc.Client.Pool do
   end
 
   @doc false
-  # The connection with the fewest calls, of those that are up.
+  # The connection with the fewest calls, of those that are up, and the largest argument that its server takes.
   def connection(pool) do
     with {:ok, pid, max_message, _trace} <- route(pool), do: {:ok, pid, max_message}
   end
 
   @doc false
   # The same, with whether its requests of the server's functions carry a traceparent.
-  def route(%{table: table, size: size, load: load}) do
+  def route(pool) do
+    with {:ok, {_index, pid, max_message, trace, _direct}} <- row(pool),
+         do: {:ok, pid, max_message, trace}
+  end
+
+  @doc false
+  # The same as `{index, pid, max_message, trace, direct}`, the last for callers who write to the socket themselves.
+  def row(%{table: table, size: 1}) do
+    case :ets.lookup(table, 1) do
+      [row] -> {:ok, row}
+      [] -> :none
+    end
+  end
+
+  def row(%{table: table, size: size, load: load}) do
     case for index <- 1..size,
              [row] <- [:ets.lookup(table, index)],
              do: {:counters.get(load, index), row} do
@@ -185,8 +200,8 @@ defmodule MeshxRpc.Client.Pool do
         :none
 
       rows ->
-        {_load, {_index, pid, max_message, trace}} = Enum.min_by(rows, &elem(&1, 0))
-        {:ok, pid, max_message, trace}
+        {_load, row} = Enum.min_by(rows, &elem(&1, 0))
+        {:ok, row}
     end
   end
 

@@ -23,8 +23,10 @@ defmodule MeshxRpc.Codec.Elixir do
                 checksum: 0,
                 block: 65_536,
                 buffer: "",
+                budget: nil,
                 streams: %{},
                 last: 0,
+                skipped: %{},
                 window_left: 0,
                 window_pending: 0,
                 reserved: 0,
@@ -38,8 +40,23 @@ defmodule MeshxRpc.Codec.Elixir do
               ]
 
   @impl true
+  def budget(max), do: {:atomics.new(1, []), max}
+
+  @impl true
+  def budget_used({used, _max}), do: :atomics.get(used, 1)
+
+  @impl true
+  def give_back({used, _max}, bytes), do: :atomics.sub(used, 1, bytes)
+
+  @impl true
+  def skipped(%__MODULE__{} = s), do: s.skipped |> Map.keys() |> Enum.sort()
+
+  @impl true
+  def policy(policy), do: MeshxRpc.Guard.policy(policy)
+
+  @impl true
   def new(options) do
-    decoder = struct!(__MODULE__, Map.take(options, @options))
+    decoder = struct!(__MODULE__, Map.take(options, [:budget | @options]))
 
     for key <- [:stream_window, :connection_window], value = Map.fetch!(options, key) do
       unless value in 1..Wire.max_window() do
@@ -69,11 +86,14 @@ defmodule MeshxRpc.Codec.Elixir do
     {:fatal, %__MODULE__{} = s, cause, text} ->
       last_words =
         if s.phase == :up,
-          do: Wire.goaway(goaway_last(s), cause, text),
+          do: [
+            Enum.map(skipped(s), &Wire.reset(&1, :shutdown, "not run")),
+            Wire.goaway(goaway_last(s), cause, text)
+          ],
           else: Wire.refused(cause, text)
 
       {s, events, out} = flush(s)
-      s = %{s | failure: {cause, text}, streams: %{}, reserved: 0}
+      s = Streams.give_back(%{s | failure: {cause, text}, streams: %{}}, s.reserved)
       {:error, s, events, [out, last_words], cause, text}
   end
 
@@ -193,7 +213,7 @@ defmodule MeshxRpc.Codec.Elixir do
   defp control(s, 0x05, 0, <<cause::16, text::binary>>),
     do: event(%{s | phase: :over}, {:refused, Wire.cause_name(cause), :binary.copy(text)})
 
-  defp control(s, 0x13, stream, ""), do: s |> spend() |> Streams.cancel(stream)
+  defp control(s, 0x13, stream, ""), do: Streams.cancel(s, stream)
 
   defp control(s, 0x14, stream, <<cause::16, text::binary>>),
     do: Streams.reset(s, stream, Wire.cause_name(cause), :binary.copy(text))

@@ -16,9 +16,47 @@ defmodule MeshxRpc.Codec.Nif do
   @spec load() :: :ok | {:error, String.t()}
   def load, do: Native.status()
 
+  # In a table of the calling process's, since what a library made is nothing to one that is loaded after it.
+  @impl true
+  def budget(max) do
+    table = :ets.new(:meshx_rpc_budget, [:public, read_concurrency: true])
+    :ets.insert(table, {:budget, Native.budget(max), max})
+    table
+  end
+
+  @impl true
+  def budget_used(table), do: table |> current() |> Native.budget_used()
+
+  defp current(table) do
+    [{:budget, budget, max}] = :ets.lookup(table, :budget)
+
+    try do
+      _ = Native.budget_used(budget)
+      budget
+    rescue
+      ArgumentError ->
+        budget = Native.budget(max)
+        :ets.insert(table, {:budget, budget, max})
+        budget
+    end
+  end
+
+  # A decoder gives back what it has when it goes.
+  @impl true
+  def give_back(_budget, _bytes), do: :ok
+
+  @impl true
+  def skipped(decoder), do: Native.skipped(decoder)
+
   @impl true
   def new(options) do
-    case Native.new(options) do
+    budget =
+      case options do
+        %{budget: {table, _counter}} -> current(table)
+        _none -> nil
+      end
+
+    case Native.new(Map.put(options, :budget, budget)) do
       decoder when is_reference(decoder) -> decoder
       {:error, text} -> raise ArgumentError, text
     end
@@ -33,7 +71,7 @@ defmodule MeshxRpc.Codec.Nif do
   @impl true
   def feed(decoder, bytes), do: feed(decoder, bytes, 0, [], [])
 
-  # A call takes 256 KiB or 512 frames, whichever comes first. `events` and `out` hold earlier calls', last first.
+  # A call takes 128 KiB or 512 frames, whichever comes first. `events` and `out` hold earlier calls', last first.
   defp feed(decoder, bytes, offset, events, out) do
     case Native.feed(decoder, bytes, offset) do
       {:ok, next, new, more} when next < byte_size(bytes) ->
@@ -83,7 +121,28 @@ defmodule MeshxRpc.Codec.Nif do
   end
 
   @impl true
-  def guard(binary, policy), do: step(Native.guard_new(MeshxRpc.Guard.policy(policy)), binary)
+  def policy(policy) do
+    policy = MeshxRpc.Guard.policy(policy)
+    {Native.guard_policy(policy), policy}
+  end
+
+  @impl true
+  def guard(binary, policy) when is_map(policy), do: guard(binary, policy(policy))
+
+  def guard(binary, {prepared, policy}) do
+    first =
+      try do
+        Native.guard(prepared, binary)
+      rescue
+        # Of a library that was loaded before this one.
+        ArgumentError -> policy |> Native.guard_policy() |> Native.guard(binary)
+      end
+
+    case first do
+      {:more, guard} -> step(guard, binary)
+      done -> done
+    end
+  end
 
   defp step(guard, binary) do
     case Native.guard_step(guard, binary) do

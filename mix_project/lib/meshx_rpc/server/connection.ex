@@ -9,10 +9,12 @@ defmodule MeshxRpc.Server.Connection do
   use GenServer, restart: :temporary
   require Logger
 
-  alias MeshxRpc.{Address, Frame, Hello, Link, Options, Refs, Telemetry, Term, Writer}
+  alias MeshxRpc.{Address, Frame, Hello, Link, Options, Refs, Shared, Telemetry, Term, Writer}
   alias MeshxRpc.Server.{Functions, Task}
 
   @linger 1_000
+  # Messages that are collected for one write.
+  @collect 256
 
   @enforce_keys [:config, :listener, :held, :offered]
   defstruct [
@@ -25,6 +27,7 @@ defmodule MeshxRpc.Server.Connection do
     :agreed,
     :refs,
     :send_timer,
+    :task,
     phase: :hello,
     proofs: [],
     streams: %{},
@@ -63,17 +66,7 @@ defmodule MeshxRpc.Server.Connection do
 
   def handle_info({:tcp, _socket, _bytes}, %{phase: :closing} = state), do: continue(state)
 
-  def handle_info({:tcp, _socket, bytes}, state) do
-    case Link.feed(state.link, bytes) do
-      {:ok, link, events} ->
-        %{state | link: link} |> events(events) |> continue()
-
-      {:error, link, events, out, cause, text} ->
-        state = events(%{state | link: link}, events)
-        unless state.phase == :closing, do: log(state, cause, text)
-        state |> close(out) |> continue()
-    end
-  end
+  def handle_info({:tcp, _socket, bytes}, state), do: state |> read(bytes) |> continue()
 
   def handle_info({:tcp_passive, _socket}, state) do
     case Link.activate(state.link) do
@@ -82,29 +75,13 @@ defmodule MeshxRpc.Server.Connection do
     end
   end
 
-  def handle_info({:done, pid, stream, done}, state) do
-    case state.pids do
-      %{^pid => ^stream} -> state |> finish(stream, done) |> continue()
-      _over -> continue(state)
-    end
-  end
+  def handle_info({:done, pid, stream, done}, state),
+    do: state |> done(pid, stream, done) |> continue()
 
-  def handle_info({:EXIT, pid, reason}, state) do
-    case state.pids do
-      %{^pid => stream} ->
-        reason = Term.exit_reason(reason)
+  def handle_info({:EXIT, pid, reason}, state), do: state |> ended(pid, reason) |> continue()
 
-        state
-        |> tell_ended(stream, reason)
-        |> finish(stream, {:error, Term.encode_error(reason)})
-        |> continue()
-
-      _over ->
-        continue(state)
-    end
-  end
-
-  def handle_info(:timeout, state), do: write(state)
+  # What was left after a write.
+  def handle_info(:timeout, state), do: continue(state)
   def handle_info({:drained, _socket}, state), do: write(%{state | link: Link.drained(state.link)})
   def handle_info({:inet_reply, _socket, :ok}, state), do: continue(state)
   def handle_info({:inet_reply, _socket, {:error, reason}}, state), do: broken(state, reason)
@@ -168,7 +145,8 @@ defmodule MeshxRpc.Server.Connection do
 
   defp attach(state, socket) do
     # One stream more than may run, so that the refusal names what is full.
-    link = Link.new(socket, :server, state.config, state.config.max_concurrency + 1)
+    budget = {state.config.budget, state.held}
+    link = Link.new(socket, :server, state.config, state.config.max_concurrency + 1, budget)
     %{state | link: link, peer: Address.peer(socket)}
   end
 
@@ -178,7 +156,7 @@ defmodule MeshxRpc.Server.Connection do
 
     if state.link do
       if state.phase == :up,
-        do: Link.shutdown(state.link, Frame.goaway(state.last, :shutdown, "the server stops"))
+        do: Link.shutdown(state.link, goaway(state, :shutdown, "the server stops"))
 
       Link.close(state.link)
     end
@@ -244,7 +222,7 @@ defmodule MeshxRpc.Server.Connection do
       :error ->
         text = "a window of stream #{stream} grew beyond 2147483647 bytes"
         log(state, :protocol, text)
-        close(state, Frame.goaway(state.last, :protocol, text))
+        close(state, goaway(state, :protocol, text))
     end
   end
 
@@ -281,15 +259,58 @@ defmodule MeshxRpc.Server.Connection do
   defp up(state) do
     send(state.listener, {:up, self()})
     tell(state, :hsk, :ok)
-    state = %{state | config: Map.put(state.config, :traced, state.agreed.trace)}
-    %{state | phase: :up, link: Link.agree(state.link, state.agreed, [])}
+    %{config: config, agreed: agreed} = state
+    link = Link.agree(state.link, agreed, [])
+
+    task = %Task{
+      connection: self(),
+      module: config.module,
+      message: config.message,
+      codec: config.codec,
+      guard: config.guard,
+      telemetry: config.telemetry,
+      traced: agreed.trace,
+      socket: link.socket,
+      shared: link.shared,
+      held: state.held,
+      block: min(agreed.block, agreed.peer_stream_window),
+      max_message: agreed.peer_max_message,
+      crc: link.writer.crc
+    }
+
+    %{state | phase: :up, link: link, task: task}
+  end
+
+  # Ids that were not taken are below `last` and did not run either.
+  defp goaway(state, cause, text) do
+    resets = for id <- Link.skipped(state.link), do: Frame.reset(id, :shutdown, "not run")
+    [resets | Frame.goaway(state.last, cause, text)]
+  end
+
+  defp read(%{phase: :closing} = state, _bytes), do: state
+
+  defp read(state, bytes) do
+    case Link.feed(state.link, bytes) do
+      {:ok, link, events} ->
+        events(%{state | link: link}, events)
+
+      {:error, link, events, out, cause, text} ->
+        state = events(%{state | link: link}, events)
+        unless state.phase == :closing, do: log(state, cause, text)
+        close(state, out)
+    end
   end
 
   # Requests
 
+  defp start(state, {:internal, name}, {stream, _kind, flag, argument}, _measured),
+    do: Task.internal(state.config, stream, name, flag, argument)
+
+  defp start(state, fun, request, measured), do: Task.start(state.task, fun, request, measured)
+
   defp start(state, stream, kind, deadline, fun, flag, argument) do
     measured = measured(state, kind, fun, stream, argument)
-    pid = Task.start(stream, fun, flag, argument, state.config, measured)
+    pid = start(state, fun, {stream, kind, flag, argument}, measured)
 
     execute = state.config.timeout_execute
     reason = if execute < deadline, do: :killed, else: :timeout
@@ -309,6 +330,29 @@ defmodule MeshxRpc.Server.Connection do
     }
 
     if kind == :cast, do: respond(state, stream, :started, {0, [], 0}), else: state
+  end
+
+  defp done(%{pids: pids} = state, pid, stream, done) when is_map_key(pids, pid) do
+    if done == :answered,
+      do: state |> finished(stream) |> over(stream),
+      else: finish(state, stream, done)
+  end
+
+  defp done(state, _pid, _stream, _done), do: state
+
+  # A request's process is gone, mostly after it has told us all.
+  defp ended(%{pids: pids} = state, pid, reason) do
+    case pids do
+      %{^pid => stream} ->
+        reason = Term.exit_reason(reason)
+
+        state
+        |> tell_ended(stream, reason)
+        |> finish(stream, {:error, Term.encode_error(reason)})
+
+      _over ->
+        state
+    end
   end
 
   # The caller of a cast had all there is to have when it started.
@@ -360,7 +404,7 @@ defmodule MeshxRpc.Server.Connection do
     do: answer(state, stream, status, encoded, state.config.max_queue)
 
   defp answer(state, stream, status, {_flag, _iovec, size} = encoded, max_queue) do
-    queued = Writer.bytes(state.link.writer)
+    queued = Link.queued(state.link)
 
     cond do
       size > state.agreed.peer_max_message ->
@@ -376,7 +420,10 @@ defmodule MeshxRpc.Server.Connection do
 
   defp respond(state, stream, status, {flag, iovec, size}) do
     head = Frame.response_head(status, flag, size)
-    %{state | link: Link.update(state.link, &Writer.response(&1, stream, head, iovec, size))}
+    {whole?, link} = Link.response(state.link, stream, head, iovec, size)
+    # A cast that still runs keeps its argument.
+    over? = whole? and not is_map_key(state.streams, stream)
+    %{state | link: if(over?, do: Link.release(link, stream), else: link)}
   end
 
   defp reset(state, stream, cause, text),
@@ -399,17 +446,29 @@ defmodule MeshxRpc.Server.Connection do
 
   # Writing
 
-  defp continue(%{phase: :up} = state) do
-    case Link.next(state.link) do
-      :write -> write(state)
-      :soon -> {:noreply, state, 0}
-      :wait -> {:noreply, state}
+  # Takes what waits in the mailbox and may fill the same batch, and writes it.
+  defp continue(%{phase: :up} = state), do: collect(state, @collect)
+  defp continue(state), do: {:noreply, state}
+
+  defp collect(%{phase: phase} = state, left) when left == 0 or phase != :up, do: write(state)
+
+  defp collect(%{link: %{socket: socket} = link} = state, left) do
+    if Link.enough?(link) do
+      write(state)
+    else
+      receive do
+        {:done, pid, stream, done} -> state |> done(pid, stream, done) |> collect(left - 1)
+        # One of our requests, or nothing to us: a supervisor ends otherwise.
+        {:EXIT, pid, :normal} -> state |> ended(pid, :normal) |> collect(left)
+        {:tcp, ^socket, bytes} -> state |> read(bytes) |> collect(left - 1)
+        {:inet_reply, ^socket, :ok} -> collect(state, left)
+      after
+        0 -> write(state)
+      end
     end
   end
 
-  defp continue(state), do: {:noreply, state}
-
-  defp write(%{phase: :up} = state) do
+  defp write(%{phase: :up, link: %{dirty: true, blocked: false}} = state) do
     case Link.write(state.link) do
       {:ok, link, notes} -> %{state | link: link} |> sent(notes) |> watch() |> continue_later()
       {:error, reason} -> broken(state, reason)
@@ -429,8 +488,12 @@ defmodule MeshxRpc.Server.Connection do
   end
 
   # A batch was written: what waits in the mailbox comes before the next one.
-  defp continue_later(state) do
-    if Link.next(state.link) == :wait, do: {:noreply, state}, else: {:noreply, state, 0}
+  defp continue_later(%{link: link} = state) do
+    if link.blocked or Writer.count(link.writer) > 0,
+      do: Shared.busy(link.shared),
+      else: Shared.idle(link.shared)
+
+    if Link.dirty?(link), do: {:noreply, state, 0}, else: {:noreply, state}
   end
 
   defp sent(state, notes) do

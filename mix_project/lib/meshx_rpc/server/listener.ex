@@ -93,7 +93,7 @@ defmodule MeshxRpc.Server.Listener do
 
       true ->
         state = if state.hellos >= config.max_hello, do: evict(state), else: state
-        held = :counters.new(1, [])
+        held = :counters.new(2, [])
 
         {:ok, pid} =
           DynamicSupervisor.start_child(
@@ -128,6 +128,7 @@ defmodule MeshxRpc.Server.Listener do
 
       {{phase, held}, connections} ->
         :atomics.sub(state.config.running, 1, :counters.get(held, 1))
+        state.config.codec.give_back(state.config.budget, :counters.get(held, 2))
         hellos = if phase == :hello, do: state.hellos - 1, else: state.hellos
         {:noreply, shorten(%{state | connections: connections, hellos: hellos})}
     end

@@ -52,7 +52,9 @@ defmodule MeshxRpc.Server.Pool do
       |> Map.merge(%{
         offered: Functions.new(config.module, config.functions),
         running: :atomics.new(1, []),
-        streams: Streams.table()
+        streams: Streams.table(),
+        budget: config.codec.budget(config.max_bytes),
+        guard: config.codec.policy(config.guard)
       })
 
     children = [

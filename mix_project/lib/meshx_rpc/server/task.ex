@@ -1,49 +1,65 @@
 defmodule MeshxRpc.Server.Task do
   @moduledoc false
-  # The process of one request: decodes its argument, runs the function, hands the result to the connection
-  # as `{:done, pid, stream, status, encoded}`. It is linked to the connection, which ends it by killing it.
+  # The process of one request: decodes its argument, runs the function, hands the result to the connection.
+  #
+  # It is linked to the connection, which ends it by killing it, and tells it `{:done, pid, stream, done}`. A small
+  # result of a connection with nothing else to do it writes itself, and then `done` is `:answered`.
   #
   # When somebody listens to telemetry, `measured` has what is known of the request: its event is told here, after the
   # result has gone, so that no handler delays anything. What is killed cannot: for that the connection does.
 
-  alias MeshxRpc.{Message, Telemetry, Term, Traceparent}
+  alias MeshxRpc.{Frame, Message, Shared, Telemetry, Term, Traceparent}
   alias MeshxRpc.Server.Internal
 
-  @spec start(pos_integer(), atom() | {:internal, atom()}, byte(), binary(), map(), nil | map()) ::
-          pid()
-  def start(stream, fun, flag, argument, config, measured \\ nil) do
-    :erlang.spawn_opt(
-      __MODULE__,
-      :run,
-      [self(), stream, fun, flag, argument, config, measured],
-      [:link]
-    )
+  @enforce_keys [:connection, :module, :message, :codec, :guard, :telemetry, :traced]
+  defstruct @enforce_keys ++ [:socket, :shared, :held, :block, :max_message, :crc]
+
+  @typedoc "What all requests of a connection have in common; copied to each, so it is small."
+  @type t :: %__MODULE__{}
+
+  @typedoc "Stream, kind, flag and bytes of the argument."
+  @type request :: {pos_integer(), :call | :cast, byte(), binary()}
+
+  # Nobody else answers meanwhile: the connection is idle, or nearly.
+  @alone 1
+
+  @spec start(t(), atom(), request(), nil | map()) :: pid()
+  def start(task, fun, request, measured),
+    do: :erlang.spawn_opt(__MODULE__, :run, [task, fun, request, measured], [:link])
+
+  @doc "The same for one of the functions that streams and casts are made of."
+  @spec internal(map(), pos_integer(), atom(), byte(), binary()) :: pid()
+  def internal(config, stream, name, flag, argument) do
+    arguments = [self(), stream, name, flag, argument, config]
+    :erlang.spawn_opt(__MODULE__, :run_internal, arguments, [:link])
   end
 
   @doc false
-  def run(connection, stream, {:internal, name}, flag, argument, config, _measured),
-    do: send(connection, {:done, self(), stream, internal(name, flag, argument, config)})
+  def run_internal(connection, stream, name, flag, argument, config),
+    do: send(connection, {:done, self(), stream, internal_result(name, flag, argument, config)})
 
-  def run(connection, stream, fun, flag, argument, config, measured) do
+  @doc false
+  def run(task, fun, {stream, kind, flag, argument}, measured) do
     began = clock(measured)
-    argument = decode(config, flag, argument)
+    argument = decode(task, flag, argument)
     decoded = clock(measured)
 
     {done, result, executed} =
       case argument do
-        {:ok, argument} -> call(config, fun, argument, measured)
+        {:ok, argument} -> call(task, fun, argument, measured)
         {:error, :refused} -> {{:refused_term, nil}, :serialization_fail, decoded}
         {:error, :invalid_cks} -> {{:invalid_cks, nil}, :invalid_cks, decoded}
         {:error, reason} -> {{:error, Term.encode_error(reason)}, reason, decoded}
       end
 
     ended = clock(measured)
-    send(connection, {:done, self(), stream, done})
+    sent = if kind == :call and direct?(task, done), do: answer(task, stream, done), else: done
+    send(task.connection, {:done, self(), stream, sent})
 
     if measured do
       time = [dser: decoded - began, exec: executed - decoded, ser: ended - executed]
       result = if match?({:result, _encoded}, done), do: :ok, else: {:error_rpc, result}
-      tell(config, Map.put(measured, :sent, size(done)), result, time)
+      tell(task, Map.put(measured, :sent, size(done)), result, time)
     end
   end
 
@@ -51,7 +67,7 @@ defmodule MeshxRpc.Server.Task do
   defp size(_refused), do: 0
 
   # Its argument is bytes, which no serializer of the user's made.
-  defp internal(name, flag, argument, config) do
+  defp internal_result(name, flag, argument, config) do
     Internal.run(name, flag, argument, config)
   catch
     kind, reason -> {:error, Term.encode_error(Term.failure(kind, reason, __STACKTRACE__))}
@@ -116,5 +132,29 @@ defmodule MeshxRpc.Server.Task do
     measured
     |> Map.drop([:received, :sent, :block, :began])
     |> Map.merge(%{result: result, traceparent: Traceparent.get()})
+  end
+
+  defp direct?(task, {status, {_flag, _iovec, size}}) when status in [:result, :error] do
+    size <= task.block and size <= task.max_message and not Shared.busy?(task.shared) and
+      :counters.get(task.held, 1) <= @alone and Shared.take_all?(task.shared, size)
+  end
+
+  defp direct?(_task, _refused), do: false
+
+  # Should we be killed right after this, the connection may answer too: clients ignore a second answer.
+  defp answer(task, stream, {status, {flag, iovec, size}} = done) do
+    head = Frame.response_head(status, flag, size)
+    length = size + byte_size(head)
+    frame = Frame.block(:response, true, 0, stream, [head | iovec], length, task.crc)
+
+    if :erlang.port_command(task.socket, frame, [:nosuspend]) do
+      :answered
+    else
+      _ = Shared.grant(task.shared, size)
+      done
+    end
+  rescue
+    # The connection is gone.
+    ArgumentError -> :answered
   end
 end

@@ -3,12 +3,15 @@ defmodule MeshxRpc.Codec.Elixir.Streams do
   # What arrives on streams: reassembly, byte budget, receive windows.
   #
   # A stream is `:waiting` (client: no response yet), `:receiving`, `:used` (handed over, budget still held until
-  # `release/2`) or `:dead` (`:used`, and a RESET went or came). One that is not in the map is over when its
-  # number is at most `last`, and was never opened otherwise.
+  # `release/2`; a client's is over at once) or `:dead` (`:used`, and a RESET went or came). One that is not in the map
+  # is over when its number is at most `last` and not among the `skipped`, and was never opened otherwise.
 
   import Bitwise
   import MeshxRpc.Codec.Elixir, only: [event: 2, fatal: 3, out: 2, spend: 1]
   alias MeshxRpc.Codec.{Header, Wire}
+
+  # Ids below `last` that no request has taken yet: callers of one client race for the socket.
+  @max_skipped 1_024
 
   defmodule Stream do
     @moduledoc false
@@ -27,10 +30,33 @@ defmodule MeshxRpc.Codec.Elixir.Streams do
   end
 
   def cancel(s, stream) do
-    live(s, stream, fn s, entry -> s |> over(stream, entry) |> event({:cancel, stream}) end)
+    case taken(s, stream) do
+      {true, s} ->
+        spend(s)
+
+      {false, s} ->
+        known!(s, stream)
+
+        case s.streams do
+          %{^stream => %{state: state} = entry} when state != :dead ->
+            s |> over(stream, entry) |> event({:cancel, stream})
+
+          _ ->
+            spend(s)
+        end
+    end
   end
 
-  def reset(s, stream, cause, text) do
+  def reset(%{role: :server} = s, stream, cause, text) do
+    case taken(s, stream) do
+      {true, s} -> spend(s)
+      {false, s} -> reset_known(s, stream, cause, text)
+    end
+  end
+
+  def reset(s, stream, cause, text), do: reset_known(s, stream, cause, text)
+
+  defp reset_known(s, stream, cause, text) do
     known!(s, stream)
 
     case s.streams do
@@ -56,7 +82,8 @@ defmodule MeshxRpc.Codec.Elixir.Streams do
   ## REQUEST, RESPONSE, DATA
 
   @doc "One block, complete. `check` is what its checksum said."
-  def block(s, {_len, 0x10, _flags, _seq, stream}, _payload, _check) when stream <= s.last do
+  def block(s, {_len, 0x10, _flags, _seq, stream}, _payload, _check)
+      when stream <= s.last and not is_map_key(s.skipped, stream) do
     fatal(s, :protocol, "request #{stream} after request #{s.last}")
   end
 
@@ -68,7 +95,8 @@ defmodule MeshxRpc.Codec.Elixir.Streams do
     if size > s.block,
       do: fatal(s, :too_large, "a block of #{size} bytes, at most #{s.block} wanted")
 
-    s = receive_bytes(%{s | last: stream}, size)
+    {true, s} = taken(s, stream)
+    s = receive_bytes(s, size)
     entry = count(s, fresh(s), size)
 
     cond do
@@ -78,6 +106,13 @@ defmodule MeshxRpc.Codec.Elixir.Streams do
       map_size(s.streams) >= s.max_streams -> fail(s, stream, entry, :full, "too many streams")
       true -> begin(s, stream, entry, head, data, flags)
     end
+  end
+
+  # A server that gives up on work may find that it has answered at the same moment.
+  def block(s, {_len, 0x11, flags, _seq, stream}, <<_head::80, data::binary>>, _check)
+      when (flags &&& 1) == 1 and not is_map_key(s.streams, stream) do
+    known!(s, stream)
+    s |> receive_bytes(byte_size(data)) |> spend()
   end
 
   def block(s, {_len, 0x11, flags, seq, stream}, <<status, term, total::64, data::binary>>, check) do
@@ -154,7 +189,7 @@ defmodule MeshxRpc.Codec.Elixir.Streams do
           "a message of #{total} bytes, at most #{s.max_message} taken"
         )
 
-      s.reserved + total > s.max_bytes ->
+      s.reserved + total > s.max_bytes or not reserve?(s.budget, total) ->
         fail(s, stream, entry, :full, "the byte budget is used up")
 
       true ->
@@ -176,12 +211,38 @@ defmodule MeshxRpc.Codec.Elixir.Streams do
         fail(s, stream, entry, :protocol, "a message ended after #{got} of #{entry.total} bytes")
 
       ended ->
-        used = %{entry | state: :used, bytes: "", head: nil}
-        s |> put(stream, used) |> event(entry.head.(stream, entry.bytes))
+        ended(s, stream, entry) |> event(entry.head.(stream, entry.bytes))
 
       true ->
         grant(s, stream, entry)
     end
+  end
+
+  # The caller has it: nothing of ours will use it any more.
+  defp ended(%{role: :client} = s, stream, entry), do: forget(s, stream, entry)
+
+  defp ended(s, stream, entry),
+    do: put(s, stream, %{entry | state: :used, bytes: "", head: nil})
+
+  defp reserve?(nil, _total), do: true
+
+  defp reserve?({{used, max}, counter}, total) do
+    if :atomics.add_get(used, 1, total) <= max do
+      :counters.add(counter, 2, total)
+      true
+    else
+      :atomics.sub(used, 1, total)
+      false
+    end
+  end
+
+  @doc "Bytes of the budget, and of the shared one, that are no longer used."
+  def give_back(%{budget: nil} = s, bytes), do: %{s | reserved: s.reserved - bytes}
+
+  def give_back(%{budget: {{used, _max}, counter}} = s, bytes) do
+    :atomics.sub(used, 1, bytes)
+    :counters.sub(counter, 2, bytes)
+    %{s | reserved: s.reserved - bytes}
   end
 
   # Grants in halves of the window, and no more than the message still needs: so no grant comes late.
@@ -233,20 +294,29 @@ defmodule MeshxRpc.Codec.Elixir.Streams do
 
   ## Ends
 
-  defp known!(%{last: last} = s, stream) when stream > last do
+  # Takes an id for a request, or for the CANCEL of one that is not sent: false when it was taken before.
+  defp taken(%{last: last} = s, stream) when stream <= last do
+    {is_map_key(s.skipped, stream), %{s | skipped: Map.delete(s.skipped, stream)}}
+  end
+
+  defp taken(%{last: last} = s, stream) do
+    skipped = map_size(s.skipped) + stream - last - 1
+
+    if skipped > @max_skipped do
+      text = "#{skipped} request ids were left out up to #{stream}, at most #{@max_skipped} wanted"
+
+      fatal(s, :protocol, text)
+    end
+
+    new = for id <- (last + 1)..(stream - 1)//1, into: s.skipped, do: {id, []}
+    {true, %{s | last: stream, skipped: new}}
+  end
+
+  defp known!(%{last: last} = s, stream) when stream > last or is_map_key(s.skipped, stream) do
     fatal(s, :unknown_stream, "stream #{stream} was never opened, the last is #{last}")
   end
 
   defp known!(_s, _stream), do: :ok
-
-  defp live(s, stream, continue) do
-    known!(s, stream)
-
-    case s.streams do
-      %{^stream => %{state: state} = entry} when state != :dead -> continue.(s, entry)
-      _ -> s
-    end
-  end
 
   # `full` and `too_large` happen to honest peers; the rest counts as control frames do.
   defp fail(s, stream, entry, cause, text) do
@@ -264,8 +334,8 @@ defmodule MeshxRpc.Codec.Elixir.Streams do
   defp over(s, stream, entry), do: forget(s, stream, entry)
 
   defp forget(s, stream, entry) do
-    reserved = if entry.state == :waiting, do: s.reserved, else: s.reserved - entry.total
-    %{s | streams: Map.delete(s.streams, stream), reserved: reserved}
+    s = %{s | streams: Map.delete(s.streams, stream)}
+    if entry.state == :waiting, do: s, else: give_back(s, entry.total)
   end
 
   defp put(s, stream, entry), do: %{s | streams: Map.put(s.streams, stream, entry)}

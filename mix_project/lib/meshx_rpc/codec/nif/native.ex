@@ -57,7 +57,11 @@ defmodule MeshxRpc.Codec.Nif.Native do
   def stats(_decoder), do: not_loaded()
   def crc32(_iovec), do: not_loaded()
   def crc32c(_iovec), do: not_loaded()
-  def guard_new(_policy), do: not_loaded()
+  def budget(_max), do: not_loaded()
+  def budget_used(_budget), do: not_loaded()
+  def skipped(_decoder), do: not_loaded()
+  def guard_policy(_policy), do: not_loaded()
+  def guard(_policy, _bytes), do: not_loaded()
   def guard_step(_guard, _bytes), do: not_loaded()
 
   defp not_loaded, do: :erlang.nif_error(:nif_not_loaded)

@@ -6,7 +6,7 @@ use crate::error::DecodeError;
 use crate::ids::{Export, Fun, Pid, Port, Reference};
 use crate::inflate::{Inflated, inflate_prefix};
 use crate::limits::Limits;
-use crate::map::Map;
+use crate::map::{Duplicate, Map};
 use crate::term::Term;
 use crate::token::{AtomRef, Token};
 use crate::walk::skip_fun;
@@ -69,72 +69,116 @@ pub(crate) fn decode_bare(bytes: &[u8], pos: usize, limits: &Limits) -> Result<(
     Decoder::new(bytes, pos, limits).run()
 }
 
-/// Atoms that were just made, by a cheap hash: a list of maps names the same keys over and over.
-const CACHED_ATOMS: usize = 64;
-
+/// Builds terms from a cursor. A container that is being filled is a [`Frame`]; those around it wait on a stack, so
+/// that nesting costs no recursion.
 struct Decoder<'a> {
     cursor: Cursor<'a>,
-    open: Vec<Open>,
     max_depth: usize,
-    atoms: [Option<Atom>; CACHED_ATOMS],
+    atoms: AtomCache,
+    /// Keys of maps whose values are not complete yet, innermost last.
+    keys: Vec<Term>,
 }
 
 /// A container that waits for more of its parts.
-enum Open {
-    /// `left` counts the tail.
-    List {
-        items: Vec<Term>,
-        left: usize,
-    },
-    Tuple {
-        items: Vec<Term>,
-        left: usize,
-    },
-    Map {
-        pairs: Vec<(Term, Term)>,
-        key: Option<Term>,
-        left: usize,
-    },
+struct Frame {
+    kind: Kind,
+    /// Parts still to come, the tail of a list counted.
+    left: usize,
+    /// Parts of a list or tuple so far.
+    items: Vec<Term>,
+    /// Whether the last of them is the tail of a list, and not `[]`.
+    tail: bool,
+    /// Parts of a map so far.
+    pairs: Vec<(Term, Term)>,
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    List,
+    Tuple,
+    Map,
 }
 
 impl<'a> Decoder<'a> {
     fn new(bytes: &'a [u8], pos: usize, limits: &Limits) -> Self {
         Self {
             cursor: Cursor::new(bytes, pos, limits),
-            open: Vec::new(),
             max_depth: limits.depth(),
-            atoms: [const { None }; CACHED_ATOMS],
+            atoms: AtomCache::for_input_of(bytes.len()),
+            keys: Vec::new(),
         }
     }
 
     /// The term and the offset where it ends.
     fn run(mut self) -> Result<(Term, usize), DecodeError> {
+        // A local, so that it stays in registers as far as possible.
+        let mut cursor = self.cursor;
+        let mut stack: Vec<Frame> = Vec::new();
+        // The whole term is the one part of this.
+        let mut top = Frame::new(Kind::Tuple, 1, 1);
         loop {
-            let at = self.cursor.pos();
-            let token = self.cursor.token()?;
-            let Some(mut term) = self.begin(at, token)? else {
-                continue;
-            };
-            loop {
-                match self.open.last_mut() {
-                    None => return Ok((term, self.cursor.pos())),
-                    Some(top) => match top.put(term) {
-                        false => break,
-                        true => term = self.close()?,
-                    },
+            let at = cursor.pos();
+            let token = cursor.token()?;
+            // What containers reserve was checked by the cursor: all open ones together announce no more terms than
+            // bytes are left, nor than the limit.
+            let (kind, left, count) = match token {
+                Token::List { len } => (Kind::List, len.saturating_add(1), len),
+                Token::Tuple { arity } if arity > 0 => (Kind::Tuple, arity, arity),
+                Token::Map { pairs } if pairs > 0 => (Kind::Map, pairs.saturating_mul(2), pairs),
+                token => {
+                    let mut term = match token {
+                        Token::Int(value) => Term::Int(value),
+                        Token::Atom(atom) => Term::Atom(self.atoms.get(atom)),
+                        Token::Float(value) => Term::Float(value),
+                        Token::Binary(bytes) => Term::Binary(bytes.to_vec()),
+                        Token::Nil => Term::List(Vec::new()),
+                        token => self.rare(&mut cursor, at, token, stack.len())?,
+                    };
+                    loop {
+                        if !top.put(term, &mut self.keys) {
+                            break;
+                        }
+                        match stack.pop() {
+                            Some(outer) => {
+                                let whole = std::mem::replace(&mut top, outer);
+                                term = whole.finish().map_err(|_| duplicate_key(cursor.pos()))?;
+                            }
+                            None => match top.items.pop() {
+                                Some(term) => return Ok((term, cursor.pos())),
+                                None => return Ok((Term::List(Vec::new()), cursor.pos())),
+                            },
+                        }
+                    }
+                    continue;
                 }
+            };
+            if kind == Kind::List && top.kind == Kind::List && top.left == 1 {
+                // A list whose tail is a list is one longer list: see `Nesting`.
+                top.items.reserve(count);
+                top.left = left;
+                continue;
             }
+            if stack.len() >= self.max_depth {
+                return Err(DecodeError::TooDeep {
+                    limit: self.max_depth,
+                    offset: at,
+                });
+            }
+            stack.push(std::mem::replace(&mut top, Frame::new(kind, left, count)));
         }
     }
 
-    /// A term that is complete with its token, or `None` when a container was opened.
-    fn begin(&mut self, at: usize, token: Token<'a>) -> Result<Option<Term>, DecodeError> {
-        Ok(Some(match token {
-            Token::Int(value) => Term::Int(value),
+    /// A term without parts of its own, of a kind that is seldom met.
+    #[inline(never)]
+    fn rare(
+        &mut self,
+        cursor: &mut Cursor<'a>,
+        at: usize,
+        token: Token<'a>,
+        depth: usize,
+    ) -> Result<Term, DecodeError> {
+        Ok(match token {
             Token::BigInt { negative, magnitude } => Term::integer_from_le_bytes(negative, magnitude),
-            Token::Float(value) => Term::Float(value),
-            Token::Atom(atom) => Term::Atom(self.atom(atom)),
-            Token::Binary(bytes) => Term::Binary(bytes.to_vec()),
             Token::BitBinary { bytes, bits } => match Term::bit_string(bytes, bits) {
                 Some(term) => term,
                 None => {
@@ -146,143 +190,158 @@ impl<'a> Decoder<'a> {
                 }
             },
             Token::ByteList(bytes) => Term::List(bytes.iter().map(|&b| Term::from(b)).collect()),
-            Token::Nil => Term::List(Vec::new()),
-            Token::Tuple { arity: 0 } => Term::Tuple(Vec::new()),
-            Token::Map { pairs: 0 } => Term::Map(Map::new()),
-            // What these reserve was checked by the cursor: all open containers together announce no more terms
-            // than bytes are left, nor than the limit.
-            Token::List { .. } => {
-                let left = token.children();
-                if let Some(Open::List {
-                    items,
-                    left: tail @ 1,
-                }) = self.open.last_mut()
-                {
-                    // A list whose tail is a list is one longer list: see `Nesting::advance`.
-                    items.reserve(left);
-                    *tail = left;
-                } else {
-                    self.push(
-                        at,
-                        Open::List {
-                            items: Vec::with_capacity(left),
-                            left,
-                        },
-                    )?;
-                }
-                return Ok(None);
-            }
-            Token::Tuple { arity } => {
-                self.push(
-                    at,
-                    Open::Tuple {
-                        items: Vec::with_capacity(arity),
-                        left: arity,
-                    },
-                )?;
-                return Ok(None);
-            }
-            Token::Map { pairs } => {
-                let left = token.children();
-                self.push(
-                    at,
-                    Open::Map {
-                        pairs: Vec::with_capacity(pairs),
-                        key: None,
-                        left,
-                    },
-                )?;
-                return Ok(None);
-            }
-            Token::Pid(pid) => Term::Pid(Pid::from_ref(&pid, |atom| self.atom(atom))),
-            Token::Port(port) => Term::Port(Port::from_ref(&port, |atom| self.atom(atom))),
+            Token::Map { .. } => Term::Map(Map::new()),
+            Token::Tuple { .. } => Term::Tuple(Vec::new()),
+            Token::Pid(pid) => Term::Pid(Pid::from_ref(&pid, |atom| self.atoms.get(atom))),
+            Token::Port(port) => Term::Port(Port::from_ref(&port, |atom| self.atoms.get(atom))),
             Token::Reference(reference) => {
-                Term::from(Reference::from_ref(&reference, |atom| self.atom(atom)))
+                Term::from(Reference::from_ref(&reference, |atom| self.atoms.get(atom)))
             }
             Token::Export {
                 module,
                 function,
                 arity,
             } => Term::from(Export {
-                module: self.atom(module),
-                function: self.atom(function),
+                module: self.atoms.get(module),
+                function: self.atoms.get(function),
                 arity,
             }),
             Token::Fun(fun) => {
-                skip_fun(
-                    &mut self.cursor,
-                    &token,
-                    at,
-                    self.max_depth.saturating_sub(self.open.len()),
-                )?;
+                skip_fun(cursor, &token, at, self.max_depth.saturating_sub(depth))?;
                 Term::Fun(Fun::from_checked(fun.body))
             }
-        }))
+            Token::Int(value) => Term::Int(value),
+            Token::Float(value) => Term::Float(value),
+            Token::Atom(atom) => Term::Atom(self.atoms.get(atom)),
+            Token::Binary(bytes) => Term::Binary(bytes.to_vec()),
+            Token::Nil | Token::List { .. } => Term::List(Vec::new()),
+        })
     }
+}
 
-    fn push(&mut self, at: usize, container: Open) -> Result<(), DecodeError> {
-        if self.open.len() >= self.max_depth {
-            return Err(DecodeError::TooDeep {
-                limit: self.max_depth,
-                offset: at,
-            });
+impl Frame {
+    #[inline(always)]
+    fn new(kind: Kind, left: usize, count: usize) -> Self {
+        let (items, pairs) = match kind {
+            // Nearly every tail is the empty list, which is not kept: `put` makes room for any other.
+            Kind::List | Kind::Tuple => (Vec::with_capacity(count), Vec::new()),
+            Kind::Map => (Vec::new(), Vec::with_capacity(count)),
+        };
+        Self {
+            kind,
+            left,
+            items,
+            tail: false,
+            pairs,
         }
-        self.open.push(container);
-        Ok(())
     }
 
-    /// Takes the innermost container, which has all its parts.
-    fn close(&mut self) -> Result<Term, DecodeError> {
-        match self.open.pop() {
-            Some(Open::Tuple { items, .. }) => Ok(Term::Tuple(items)),
-            Some(Open::List { mut items, .. }) => match items.pop() {
-                Some(tail) => Ok(Term::list_with_tail(items, tail)),
-                None => Ok(Term::List(items)),
-            },
-            Some(Open::Map { pairs, .. }) => {
-                Map::from_pairs(pairs)
-                    .map(Term::Map)
-                    .map_err(|_| DecodeError::DuplicateKey {
-                        offset: self.cursor.pos(),
-                    })
+    /// Adds the next part; true when it was the last.
+    #[inline(always)]
+    fn put(&mut self, term: Term, keys: &mut Vec<Term>) -> bool {
+        self.left -= 1;
+        match self.kind {
+            Kind::Map if self.left % 2 == 1 => keys.push(term),
+            Kind::Map => {
+                if let Some(key) = keys.pop() {
+                    self.pairs.push((key, term));
+                }
             }
-            None => Ok(Term::List(Vec::new())),
+            Kind::List if self.left == 0 => {
+                if !matches!(&term, Term::List(rest) if rest.is_empty()) {
+                    self.tail = true;
+                    self.items.push(term);
+                }
+            }
+            Kind::List | Kind::Tuple => self.items.push(term),
+        }
+        self.left == 0
+    }
+
+    /// The container, which has all its parts.
+    #[inline(always)]
+    fn finish(mut self) -> Result<Term, Duplicate> {
+        Ok(match self.kind {
+            Kind::List if self.tail => match self.items.pop() {
+                Some(tail) => Term::list_with_tail(self.items, tail),
+                None => Term::List(self.items),
+            },
+            Kind::Tuple => Term::Tuple(self.items),
+            Kind::List => Term::List(self.items),
+            Kind::Map => Term::Map(Map::from_pairs(self.pairs)?),
+        })
+    }
+}
+
+#[cold]
+#[inline(never)]
+fn duplicate_key(offset: usize) -> DecodeError {
+    DecodeError::DuplicateKey { offset }
+}
+
+/// Atoms that were just made: a list of maps names the same keys over and over, and comparing a few bytes is cheaper
+/// than making a string.
+struct AtomCache {
+    entries: Vec<Entry>,
+}
+
+#[derive(Clone, Default)]
+struct Entry {
+    /// The text's bytes, and how many.
+    text: (u64, u64, usize),
+    atom: Option<Atom>,
+}
+
+impl AtomCache {
+    const ENTRIES: usize = 64;
+    /// In shorter input few atoms come twice.
+    const MIN_INPUT: usize = 256;
+    /// Longer texts are not kept.
+    const MAX_TEXT: usize = 16;
+
+    fn for_input_of(len: usize) -> Self {
+        let entries = if len < Self::MIN_INPUT { 0 } else { Self::ENTRIES };
+        Self {
+            entries: vec![Entry::default(); entries],
         }
     }
 
-    fn atom(&mut self, atom: AtomRef<'_>) -> Atom {
-        let Some(text) = atom.utf8_bytes() else {
+    #[inline(always)]
+    fn get(&mut self, atom: AtomRef<'_>) -> Atom {
+        let Some(bytes) = atom.utf8_bytes().filter(|bytes| bytes.len() <= Self::MAX_TEXT) else {
             return Atom::from(atom);
         };
-        let byte = |index: usize| text.get(index).map_or(0, |&b| usize::from(b));
-        let hash = text.len() ^ byte(0) ^ (byte(text.len() / 2) * 3) ^ (byte(text.len().wrapping_sub(1)) * 7);
-        match self.atoms.get_mut(hash % CACHED_ATOMS) {
-            Some(Some(known)) if known.as_str().as_bytes() == text => known.clone(),
-            Some(slot) => slot.insert(Atom::from(atom)).clone(),
+        let text = pack(bytes);
+        let hash = (text.0 ^ text.1.rotate_left(23) ^ text.2 as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        match self.entries.get_mut((hash >> 58) as usize) {
+            Some(Entry {
+                text: known,
+                atom: Some(same),
+            }) if *known == text => same.clone(),
+            Some(entry) => {
+                let atom = Atom::from(atom);
+                *entry = Entry {
+                    text,
+                    atom: Some(atom.clone()),
+                };
+                atom
+            }
             None => Atom::from(atom),
         }
     }
 }
 
-impl Open {
-    /// Adds the next part; true when it was the last.
-    fn put(&mut self, term: Term) -> bool {
-        match self {
-            Self::List { items, left } | Self::Tuple { items, left } => {
-                items.push(term);
-                *left -= 1;
-                *left == 0
-            }
-            Self::Map { pairs, key, left } => {
-                match key.take() {
-                    None => *key = Some(term),
-                    Some(key) => pairs.push((key, term)),
-                }
-                *left -= 1;
-                *left == 0
-            }
-        }
-    }
+/// At most 16 bytes and their number as numbers: equal for equal bytes only.
+#[inline(always)]
+fn pack(bytes: &[u8]) -> (u64, u64, usize) {
+    let word = |chunk: Option<&[u8; 8]>| chunk.map_or(0, |c| u64::from_le_bytes(*c));
+    let half = |chunk: Option<&[u8; 4]>| chunk.map_or(0, |c| u64::from(u32::from_le_bytes(*c)));
+    let (a, b) = match bytes.len() {
+        0..=3 => (bytes.iter().fold(0, |all, &byte| all << 8 | u64::from(byte)), 0),
+        4..=7 => (half(bytes.first_chunk()), half(bytes.last_chunk())),
+        _ => (word(bytes.first_chunk()), word(bytes.last_chunk())),
+    };
+    (a, b, bytes.len())
 }
 
 #[cfg(test)]

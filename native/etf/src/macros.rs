@@ -109,7 +109,7 @@ mod tests {
             (term!(@"not an ident"), "'not an ident'"),
             (term!(fn), "fn"),
             (term!("text"), "<<\"text\">>"),
-            (term!(b"\xFF"), "<<255>>"),
+            (term!(b"\x00"), "<<0>>"),
             (term!(-1.5), "-1.5"),
             (term!((seven)), "7"),
             (term!({}), "{}"),

@@ -568,6 +568,24 @@ fn malformed_leaves() {
     );
 }
 
+/// `term_to_binary(#point{x = 5})` of OTP 29, for `-record #point{x = 1, y = 2}` in the module `rec`. We do not set
+/// the flag that says we read them.
+#[test]
+fn a_native_record_of_otp_29() {
+    let bytes = [
+        131, 67, 0, 0, 0, 2, 0, 119, 3, 114, 101, 99, 119, 5, 112, 111, 105, 110, 116, 119, 1, 120, 119, 1,
+        121, 97, 5, 97, 2,
+    ];
+    let wanted = |offset| DecodeError::Refused {
+        tag: 67,
+        name: "NATIVE_RECORD_EXT",
+        offset,
+    };
+    assert_eq!(refusal(&bytes), wanted(1));
+    let within = [&[131, 104, 1][..], &bytes[1..]].concat();
+    assert_eq!(refusal(&within), wanted(3));
+}
+
 /// Terms that other encoders write as other terms.
 #[test]
 fn what_is_encoded_is_the_term() {

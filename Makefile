@@ -19,7 +19,7 @@ TEST_ENV := MIX_ENV=test MESHX_NIF=require
 .PHONY: build demo test bench-cnode bench-rpc preflight-demo preflight-test lint test-rust test-elixir test-end-to-end fuzz clean
 
 build: preflight-demo
-	cargo build --release --locked -p meshx -p search_node -p meshx-tests --bins
+	cargo build --release --locked -p meshx -p bridge -p search_node -p meshx-tests --bins
 	cd examples/shop && MIX_ENV=prod MESHX_NIF=require mix do deps.get, compile
 
 demo: build
@@ -49,7 +49,7 @@ lint:
 
 # The crate meshx-tests holds the end-to-end tests, which need both halves built: they come last.
 test-rust:
-	cargo build --locked -p meshx -p search_node
+	cargo build --locked -p meshx -p bridge -p search_node
 	if cargo nextest --version >/dev/null 2>&1; then \
 	    cargo nextest run --workspace --exclude meshx-tests --exclude meshx_nif --locked --no-fail-fast; \
 	else \
@@ -63,7 +63,7 @@ test-elixir:
 	cd mix_project && $(TEST_ENV) mix test --warnings-as-errors
 
 test-end-to-end:
-	cargo build --locked -p meshx -p search_node
+	cargo build --locked -p meshx -p bridge -p search_node
 	cd examples/shop && MIX_ENV=prod MESHX_NIF=require mix do deps.get, compile --warnings-as-errors
 	if cargo nextest --version >/dev/null 2>&1; then \
 	    cargo nextest run -p meshx-tests --locked --no-fail-fast; \

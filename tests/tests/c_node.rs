@@ -91,3 +91,34 @@ fn ping_and_call_from_the_command_line() {
     let text = String::from_utf8_lossy(&missing.stderr);
     assert!(text.contains("no_such_node"), "{text}");
 }
+
+/// The example as a whole: an Elixir application and its worker, which comes, goes, and comes back.
+#[test]
+fn the_shop_asks_its_search_worker() {
+    let mesh = Mesh::new().unwrap();
+    let h1 = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    let h3 = mesh.agent("b", "127.0.0.3", &["h2", "h3"]).unwrap();
+    let mut shop = BeamBuilder::new("shop@h1").app("shop").start(&h1).unwrap();
+    let mut search = search_node(&h3, &[]);
+    let find = "Shop.Search.find(:search@h3, \"reading lamp\")";
+    let found = shop.eval(find).unwrap();
+    assert!(
+        found.starts_with("{:ok, [%{") && found.contains("Floor lamp"),
+        "{found}"
+    );
+    let stats = shop.eval("Shop.Search.stats(:search@h3)").unwrap();
+    assert!(
+        stats.starts_with("{:ok, %{") && stats.contains("searches: 1"),
+        "{stats}"
+    );
+    shop.expect(
+        "Shop.Search.find(:search@h3, :no_text)",
+        "{:error, {:bad_query, \"wanted a text\"}}",
+    )
+    .unwrap();
+
+    search.terminate(Duration::from_secs(10)).unwrap();
+    shop.expect(find, "{:error, {:nodedown, :search@h3}}").unwrap();
+    let _search = search_node(&h3, &[]);
+    assert!(shop.eval(find).unwrap().contains("Floor lamp"));
+}

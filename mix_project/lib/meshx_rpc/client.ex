@@ -61,6 +61,31 @@ defmodule MeshxRpc.Client do
   @spec may_have_run?(reason :: term()) :: boolean()
   def may_have_run?(reason), do: reason not in [:closed, :full]
 
+  @doc "What `use` defines, for tests that stand in for a client."
+  @callback child_spec(options :: keyword()) :: Supervisor.child_spec()
+  @callback call(
+              fun :: atom() | String.t(),
+              args :: term(),
+              timeout(),
+              retry :: non_neg_integer(),
+              retry_sleep :: non_neg_integer()
+            ) :: term() | {:error_rpc, reason :: term()}
+  @callback call!(
+              fun :: atom() | String.t(),
+              args :: term(),
+              timeout(),
+              retry :: non_neg_integer(),
+              retry_sleep :: non_neg_integer()
+            ) :: term()
+  @callback cast(
+              fun :: atom() | String.t(),
+              args :: term(),
+              timeout() | keyword(),
+              retry :: non_neg_integer(),
+              retry_sleep :: non_neg_integer()
+            ) :: :ok | {:error_rpc, reason :: term()}
+  @optional_callbacks child_spec: 1, call: 5, call!: 5, cast: 5
+
   @doc false
   defmacro __using__(options) do
     quote bind_quoted: [options: options] do

@@ -283,6 +283,11 @@ defmodule MeshxRpc.Options do
           default: 5_000,
           doc: "ms that connecting may take"
         ],
+        idle_reconnect: [
+          type: :timeout,
+          default: 600_000,
+          doc: "ms without a call after which a connection is made anew, +-10 %"
+        ],
         retry_idle_error: [
           type: {:range, 1, 3_600_000},
           default: 1_000,

@@ -34,6 +34,10 @@ defmodule MeshxRpc.Server do
   @spec traceparent() :: binary() | nil
   def traceparent, do: MeshxRpc.Traceparent.get()
 
+  @doc "What `use` defines."
+  @callback child_spec(options :: keyword()) :: Supervisor.child_spec()
+  @optional_callbacks child_spec: 1
+
   @doc false
   defmacro __using__(options) do
     quote bind_quoted: [options: options] do

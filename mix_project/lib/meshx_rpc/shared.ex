@@ -36,6 +36,10 @@ defmodule MeshxRpc.Shared do
   @spec take_id(t()) :: pos_integer()
   def take_id(shared), do: :atomics.add_get(shared, @id, 1)
 
+  @doc "The last id that was taken, or asked for."
+  @spec taken(t()) :: non_neg_integer()
+  def taken(shared), do: :atomics.get(shared, @id)
+
   @doc "Whether there is no id any more."
   @spec exhausted?(t()) :: boolean()
   def exhausted?(shared), do: :atomics.get(shared, @id) >= :atomics.get(shared, @last)

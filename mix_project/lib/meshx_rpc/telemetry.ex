@@ -114,8 +114,9 @@ defmodule MeshxRpc.Telemetry do
 
   @doc false
   # Why a connection is not there: that has nothing of a function's.
-  @spec cause(:ok | term()) :: :ok | {:error_rpc, term()}
+  @spec cause(:ok | :idle | term()) :: :ok | :ok_reconnect | {:error_rpc, term()}
   def cause(:ok), do: :ok
+  def cause(:idle), do: :ok_reconnect
   def cause({cause, text}) when is_atom(cause) and is_binary(text), do: {:error_rpc, {cause, text}}
 
   def cause({what, reason}) when what in [:connect, :mesh, :listen],

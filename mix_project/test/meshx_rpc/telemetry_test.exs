@@ -144,6 +144,24 @@ defmodule MeshxRpc.TelemetryTest do
     assert {_, _, %{result: {:error_rpc, _}}} = event(:client, :recv)
   end
 
+  test "a connection without calls is made anew after idle_reconnect, one with calls is not" do
+    {server, client} = pair([], idle_reconnect: 200)
+    assert Client.Pool.call(client, :echo, 1, 10_000, 1_000, 5) == 1
+    assert {_, _, %{result: :ok, socket: first}} = event(:client, :hsk)
+    assert {_, measurements, %{result: :ok_reconnect, socket: ^first}} = event(:client, :idle)
+    assert measurements.time[:idle] >= 150_000
+    assert {_, _, %{result: :ok, socket: second}} = event(:client, :hsk)
+    assert second != first
+
+    name = registered()
+    call = Task.async(fn -> Client.Pool.call(client, :wait, {name, 1}) end)
+    assert_receive {:running, pid, 1}, 10_000
+    Process.sleep(700)
+    assert Server.Pool.info(server).connections == 1
+    send(pid, {:answer, :undisturbed})
+    assert Task.await(call) == :undisturbed
+  end
+
   test "a handler that fails costs nothing but a line in the log" do
     broken = [telemetry_handler: {__MODULE__, :handle, :crash}]
 

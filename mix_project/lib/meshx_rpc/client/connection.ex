@@ -38,7 +38,8 @@ defmodule MeshxRpc.Client.Connection do
     failed: nil,
     logged: nil,
     hsk_ref: nil,
-    since: 0
+    since: 0,
+    idle_since: 0
   ]
 
   def child_spec({config, index, _table, _load} = argument) do
@@ -119,6 +120,16 @@ defmodule MeshxRpc.Client.Connection do
 
   def handle_info({:timeout, timer, :connect}, %{timer: timer, phase: :down} = state),
     do: connect(state)
+
+  # Once in that time it is looked whether there was a call. Claimed, no caller writes beside us while we close.
+  def handle_info({:timeout, timer, :idle}, %{timer: timer, phase: :up} = state) do
+    shared = state.link.shared
+    unused? = Calls.empty?(state.calls) and Shared.taken(shared) == state.idle_since
+
+    if unused? and Shared.claim?(shared),
+      do: state |> drain(:idle) |> continue(),
+      else: state |> watch_idle() |> continue()
+  end
 
   def handle_info(_of_a_connection_that_is_gone, state), do: continue(state)
 
@@ -291,6 +302,9 @@ defmodule MeshxRpc.Client.Connection do
   # Once for each reason, not once for each try.
   defp log(%{logged: reason} = state, _kind, reason), do: state
 
+  # That one was our own wish.
+  defp log(state, _kind, :idle), do: state
+
   defp log(%{config: %{quiet_on_hsk_error?: true}} = state, :hello, reason),
     do: %{state | logged: reason}
 
@@ -349,7 +363,7 @@ defmodule MeshxRpc.Client.Connection do
 
     row = {state.index, self(), agreed.peer_max_message, agreed.trace, direct}
     :ets.insert(state.table, row)
-    %{state | since: Telemetry.now()}
+    watch_idle(%{state | since: Telemetry.now()})
   end
 
   defp event({:refused, cause, text}, state), do: lost(state, {cause, Link.printable(text)})
@@ -397,6 +411,13 @@ defmodule MeshxRpc.Client.Connection do
       {_how_far, state} = drop(state, key)
       %{state | calls: Calls.finish(state.calls, key, {:failed, :closed})}
     end)
+  end
+
+  defp watch_idle(%{config: %{idle_reconnect: :infinity}} = state), do: state
+
+  defp watch_idle(state) do
+    timer = :erlang.start_timer(Backoff.jitter(state.config.idle_reconnect), self(), :idle)
+    %{state | timer: timer, idle_since: Shared.taken(state.link.shared)}
   end
 
   # No new calls; over as soon as there are no old ones.

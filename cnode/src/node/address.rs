@@ -44,6 +44,12 @@ impl From<&Pid> for Address {
     }
 }
 
+impl From<&Self> for Address {
+    fn from(address: &Self) -> Self {
+        address.clone()
+    }
+}
+
 /// `(name, node)`, as in Erlang.
 impl From<(&str, &str)> for Address {
     fn from((name, node): (&str, &str)) -> Self {

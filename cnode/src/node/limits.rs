@@ -25,7 +25,8 @@ pub struct Limits {
     pub mailbox_bytes: usize,
     /// Links and monitors that one peer may hold on this node. One more ends its connection. Default 65,536.
     pub watches_per_connection: usize,
-    /// Bytes that wait to be written to one peer; senders wait for room. Default 4 MiB.
+    /// Bytes that wait to be written to one peer; senders wait for room. Default 1 MiB, as a BEAM's busy limit.
+    /// A message takes at most a quarter of it, so that a large one leaves room for others.
     pub send_queue_bytes: usize,
     /// Bytes of answers to a peer's calls that wait to be written to it. A server waits at most
     /// [`Limits::reply_wait`] for room. Default 64 MiB.
@@ -62,7 +63,7 @@ impl Default for Limits {
             mailbox_messages: 100_000,
             mailbox_bytes: 256 << 20,
             watches_per_connection: 65_536,
-            send_queue_bytes: 4 << 20,
+            send_queue_bytes: 1 << 20,
             reply_queue_bytes: 64 << 20,
             reply_wait: Duration::from_secs(5),
             answer_queue_bytes: 4 << 20,

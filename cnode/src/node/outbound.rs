@@ -345,7 +345,12 @@ fn append(queue: &mut VecDeque<Batch>, frames: &mut Vec<u8>, share: Share, spare
             let bytes = if frames.len() > COALESCE {
                 std::mem::take(frames)
             } else {
+                let busy = !queue.is_empty();
                 let mut bytes = std::mem::take(spare);
+                if busy {
+                    // More will follow: it is not to grow step by step.
+                    bytes.reserve(COALESCE);
+                }
                 bytes.append(frames);
                 bytes
             };

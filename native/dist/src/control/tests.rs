@@ -261,6 +261,43 @@ fn every_operation_goes_round_with_its_number_and_arity() {
 }
 
 #[test]
+fn the_short_way_writes_what_the_general_way_writes() {
+    let long = Atom::from("ä".repeat(200));
+    let with_long_names = [
+        Control::Send {
+            to: Pid {
+                node: long.clone(),
+                ..pid(1)
+            },
+            token: None,
+        },
+        Control::RegSend {
+            from: pid(1),
+            to: long,
+            token: None,
+        },
+    ];
+    let all = all_samples().into_iter().map(|(_, _, control)| control);
+    for control in all.chain(with_long_names) {
+        let (mut general, mut short) = (vec![1], vec![1]);
+        meshx_etf::encode_bare(&Term::from(control.clone()), &mut general).unwrap();
+        control.clone().encode(&mut short).unwrap();
+        assert_eq!(short, general, "{control:?}");
+    }
+    let no_words = Control::AliasSend {
+        from: pid(1),
+        alias: Reference {
+            ids: Vec::new(),
+            ..reference(1)
+        },
+        token: None,
+    };
+    let mut out = vec![1];
+    assert!(no_words.encode(&mut out).is_err());
+    assert_eq!(out, [1]);
+}
+
+#[test]
 fn a_wrong_arity_is_refused_for_every_known_operation() {
     for (op, arity, control) in all_samples().into_iter().filter(|(op, ..)| *op < 37) {
         let Term::Tuple(tuple) = Term::from(control) else {

@@ -85,11 +85,10 @@ impl Sender {
             });
         }
         let start = out.len();
-        let control = Term::from(control);
         let sent = if self.headers {
-            self.send_with_header(&control, payload, out)
+            self.send_with_header(control, payload, out)
         } else {
-            send_pass_through(&control, payload, out)
+            send_pass_through(control, payload, out)
         };
         if sent.is_err() {
             out.truncate(start);
@@ -99,7 +98,7 @@ impl Sender {
 
     fn send_with_header(
         &mut self,
-        control: &Term,
+        control: Control,
         payload: Option<&Term>,
         out: &mut Vec<u8>,
     ) -> Result<(), SendError> {
@@ -108,7 +107,7 @@ impl Sender {
         let mut cut_at = None;
         encode_frame(out, MAX_FRAME, |out| {
             out.extend_from_slice(&[VERSION, DIST_HEADER, 0]);
-            written = encode_bare(control, out);
+            written = control.encode(out);
             let control_end = out.len();
             if let (Ok(()), Some(payload)) = (&written, payload) {
                 written = encode_bare(payload, out);
@@ -154,11 +153,13 @@ impl Sender {
     }
 }
 
-fn send_pass_through(control: &Term, payload: Option<&Term>, out: &mut Vec<u8>) -> Result<(), SendError> {
+fn send_pass_through(control: Control, payload: Option<&Term>, out: &mut Vec<u8>) -> Result<(), SendError> {
     let mut encoded = Ok(());
     encode_frame(out, MAX_FRAME, |out| {
-        out.push(PASS_THROUGH);
-        encoded = encode(control, out).and_then(|()| payload.map_or(Ok(()), |payload| encode(payload, out)));
+        out.extend_from_slice(&[PASS_THROUGH, VERSION]);
+        encoded = control
+            .encode(out)
+            .and_then(|()| payload.map_or(Ok(()), |payload| encode(payload, out)));
     })?;
     Ok(encoded?)
 }

@@ -174,13 +174,13 @@ impl Beam {
             input,
             output,
         };
-        let line = beam.line().await;
+        let line = beam.line(LONG).await;
         assert_eq!(line, "ready");
         beam
     }
 
-    async fn line(&mut self) -> String {
-        let line = tokio::time::timeout(LONG, self.output.next_line())
+    async fn line(&mut self, patience: Duration) -> String {
+        let line = tokio::time::timeout(patience, self.output.next_line())
             .await
             .expect("the BEAM did not answer");
         line.unwrap().expect("the BEAM ended")
@@ -205,8 +205,13 @@ impl Beam {
     }
 
     pub async fn answer(&mut self) -> Result<String, String> {
+        self.long_answer(LONG).await
+    }
+
+    /// The answer to something that takes up to `patience`.
+    pub async fn long_answer(&mut self, patience: Duration) -> Result<String, String> {
         loop {
-            let line = self.line().await;
+            let line = self.line(patience).await;
             if let Some(value) = line.strip_prefix("ok ") {
                 return Ok(value.to_owned());
             }

@@ -277,14 +277,21 @@ async fn nodes_of_the_library_call_each_other_and_themselves() {
 #[tokio::test(flavor = "multi_thread")]
 async fn nodes_that_dial_each_other_at_once_get_one_connection() {
     let epmd = Epmd::start().await;
-    for round in 0..20 {
+    for round in 0..50 {
         let a = epmd.node(&format!("a{round}@127.0.0.1")).await;
         let b = epmd.node(&format!("b{round}@127.0.0.1")).await;
         let (ab, ba) = soon(async { tokio::join!(a.connect(b.name()), b.connect(a.name())) }).await;
         ab.unwrap();
         ba.unwrap();
+        let mut events = a.events();
         a.ping(b.name(), LONG).await.unwrap();
         b.ping(a.name(), LONG).await.unwrap();
         assert_eq!((a.peers().len(), b.peers().len()), (1, 1));
+        while let Ok(event) = events.try_recv() {
+            assert!(
+                !matches!(event, meshx::node::NodeEvent::Down { .. }),
+                "round {round}: {event:?}"
+            );
+        }
     }
 }

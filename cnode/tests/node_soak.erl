@@ -124,9 +124,13 @@ op(exit2, S) ->
     stop(Pid),
     case Reason of normal -> S; _ -> count(exits_there, 1, S) end;
 op(spawn_there, #{node := Node} = S) ->
-    Id = spawn_request(Node, no_such_module, no_such_function, [], [monitor, {reply, yes}]),
+    {Reason, Linked} = {reason(), rand:uniform(2) =:= 1},
+    Id = spawn_request(Node, soak, leave, [Reason], [monitor, {reply, yes}] ++ [link || Linked]),
     receive
-        {spawn_reply, Id, error, _} -> count(spawns_refused, 1, S)
+        {spawn_reply, Id, ok, Pid} ->
+            expect(spawned_down, {'DOWN', Id, process, Pid, Reason}),
+            Linked andalso expect(spawned_exit, {'EXIT', Pid, Reason}),
+            count(spawns_here, 1, S)
     after ?WAIT -> exit({missing, spawn_reply})
     end;
 op(spawn_here, S) ->

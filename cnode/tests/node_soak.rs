@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use meshx::node::{Address, Caller, Mailbox, Message, Node, NodeEvent, Server};
+use meshx::node::{Address, Caller, Mailbox, Message, Node, NodeEvent, Raised, Server, SpawnOptions};
 use meshx_etf::{Pid, Term};
 use node_support::Epmd;
 
@@ -26,6 +26,7 @@ struct Seen {
     exits_there: AtomicU64,
     downs_there: AtomicU64,
     spawns_there: AtomicU64,
+    spawns_here: AtomicU64,
     to_alias: AtomicU64,
     taken_back: AtomicU64,
     /// The last message of each worker.
@@ -176,9 +177,8 @@ async fn puppet(mut mailbox: Mailbox, owner: Pid, seen: Arc<Seen>) {
                     }
                     ("spawn", [reason]) => {
                         let node = owner.node.as_str();
-                        let asked = mailbox
-                            .spawn_monitor(node, "erlang", "exit", vec![reason.clone()])
-                            .await;
+                        let (options, args) = (SpawnOptions::new().monitor(), vec![reason.clone()]);
+                        let asked = mailbox.spawn_request(node, "erlang", "exit", args, options).await;
                         spawned = Some(asked.unwrap());
                     }
                     ("register", [Term::Atom(name)]) => {
@@ -220,6 +220,11 @@ async fn every_signal_is_accounted_for() {
         sink,
     };
     node.start_server("factory", factory).unwrap();
+    let started = Arc::clone(&seen);
+    node.expose("soak", "leave", 1, move |mut args: Vec<Term>| {
+        add(&started.spawns_here);
+        async move { Err(Raised::Exit(args.remove(0))) }
+    });
     let mut beam = epmd.beam("cart@127.0.0.1").await;
     node.connect("cart@127.0.0.1").await.unwrap();
     let mut events = node.events();
@@ -269,6 +274,7 @@ async fn every_signal_is_accounted_for() {
         ("exits_there", &seen.exits_there),
         ("downs_there", &seen.downs_there),
         ("spawns_there", &seen.spawns_there),
+        ("spawns_here", &seen.spawns_here),
         ("to_alias", &seen.to_alias),
         ("taken_back", &seen.taken_back),
     ];

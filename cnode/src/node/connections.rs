@@ -201,12 +201,23 @@ impl Inner {
 
     async fn dial(self: Arc<Self>, node: Atom, sender: watch::Sender<Outcome>) {
         let mut came_up = self.connections.came_up.subscribe();
+        let attempt = async {
+            // The peer's own attempt that this node has said yes to goes first, and once only: a peer that proves
+            // nothing is not waited for again.
+            let limit = self.limits.handshake_time;
+            let came = tokio::time::timeout(limit, self.connections.settled_up(&node)).await;
+            if let (Ok(true), Some(connection)) = (came, self.connections.up(&node)) {
+                return Ok(Err(connection));
+            }
+            self.dial_once(&node).await.map(Ok)
+        };
         let dialled = tokio::select! {
-            dialled = self.dial_once(&node) => dialled,
+            dialled = attempt => dialled,
             () = self.stop.cancelled() => Err(ConnectError::NodeDown),
         };
         let outcome = match dialled {
-            Ok(ready) => self.admit(ready, Direction::Outbound),
+            Ok(Ok(ready)) => self.admit(ready, Direction::Outbound),
+            Ok(Err(connection)) => Ok(connection),
             Err(error) if is_simultaneous(&error) => {
                 // Their attempt goes on instead of ours; its handshake has as much time as ours had.
                 let theirs = async {

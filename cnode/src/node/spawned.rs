@@ -355,7 +355,7 @@ mod tests {
             Some(LINKED | MONITORED)
         );
         for unknown in [Term::atom("fast"), named("fast"), Term::tuple([]), Term::Int(1)] {
-            assert_eq!(flags(&[unknown.clone()]), None, "{unknown:?}");
+            assert_eq!(flags(std::slice::from_ref(&unknown)), None, "{unknown:?}");
         }
     }
 

@@ -1,4 +1,5 @@
-//! A denial that comes while a link is being decided must not miss it, wherever the answer was asked for.
+//! A denial, or the end of an instance, that comes while a link is being decided must not miss it, wherever the answer
+//! was asked for.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::{
@@ -15,6 +16,7 @@ use meshx::{
     },
     proxy::{
         Proxy, Settings, Upstream,
+        cause::Cause,
         links::{LinkId, LinkTable, Purpose},
         local::{Endpoint, LocalInstance, LocalTable, Secret},
         wire::{Connect, ConnectReply},
@@ -37,6 +39,10 @@ struct Late {
     proxy: OnceLock<Arc<Proxy>>,
     /// The pair to be denied then.
     denied: Mutex<Option<(&'static str, &'static str)>>,
+    local: LocalTable,
+    links: LinkTable,
+    /// The instance that is gone after the first answer to this pair.
+    gone: Mutex<Option<(&'static str, &'static str, &'static str)>>,
 }
 
 impl Late {
@@ -56,12 +62,25 @@ impl Late {
     }
 }
 
+impl Late {
+    /// What an agent does when an instance is deregistered.
+    fn leave_after(&self, source: &SpiffeId, target: &ServiceName) {
+        let mut gone = self.gone.lock().unwrap();
+        let now = gone.take_if(|gone| (gone.0, gone.1) == (source.service().as_ref(), target.as_ref()));
+        if let Some((_, _, id)) = now {
+            assert!(self.local.remove(id).is_some());
+            self.links.cut_instance(id, Cause::NoSuchNode, "gone");
+        }
+    }
+}
+
 impl Authorization for Late {
     fn authorize(&self, source: &SpiffeId, target: &ServiceName) -> Answer<'_, Decision> {
         let (source, target) = (source.clone(), target.clone());
         Box::pin(async move {
             let answer = self.mesh.authorize(&source, &target).await;
             self.deny_after(&source, &target).await;
+            self.leave_after(&source, &target);
             answer
         })
     }
@@ -128,19 +147,17 @@ impl Host {
         let inbound = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = inbound.local_addr().unwrap();
         let mesh_dir = root.join("mesh");
+        let (local, links) = (LocalTable::default(), LinkTable::default());
         let mesh = Arc::new(Late {
             mesh: EmbeddedMesh::open(&mesh_dir, name, vec![name.to_owned()], address).unwrap(),
             dir: mesh_dir,
             proxy: OnceLock::new(),
             denied: Mutex::new(None),
+            local: local.clone(),
+            links: links.clone(),
+            gone: Mutex::new(None),
         });
-        let local = LocalTable::default();
-        let proxy = Proxy::new(
-            mesh.clone(),
-            local.clone(),
-            LinkTable::default(),
-            Settings::default(),
-        );
+        let proxy = Proxy::new(mesh.clone(), local.clone(), links, Settings::default());
         assert!(mesh.proxy.set(proxy.clone()).is_ok());
         let dist = UnixListener::bind(dir.join("dist.sock")).unwrap();
         let tasks = vec![
@@ -224,7 +241,10 @@ impl Host {
 
 async fn ends(stream: &mut UnixStream) {
     let ended = timeout(PATIENCE, stream.read_to_end(&mut Vec::new())).await;
-    assert!(ended.is_ok(), "the link lives though its pair is denied");
+    assert!(
+        ended.is_ok(),
+        "the link lives though its pair is denied or its end is gone"
+    );
 }
 
 fn keep_open(listener: UnixListener) -> AbortHandle {
@@ -261,6 +281,29 @@ async fn a_denial_behind_the_answer_ends_a_link_within_one_agent() {
         keep_open(cart);
         host.deny_late(pair.0, pair.1);
         host.dial_in_vain(&secret, "shop@h1", "cart@h1").await;
+    }
+}
+
+#[tokio::test]
+async fn an_end_that_is_deregistered_behind_the_answer_ends_the_link() {
+    for (target, gone) in [
+        ("cart@h1", "cart@h1"),
+        ("cart@h1", "shop@h1"),
+        ("cart@h2", "shop@h1"),
+    ] {
+        let root = tempfile::tempdir().unwrap();
+        let (h1, h2) = (
+            Host::start(root.path(), "h1").await,
+            Host::start(root.path(), "h2").await,
+        );
+        let (secret, _shop) = h1.register("shop@h1").await;
+        let far = if target.ends_with("h1") { &h1 } else { &h2 };
+        let (_, cart) = far.register(target).await;
+        keep_open(cart);
+        // The first answer that the dialler's agent needs: the link is in no table yet.
+        *h1.mesh.gone.lock().unwrap() = Some(("cart", "shop", gone));
+        h1.dial_in_vain(&secret, "shop@h1", target).await;
+        assert!(h1.mesh.gone.lock().unwrap().is_none());
     }
 }
 

@@ -228,6 +228,15 @@ async fn every_signal_is_accounted_for() {
     let mut beam = epmd.beam("cart@127.0.0.1").await;
     node.connect("cart@127.0.0.1").await.unwrap();
     let mut events = node.events();
+    let mut downs = node.events();
+    tokio::spawn(async move {
+        // Told at once: what fails next only follows from it.
+        while let Ok(event) = downs.recv().await {
+            if let NodeEvent::Down { .. } = event {
+                println!("{event:?}");
+            }
+        }
+    });
 
     // As text through its console: the BEAM may be one that sees other files.
     let text = SOURCE.replace('\\', "\\\\").replace('"', "\\\"");

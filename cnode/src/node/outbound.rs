@@ -396,9 +396,17 @@ impl Lane {
 
 impl Share {
     fn add(&mut self, other: Self) {
-        self.permits += other.permits;
-        self.reply_permits += other.reply_permits;
-        self.answers += other.answers;
+        // Spelled out, so that what is added to a share is never left out here: it would not come back.
+        let Self {
+            permits,
+            reply_permits,
+            answers,
+            notices,
+        } = other;
+        self.permits += permits;
+        self.reply_permits += reply_permits;
+        self.answers += answers;
+        self.notices += notices;
     }
 }
 
@@ -612,6 +620,30 @@ mod tests {
             queue.try_queue(Room::Send, origin(9), &mut frames),
             Err(QueueError::Closed)
         );
+    }
+
+    #[tokio::test]
+    async fn every_budget_comes_back_from_joined_and_cut_messages() {
+        let queue = Outbound::new(1 << 20, 1 << 20, 1 << 20, 1 << 20);
+        for large in [false, true, false, true, false] {
+            let frames = || message(1, 1, if large { 200_000 } else { 10 });
+            assert_eq!(queue.try_queue(Room::Send, origin(1), &mut frames()), Ok(true));
+            assert_eq!(queue.try_queue(Room::Reply, origin(1), &mut frames()), Ok(true));
+            queue.answer(origin(2), &mut frames()).unwrap();
+            queue.notice(origin(3), &mut frames()).unwrap();
+            queue.notice(origin(1), &mut frames()).unwrap();
+        }
+        queue.finish();
+        while let Some(batch) = queue.next().await {
+            queue.written(batch);
+        }
+        let rooms = (
+            queue.room.available_permits(),
+            queue.reply_room.available_permits(),
+        );
+        assert_eq!(rooms, (1 << 20, 1 << 20));
+        let state = queue.lock();
+        assert_eq!((state.answers, state.notices), (0, 0));
     }
 
     #[tokio::test]

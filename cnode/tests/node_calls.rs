@@ -171,6 +171,8 @@ async fn functions_of_a_beam_are_called() {
         matches!(&undef, Err(RpcError::Error { reason, .. }) if *reason == Term::atom("undef")),
         "{undef:?}"
     );
+    assert!(undef.unwrap_err().is_undef());
+    assert!(!error.unwrap_err().is_undef());
     let exit = rpc("erlang", "exit", vec![Term::atom("bye")]).await;
     assert!(
         matches!(&exit, Err(RpcError::Exit { reason, .. }) if *reason == Term::atom("bye")),
@@ -204,6 +206,70 @@ async fn functions_of_a_beam_are_called() {
         matches!(halted, Err(RpcError::Call(CallError::Disconnected(_)))),
         "{halted:?}"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn several_nodes_are_called_at_once_and_casts_are_not_awaited() {
+    let epmd = Epmd::start().await;
+    let node = epmd.node("search@127.0.0.1").await;
+    let _beam = epmd.beam("cart@127.0.0.1").await;
+    let other = epmd.node("other@127.0.0.1").await;
+    other.expose("erlang", "node", 0, |_| async {
+        Ok(Term::atom("a_node_in_rust"))
+    });
+    let nodes = ["cart@127.0.0.1", "nobody@127.0.0.1", "other@127.0.0.1"];
+    let results = node.rpc_all(&nodes, "erlang", "node", &[], LONG).await;
+    assert!(
+        matches!(&results[..], [Ok(beam), Err(RpcError::Call(CallError::Send(_))), Ok(rust)]
+            if *beam == Term::atom("cart@127.0.0.1") && *rust == Term::atom("a_node_in_rust")),
+        "{results:?}"
+    );
+    let mut main = node.mailbox();
+    let me = Term::from(main.pid().clone());
+    node.rpc_cast("cart@127.0.0.1", "erlang", "send", vec![me, Term::atom("cast")])
+        .await
+        .unwrap();
+    let Some(Message::Term { term, .. }) = soon(main.recv()).await else {
+        panic!("no message")
+    };
+    assert_eq!(term, Term::atom("cast"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_calls_and_drops_what_comes_too_late() {
+    let epmd = Epmd::start().await;
+    let node = epmd.node("search@127.0.0.1").await;
+    let mut beam = epmd.beam("cart@127.0.0.1").await;
+    // Answers `hold` only when the next request comes, and says so in its answer.
+    beam.eval(
+        "register(echo, spawn(fun() -> L = fun L(Held) -> receive {'$gen_call', From, hold} -> L([From | Held]); \
+         {'$gen_call', From = {Pid, _}, R} -> [gen:reply(H, late) || H <- Held], Pid ! note, \
+         gen:reply(From, {echo, R, length(Held)}), L([]) end end, L([]) end)).",
+    )
+    .await;
+    let mut main = node.mailbox();
+    let echo = ("echo", "cart@127.0.0.1");
+    let held = main
+        .gen_call(echo, Term::atom("hold"), Duration::from_millis(100))
+        .await;
+    assert!(matches!(held, Err(CallError::Timeout(_))), "{held:?}");
+    for (request, held) in [(1, 1), (2, 0)] {
+        let answer = main.gen_call(echo, Term::Int(request), LONG).await.unwrap();
+        let wanted = [Term::atom("echo"), Term::Int(request), Term::Int(held)];
+        assert_eq!(answer, Term::tuple(wanted));
+    }
+    // What came meanwhile is there; the late answer and the ends of monitors are not.
+    for _ in 0..2 {
+        let Some(Message::Term { term, .. }) = soon(main.recv()).await else {
+            panic!("no message")
+        };
+        assert_eq!(term, Term::atom("note"));
+    }
+    let gone = main
+        .gen_call(("nobody", "cart@127.0.0.1"), Term::Int(1), LONG)
+        .await;
+    assert!(matches!(gone, Err(CallError::NoProcess(_))), "{gone:?}");
+    assert!(main.recv_timeout(Duration::ZERO).await.is_err());
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,11 +5,13 @@ mod node_support;
 
 use std::time::Duration;
 
-use meshx::node::{ConnectError, DownReason, Limits, Message, Node, NodeEvent};
+use meshx::node::{
+    CallError, ConnectError, DownReason, Limits, Message, Node, NodeEvent, RecvError, RpcError, SpawnOptions,
+};
 use meshx_dist::control::{Control, Proc, SpawnResult};
-use meshx_dist::framing::HandshakeDecoder;
+use meshx_dist::framing::{DEFAULT_MAX_FRAME, Frame, FrameDecoder, HandshakeDecoder};
 use meshx_dist::handshake::{AfterStatus, Cookie, Initiator, LocalNode};
-use meshx_dist::link::Sender;
+use meshx_dist::link::{LinkLimits, Receiver as LinkReceiver, Sender};
 use meshx_etf::{Pid, Reference, Term};
 use node_support::{COOKIE, Epmd, LONG, soon};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -70,6 +72,15 @@ impl Raw {
         }
     }
 
+    /// Reads what comes from here on.
+    fn listen(&mut self) -> Received {
+        let decoder = std::mem::replace(&mut self.decoder, HandshakeDecoder::new());
+        Received {
+            decoder: decoder.into_connected(DEFAULT_MAX_FRAME),
+            receiver: LinkReceiver::new(self.flags, LinkLimits::default()),
+        }
+    }
+
     /// Whether the node still took it.
     async fn send(&mut self, control: Control, payload: Option<&Term>) -> bool {
         let mut out = Vec::new();
@@ -79,6 +90,28 @@ impl Raw {
 
     async fn write(&mut self, bytes: &[u8]) {
         self.socket.write_all(bytes).await.unwrap();
+    }
+}
+
+/// What the node sends to a [`Raw`].
+struct Received {
+    decoder: FrameDecoder,
+    receiver: LinkReceiver,
+}
+
+impl Received {
+    async fn next(&mut self, raw: &mut Raw) -> Control {
+        loop {
+            if let Some(frame) = self.decoder.next_frame().unwrap() {
+                let Frame::Data(frame) = frame else { continue };
+                if let Some(message) = self.receiver.receive(frame).unwrap() {
+                    return message.control;
+                }
+                continue;
+            }
+            let count = soon(raw.socket.read_buf(self.decoder.read_buf())).await.unwrap();
+            assert_ne!(count, 0, "closed by the node");
+        }
     }
 }
 
@@ -511,6 +544,48 @@ async fn a_peer_that_reads_none_of_the_ends_it_waits_for_is_ended() {
         value: 1 << 20,
     };
     assert_eq!(scene.end().await, wanted);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_is_started_too_late_is_let_go() {
+    let scene = Scene::new(Limits::default()).await;
+    let mut raw = Raw::connect(&scene.epmd, COOKIE).await.unwrap();
+    let mut asker = scene.node.mailbox();
+    let options = SpawnOptions::new().link().monitor();
+    let short = Duration::from_millis(50);
+    let silent = asker.spawn(EVIL, "m", "f", vec![], options, short).await;
+    assert!(
+        matches!(silent, Err(RpcError::Call(CallError::Timeout(_)))),
+        "{silent:?}"
+    );
+    let mut received = raw.listen();
+    let Control::SpawnRequest { id, .. } = received.next(&mut raw).await else {
+        panic!("no request")
+    };
+    let reply = Control::SpawnReply {
+        id: id.clone(),
+        to: asker.pid().clone(),
+        flags: 3,
+        result: SpawnResult::Pid(pid(9)),
+        token: None,
+    };
+    raw.send(reply, None).await;
+    let demonitor = Control::DemonitorP {
+        from: asker.pid().clone(),
+        to: Proc::Pid(pid(9)),
+        reference: id,
+    };
+    assert_eq!(received.next(&mut raw).await, demonitor);
+    let exit = Control::PayloadExit {
+        from: asker.pid().clone(),
+        to: pid(9),
+        token: None,
+    };
+    assert_eq!(received.next(&mut raw).await, exit);
+    // The connection's end is of no interest to it either.
+    drop(raw);
+    let nothing = asker.recv_timeout(short).await;
+    assert!(matches!(nothing, Err(RecvError::Timeout(_))), "{nothing:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

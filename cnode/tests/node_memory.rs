@@ -1,6 +1,6 @@
 //! What mailboxes, monitors and links cost in memory: growth of this process's resident set, printed.
 //!
-//! `cargo test --release -p meshx --test node_memory -- --nocapture` prints the table. The bounds asserted are loose:
+//! `cargo test -p meshx --test node_memory -- --nocapture` prints the table. The bounds asserted are loose:
 //! they are there to notice a cost of another order, not to measure.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 

@@ -3,8 +3,6 @@
 
 mod node_support;
 
-use std::time::Duration;
-
 use meshx::node::{Limits, Message, Node, NodeBuilder, Raised, RpcError, SpawnOptions};
 use meshx_etf::Term;
 use node_support::{Beam, Epmd, LONG, soon};
@@ -38,6 +36,11 @@ impl Scene {
             })
         });
         node.expose("bad", "panic", 0, |_| async { panic!("a panic of a test") });
+        node.expose_process("proc", "tell", 2, |mailbox, args| async move {
+            let told = Term::atom(format!("told_{}", args[1].as_atom().unwrap()));
+            mailbox.send(args[0].as_pid().unwrap(), &told).await.unwrap();
+            Ok(told)
+        });
         // Waits for a message, and returns it.
         node.expose_process("proc", "wait", 0, |mut mailbox, _| async move {
             match mailbox.recv().await {
@@ -120,6 +123,19 @@ async fn erpc_calls_functions_here() {
         (
             "rpc:block_call(N, bad, raise, [error, x])",
             "{badrpc,{'EXIT',{x,[{bad,raise,2,[]}]}}}",
+        ),
+        // Casts, which answer in their own way.
+        (
+            "begin erpc:cast(N, proc, tell, [self(), a]), receive told_a -> ok end end",
+            "ok",
+        ),
+        (
+            "begin rpc:cast(N, proc, tell, [self(), b]), receive told_b -> ok end end",
+            "ok",
+        ),
+        (
+            "begin gen_server:cast({rex, N}, {cast, proc, tell, [self(), c], self()}), receive told_c -> ok end end",
+            "ok",
         ),
         // As `ei_rpc` does it.
         (
@@ -349,13 +365,9 @@ async fn processes_are_started_at_a_beam_with_links_and_monitors() {
         assert_eq!(term, Term::atom(text));
     }
 
-    // A node that is not there, and one that goes away.
+    // A node that is not there.
     let away = main.spawn("nobody@127.0.0.1", "m", "f", vec![], both, LONG).await;
     assert!(matches!(away, Err(RpcError::Call(_))), "{away:?}");
-    let silent = main
-        .spawn(beam, "timer", "sleep", vec![Term::Int(1)], both, Duration::ZERO)
-        .await;
-    assert!(matches!(silent, Err(RpcError::Call(_))), "{silent:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

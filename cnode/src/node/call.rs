@@ -7,7 +7,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use meshx_etf::{Atom, Pid, Term};
+use meshx_etf::{Atom, Pid, Reference, Term};
 
 use super::address::Address;
 use super::error::{CallError, SendError};
@@ -124,21 +124,59 @@ impl Request {
     }
 }
 
-/// `gen_server:call` from here.
-///
-/// The caller is a process of its own for each call, so an answer that comes too late finds nobody.
+/// `gen_server:call` from a process of its own, so that an answer that comes too late finds nobody.
 pub(crate) async fn gen_call(
-    mailbox: Mailbox,
+    mut mailbox: Mailbox,
     target: Address,
     request: Term,
     timeout: Duration,
 ) -> Result<Term, CallError> {
-    tokio::time::timeout(timeout, ask(mailbox, target, request))
+    tokio::time::timeout(timeout, ask(&mut mailbox, target, request, None))
         .await
         .map_err(|_| CallError::Timeout(timeout))?
 }
 
-async fn ask(mut mailbox: Mailbox, target: Address, request: Term) -> Result<Term, CallError> {
+/// `gen_server:call` from a process that goes on: the answer comes by an alias that ends with the call.
+pub(crate) async fn gen_call_from(
+    mailbox: &mut Mailbox,
+    target: Address,
+    request: Term,
+    timeout: Duration,
+) -> Result<Term, CallError> {
+    let alias = mailbox.reply_alias();
+    let answer = tokio::time::timeout(timeout, ask(mailbox, target, request, Some(&alias))).await;
+    mailbox.unalias(&alias);
+    match answer {
+        Ok(answer) => answer,
+        Err(_) => {
+            // An answer that came at this very moment waits for nobody any more.
+            let tag = alias_tag(&alias);
+            let _ = mailbox
+                .recv_where(Duration::ZERO, |message| is_answer(message, &tag))
+                .await;
+            Err(CallError::Timeout(timeout))
+        }
+    }
+}
+
+/// Takes a monitor back when the call is over, or given up.
+struct Monitor<'a> {
+    mailbox: &'a mut Mailbox,
+    reference: Reference,
+}
+
+impl Drop for Monitor<'_> {
+    fn drop(&mut self) {
+        self.mailbox.demonitor(&self.reference);
+    }
+}
+
+async fn ask(
+    mailbox: &mut Mailbox,
+    target: Address,
+    request: Term,
+    alias: Option<&Reference>,
+) -> Result<Term, CallError> {
     // Monitoring swallows a failed connection; the caller is to hear of that as what it is.
     mailbox
         .inner()
@@ -146,35 +184,40 @@ async fn ask(mut mailbox: Mailbox, target: Address, request: Term) -> Result<Ter
         .await
         .map_err(SendError::from)?;
     let reference = mailbox.monitor(target.clone()).await;
-    let caller = Term::Tuple(vec![
-        Term::Pid(mailbox.pid().clone()),
-        Term::from(reference.clone()),
-    ]);
+    let Monitor { mailbox, reference } = &mut Monitor { mailbox, reference };
+    let tag = match alias {
+        Some(alias) => alias_tag(alias),
+        None => Term::from(reference.clone()),
+    };
+    let caller = Term::Tuple(vec![Term::Pid(mailbox.pid().clone()), tag.clone()]);
     let message = Term::Tuple(vec![Term::Atom(Atom::from("$gen_call")), caller, request]);
     mailbox.send(target.clone(), &message).await?;
-    loop {
-        match mailbox.recv().await {
-            None => return Err(CallError::NodeDown),
-            Some(Message::Down {
-                reference: down,
-                reason,
-                ..
-            }) if down == reference => {
-                return Err(ended(&target, reason));
-            }
-            Some(Message::Term {
-                term: Term::Tuple(parts),
-                ..
-            }) => {
-                if let Ok([Term::Reference(tag), reply]) = <[Term; 2]>::try_from(parts)
-                    && *tag == reference
-                {
-                    return Ok(reply);
-                }
-            }
-            Some(_) => {}
-        }
+    let is_end = |message: &Message| {
+        is_answer(message, &tag)
+            || matches!(message, Message::Down { reference: down, .. } if down == reference)
+    };
+    match mailbox.recv_where(Duration::MAX, is_end).await {
+        Ok(Message::Term {
+            term: Term::Tuple(mut parts),
+            ..
+        }) => Ok(parts.pop().unwrap_or_else(|| Term::atom("undefined"))),
+        Ok(Message::Down { reason, .. }) => Err(ended(&target, reason)),
+        _ => Err(CallError::NodeDown),
     }
+}
+
+/// `[alias | Alias]`.
+fn alias_tag(alias: &Reference) -> Term {
+    Term::ImproperList(vec![Term::atom("alias")], Box::new(Term::from(alias.clone())))
+}
+
+/// Whether a message is `{Tag, Reply}`.
+fn is_answer(message: &Message, tag: &Term) -> bool {
+    let Message::Term { term, .. } = message else {
+        return false;
+    };
+    term.as_tuple()
+        .is_some_and(|parts| parts.len() == 2 && parts.first() == Some(tag))
 }
 
 /// The error for a `DOWN` that came instead of an answer.

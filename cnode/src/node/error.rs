@@ -248,3 +248,25 @@ pub enum RpcError {
         reason: Term,
     },
 }
+
+impl RpcError {
+    /// Whether the node has no such function: an error `undef` that the called function itself raised, not one that
+    /// it called.
+    #[must_use]
+    pub fn is_undef(&self) -> bool {
+        let Self::Error { mfa, reason, stack } = self else {
+            return false;
+        };
+        let top = match stack {
+            Term::List(entries) => entries.first().and_then(Term::as_tuple),
+            _ => None,
+        };
+        let called = match top {
+            Some([Term::Atom(module), Term::Atom(function), Term::List(args), ..]) => {
+                format!("{}:{}/{}", module.as_str(), function.as_str(), args.len())
+            }
+            _ => return false,
+        };
+        reason.as_atom() == Some("undef") && called == *mfa
+    }
+}

@@ -8,6 +8,7 @@ use std::time::Duration;
 use meshx_etf::{Atom, Pid, Reference, Term};
 
 use super::address::Address;
+use super::call;
 use super::error::{CallError, RecvError, RpcError, SendError};
 use super::inner::{Alive, Inner};
 use super::process::{Item, Process, RegisterError};
@@ -308,6 +309,20 @@ impl Mailbox {
     /// [`SendError`]. A process that does not exist is no error, as in Erlang.
     pub async fn send(&self, to: impl Into<Address>, term: &Term) -> Result<(), SendError> {
         self.inner.send(self.pid(), &to.into(), term).await
+    }
+
+    /// `gen_server:call(Target, Request, Timeout)` from this process: a server sees its pid. Other messages stay where
+    /// they are meanwhile. An answer that comes too late is dropped: it is sent to an alias that has ended.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub async fn gen_call(
+        &mut self,
+        target: impl Into<Address>,
+        request: Term,
+        timeout: Duration,
+    ) -> Result<Term, CallError> {
+        call::gen_call_from(self, target.into(), request, timeout).await
     }
 
     /// Monitors a process. Exactly one [`Message::Down`] with the returned reference comes, at once when there is no

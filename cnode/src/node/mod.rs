@@ -23,9 +23,36 @@
 //!
 //! Peers are believed nothing: see [`Limits`] for what each of them can make this node spend.
 //!
+//! # Processes
+//! A [`Mailbox`] is a process: it has a pid, receives messages and signals, and is linked and monitored like any
+//! other. A [`Server`] answers `gen_server` calls. Functions that the program [exposes](Node::expose) are what peers
+//! can spawn here and call with `erpc` and `rpc`; whatever else they ask for is `undef`.
+//!
+//! ```
+//! # use std::time::Duration;
+//! # use meshx::node::{Message, Node};
+//! # use meshx_etf::Term;
+//! # async fn watch(node: &Node) -> Result<(), Box<dyn std::error::Error>> {
+//! let mut mailbox = node.mailbox();
+//! let cart = ("cart", "shop@h1");
+//! let monitor = mailbox.monitor(cart).await;
+//! mailbox.send(cart, &Term::tuple([Term::atom("subscribe"), mailbox.pid().clone().into()])).await?;
+//! while let Some(message) = mailbox.recv().await {
+//!     match message {
+//!         Message::Term { term, .. } => println!("{term}"),
+//!         Message::Down { reference, reason, .. } if reference == monitor => {
+//!             println!("the cart is gone: {reason}");
+//!             break;
+//!         }
+//!         _ => {}
+//!     }
+//! }
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! # Not supported
-//! Being spawned on (`spawn_request` is answered `notsup`, so `erpc` and `rpc` calls *to* this node fail), `global`,
-//! dynamic node names, and names of `{global, _}` or `{via, _, _}`.
+//! `global`, dynamic node names, names of `{global, _}` or `{via, _, _}`, and `sys` messages to servers.
 
 mod address;
 mod backoff;
@@ -289,6 +316,24 @@ impl Node {
 
     /// Calls a function on another node, as `erpc:call/5` does. A call that times out goes on there.
     ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use meshx::node::{CallError, Node, RpcError};
+    /// # use meshx_etf::Term;
+    /// # async fn call(node: &Node) {
+    /// let args = vec![Term::Int(1), Term::Int(5)];
+    /// match node.rpc("shop@h1", "lists", "seq", args, Duration::from_secs(5)).await {
+    ///     Ok(numbers) => println!("{numbers}"),
+    ///     Err(error) if error.is_undef() => println!("that node has no such function"),
+    ///     Err(RpcError::Error { reason, .. }) => println!("it raised {reason}"),
+    ///     Err(RpcError::Exit { reason, .. }) => println!("it exited with {reason}"),
+    ///     Err(RpcError::Throw { value, .. }) => println!("it threw {value}"),
+    ///     Err(RpcError::Call(CallError::Timeout(after))) => println!("no answer within {after:?}"),
+    ///     Err(other) => println!("not called, or not answered: {other}"),
+    /// }
+    /// # }
+    /// ```
+    ///
     /// # Errors
     /// [`RpcError`].
     pub async fn rpc(
@@ -300,6 +345,40 @@ impl Node {
         timeout: Duration,
     ) -> Result<Term, RpcError> {
         rpc::call(self.mailbox(), node, module, function, args, timeout).await
+    }
+
+    /// [`Node::rpc`] on several nodes at the same time, as `erpc:multicall/5` does: their results, in the order of
+    /// the nodes.
+    pub async fn rpc_all(
+        &self,
+        nodes: &[&str],
+        module: &str,
+        function: &str,
+        args: &[Term],
+        timeout: Duration,
+    ) -> Vec<Result<Term, RpcError>> {
+        let calls = nodes
+            .iter()
+            .map(|node| self.rpc(node, module, function, args.to_vec(), timeout));
+        futures::future::join_all(calls).await
+    }
+
+    /// Has a function called on another node, its result and its failure dropped there, as `erpc:cast/4` does.
+    ///
+    /// # Errors
+    /// [`SendError`]: the request did not get away.
+    pub async fn rpc_cast(
+        &self,
+        node: &str,
+        module: &str,
+        function: &str,
+        args: Vec<Term>,
+    ) -> Result<(), SendError> {
+        let args = vec![Term::atom(module), Term::atom(function), Term::List(args)];
+        let options = SpawnOptions::new();
+        let mailbox = self.mailbox();
+        let asked = mailbox.spawn_request(node, "erpc", "execute_cast", args, options);
+        asked.await.map(drop)
     }
 
     /// `net_adm:ping(Node)`: whether a connection stands or can be made, and the node answers.

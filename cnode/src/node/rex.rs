@@ -36,6 +36,17 @@ impl Server for Rex {
         None
     }
 
+    async fn cast(&mut self, request: Term) {
+        // A cast does not say whose it is: all of them share what one peer may start.
+        let Some(call) = labelled(request, &["cast", "block_cast"]) else {
+            return;
+        };
+        if let Some(slot) = self.0.slot(&Atom::from("rex")) {
+            let inner = Arc::clone(&self.0);
+            self.0.spawn(async move { run(&inner, call, slot).await });
+        }
+    }
+
     async fn info(&mut self, message: Message) {
         let Message::Term {
             term: Term::Tuple(parts),

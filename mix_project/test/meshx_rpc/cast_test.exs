@@ -42,7 +42,7 @@ defmodule MeshxRpc.CastTest do
     name = registered()
     assert Client.Pool.cast(client, :hold, {name, 1}, ack: true) == :ok
     assert_received {:started, pid, 1}
-    assert Client.Pool.info(client).casts == 0
+    await(fn -> Client.Pool.info(client).casts == 0 end)
     send(pid, :go)
     assert_receive {:ended, 1}, 5_000
 

@@ -178,16 +178,35 @@ defmodule MeshxRpc.ProxyTest do
     end
   end
 
-  test "a client replaces its connection when the stream ids are used up" do
-    {_server, address} = server()
+  test "a client that runs out of stream ids makes a new connection beside the old one, and no call fails" do
+    {server, address} = server()
     id = unique("client")
     config = MeshxRpc.Options.client!(id, address: address, pool_opts: [size: 1])
+    config = Map.put(config, :writer, last_stream: 4_000)
+    start_supervised!(%{id: id, start: {Client.Pool, :start_link, [id, config]}})
+    assert Client.Pool.call(id, :echo, 1, 10_000, 1_000, 5) == 1
+    name = registered()
+    # One that is older than its connection's last call.
+    long = Task.async(fn -> Client.Pool.call(id, :wait, {name, 1}) end)
+    assert_receive {:running, pid, 1}, 10_000
+    before = Client.Pool.row(Client.Pool.fetch!(id))
 
-    start_supervised!(%{
-      id: id,
-      start: {Client.Pool, :start_link, [id, Map.put(config, :writer, last_stream: 8)]}
-    })
+    callers =
+      for caller <- 1..4 do
+        Task.async(fn ->
+          for n <- 1..2_500,
+              do: assert(Client.Pool.call(id, :echo, {caller, n}, 30_000, 0) == {caller, n})
+        end)
+      end
 
-    for n <- 1..10, do: assert(Client.Pool.call(id, :echo, n, 10_000, 1_000, 5) == n)
+    Task.await_many(callers, 120_000)
+    assert Client.Pool.row(Client.Pool.fetch!(id)) != before
+    assert Server.Pool.info(server).connections > 1
+    send(pid, {:answer, :not_disturbed})
+    assert Task.await(long) == :not_disturbed
+    # The old ones go, and leave nothing.
+    await(fn -> Server.Pool.info(server).connections == 1 end)
+    await(fn -> length(Supervisor.which_children(id)) == 2 end)
+    assert Client.Pool.info(id).in_flight == 0
   end
 end

@@ -98,10 +98,16 @@ defmodule MeshxRpc.Client.Call do
     if request.measured, do: sending(alias, pid, size)
 
     if request.kind == :call and direct?(direct, request.encoded) do
-      written = write(request, alias, pid, left, direct)
-      answer = wait(request, alias, pid, left)
-      if written == :soon, do: written(direct.socket)
-      answer
+      case write(request, alias, pid, left, direct) do
+        :closed ->
+          abandon(alias, pid)
+          {:error_rpc, :closed}
+
+        written ->
+          answer = wait(request, alias, pid, left)
+          if written == :soon, do: written(direct.socket)
+          answer
+      end
     else
       send(pid, {request.kind, alias, self(), request.fun, left, request.encoded})
       wait(request, alias, pid, left)
@@ -119,18 +125,22 @@ defmodule MeshxRpc.Client.Call do
       {:DOWN, ^alias, :process, _pid, _reason} -> {:error_rpc, :tcp_closed}
     after
       left ->
-        :erlang.demonitor(alias, [:flush])
-        send(pid, {:cancel, alias})
-        # What came between the timeout and the end of the alias.
-        receive do
-          {^alias, _queued} -> :ok
-          {^alias, _failed, _reason} -> :ok
-          {^alias, _status, _flag, _bytes} -> :ok
-        after
-          0 -> :ok
-        end
-
+        abandon(alias, pid)
         {:error_rpc, :timeout}
+    end
+  end
+
+  defp abandon(alias, pid) do
+    :erlang.demonitor(alias, [:flush])
+    send(pid, {:cancel, alias})
+
+    # What came until the end of the alias.
+    receive do
+      {^alias, _queued} -> :ok
+      {^alias, _failed, _reason} -> :ok
+      {^alias, _status, _flag, _bytes} -> :ok
+    after
+      0 -> :ok
     end
   end
 
@@ -162,8 +172,8 @@ defmodule MeshxRpc.Client.Call do
       do: written(socket),
       else: send(pid, {:frame, socket, frame, size})
   rescue
-    # The connection is gone, and will say so.
-    ArgumentError -> :ok
+    # The socket is closed, and has taken nothing.
+    ArgumentError -> :closed
   end
 
   # The port's answer. It is there at once, or when another process that is in the port leaves it.

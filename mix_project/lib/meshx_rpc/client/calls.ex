@@ -18,10 +18,7 @@ defmodule MeshxRpc.Client.Calls do
 
   @doc "`load` at `index` counts the calls, for the choice of a connection."
   @spec new(atom(), :counters.counters_ref(), pos_integer()) :: t()
-  def new(pool, load, index) do
-    :counters.put(load, index, 0)
-    %__MODULE__{pool: pool, load: load, index: index}
-  end
+  def new(pool, load, index), do: %__MODULE__{pool: pool, load: load, index: index}
 
   @doc """
   A call begins, on a stream or not yet: its caller is watched from now on, `{{:caller_down, key}, ...}` comes when it

@@ -18,6 +18,8 @@ defmodule MeshxRpc.Client.Connection do
   @cast_overhead 1_024
   # Messages that are collected for one write.
   @collect 256
+  # How long one that was replaced waits for callers that have just found it.
+  @linger 1_000
 
   @enforce_keys [:config, :index, :table, :calls]
   defstruct [
@@ -32,6 +34,10 @@ defmodule MeshxRpc.Client.Connection do
     :agreed,
     :timer,
     :send_timer,
+    :id,
+    :before,
+    # Whether another connection is to take its place: nil, :asked, or :done when that one is up.
+    replaced: nil,
     goaway: false,
     phase: :down,
     attempt: 0,
@@ -43,23 +49,39 @@ defmodule MeshxRpc.Client.Connection do
   ]
 
   def child_spec({config, index, _table, _load} = argument) do
-    %{id: {config.id, index}, start: {__MODULE__, :start_link, [argument]}}
+    child_spec(argument, {config.id, index}, nil)
   end
 
-  def start_link({config, _index, _table, _load} = argument),
-    do: GenServer.start_link(__MODULE__, argument, config.gen_statem_opts)
+  # One that has made room for another ends normally, and is not started again.
+  defp child_spec(argument, id, before) do
+    %{id: id, start: {__MODULE__, :start_link, [argument, id, before]}, restart: :transient}
+  end
+
+  @doc "`before` is the connection that this one is to replace, as soon as it is up."
+  def start_link({config, _index, _table, _load} = argument, id \\ nil, before \\ nil),
+    do: GenServer.start_link(__MODULE__, {argument, id, before}, config.gen_statem_opts)
 
   @impl true
-  def init({config, index, table, load}) do
+  def init({{config, index, table, load}, id, before}) do
     # What a connection that crashed has left.
-    :ets.delete(table, index)
+    unless before && Process.alive?(before), do: :ets.delete(table, index)
 
     for [pid] <- :ets.match(table, {{:metadata, :"$1"}, :_}),
         not Process.alive?(pid),
         do: :ets.delete(table, {:metadata, pid})
 
+    unless before && Process.alive?(before), do: :counters.put(load, index, 0)
     calls = Calls.new(config.id, load, index)
-    state = %__MODULE__{config: config, index: index, table: table, calls: calls}
+
+    state = %__MODULE__{
+      config: config,
+      index: index,
+      table: table,
+      calls: calls,
+      id: id,
+      before: before
+    }
+
     {:ok, state, {:continue, :connect}}
   end
 
@@ -117,6 +139,14 @@ defmodule MeshxRpc.Client.Connection do
     text = "the server left our bytes unread for #{state.config.timeout_send} ms"
     state |> lost({:timeout, text}) |> continue()
   end
+
+  # The connection that is to take our place is up.
+  def handle_info(:replaced, state), do: state |> replaced() |> continue()
+  def handle_info({:timeout, _timer, :replaced}, state), do: over(state)
+
+  # Nothing to connect again: another one does.
+  def handle_info({:timeout, timer, :connect}, %{timer: timer, replaced: :done} = state),
+    do: {:noreply, %{state | timer: nil}}
 
   def handle_info({:timeout, timer, :connect}, %{timer: timer, phase: :down} = state),
     do: connect(state)
@@ -363,6 +393,8 @@ defmodule MeshxRpc.Client.Connection do
 
     row = {state.index, self(), agreed.peer_max_message, agreed.trace, direct}
     :ets.insert(state.table, row)
+    if state.before, do: send(state.before, :replaced)
+    state = %{state | before: nil}
     watch_idle(%{state | since: Telemetry.now()})
   end
 
@@ -580,11 +612,54 @@ defmodule MeshxRpc.Client.Connection do
     end)
   end
 
-  # The stream ids are nearly used up: requests that wait here get the last ones, new calls another connection.
-  defp retire(%{phase: :up} = state),
-    do: state |> used_up() |> drain({:shutdown, "the stream ids are used up"})
+  # The stream ids are nearly used up. Another connection is made beside this one, which takes calls until that one is
+  # up; the ids that are left are many more than can be asked for meanwhile.
+  defp retire(%{phase: :up, replaced: nil} = state) do
+    %{config: config, index: index, table: table, calls: calls} = state
+    {name, index_or_more} = state.id || {config.id, index}
+    {place, generation} = if is_tuple(index_or_more), do: index_or_more, else: {index_or_more, 0}
+    id = {name, {place, generation + 1}}
+    spec = child_spec({config, index, table, calls.load}, id, self())
+    # The supervisor may be waiting for us.
+    spawn(fn -> Supervisor.start_child(config.id, spec) end)
+    %{state | replaced: :asked}
+  end
 
   defp retire(state), do: used_up(state)
+
+  # The other one is up. Callers that have found this one just before may still ask it.
+  defp replaced(state) do
+    _ = :erlang.start_timer(@linger, self(), :replaced)
+    %{state | replaced: :done}
+  end
+
+  defp over(state) do
+    if Calls.empty?(state.calls) do
+      %{config: config, id: id, index: index} = state
+      old = self()
+
+      spawn(fn ->
+        monitor = Process.monitor(old)
+        receive do: ({:DOWN, ^monitor, :process, _pid, _reason} -> :ok)
+        Supervisor.delete_child(config.id, id || {config.id, index})
+      end)
+
+      if state.link, do: Link.close(state.link)
+      {:stop, :normal, refuse_late(state)}
+    else
+      replaced(state) |> continue()
+    end
+  end
+
+  defp refuse_late(state) do
+    receive do
+      {kind, key, _caller, _fun, _deadline, _encoded} when kind in [:call, :cast] ->
+        Calls.reply(key, {:failed, :closed})
+        refuse_late(state)
+    after
+      0 -> state
+    end
+  end
 
   # What has no stream id gets none any more.
   defp used_up(state),

@@ -1,7 +1,9 @@
 //! Atoms as text.
 
-use std::borrow::{Borrow, Cow};
+use std::borrow::Borrow;
+use std::cmp::Ordering;
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
 use crate::token::AtomRef;
@@ -9,18 +11,72 @@ use crate::token::AtomRef;
 /// An atom's text. Never an entry of a BEAM's atom table: a peer may send as many as it likes.
 ///
 /// Cheap to clone. At most 255 characters can be encoded.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Atom(Arc<str>);
+#[derive(Clone, PartialEq, Eq)]
+pub struct Atom(Text);
+
+/// Most bytes that are kept in place: it makes an atom 16 bytes wide.
+const SHORT: usize = 14;
+
+/// Text is always UTF-8. A text that is short enough is always `Short`, with zeros behind it, so that equal texts are
+/// equal values.
+#[derive(Clone, PartialEq, Eq)]
+enum Text {
+    Short { len: u8, bytes: [u8; SHORT] },
+    Long(Arc<Box<str>>),
+}
 
 impl Atom {
     /// An atom with this text.
-    pub fn new(text: impl Into<Arc<str>>) -> Self {
-        Self(text.into())
+    pub fn new(text: impl AsRef<str>) -> Self {
+        let text = text.as_ref();
+        Self::short(text.as_bytes()).unwrap_or_else(|| Self(Text::Long(Arc::new(text.into()))))
+    }
+
+    /// An atom with this text, if it is short. `text` is UTF-8.
+    #[inline(always)]
+    pub(crate) fn short(text: &[u8]) -> Option<Self> {
+        let len = u8::try_from(text.len()).ok()?;
+        let mut bytes = [0; SHORT];
+        bytes.get_mut(..text.len())?.copy_from_slice(text);
+        Some(Self(Text::Short { len, bytes }))
     }
 
     /// Its text.
     pub fn as_str(&self) -> &str {
-        &self.0
+        match &self.0 {
+            // It is UTF-8: nothing else gets here.
+            Text::Short { .. } => std::str::from_utf8(self.as_bytes()).unwrap_or_default(),
+            Text::Long(text) => text,
+        }
+    }
+
+    /// The bytes of its text, without a look at them.
+    #[inline]
+    pub(crate) fn as_bytes(&self) -> &[u8] {
+        match &self.0 {
+            Text::Short { len, bytes } => bytes.get(..usize::from(*len)).unwrap_or_default(),
+            Text::Long(text) => text.as_bytes(),
+        }
+    }
+}
+
+/// By code points, as Erlang's: UTF-8 keeps their order.
+impl Ord for Atom {
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.as_bytes().cmp(other.as_bytes())
+    }
+}
+
+impl PartialOrd for Atom {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+/// As its text, which it can be looked up by.
+impl Hash for Atom {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.as_str().hash(state);
     }
 }
 
@@ -38,39 +94,70 @@ impl From<String> for Atom {
 
 impl From<AtomRef<'_>> for Atom {
     fn from(atom: AtomRef<'_>) -> Self {
-        match atom.to_str() {
-            Cow::Borrowed(text) => Self::new(text),
-            Cow::Owned(text) => Self::new(text),
-        }
+        Self::new(atom.to_str())
     }
 }
 
 impl AsRef<str> for Atom {
     fn as_ref(&self) -> &str {
-        &self.0
+        self.as_str()
     }
 }
 
 impl Borrow<str> for Atom {
     fn borrow(&self) -> &str {
-        &self.0
+        self.as_str()
     }
 }
 
 impl PartialEq<str> for Atom {
     fn eq(&self, other: &str) -> bool {
-        &*self.0 == other
+        self.as_bytes() == other.as_bytes()
     }
 }
 
 impl PartialEq<&str> for Atom {
     fn eq(&self, other: &&str) -> bool {
-        &*self.0 == *other
+        self.as_bytes() == other.as_bytes()
     }
 }
 
 impl fmt::Debug for Atom {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn short_and_long_texts_behave_alike() {
+        let texts = [
+            "",
+            "a",
+            "a\0",
+            "ab",
+            "exactly14bytes",
+            "exactly15 bytes",
+            "日本日本",
+            "日本日本日",
+            "日本日本日本",
+        ];
+        let set: HashSet<Atom> = texts.into_iter().map(Atom::from).collect();
+        for (i, a) in texts.into_iter().enumerate() {
+            let atom = Atom::from(a);
+            assert_eq!(atom.as_str(), a);
+            assert_eq!(atom, *a);
+            assert!(set.contains(a));
+            for (j, b) in texts.into_iter().enumerate() {
+                assert_eq!(atom == Atom::from(b), i == j);
+                assert_eq!(atom.cmp(&Atom::from(b)), a.cmp(b));
+            }
+        }
+        assert_eq!(size_of::<Atom>(), 16);
     }
 }

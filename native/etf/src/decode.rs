@@ -104,7 +104,7 @@ impl<'a> Decoder<'a> {
         Self {
             cursor: Cursor::new(bytes, pos, limits),
             max_depth: limits.depth(),
-            atoms: AtomCache::for_input_of(bytes.len()),
+            atoms: AtomCache::new(),
             keys: Vec::new(),
         }
     }
@@ -125,28 +125,33 @@ impl<'a> Decoder<'a> {
                 Token::List { len } => (Kind::List, len.saturating_add(1), len),
                 Token::Tuple { arity } if arity > 0 => (Kind::Tuple, arity, arity),
                 Token::Map { pairs } if pairs > 0 => (Kind::Map, pairs.saturating_mul(2), pairs),
+                // Each arm puts its own kind of term: to build any term first and put it then costs another copy.
                 token => {
-                    let mut term = match token {
-                        Token::Int(value) => Term::Int(value),
-                        Token::Atom(atom) => Term::Atom(self.atoms.get(atom)),
-                        Token::Float(value) => Term::Float(value),
-                        Token::Binary(bytes) => Term::Binary(bytes.to_vec()),
-                        Token::Nil => Term::List(Vec::new()),
-                        token => self.rare(&mut cursor, at, token, stack.len())?,
+                    let keys = &mut self.keys;
+                    let complete = match token {
+                        Token::Int(value) => top.put(Term::Int(value), keys),
+                        Token::Atom(atom) => top.put(Term::Atom(self.atoms.get(atom)), keys),
+                        Token::Float(value) => top.put(Term::Float(value), keys),
+                        Token::Binary(bytes) => top.put(Term::Binary(bytes.to_vec()), keys),
+                        Token::Nil => top.put(Term::List(Vec::new()), keys),
+                        token => {
+                            let term = self.rare(&mut cursor, at, token, stack.len())?;
+                            top.put(term, &mut self.keys)
+                        }
                     };
+                    if !complete {
+                        continue;
+                    }
+                    // And those around it that waited for it alone.
                     loop {
+                        let Some(outer) = stack.pop() else {
+                            let term = top.items.pop().unwrap_or_else(|| Term::List(Vec::new()));
+                            return Ok((term, cursor.pos()));
+                        };
+                        let whole = std::mem::replace(&mut top, outer);
+                        let term = whole.finish().map_err(|_| duplicate_key(cursor.pos()))?;
                         if !top.put(term, &mut self.keys) {
                             break;
-                        }
-                        match stack.pop() {
-                            Some(outer) => {
-                                let whole = std::mem::replace(&mut top, outer);
-                                term = whole.finish().map_err(|_| duplicate_key(cursor.pos()))?;
-                            }
-                            None => match top.items.pop() {
-                                Some(term) => return Ok((term, cursor.pos())),
-                                None => return Ok((Term::List(Vec::new()), cursor.pos())),
-                            },
                         }
                     }
                     continue;
@@ -279,69 +284,41 @@ fn duplicate_key(offset: usize) -> DecodeError {
     DecodeError::DuplicateKey { offset }
 }
 
-/// Atoms that were just made: a list of maps names the same keys over and over, and comparing a few bytes is cheaper
-/// than making a string.
+/// Long atoms that were just made: a list of structs names the same module over and over.
 struct AtomCache {
-    entries: Vec<Entry>,
-}
-
-#[derive(Clone, Default)]
-struct Entry {
-    /// The text's bytes, and how many.
-    text: (u64, u64, usize),
-    atom: Option<Atom>,
+    atoms: [Option<Atom>; Self::ENTRIES],
 }
 
 impl AtomCache {
-    const ENTRIES: usize = 64;
-    /// In shorter input few atoms come twice.
-    const MIN_INPUT: usize = 256;
-    /// Longer texts are not kept.
-    const MAX_TEXT: usize = 16;
+    const ENTRIES: usize = 8;
 
-    fn for_input_of(len: usize) -> Self {
-        let entries = if len < Self::MIN_INPUT { 0 } else { Self::ENTRIES };
+    fn new() -> Self {
         Self {
-            entries: vec![Entry::default(); entries],
+            atoms: [const { None }; Self::ENTRIES],
         }
     }
 
     #[inline(always)]
     fn get(&mut self, atom: AtomRef<'_>) -> Atom {
-        let Some(bytes) = atom.utf8_bytes().filter(|bytes| bytes.len() <= Self::MAX_TEXT) else {
+        match atom.utf8_bytes().and_then(Atom::short) {
+            Some(atom) => atom,
+            None => self.long(atom),
+        }
+    }
+
+    #[inline(never)]
+    fn long(&mut self, atom: AtomRef<'_>) -> Atom {
+        let Some(text) = atom.utf8_bytes() else {
             return Atom::from(atom);
         };
-        let text = pack(bytes);
-        let hash = (text.0 ^ text.1.rotate_left(23) ^ text.2 as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        match self.entries.get_mut((hash >> 58) as usize) {
-            Some(Entry {
-                text: known,
-                atom: Some(same),
-            }) if *known == text => same.clone(),
-            Some(entry) => {
-                let atom = Atom::from(atom);
-                *entry = Entry {
-                    text,
-                    atom: Some(atom.clone()),
-                };
-                atom
-            }
+        // Names in one input often begin alike and end differently.
+        let last = text.last().map_or(0, |&b| usize::from(b));
+        match self.atoms.get_mut((last ^ text.len()) % Self::ENTRIES) {
+            Some(Some(known)) if known.as_bytes() == text => known.clone(),
+            Some(slot) => slot.insert(Atom::from(atom)).clone(),
             None => Atom::from(atom),
         }
     }
-}
-
-/// At most 16 bytes and their number as numbers: equal for equal bytes only.
-#[inline(always)]
-fn pack(bytes: &[u8]) -> (u64, u64, usize) {
-    let word = |chunk: Option<&[u8; 8]>| chunk.map_or(0, |c| u64::from_le_bytes(*c));
-    let half = |chunk: Option<&[u8; 4]>| chunk.map_or(0, |c| u64::from(u32::from_le_bytes(*c)));
-    let (a, b) = match bytes.len() {
-        0..=3 => (bytes.iter().fold(0, |all, &byte| all << 8 | u64::from(byte)), 0),
-        4..=7 => (half(bytes.first_chunk()), half(bytes.last_chunk())),
-        _ => (word(bytes.first_chunk()), word(bytes.last_chunk())),
-    };
-    (a, b, bytes.len())
 }
 
 #[cfg(test)]

@@ -194,23 +194,22 @@ fn write_big(negative: bool, magnitude: &[u8], out: &mut Vec<u8>) -> Result<(), 
     Ok(())
 }
 
+#[inline]
 fn write_atom(atom: &Atom, out: &mut Vec<u8>) -> Result<(), EncodeError> {
-    let text = atom.as_str();
-    if text.len() > MAX_ATOM_CHARS {
-        let chars = text.chars().count();
-        if chars > MAX_ATOM_CHARS {
-            return Err(EncodeError::AtomTooLong { chars });
-        }
-    }
+    let text = atom.as_bytes();
     match u8::try_from(text.len()) {
         Ok(len) => out.extend_from_slice(&[tag::SMALL_ATOM_UTF8, len]),
         Err(_) => {
+            let chars = atom.as_str().chars().count();
+            if chars > MAX_ATOM_CHARS {
+                return Err(EncodeError::AtomTooLong { chars });
+            }
             out.push(tag::ATOM_UTF8);
             // At most 255 characters of at most 4 bytes.
             out.extend_from_slice(&(text.len() as u16).to_be_bytes());
         }
     }
-    out.extend_from_slice(text.as_bytes());
+    out.extend_from_slice(text);
     Ok(())
 }
 

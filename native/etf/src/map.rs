@@ -49,7 +49,7 @@ impl Map {
     pub fn get_atom(&self, key: &str) -> Option<&Term> {
         // Only numbers sort below atoms.
         let index = self.pairs.binary_search_by(|(k, _)| match k {
-            Term::Atom(atom) => atom.as_str().cmp(key),
+            Term::Atom(atom) => atom.as_bytes().cmp(key.as_bytes()),
             Term::Int(_) | Term::BigInt(_) | Term::Float(_) => Ordering::Less,
             _ => Ordering::Greater,
         });

@@ -147,14 +147,16 @@ mod tests {
             "日本日本日",
             "日本日本日本",
         ];
-        let set: HashSet<Atom> = texts.into_iter().map(Atom::from).collect();
+        let atoms = texts.map(Atom::from);
+        let set: HashSet<Atom> = atoms.iter().cloned().collect();
         for (i, a) in texts.into_iter().enumerate() {
             let atom = Atom::from(a);
             assert_eq!(atom.as_str(), a);
             assert_eq!(atom, *a);
             assert!(set.contains(a));
             for (j, b) in texts.into_iter().enumerate() {
-                assert_eq!(atom == Atom::from(b), i == j);
+                assert_eq!(atom == *b, i == j);
+                assert_eq!(atom == atoms[j], i == j);
                 assert_eq!(atom.cmp(&Atom::from(b)), a.cmp(b));
             }
         }

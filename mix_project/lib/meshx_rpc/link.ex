@@ -225,7 +225,7 @@ defmodule MeshxRpc.Link do
   end
 
   defp command(socket, frames) do
-    if :erlang.port_command(socket, frames, [:nosuspend]), do: :ok, else: :busy
+    if MeshxRpc.Port.command(socket, frames), do: :ok, else: :busy
   rescue
     ArgumentError -> {:error, :closed}
   end

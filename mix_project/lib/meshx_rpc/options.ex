@@ -352,6 +352,7 @@ defmodule MeshxRpc.Options do
   @doc "Where its events go: asked when it starts, since `:telemetry` may be loaded later than the options are checked."
   @spec telemetry(map()) :: map()
   def telemetry(config) do
+    MeshxRpc.Port.prepare()
     sink = MeshxRpc.Telemetry.new(config.id, config.telemetry_prefix, config.telemetry_handler)
     Map.put(config, :telemetry, sink)
   end

@@ -60,7 +60,7 @@ defmodule MeshxRpc.ReloadTest do
     {:ok, peer, _node} =
       :peer.start_link(%{
         connection: :standard_io,
-        args: Enum.flat_map(:code.get_path(), &['-pa', &1])
+        args: Enum.flat_map(:code.get_path(), &[~c"-pa", &1])
       })
 
     {:ok, _} = :peer.call(peer, Application, :ensure_all_started, [:elixir])

@@ -238,7 +238,7 @@ defmodule MeshxRpc.TelemetryTest do
 
     @program """
     :persistent_term.put(:executed, :counters.new(1, []))
-    :ok = :application.load({:application, :telemetry, [applications: [:kernel, :stdlib], vsn: '1.0.0']})
+    :ok = :application.load({:application, :telemetry, [applications: [:kernel, :stdlib], vsn: ~c"1.0.0"]})
     {:ok, _} = Application.ensure_all_started(:meshx)
 
     defmodule Api do
@@ -268,7 +268,7 @@ defmodule MeshxRpc.TelemetryTest do
       {:ok, peer, _node} =
         :peer.start_link(%{
           connection: :standard_io,
-          args: Enum.flat_map(:code.get_path(), &['-pa', &1])
+          args: Enum.flat_map(:code.get_path(), &[~c"-pa", &1])
         })
 
       {:ok, _} = :peer.call(peer, Application, :ensure_all_started, [:elixir])

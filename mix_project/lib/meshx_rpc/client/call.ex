@@ -168,7 +168,7 @@ defmodule MeshxRpc.Client.Call do
     # is not missed for ever.
     send(pid, {:direct, socket, alias, self(), stream})
 
-    if :erlang.port_command(socket, frame, [:nosuspend]),
+    if MeshxRpc.Port.command(socket, frame),
       do: written(socket),
       else: send(pid, {:frame, socket, frame, size})
   rescue

@@ -147,7 +147,7 @@ defmodule MeshxRpc.Server.Task do
     length = size + byte_size(head)
     frame = Frame.block(:response, true, 0, stream, [head | iovec], length, task.crc)
 
-    if :erlang.port_command(task.socket, frame, [:nosuspend]) do
+    if MeshxRpc.Port.command(task.socket, frame) do
       :answered
     else
       _ = Shared.grant(task.shared, size)

@@ -44,7 +44,7 @@ pub enum Message {
     Spawned {
         /// What [`Mailbox::spawn_request`] returned.
         reference: Reference,
-        /// The process, or why there is none (an atom like `notsup` or `noconnection`).
+        /// The process, or why there is none (an atom like `system_limit` or `noconnection`).
         result: Result<Pid, Term>,
     },
 }

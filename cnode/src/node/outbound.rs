@@ -560,6 +560,25 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_large_message_stays_behind_small_ones_of_its_sender_that_wait_for_later_writes() {
+        let queue = Outbound::new(100 << 20, 1, 0, 0);
+        for (from, len) in [
+            (2, 50_000),
+            (2, 50_000),
+            (2, 50_000),
+            (2, 50_000),
+            (1, 10),
+            (1, 100_000),
+        ] {
+            let frames = message(from, 1 + len as u64, len);
+            queue.queue(Room::Send, origin(from), frames).await.unwrap();
+        }
+        let seen = arrivals(&queue).await;
+        let order: Vec<u32> = seen.iter().map(|(from, _)| *from).collect();
+        assert_eq!(order, [2, 2, 2, 2, 1, 1]);
+    }
+
+    #[tokio::test]
     async fn large_messages_share_the_writes_and_hold_up_only_their_own_senders() {
         let queue = Outbound::new(100 << 20, 1, 0, 0);
         for (from, len) in [

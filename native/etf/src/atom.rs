@@ -15,7 +15,7 @@ use crate::token::AtomRef;
 pub struct Atom(Text);
 
 /// Most bytes that are kept in place: it makes an atom 16 bytes wide.
-const SHORT: usize = 14;
+pub(crate) const SHORT: usize = 14;
 
 /// Text is always UTF-8. A text that is short enough is always `Short`, with zeros behind it, so that equal texts are
 /// equal values.
@@ -47,6 +47,15 @@ impl Atom {
             // It is UTF-8: nothing else gets here.
             Text::Short { .. } => std::str::from_utf8(self.as_bytes()).unwrap_or_default(),
             Text::Long(text) => text,
+        }
+    }
+
+    /// A short text, with how many of these bytes it takes.
+    #[inline(always)]
+    pub(crate) fn short_parts(&self) -> Option<(u8, &[u8; SHORT])> {
+        match &self.0 {
+            Text::Short { len, bytes } => Some((*len, bytes)),
+            Text::Long(_) => None,
         }
     }
 

@@ -180,7 +180,7 @@ impl<'a> Cursor<'a> {
             self.rest = after;
             return Ok(Token::Int(value));
         }
-        let (token, rest) = any_integer(self, at, len)?;
+        let (token, rest) = any_integer(self.rest, self.len, self.max_integer_bytes, at, len)?;
         self.rest = rest;
         Ok(token)
     }
@@ -408,25 +408,37 @@ fn rare_token<'a>(
     Ok((token, cursor))
 }
 
-/// An integer with `len` bytes of magnitude; `cursor` is at its sign. Returns what follows it.
+/// An integer with `len` bytes of magnitude; `rest` begins with its sign and is the end of `input` bytes. Returns what
+/// follows it.
 #[inline(never)]
-fn any_integer<'a>(cursor: &Cursor<'a>, at: usize, len: usize) -> Result<(Token<'a>, &'a [u8]), DecodeError> {
-    let mut cursor = *cursor;
-    if len > cursor.max_integer_bytes {
+fn any_integer(
+    rest: &[u8],
+    input: usize,
+    limit: usize,
+    at: usize,
+    len: usize,
+) -> Result<(Token<'_>, &[u8]), DecodeError> {
+    if len > limit {
         return Err(DecodeError::IntegerTooLong {
             len,
-            limit: cursor.max_integer_bytes,
+            limit,
             offset: at,
         });
     }
+    let Some((&sign, rest)) = rest.split_first() else {
+        return Err(truncated(input, rest, 1));
+    };
+    let Some((magnitude, rest)) = rest.split_at_checked(len) else {
+        return Err(truncated(input, rest, len));
+    };
     // Any byte but 0 means negative to the BEAM.
-    let negative = cursor.u8()? != 0;
-    let magnitude = trim_zeros(cursor.take(len)?);
+    let negative = sign != 0;
+    let magnitude = trim_zeros(magnitude);
     let token = match small_integer(negative, magnitude) {
         Some(value) => Token::Int(value),
         None => Token::BigInt { negative, magnitude },
     };
-    Ok((token, cursor.rest))
+    Ok((token, rest))
 }
 
 /// Whether all bytes are below 128. Most atoms are a few bytes long: they are read in one or two pieces.

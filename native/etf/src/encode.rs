@@ -1,8 +1,8 @@
 //! Owned terms to bytes, in the forms that OTP 25 and later write or read.
 
-use std::slice;
+use std::{mem, slice};
 
-use crate::atom::Atom;
+use crate::atom::{Atom, SHORT};
 use crate::cursor::{MAX_ATOM_CHARS, MAX_REFERENCE_WORDS};
 use crate::error::EncodeError;
 use crate::limits::DEPTH_CEILING;
@@ -33,102 +33,139 @@ enum Rest<'a> {
     Terms(slice::Iter<'a, Term>),
     /// Elements of a list, then its tail (`None` for `[]`).
     List(slice::Iter<'a, Term>, Option<&'a Term>),
-    Pairs(slice::Iter<'a, (Term, Term)>),
-    /// The value of the pair whose key is being written, and the pairs after it.
-    Value(&'a Term, slice::Iter<'a, (Term, Term)>),
+    /// What comes after the last element of a list.
+    Tail(Option<&'a Term>),
+    /// The value of the pair whose key was written, and the pairs after it.
+    Pairs(Option<&'a Term>, slice::Iter<'a, (Term, Term)>),
 }
 
 fn write_all(term: &Term, out: &mut Vec<u8>) -> Result<(), EncodeError> {
     let mut open: Vec<Rest<'_>> = Vec::new();
-    let mut next = Some(term);
+    // The innermost container is a local: only beginning and ending one touches the stack.
+    let mut top = Rest::Terms(slice::from_ref(term).iter());
     loop {
-        if let Some(term) = next.take()
-            && let Some(rest) = write_one(term, out)?
-        {
-            if open.len() >= DEPTH_CEILING as usize {
-                return Err(EncodeError::TooDeep {
-                    limit: DEPTH_CEILING as usize,
-                });
-            }
-            open.push(rest);
-        }
-        next = match open.pop() {
-            None => return Ok(()),
-            Some(Rest::Terms(mut items)) => items.next().inspect(|_| open.push(Rest::Terms(items))),
-            Some(Rest::List(mut items, tail)) => match (items.next(), tail) {
-                (Some(item), _) => {
-                    open.push(Rest::List(items, tail));
-                    Some(item)
-                }
-                (None, Some(tail)) => Some(tail),
-                (None, None) => {
-                    out.push(tag::NIL);
-                    None
+        let next = match &mut top {
+            Rest::Terms(items) => items.next(),
+            Rest::List(items, tail) => match items.next() {
+                Some(item) => Some(item),
+                None => {
+                    let tail = *tail;
+                    if tail.is_none() {
+                        out.push(tag::NIL);
+                    }
+                    top = Rest::Tail(None);
+                    tail
                 }
             },
-            Some(Rest::Pairs(mut pairs)) => pairs.next().map(|(key, value)| {
-                open.push(Rest::Value(value, pairs));
-                key
-            }),
-            Some(Rest::Value(value, pairs)) => {
-                open.push(Rest::Pairs(pairs));
-                Some(value)
-            }
+            Rest::Tail(tail) => tail.take(),
+            Rest::Pairs(value, pairs) => match value.take() {
+                Some(value) => Some(value),
+                None => pairs.next().map(|(key, next)| {
+                    *value = Some(next);
+                    key
+                }),
+            },
         };
+        match next {
+            Some(term) => {
+                if let Some(rest) = write_one(term, out)? {
+                    // The outermost of them is no container but holds the whole term.
+                    if open.len() >= DEPTH_CEILING as usize {
+                        return Err(EncodeError::TooDeep {
+                            limit: DEPTH_CEILING as usize,
+                        });
+                    }
+                    open.push(mem::replace(&mut top, rest));
+                }
+            }
+            None => match open.pop() {
+                Some(outer) => top = outer,
+                None => return Ok(()),
+            },
+        }
     }
 }
 
+/// Writes the first `len` bytes of a small array. To write all of it and take some back is several times as fast as
+/// to copy a number of bytes that is known only here.
+#[inline(always)]
+fn write_some<const N: usize>(bytes: [u8; N], len: usize, out: &mut Vec<u8>) {
+    let end = out.len() + len;
+    out.extend_from_slice(&bytes);
+    out.truncate(end);
+}
+
 /// Writes a term that has no parts, or the head of one that has.
+#[inline(always)]
 fn write_one<'a>(term: &'a Term, out: &mut Vec<u8>) -> Result<Option<Rest<'a>>, EncodeError> {
     match term {
         Term::Int(value) => write_int(*value, out),
-        Term::BigInt(value) => write_big(value.is_negative(), value.magnitude_le(), out)?,
+        Term::Atom(atom) => match atom.short_parts() {
+            Some((len, text)) => {
+                let mut bytes = [tag::SMALL_ATOM_UTF8; 2 + SHORT];
+                bytes[1] = len;
+                bytes[2..].copy_from_slice(text);
+                write_some(bytes, 2 + usize::from(len), out);
+            }
+            None => write_atom(atom, out)?,
+        },
         Term::Float(value) => {
             if !value.is_finite() {
                 return Err(EncodeError::Float);
             }
-            out.push(tag::NEW_FLOAT);
-            out.extend_from_slice(&value.to_be_bytes());
+            let mut bytes = [tag::NEW_FLOAT; 9];
+            bytes[1..].copy_from_slice(&value.to_be_bytes());
+            out.extend_from_slice(&bytes);
         }
-        Term::Atom(atom) => write_atom(atom, out)?,
         Term::Binary(bytes) => {
-            out.push(tag::BINARY);
-            write_len("a binary", bytes.len(), out)?;
+            out.extend_from_slice(&head("a binary", tag::BINARY, bytes.len())?);
             out.extend_from_slice(bytes);
         }
-        Term::BitBinary { bytes, bits } => write_bit_binary(bytes, *bits, out)?,
         Term::List(items) => {
             if items.is_empty() {
                 out.push(tag::NIL);
             } else if !write_string(items, out) {
-                out.push(tag::LIST);
-                write_len("a list", items.len(), out)?;
+                out.extend_from_slice(&head("a list", tag::LIST, items.len())?);
                 return Ok(Some(Rest::List(items.iter(), None)));
             }
+        }
+        Term::Tuple(items) => {
+            match u8::try_from(items.len()) {
+                Ok(arity) => out.extend_from_slice(&[tag::SMALL_TUPLE, arity]),
+                Err(_) => out.extend_from_slice(&head("a tuple", tag::LARGE_TUPLE, items.len())?),
+            }
+            return Ok(Some(Rest::Terms(items.iter())));
+        }
+        Term::Map(map) => {
+            out.extend_from_slice(&head("a map", tag::MAP, map.len())?);
+            return Ok(Some(Rest::Pairs(None, map.iter())));
         }
         Term::ImproperList(items, tail) => {
             if items.is_empty() {
                 return Err(EncodeError::EmptyImproperList);
             }
-            out.push(tag::LIST);
-            write_len("a list", items.len(), out)?;
+            out.extend_from_slice(&head("a list", tag::LIST, items.len())?);
             return Ok(Some(Rest::List(items.iter(), Some(tail))));
         }
-        Term::Tuple(items) => {
-            match u8::try_from(items.len()) {
-                Ok(arity) => out.extend_from_slice(&[tag::SMALL_TUPLE, arity]),
-                Err(_) => {
-                    out.push(tag::LARGE_TUPLE);
-                    write_len("a tuple", items.len(), out)?;
-                }
-            }
-            return Ok(Some(Rest::Terms(items.iter())));
-        }
-        Term::Map(map) => {
-            out.push(tag::MAP);
-            write_len("a map", map.len(), out)?;
-            return Ok(Some(Rest::Pairs(map.iter())));
-        }
+        rare => write_rare(rare, out)?,
+    }
+    Ok(None)
+}
+
+/// A tag and a 32-bit length.
+#[inline(always)]
+fn head(what: &'static str, tag: u8, len: usize) -> Result<[u8; 5], EncodeError> {
+    let word = u32::try_from(len).map_err(|_| EncodeError::TooLong { what, len })?;
+    let [a, b, c, d] = word.to_be_bytes();
+    Ok([tag, a, b, c, d])
+}
+
+/// A term without parts, of a kind that is seldom met.
+#[inline(never)]
+fn write_rare(term: &Term, out: &mut Vec<u8>) -> Result<(), EncodeError> {
+    match term {
+        Term::BigInt(value) => write_big(value.is_negative(), value.magnitude_le(), out)?,
+        Term::BitBinary { bytes, bits } => write_bit_binary(bytes, *bits, out)?,
         Term::Pid(pid) => {
             out.push(tag::NEW_PID);
             write_atom(&pid.node, out)?;
@@ -163,21 +200,27 @@ fn write_one<'a>(term: &'a Term, out: &mut Vec<u8>) -> Result<Option<Rest<'a>>, 
             write_atom(&export.function, out)?;
             out.extend_from_slice(&[tag::SMALL_INTEGER, export.arity]);
         }
+        // All others are written by `write_one`.
+        _ => {}
     }
-    Ok(None)
+    Ok(())
 }
 
+#[inline(always)]
 fn write_int(value: i64, out: &mut Vec<u8>) {
     if let Ok(small) = u8::try_from(value) {
         out.extend_from_slice(&[tag::SMALL_INTEGER, small]);
     } else if let Ok(word) = i32::try_from(value) {
-        out.push(tag::INTEGER);
-        out.extend_from_slice(&word.to_be_bytes());
+        let [a, b, c, d] = word.to_be_bytes();
+        out.extend_from_slice(&[tag::INTEGER, a, b, c, d]);
     } else {
         let magnitude = value.unsigned_abs();
         let len = 8 - magnitude.leading_zeros() as usize / 8;
-        out.extend_from_slice(&[tag::SMALL_BIG, len as u8, u8::from(value < 0)]);
-        out.extend(magnitude.to_le_bytes().iter().take(len));
+        let mut bytes = [tag::SMALL_BIG; 11];
+        bytes[1] = len as u8;
+        bytes[2] = u8::from(value < 0);
+        bytes[3..].copy_from_slice(&magnitude.to_le_bytes());
+        write_some(bytes, 3 + len, out);
     }
 }
 

@@ -86,15 +86,15 @@ impl<'a> Walk<'a> {
     /// As [`Walk::next_token`]; tokens before the fault have been seen by then.
     #[inline]
     pub fn for_each(self, mut see: impl FnMut(Token<'a>)) -> Result<usize, DecodeError> {
-        // Both are locals, so that they stay in registers as far as possible.
+        // All locals, so that most of them stay in registers.
         let Self {
             mut cursor,
-            mut nesting,
+            nesting: Nesting { mut inner, mut outer },
         } = self;
-        while cursor.owed() > 0 {
+        while !inner.is_done() {
             let at = cursor.pos();
             let token = cursor.token()?;
-            nesting.advance(&token, at, cursor.pos())?;
+            inner = outer.advance(inner, &token, at, cursor.pos())?;
             see(token);
         }
         Ok(cursor.pos())
@@ -162,29 +162,35 @@ pub(crate) fn skip_fun(
     Ok(())
 }
 
-/// The containers a walk is in. The innermost is kept apart from those around it: only beginning and ending one
-/// touches the stack.
+/// The containers a walk is in: the innermost, and those around it.
 #[derive(Debug)]
 pub(crate) struct Nesting {
-    /// Parts of the innermost container still to come; at the start one term is.
-    left: usize,
-    kind: Kind,
-    around: Vec<Open>,
-    deepest: usize,
-    max_depth: usize,
+    pub(crate) inner: Inner,
+    pub(crate) outer: Outer,
 }
 
-#[derive(Debug)]
-struct Open {
+/// The innermost container. Small and apart, so that a loop keeps it in registers.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Inner {
+    /// Parts still to come; at the start one term is, and 0 only when all is read.
     left: usize,
     kind: Kind,
+}
+
+/// The containers around the innermost one: only beginning and ending a container touches them.
+#[derive(Debug)]
+pub(crate) struct Outer {
+    around: Vec<Inner>,
+    /// Where the funs that are open end by their size fields, innermost last.
+    fun_ends: Vec<usize>,
+    deepest: usize,
+    max_depth: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Kind {
     List,
-    /// With the offset where its size field says that it ends.
-    Fun(usize),
+    Fun,
     Map,
     Other,
 }
@@ -192,82 +198,109 @@ enum Kind {
 impl Nesting {
     pub(crate) fn new(max_depth: usize) -> Self {
         Self {
-            left: 1,
-            kind: Kind::Other,
-            around: Vec::new(),
-            deepest: 0,
-            max_depth,
+            inner: Inner {
+                left: 1,
+                kind: Kind::Other,
+            },
+            outer: Outer {
+                around: Vec::new(),
+                fun_ends: Vec::new(),
+                deepest: 0,
+                max_depth,
+            },
         }
     }
 
     pub(crate) fn depth(&self) -> usize {
-        self.around.len()
+        self.outer.around.len()
     }
 
     /// The deepest it was so far.
     pub(crate) fn deepest(&self) -> usize {
-        self.deepest
+        self.outer.deepest
     }
 
     /// Whether the next token begins a key of the innermost container; `None` if that is not a map.
     pub(crate) fn next_is_key(&self) -> Option<bool> {
-        (self.kind == Kind::Map).then_some(self.left.is_multiple_of(2))
+        (self.inner.kind == Kind::Map).then_some(self.inner.left.is_multiple_of(2))
     }
 
     /// Takes note of a token that began at `at` and whose own bytes end at `end`.
     #[inline(always)]
     pub(crate) fn advance(&mut self, token: &Token<'_>, at: usize, end: usize) -> Result<(), DecodeError> {
-        self.left = self.left.saturating_sub(1);
+        self.inner = self.outer.advance(self.inner, token, at, end)?;
+        Ok(())
+    }
+}
+
+impl Inner {
+    /// Whether the term is complete.
+    #[inline(always)]
+    fn is_done(self) -> bool {
+        self.left == 0
+    }
+}
+
+impl Outer {
+    /// As [`Nesting::advance`]: from the innermost container before the token to that after it.
+    #[inline(always)]
+    fn advance(
+        &mut self,
+        mut inner: Inner,
+        token: &Token<'_>,
+        at: usize,
+        end: usize,
+    ) -> Result<Inner, DecodeError> {
+        inner.left = inner.left.saturating_sub(1);
         let (left, kind) = match token {
             Token::List { len } => (len.saturating_add(1), Kind::List),
             Token::Map { pairs } => (pairs.saturating_mul(2), Kind::Map),
             Token::Tuple { arity } => (*arity, Kind::Other),
-            Token::Fun(fun) => (
-                token.children(),
-                Kind::Fun((at + 1).saturating_add(fun.body.len())),
-            ),
+            Token::Fun(fun) => {
+                self.fun_ends.push((at + 1).saturating_add(fun.body.len()));
+                (token.children(), Kind::Fun)
+            }
             _ => (0, Kind::Other),
         };
         if left > 0 {
-            self.enter(left, kind, at)
-        } else if self.left == 0 {
-            self.leave(end)
+            self.enter(inner, Inner { left, kind }, at)
+        } else if inner.left == 0 {
+            self.leave(inner, end)
         } else {
-            Ok(())
+            Ok(inner)
         }
     }
 
     #[inline(always)]
-    fn enter(&mut self, left: usize, kind: Kind, at: usize) -> Result<(), DecodeError> {
+    fn enter(&mut self, inner: Inner, new: Inner, at: usize) -> Result<Inner, DecodeError> {
         // A list whose tail is a list is one longer list. C nodes write a list of unknown length this way, element
         // by element, so it must not count as nesting.
-        if !(kind == Kind::List && self.kind == Kind::List && self.left == 0) {
+        if !(new.kind == Kind::List && inner.kind == Kind::List && inner.left == 0) {
             if self.around.len() >= self.max_depth {
                 return Err(too_deep(self.max_depth, at));
             }
-            self.around.push(Open {
-                left: self.left,
-                kind: self.kind,
-            });
+            self.around.push(inner);
             self.deepest = self.deepest.max(self.around.len());
         }
-        (self.left, self.kind) = (left, kind);
-        Ok(())
+        Ok(new)
     }
 
     /// The innermost container is complete, and those around it that waited for it alone.
     #[inline(always)]
-    fn leave(&mut self, end: usize) -> Result<(), DecodeError> {
-        while self.left == 0 {
-            if let Kind::Fun(announced) = self.kind
+    fn leave(&mut self, mut inner: Inner, end: usize) -> Result<Inner, DecodeError> {
+        while inner.left == 0 {
+            if inner.kind == Kind::Fun
+                && let Some(announced) = self.fun_ends.pop()
                 && announced != end
             {
                 return Err(fun_size(announced, end));
             }
-            let Some(outer) = self.around.pop() else { break };
-            (self.left, self.kind) = (outer.left, outer.kind);
+            match self.around.pop() {
+                Some(outer) => inner = outer,
+                None => break,
+            }
         }
-        Ok(())
+        Ok(inner)
     }
 }
 

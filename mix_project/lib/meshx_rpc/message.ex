@@ -117,14 +117,9 @@ defmodule MeshxRpc.Message do
     <<size::64, block::32, entries_bytes::32>> =
       binary_part(bytes, byte_size(bytes) - @tail_bytes, @tail_bytes)
 
-    case bytes do
-      <<data::binary-size(size), entries::binary-size(entries_bytes), _::binary-size(@tail_bytes)>>
-      when block >= 200 ->
-        {:ok, data, block, entries}
-
-      _ ->
-        :malformed
-    end
+    if block >= 200 and size + entries_bytes + @tail_bytes == byte_size(bytes),
+      do: {:ok, binary_part(bytes, 0, size), block, binary_part(bytes, size, entries_bytes)},
+      else: :malformed
   end
 
   defp split(_bytes), do: :malformed

@@ -14,20 +14,22 @@ defmodule MeshxRpc.Port do
   def command(socket, bytes) do
     case :persistent_term.get(@head, nil) do
       "" -> :erlang.port_command(socket, bytes, [:nosuspend])
-      nil -> prepare() && command(socket, bytes)
+      nil -> command(socket, bytes, prepare())
       head -> :erlang.port_command(socket, [head | bytes], [:nosuspend])
     end
   end
 
+  defp command(socket, bytes, :ok), do: command(socket, bytes)
+
   @doc "Finds out what this VM wants. Who is not the first waits for the first."
-  @spec prepare() :: true
+  @spec prepare() :: :ok
   def prepare do
     find = fn ->
       if :persistent_term.get(@head, nil) == nil, do: :persistent_term.put(@head, head())
     end
 
     :global.trans({@head, self()}, find, [node()])
-    true
+    :ok
   end
 
   defp head do

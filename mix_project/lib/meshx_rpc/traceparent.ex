@@ -32,12 +32,11 @@ defmodule MeshxRpc.Traceparent do
     length = :binary.last(bytes)
     size = byte_size(bytes) - length - 1
 
-    case bytes do
-      <<message::binary-size(size), text::binary-size(length), _length>> when size >= 0 ->
-        {:ok, message, if(valid?(text), do: :binary.copy(text))}
-
-      _too_short ->
-        :error
+    if size >= 0 do
+      text = binary_part(bytes, size, length)
+      {:ok, binary_part(bytes, 0, size), if(valid?(text), do: :binary.copy(text))}
+    else
+      :error
     end
   end
 

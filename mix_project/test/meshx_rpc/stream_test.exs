@@ -8,7 +8,7 @@ defmodule MeshxRpc.StreamTest do
 
   defmodule Pieces do
     @moduledoc false
-    def range(n), do: 1..n
+    def range(n), do: 1..n//1
     def blocks({count, size}), do: Stream.map(1..count, fn n -> :binary.copy(<<n>>, size) end)
     def sum(numbers), do: Enum.sum(numbers)
     def both({numbers, factor}), do: Stream.map(numbers, &(&1 * factor))

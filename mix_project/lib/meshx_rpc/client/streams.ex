@@ -222,7 +222,7 @@ defmodule MeshxRpc.Client.Streams do
       {request, _, _, _} = message when is_map_key(pulls, request) ->
         came(session, request, message)
 
-      {:DOWN, request, _, _, _} = message when is_map_key(pulls, request) ->
+      {:DOWN, request, :process, _, _} = message when is_map_key(pulls, request) ->
         came(session, request, message)
 
       {:DOWN, monitor, _, _, reason} when is_map_key(feeders, monitor) ->

@@ -38,7 +38,8 @@ defmodule MeshxRpc.Server.Casts do
   @spec run(map(), binary()) :: {:ok, term()} | {:error, term()}
   def run(config, <<timeout::32, flag, fun_len, keyed, rest::binary>>) when keyed in [0, 1] do
     with {:ok, key, rest} <- key(keyed, rest),
-         <<name::binary-size(fun_len), argument::binary>> <- rest do
+         true <- byte_size(rest) >= fun_len,
+         {name, argument} = :erlang.split_binary(rest, fun_len) do
       case Functions.own(config, name) do
         {:ok, fun} ->
           cast = %{fun: fun, flag: flag, argument: argument, key: key, until: until(timeout)}

@@ -127,12 +127,12 @@ defmodule MeshxRpc.Codec.Elixir.Token do
   defp identifier(bytes, before, size, behind, kind, words) do
     {rest, len} = atom(bytes)
 
-    case rest do
-      <<_::binary-size(before), creation::size(size)-unit(8), _::binary-size(behind), rest::binary>> ->
-        {rest, {kind, len, words, {name(bytes, len), creation}}}
-
-      _ ->
-        malformed(kind)
+    if byte_size(rest) >= before + size + behind do
+      creation = rest |> binary_part(before, size) |> :binary.decode_unsigned()
+      {_, rest} = :erlang.split_binary(rest, before + size + behind)
+      {rest, {kind, len, words, {name(bytes, len), creation}}}
+    else
+      malformed(kind)
     end
   end
 

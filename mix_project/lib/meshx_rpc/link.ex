@@ -93,6 +93,10 @@ defmodule MeshxRpc.Link do
 
   defp bounded(link, events), do: {:ok, link, events}
 
+  @doc "Streams that are not over for the codec."
+  @spec open_streams(t()) :: non_neg_integer()
+  def open_streams(link), do: link.module.stats(link.codec).open
+
   @doc "Tells the codec about a stream."
   def open(link, stream), do: %{link | codec: link.module.open(link.codec, stream)}
 

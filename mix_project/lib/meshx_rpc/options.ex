@@ -261,11 +261,12 @@ defmodule MeshxRpc.Options do
         pool_opts: [
           type:
             {:custom, &Check.client_pool/1,
-             "a keyword list of :size (1 to 64), :max_overflow and :strategy (:lifo or :fifo)"},
-          default: %{size: 2},
+             "a keyword list of :size (1 to 64), :max_overflow (0 to 64) and :strategy (:lifo or :fifo)"},
+          default: %{size: 2, max_overflow: 0},
           doc:
-            "`size` connections; each carries any number of calls at once, so few are needed. " <>
-              "`max_overflow` and `strategy` are taken and have no meaning any more"
+            "`size` connections, of which a call takes the one with the fewest; each carries any number of calls at " <>
+              "once, so few are needed. While all have 64 calls or more there are up to `max_overflow` further ones. " <>
+              "`strategy` is taken and has no meaning any more"
         ],
         traceparent: [
           type:
@@ -302,6 +303,13 @@ defmodule MeshxRpc.Options do
           type: {:range, 1, 3_600_000},
           default: 5_000,
           doc: "wait in ms after the hello failed"
+        ],
+        ping_interval: [
+          type: {:range, 10, 3_600_000},
+          default: 15_000,
+          doc:
+            "ms of silence after which the server is asked whether it is there (PING); after as many again without a " <>
+              "byte of it the connection is lost"
         ],
         retry_unsafe: [
           type: :boolean,

@@ -60,7 +60,10 @@ defmodule MeshxRpc.Case do
     id = unique("server")
 
     options =
-      Keyword.merge([address: {:tcp, {127, 0, 0, 1}, 0}, module: MeshxRpc.TestServer], options)
+      Keyword.merge(
+        [address: {:tcp, {127, 0, 0, 1}, 0}, module: MeshxRpc.TestServer, drain: 0],
+        options
+      )
 
     start_supervised!(Server.Pool.child_spec(id, options))
     {:ok, address} = Server.Pool.address(id)

@@ -72,7 +72,8 @@ defmodule MeshxRpc.TestVm do
 
   @doc "Starts a server there, and gives its address."
   def serve(id, options) do
-    start([MeshxRpc.Server.Pool.child_spec(id, options)])
+    spec = MeshxRpc.Server.Pool.child_spec(id, options)
+    start([Map.put(spec, :restart, :temporary)])
     {:ok, address} = MeshxRpc.Server.Pool.address(id)
     address
   end
@@ -80,8 +81,8 @@ defmodule MeshxRpc.TestVm do
   @doc "Starts a client there."
   def connect(id, options), do: start([Client.Pool.child_spec(id, options)])
 
-  @doc "Stops what `start/1` started."
-  def stop(supervisor), do: Supervisor.stop(supervisor, :shutdown, 60_000)
+  @doc "Stops a server there, as a supervisor would."
+  def stop_server(id), do: Supervisor.stop(id, :shutdown, 60_000)
 
   ## Here
 

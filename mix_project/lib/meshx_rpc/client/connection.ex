@@ -11,7 +11,7 @@ defmodule MeshxRpc.Client.Connection do
   require Logger
 
   alias MeshxRpc.{Address, Frame, Hello, Link, Options, Reason, Refs, Shared, Telemetry, Writer}
-  alias MeshxRpc.Client.{Backoff, Calls, Upstream}
+  alias MeshxRpc.Client.{Backoff, Calls, Growth, Pool, Upstream}
 
   # What a cast costs here until the server has started it, beside its argument: nobody waits for it, so only
   # this keeps casts to a server that does not answer from filling the memory.
@@ -45,7 +45,9 @@ defmodule MeshxRpc.Client.Connection do
     logged: nil,
     hsk_ref: nil,
     since: 0,
-    idle_since: 0
+    idle_since: 0,
+    ping_timer: nil,
+    heard: nil
   ]
 
   def child_spec({config, index, _table, _load} = argument) do
@@ -161,6 +163,19 @@ defmodule MeshxRpc.Client.Connection do
       else: state |> watch_idle() |> continue()
   end
 
+  def handle_info({:timeout, timer, :ping}, %{ping_timer: timer} = state),
+    do: state |> listen_for() |> continue()
+
+  # One beyond the pool's size, that is not needed any more or was lost.
+  def handle_info(:retire, %{phase: phase} = state) when phase in [:down, :hello],
+    do: {:stop, :shutdown, state}
+
+  def handle_info(:retire, state) do
+    if Calls.empty?(state.calls) and Shared.claim?(state.link.shared),
+      do: state |> drain({:shutdown, "it is not needed any more"}) |> continue(),
+      else: continue(state)
+  end
+
   def handle_info(_of_a_connection_that_is_gone, state), do: continue(state)
 
   defp queued(:call, state), do: Link.queued(state.link)
@@ -242,7 +257,10 @@ defmodule MeshxRpc.Client.Connection do
     state = tell(state, event_of(state, reason), reason)
     :ets.delete(state.table, {:metadata, self()})
     Link.close(state.link)
-    for timer <- [state.timer, state.send_timer], timer, do: :erlang.cancel_timer(timer)
+
+    for timer <- [state.timer, state.send_timer, state.ping_timer],
+        timer,
+        do: :erlang.cancel_timer(timer)
 
     # What was not wholly sent has not run.
     outcome = fn key ->
@@ -263,6 +281,7 @@ defmodule MeshxRpc.Client.Connection do
         phase: :down,
         goaway: false,
         send_timer: nil,
+        ping_timer: nil,
         calls: calls
     }
 
@@ -324,9 +343,42 @@ defmodule MeshxRpc.Client.Connection do
 
     # A hello that failed once will not do better at once.
     attempt = if kind == :hello, do: 20, else: state.attempt
-    timer = :erlang.start_timer(Backoff.wait(attempt, longest), self(), :connect)
-    :ets.insert(state.table, {{:down, state.index}, reason})
-    log(%{state | timer: timer, attempt: state.attempt + 1}, kind, reason)
+    state = %{state | attempt: state.attempt + 1}
+
+    if extra?(state) do
+      send(self(), :retire)
+      state
+    else
+      timer = :erlang.start_timer(Backoff.wait(attempt, longest), self(), :connect)
+      :ets.insert(state.table, {{:down, state.index}, reason})
+      log(%{state | timer: timer}, kind, reason)
+    end
+  end
+
+  defp extra?(%{config: %{pool_opts: %{size: size}}, index: index}), do: index > size
+
+  # A server that has said nothing since the last time is asked to, and one that was asked is gone.
+  defp listen_for(%{config: config, link: link} = state) do
+    %{bytes: heard} = link.module.stats(link.codec)
+    {asked?, before} = state.heard
+
+    cond do
+      heard != before ->
+        listening(state, false, heard)
+
+      asked? ->
+        text = "the server has said nothing for #{2 * config.ping_interval} ms"
+        lost(state, {:timeout, text})
+
+      true ->
+        ping = Frame.ping(<<System.unique_integer()::64>>)
+        listening(%{state | link: Link.queue(link, ping)}, true, heard)
+    end
+  end
+
+  defp listening(state, asked?, heard) do
+    timer = :erlang.start_timer(state.config.ping_interval, self(), :ping)
+    %{state | ping_timer: timer, heard: {asked?, heard}}
   end
 
   # Once for each reason, not once for each try.
@@ -394,7 +446,7 @@ defmodule MeshxRpc.Client.Connection do
     row = {state.index, self(), agreed.peer_max_message, agreed.trace, direct}
     :ets.insert(state.table, row)
     if state.before, do: send(state.before, :replaced)
-    state = %{state | before: nil}
+    state = listening(%{state | before: nil}, false, 0)
     watch_idle(%{state | since: Telemetry.now()})
   end
 
@@ -455,7 +507,19 @@ defmodule MeshxRpc.Client.Connection do
   # No new calls; over as soon as there are no old ones.
   defp drain(state, reason) do
     :ets.delete(state.table, state.index)
-    if Calls.empty?(state.calls), do: lost(state, reason), else: %{state | phase: :draining}
+
+    cond do
+      Calls.empty?(state.calls) ->
+        lost(state, reason)
+
+      # Calls that come now should not have to wait until those that run have ended.
+      state.phase == :up and not extra?(state) ->
+        Growth.ask(Pool.fetch!(state.config.id), :drain)
+        %{state | phase: :draining}
+
+      true ->
+        %{state | phase: :draining}
+    end
   end
 
   # Calls

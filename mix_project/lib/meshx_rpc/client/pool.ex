@@ -7,7 +7,7 @@ defmodule MeshxRpc.Client.Pool do
   """
   use Supervisor
 
-  alias MeshxRpc.Client.{Call, Casts, Connection, Streams, Upstream}
+  alias MeshxRpc.Client.{Call, Casts, Connection, Growth, Streams, Upstream}
   alias MeshxRpc.{Options, Stream}
 
   @typedoc "Why a call has no result: see `MeshxRpc.Client`."
@@ -109,12 +109,12 @@ defmodule MeshxRpc.Client.Pool do
           down: [reason :: term()]
         }
   def info(pool) do
-    %{table: table, size: size, load: load, casts: casts} = pool = fetch!(pool)
+    %{table: table, size: size, most: most, load: load, casts: casts} = pool = fetch!(pool)
 
     %{
       size: size,
-      connected: Enum.count(1..size, &(:ets.lookup(table, &1) != [])),
-      in_flight: Enum.sum(for(index <- 1..size, do: :counters.get(load, index))),
+      connected: Enum.count(1..most, &(:ets.lookup(table, &1) != [])),
+      in_flight: Enum.sum(for(index <- 1..most, do: :counters.get(load, index))),
       casts: Casts.waiting(pool),
       cast_failures: :atomics.get(casts, 3),
       down: for([reason] <- :ets.match(table, {{:down, :_}, :"$1"}), do: reason)
@@ -128,13 +128,16 @@ defmodule MeshxRpc.Client.Pool do
 
     # Owned by this supervisor, so it lives as long as the pool. One counter per connection. Of casts: the bytes that wait, how many do, and how many failed.
     table = :ets.new(config.id, [:named_table, :public, read_concurrency: true])
-    load = :counters.new(size + 1, [])
+    # And of connections beyond `size`: how many there are, and whether one is being made.
+    load = :counters.new(size + Growth.most(config), [])
+    growth = :atomics.new(2, [])
     casts = :atomics.new(3, [])
 
     pool =
       config
       |> Map.take([:codec, :message, :max_queue, :telemetry, :traceparent])
-      |> Map.merge(%{table: table, size: size, load: load, casts: casts})
+      |> Map.merge(%{table: table, size: size, load: load, casts: casts, growth: growth})
+      |> Map.merge(%{most: size + Growth.most(config), overflow: config.pool_opts.max_overflow})
       |> Map.put(:retry_on, retry_on(config))
       |> Map.put(:guard, config.codec.policy(config.guard))
 
@@ -142,7 +145,8 @@ defmodule MeshxRpc.Client.Pool do
 
     upstream = if config.mesh, do: [upstream(config, table)], else: []
     connections = for index <- 1..size, do: {Connection, {config, index, table, load}}
-    Supervisor.init(upstream ++ connections ++ [{Casts, pool}], strategy: :one_for_one)
+    others = [{Growth, {config, pool}}, {Casts, pool}]
+    Supervisor.init(upstream ++ connections ++ others, strategy: :one_for_one)
   end
 
   defp retry_on(%{retry_unsafe: true} = config), do: [:tcp_closed | config.exec_retry_on_error]
@@ -185,22 +189,36 @@ defmodule MeshxRpc.Client.Pool do
 
   @doc false
   # The same as `{index, pid, max_message, trace, direct}`, the last for callers who write to the socket themselves.
-  def row(%{table: table, size: 1}) do
+  def row(%{size: size} = pool) do
+    case :atomics.get(pool.growth, 1) do
+      0 when size == 1 and pool.overflow == 0 -> only(pool)
+      0 -> least_loaded(pool, size)
+      _extra -> least_loaded(pool, pool.most)
+    end
+  end
+
+  defp only(%{table: table}) do
     case :ets.lookup(table, 1) do
       [row] -> {:ok, row}
       [] -> :none
     end
   end
 
-  def row(%{table: table, size: size, load: load}) do
-    case for index <- 1..size,
+  defp least_loaded(%{table: table, load: load} = pool, last) do
+    case for index <- 1..last,
              [row] <- [:ets.lookup(table, index)],
              do: {:counters.get(load, index), row} do
       [] ->
         :none
 
       rows ->
-        {_load, row} = Enum.min_by(rows, &elem(&1, 0))
+        # A connection counts a call when it hears of it: of many callers at once, each prefers another.
+        turn = :erlang.phash2(self(), last)
+
+        {calls, row} =
+          Enum.min_by(rows, fn {calls, row} -> {calls, rem(elem(row, 0) + turn, last)} end)
+
+        if pool.overflow > 0 and calls >= Growth.busy(), do: Growth.ask(pool, :load)
         {:ok, row}
     end
   end

@@ -151,10 +151,9 @@ defmodule MeshxRpc.Options.Check do
     with true <- Keyword.keyword?(options),
          [] <- Keyword.keys(options) -- [:size, :max_overflow, :strategy],
          size when size in 1..64 <- Keyword.get(options, :size, 2),
-         overflow when is_integer(overflow) and overflow >= 0 <-
-           Keyword.get(options, :max_overflow, 0),
+         overflow when overflow in 0..64 <- Keyword.get(options, :max_overflow, 0),
          strategy when strategy in [:lifo, :fifo] <- Keyword.get(options, :strategy, :lifo) do
-      {:ok, %{size: size}}
+      {:ok, %{size: size, max_overflow: overflow}}
     else
       _ -> :error
     end

@@ -13,6 +13,8 @@ defmodule MeshxRpc.Server.Connection do
   alias MeshxRpc.Server.{Functions, Task}
 
   @linger 1_000
+  # How often a connection that drains looks whether it has.
+  @drained 20
   # Messages that are collected for one write.
   @collect 256
 
@@ -28,6 +30,7 @@ defmodule MeshxRpc.Server.Connection do
     :refs,
     :send_timer,
     :task,
+    :draining,
     phase: :hello,
     proofs: [],
     streams: %{},
@@ -134,6 +137,30 @@ defmodule MeshxRpc.Server.Connection do
   end
 
   def handle_info(:evicted, state), do: continue(state)
+
+  # The server stops: what has begun may end, nothing begins any more.
+  def handle_info(:drain, %{phase: :up, draining: nil} = state) do
+    draining = %{last: state.last, skipped: MapSet.new(Link.skipped(state.link))}
+    link = Link.queue(state.link, goaway(state, :shutdown, "the server stops"))
+    _ = :erlang.start_timer(@drained, self(), :drained?)
+    continue(%{state | draining: draining, link: link})
+  end
+
+  def handle_info(:drain, %{phase: phase} = state) when phase in [:hello, :auth],
+    do: {:stop, :normal, state}
+
+  def handle_info(:drain, state), do: continue(state)
+
+  def handle_info({:timeout, _timer, :drained?}, %{phase: :up} = state) do
+    if drained?(state) do
+      state |> close([]) |> continue()
+    else
+      _ = :erlang.start_timer(@drained, self(), :drained?)
+      continue(state)
+    end
+  end
+
+  def handle_info({:timeout, _timer, :drained?}, state), do: continue(state)
   def handle_info({:timeout, _timer, :linger}, state), do: {:stop, :normal, state}
 
   def handle_info({:timeout, timer, :send}, %{send_timer: timer} = state) do
@@ -155,7 +182,7 @@ defmodule MeshxRpc.Server.Connection do
     _ = Enum.reduce(Map.keys(state.streams), state, &kill(&2, &1, :killed))
 
     if state.link do
-      if state.phase == :up,
+      if state.phase == :up and state.draining == nil,
         do: Link.shutdown(state.link, goaway(state, :shutdown, "the server stops"))
 
       Link.close(state.link)
@@ -194,25 +221,16 @@ defmodule MeshxRpc.Server.Connection do
       else: refuse(state, :auth, "the client does not prove that it holds one of the shared keys")
   end
 
-  defp event({:request, stream, kind, deadline, fun, flag, argument}, %{phase: :up} = state) do
-    # Requests become whole in another order than they began.
-    state = %{state | last: max(state.last, stream)}
-
-    case offered(state, fun) do
-      {{:ok, fun}, state} ->
-        if acquire(state) do
-          start(state, stream, kind, deadline, fun, flag, argument)
-        else
-          text = "#{state.config.max_concurrency} requests run (max_concurrency)"
-          state |> tell_refused(kind, fun, stream, argument, :full) |> reset(stream, :full, text)
-        end
-
-      {:error, state} ->
-        state
-        |> tell_refused(kind, fun, stream, argument, :undef)
-        |> answer(stream, {:error, Term.encode_error(Term.undef(state.config.module, fun))})
-    end
+  # The client knows from our GOAWAY that these do not run, and may have sent them elsewhere already.
+  defp event({:request, stream, _, _, _, _, _} = request, %{draining: draining} = state)
+       when draining != nil do
+    if stream > draining.last or MapSet.member?(draining.skipped, stream),
+      do: over(state, stream),
+      else: request(request, state)
   end
+
+  defp event({:request, _, _, _, _, _, _} = request, %{phase: :up} = state),
+    do: request(request, state)
 
   defp event({:window, stream, increment}, %{phase: :up} = state) do
     case Link.window(state.link, stream, increment) do
@@ -249,12 +267,37 @@ defmodule MeshxRpc.Server.Connection do
 
   defp event(_unexpected, state), do: refuse(state, :protocol, "a frame came out of turn")
 
+  defp request({:request, stream, kind, deadline, fun, flag, argument}, state) do
+    # Requests become whole in another order than they began.
+    state = %{state | last: max(state.last, stream)}
+
+    case offered(state, fun) do
+      {{:ok, fun}, state} ->
+        if acquire(state) do
+          start(state, stream, kind, deadline, fun, flag, argument)
+        else
+          text = "#{state.config.max_concurrency} requests run (max_concurrency)"
+          state |> tell_refused(kind, fun, stream, argument, :full) |> reset(stream, :full, text)
+        end
+
+      {:error, state} ->
+        state
+        |> tell_refused(kind, fun, stream, argument, :undef)
+        |> answer(stream, {:error, Term.encode_error(Term.undef(state.config.module, fun))})
+    end
+  end
+
   defp offered(%{config: config} = state, name) do
     case Functions.find(state.offered, name, config.module, config.functions) do
       {found, nil} -> {found, state}
       {found, offered} -> {found, %{state | offered: offered}}
     end
   end
+
+  # Also of requests that came in part, and of answers that are not yet written.
+  defp drained?(%{link: link} = state),
+    do:
+      state.streams == %{} and not link.dirty and not link.blocked and Link.open_streams(link) == 0
 
   defp up(state) do
     send(state.listener, {:up, self()})

@@ -156,6 +156,20 @@ defmodule MeshxRpc.Server.Listener do
       :gen_tcp.close(state.socket)
       Address.remove(state.address)
     end
+
+    for {pid, _connection} <- state.connections, do: send(pid, :drain)
+    timer = :erlang.start_timer(state.config.drain, self(), :drained)
+    drain(state.connections, timer)
+  end
+
+  # What is left after that ends with its supervisor.
+  defp drain(connections, _timer) when connections == %{}, do: :ok
+
+  defp drain(connections, timer) do
+    receive do
+      {:DOWN, _monitor, :process, pid, _reason} -> drain(Map.delete(connections, pid), timer)
+      {:timeout, ^timer, :drained} -> :ok
+    end
   end
 
   defp listen(state, address) do

@@ -61,7 +61,10 @@ defmodule MeshxRpc.Server.Pool do
       {Streams, config.streams},
       {Casts, config},
       Supervisor.child_spec({DynamicSupervisor, strategy: :one_for_one}, id: :connections),
-      Supervisor.child_spec({Listener, {config, self()}}, id: :listener, shutdown: 10_000)
+      Supervisor.child_spec({Listener, {config, self()}},
+        id: :listener,
+        shutdown: config.drain + 10_000
+      )
     ]
 
     Supervisor.init(children, strategy: :one_for_all)

@@ -15,7 +15,7 @@ use crate::token::AtomRef;
 pub struct Atom(Text);
 
 /// Most bytes that are kept in place: it makes an atom 16 bytes wide.
-pub(crate) const SHORT: usize = 14;
+const SHORT: usize = 14;
 
 /// Text is always UTF-8. A text that is short enough is always `Short`, with zeros behind it, so that equal texts are
 /// equal values.
@@ -35,10 +35,30 @@ impl Atom {
     /// An atom with this text, if it is short. `text` is UTF-8.
     #[inline(always)]
     pub(crate) fn short(text: &[u8]) -> Option<Self> {
-        let len = u8::try_from(text.len()).ok()?;
-        let mut bytes = [0; SHORT];
-        bytes.get_mut(..text.len())?.copy_from_slice(text);
-        Some(Self(Text::Short { len, bytes }))
+        let len = text.len();
+        // Read in one or two pieces that may overlap, and put together in registers.
+        let number = match len {
+            0..=3 => text
+                .iter()
+                .rev()
+                .fold(0, |number, &byte| number << 8 | u128::from(byte)),
+            4..=7 => {
+                let (first, last) = (text.first_chunk::<4>()?, text.last_chunk::<4>()?);
+                let (first, last) = (u32::from_le_bytes(*first), u32::from_le_bytes(*last));
+                u128::from(u64::from(first) | u64::from(last) << (8 * (len - 4)))
+            }
+            8..=SHORT => {
+                let (first, last) = (text.first_chunk::<8>()?, text.last_chunk::<8>()?);
+                let (first, last) = (u64::from_le_bytes(*first), u64::from_le_bytes(*last));
+                u128::from(first) | u128::from(last) << (8 * (len - 8))
+            }
+            _ => return None,
+        };
+        let bytes = *number.to_le_bytes().first_chunk()?;
+        Some(Self(Text::Short {
+            len: len as u8,
+            bytes,
+        }))
     }
 
     /// Its text.

@@ -2,7 +2,7 @@
 
 use std::{mem, slice};
 
-use crate::atom::{Atom, SHORT};
+use crate::atom::Atom;
 use crate::cursor::{MAX_ATOM_CHARS, MAX_REFERENCE_WORDS};
 use crate::error::EncodeError;
 use crate::limits::DEPTH_CEILING;
@@ -89,9 +89,9 @@ fn write_all(term: &Term, out: &mut Vec<u8>) -> Result<(), EncodeError> {
 /// Writes the first `len` bytes of a small array. To write all of it and take some back is several times as fast as
 /// to copy a number of bytes that is known only here.
 #[inline(always)]
-fn write_some<const N: usize>(bytes: [u8; N], len: usize, out: &mut Vec<u8>) {
+fn write_some<const N: usize>(bytes: &[u8; N], len: usize, out: &mut Vec<u8>) {
     let end = out.len() + len;
-    out.extend_from_slice(&bytes);
+    out.extend_from_slice(bytes);
     out.truncate(end);
 }
 
@@ -102,10 +102,8 @@ fn write_one<'a>(term: &'a Term, out: &mut Vec<u8>) -> Result<Option<Rest<'a>>, 
         Term::Int(value) => write_int(*value, out),
         Term::Atom(atom) => match atom.short_parts() {
             Some((len, text)) => {
-                let mut bytes = [tag::SMALL_ATOM_UTF8; 2 + SHORT];
-                bytes[1] = len;
-                bytes[2..].copy_from_slice(text);
-                write_some(bytes, 2 + usize::from(len), out);
+                out.extend_from_slice(&[tag::SMALL_ATOM_UTF8, len]);
+                write_some(text, usize::from(len), out);
             }
             None => write_atom(atom, out)?,
         },
@@ -113,9 +111,8 @@ fn write_one<'a>(term: &'a Term, out: &mut Vec<u8>) -> Result<Option<Rest<'a>>, 
             if !value.is_finite() {
                 return Err(EncodeError::Float);
             }
-            let mut bytes = [tag::NEW_FLOAT; 9];
-            bytes[1..].copy_from_slice(&value.to_be_bytes());
-            out.extend_from_slice(&bytes);
+            out.push(tag::NEW_FLOAT);
+            out.extend_from_slice(&value.to_be_bytes());
         }
         Term::Binary(bytes) => {
             out.extend_from_slice(&head("a binary", tag::BINARY, bytes.len())?);
@@ -216,11 +213,8 @@ fn write_int(value: i64, out: &mut Vec<u8>) {
     } else {
         let magnitude = value.unsigned_abs();
         let len = 8 - magnitude.leading_zeros() as usize / 8;
-        let mut bytes = [tag::SMALL_BIG; 11];
-        bytes[1] = len as u8;
-        bytes[2] = u8::from(value < 0);
-        bytes[3..].copy_from_slice(&magnitude.to_le_bytes());
-        write_some(bytes, 3 + len, out);
+        out.extend_from_slice(&[tag::SMALL_BIG, len as u8, u8::from(value < 0)]);
+        write_some(&magnitude.to_le_bytes(), len, out);
     }
 }
 

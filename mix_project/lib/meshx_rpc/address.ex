@@ -7,7 +7,7 @@ defmodule MeshxRpc.Address do
 
   # Whole reads for the codec, small calls at once. The watermarks are equal so that the port is busy exactly
   # while its queue is that long: `MeshxRpc.Link` never writes then.
-  @watermark 131_072
+  @watermark 262_144
   @options [
     :binary,
     packet: :raw,

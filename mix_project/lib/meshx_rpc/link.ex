@@ -2,14 +2,14 @@ defmodule MeshxRpc.Link do
   @moduledoc false
   # One connection's socket, codec and writer: what the client's and the server's connection have in common.
   #
-  # The connection never waits inside the port: a batch of at most 256 KiB is written only while the port's
+  # The connection never waits inside the port: a batch of at most 512 KiB is written only while the port's
   # queue is below its watermark; `{:drained, socket}` says when it is again. So the queue is short, and small
   # calls overtake bulk. `gen_tcp:send` is no way to write: it answers only when the queue is below the mark again.
   # The port's own answer, `{:inet_reply, socket, :ok | {:error, reason}}`, comes as a message.
 
   alias MeshxRpc.{Address, Frame, Shared, Writer}
 
-  @batch 262_144
+  @batch 524_288
   @reads 32
   # Control frames are answers to what a peer sends, so one that sends and does not read could pile them up.
   @max_control 4_194_304

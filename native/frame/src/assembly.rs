@@ -5,7 +5,7 @@ use std::collections::TryReserveError;
 /// Up to here room is made by doubling, so that a message costs no more than twice what has come of it. Beyond, room
 /// for the whole message is reserved at once: the peer has sent this much already, the byte budget holds the
 /// rest, pages that were never written cost no memory, and a later move of many MiB would stall a scheduler.
-const DOUBLING_UP_TO: usize = 1 << 20;
+const DOUBLING_UP_TO: usize = 128 << 10;
 const FIRST_STEP: usize = 4 << 10;
 
 /// What to do with the memory of messages that nobody gets: of one, or of all that a connection had when it ended.
@@ -81,8 +81,8 @@ mod tests {
         assert_eq!(assembly.bytes.capacity(), 0);
         assembly.push(&[1; 100]).unwrap();
         assert!(assembly.bytes.capacity() <= FIRST_STEP);
-        for _ in 0..15 {
-            assembly.push(&[2; 65_536]).unwrap();
+        for _ in 0..13 {
+            assembly.push(&[2; 10_000]).unwrap();
             assert!(assembly.bytes.capacity() <= 2 * assembly.len());
         }
     }

@@ -10,7 +10,7 @@ defmodule MeshxRpc.Codec.Nif do
   # Below this the VM's own crc32 is as fast as a NIF call with its list of binaries; above the other, one call
   # could hold a scheduler for too long, and the VM's own yields.
   @crc_from 1024
-  @crc_to 4 * 1024 * 1024
+  @crc_to 128 * 1024
 
   @doc "Whether the library is there, or why not."
   @spec load() :: :ok | {:error, String.t()}
@@ -123,7 +123,9 @@ defmodule MeshxRpc.Codec.Nif do
   @impl true
   def policy(policy) do
     policy = MeshxRpc.Guard.policy(policy)
-    {Native.guard_policy(policy), policy}
+
+    # The other half is for a library that is loaded later; as a binary it costs nothing to send along.
+    {Native.guard_policy(policy), :erlang.term_to_binary(policy)}
   end
 
   @impl true
@@ -135,7 +137,8 @@ defmodule MeshxRpc.Codec.Nif do
         Native.guard(prepared, binary)
       rescue
         # Of a library that was loaded before this one.
-        ArgumentError -> policy |> Native.guard_policy() |> Native.guard(binary)
+        ArgumentError ->
+          policy |> :erlang.binary_to_term() |> Native.guard_policy() |> Native.guard(binary)
       end
 
     case first do

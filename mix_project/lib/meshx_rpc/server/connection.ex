@@ -33,6 +33,8 @@ defmodule MeshxRpc.Server.Connection do
     :draining,
     phase: :hello,
     proofs: [],
+    # The timer of the first deadline, and when it is.
+    alarm: nil,
     streams: %{},
     pids: %{},
     last: 0,
@@ -96,16 +98,18 @@ defmodule MeshxRpc.Server.Connection do
 
   def handle_info({:tcp_error, _socket, reason}, state), do: broken(state, reason)
 
-  # `:timeout` by the caller's deadline, `:killed` by our `timeout_execute`.
-  def handle_info({:timeout, _timer, {:over, stream, reason}}, state) do
-    if Map.has_key?(state.streams, stream),
-      do:
-        state
-        |> kill(stream, reason)
-        |> finish(stream, {:error, Term.encode_error(reason)})
-        |> continue(),
-      else: continue(state)
+  def handle_info({:timeout, timer, :alarm}, %{alarm: {timer, _at}} = state) do
+    now = System.monotonic_time(:millisecond)
+    late = for {stream, %{until: until}} <- state.streams, until <= now, do: stream
+    state = Enum.reduce(late, %{state | alarm: nil}, &too_late/2)
+
+    next =
+      for {_stream, %{until: until}} <- state.streams, reduce: :infinity, do: (at -> min(at, until))
+
+    continue(if next == :infinity, do: state, else: alarm(state, next))
   end
+
+  def handle_info({:timeout, _timer, :alarm}, state), do: continue(state)
 
   def handle_info({:timeout, _timer, :hello}, %{phase: phase, link: link} = state)
       when phase in [:hello, :auth] do
@@ -358,13 +362,14 @@ defmodule MeshxRpc.Server.Connection do
     execute = state.config.timeout_execute
     reason = if execute < deadline, do: :killed, else: :timeout
 
-    timer =
+    until =
       case min(deadline, execute) do
-        :infinity -> nil
-        milliseconds -> :erlang.start_timer(milliseconds, self(), {:over, stream, reason})
+        :infinity -> :infinity
+        milliseconds -> System.monotonic_time(:millisecond) + milliseconds
       end
 
-    request = %{pid: pid, timer: timer, kind: kind, measured: measured}
+    request = %{pid: pid, until: until, reason: reason, kind: kind, measured: measured}
+    state = if earlier?(state.alarm, until), do: alarm(state, until), else: state
 
     state = %{
       state
@@ -405,10 +410,27 @@ defmodule MeshxRpc.Server.Connection do
     if kind == :call, do: answer(state, stream, done), else: over(state, stream)
   end
 
+  # One timer for all requests, at the first moment in which one of them is to end: setting and cancelling one
+  # for each costs more than looking through them now and then.
+  defp earlier?(_alarm, :infinity), do: false
+  defp earlier?(nil, _until), do: true
+  defp earlier?({_timer, at}, until), do: until < at
+
+  defp alarm(state, until) do
+    with {timer, _at} <- state.alarm, do: :erlang.cancel_timer(timer, async: true, info: false)
+    timer = :erlang.start_timer(until, self(), :alarm, abs: true)
+    %{state | alarm: {timer, until}}
+  end
+
+  # `:timeout` by the caller's deadline, `:killed` by our `timeout_execute`.
+  defp too_late(stream, state) do
+    %{reason: reason} = state.streams[stream]
+    state |> kill(stream, reason) |> finish(stream, {:error, Term.encode_error(reason)})
+  end
+
   # The request no longer runs.
   defp finished(state, stream) do
     {request, streams} = Map.pop!(state.streams, stream)
-    if request.timer, do: :erlang.cancel_timer(request.timer)
     release_slot(state)
     %{state | streams: streams, pids: Map.delete(state.pids, request.pid)}
   end

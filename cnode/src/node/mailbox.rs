@@ -292,6 +292,21 @@ impl Mailbox {
     }
 
     /// An alias that ends with the first message that comes by it, as `alias([reply])` does: for one answer.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use meshx::node::{Message, Node, SendError};
+    /// # use meshx_etf::Term;
+    /// # async fn ask(node: &Node) -> Result<(), SendError> {
+    /// let mut mailbox = node.mailbox();
+    /// let alias = mailbox.reply_alias();
+    /// mailbox.send(("clock", "shop@h1"), &Term::tuple([Term::atom("now"), alias.clone().into()])).await?;
+    /// let answer = mailbox.recv_timeout(Duration::from_secs(1)).await;
+    /// mailbox.unalias(&alias); // an answer that is still under way reaches nobody
+    /// # drop(answer);
+    /// # Ok(())
+    /// # }
+    /// ```
     pub fn reply_alias(&self) -> Reference {
         self.inner.processes.add_alias(&self.process, true)
     }
@@ -347,7 +362,7 @@ impl Mailbox {
         }
     }
 
-    /// Links to a process: when it ends, [`Message::Exit`] comes; when this mailbox ends, it gets an exit signal.
+    /// Links to a process, as `link/1` does: when it ends, [`Message::Exit`] comes; when this mailbox ends, it gets an exit signal.
     pub async fn link(&self, to: &Pid) {
         self.inner.link(&self.process, to).await;
     }
@@ -388,6 +403,24 @@ impl Mailbox {
     }
 
     /// [`Mailbox::spawn_request`], and waits for the new process: its pid, and the reference of its monitor.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use meshx::node::{Message, Node, RpcError, SpawnOptions};
+    /// # use meshx_etf::Term;
+    /// # async fn spawn(node: &Node) -> Result<(), RpcError> {
+    /// let mut mailbox = node.mailbox();
+    /// let (options, timeout) = (SpawnOptions::new().link().monitor(), Duration::from_secs(5));
+    /// let (pid, monitor) = mailbox.spawn("shop@h1", "timer", "sleep", vec![Term::Int(1000)], options, timeout).await?;
+    /// while let Some(message) = mailbox.recv().await {
+    ///     if matches!(&message, Message::Down { reference, .. } if *reference == monitor) {
+    ///         break; // normal, after a second
+    ///     }
+    /// }
+    /// # drop(pid);
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`RpcError::NotStarted`] with that node's reason, or [`RpcError::Call`]. A process that is started after the

@@ -11,6 +11,36 @@ use super::mailbox::{Mailbox, Message};
 ///
 /// One request at a time: while a method runs, the next one waits in the mailbox. A call that takes long is best
 /// answered later: spawn a task with the [`Caller`], and return `None`.
+///
+/// ```
+/// # use meshx::node::{Caller, Node, RegisterError, Server};
+/// # use meshx_etf::Term;
+/// struct Counter(i64);
+///
+/// impl Server for Counter {
+///     // GenServer.call({:counter, :"search@h3"}, :get)
+///     async fn call(&mut self, request: Term, caller: Caller) -> Option<Term> {
+///         match request.as_atom() {
+///             Some("get") => Some(Term::Int(self.0)),
+///             _ => {
+///                 // Answered by another task, whenever it is done; the next request need not wait for it.
+///                 tokio::spawn(async move { caller.reply(Term::atom("at_last")).await });
+///                 None
+///             }
+///         }
+///     }
+///
+///     // GenServer.cast({:counter, :"search@h3"}, 40)
+///     async fn cast(&mut self, request: Term) {
+///         self.0 += request.as_int().unwrap_or_default();
+///     }
+/// }
+///
+/// # fn start(node: &Node) -> Result<(), RegisterError> {
+/// node.start_server("counter", Counter(0))?;
+/// # Ok(())
+/// # }
+/// ```
 pub trait Server: Send + 'static {
     /// Answers a call; `None` when the answer is given later with [`Caller::reply`].
     fn call(&mut self, request: Term, caller: Caller) -> impl Future<Output = Option<Term>> + Send;

@@ -55,7 +55,7 @@ defmodule MeshxRpc.ProxyTest do
           assert Client.Pool.call(client, :echo, "MARK") == {:error_rpc, :invalid_cks}
           long = :binary.copy("y", 500_000) <> "MARK" <> :binary.copy("z", 500_000)
           assert Client.Pool.call(client, :echo, long) == {:error_rpc, :invalid_cks}
-          assert byte_size(Task.await(bystander)) == 3_000_000
+          assert byte_size(Task.await(bystander, 60_000)) == 3_000_000
           assert Client.Pool.call(client, :echo, "fine") == "fine"
         end
       end
@@ -77,7 +77,7 @@ defmodule MeshxRpc.ProxyTest do
             Task.async(fn -> Client.Pool.call(client, :echo, :binary.copy("x", 300_000)) end)
 
           assert Client.Pool.call(client, :echo, "MARK") == {:error_rpc, :invalid_cks}
-          assert byte_size(Task.await(bystander)) == 300_000
+          assert byte_size(Task.await(bystander, 60_000)) == 300_000
         end
       end
 

@@ -54,12 +54,16 @@ defmodule MeshxRpc.Client.Request do
 
   @doc "What a message says about it, `:no` when nothing."
   @spec outcome(t(), term()) :: {:ok, outcome()} | :no
-  def outcome(request, {request, :failed, reason}), do: {:ok, {:failed, reason}}
-  def outcome(request, {request, status, flag, bytes}), do: {:ok, {status, flag, bytes}}
-  # It was gone before our message came.
-  def outcome(request, {:DOWN, request, :process, _pid, :noproc}), do: {:ok, {:failed, :closed}}
-  def outcome(request, {:DOWN, request, :process, _, _}), do: {:ok, {:failed, :tcp_closed}}
-  def outcome(_request, _message), do: :no
+  def outcome(request, message) do
+    case message do
+      {^request, :failed, reason} -> {:ok, {:failed, reason}}
+      {^request, status, flag, bytes} -> {:ok, {status, flag, bytes}}
+      # It was gone before our message came.
+      {:DOWN, ^request, :process, _pid, :noproc} -> {:ok, {:failed, :closed}}
+      {:DOWN, ^request, :process, _pid, _reason} -> {:ok, {:failed, :tcp_closed}}
+      _other -> :no
+    end
+  end
 
   @doc "Waits for its answer."
   @spec await(t(), timeout()) :: {:ok, outcome()} | :timeout

@@ -71,6 +71,55 @@ impl<'a> Cursor<'a> {
         self.announced.saturating_sub(self.owed)
     }
 
+    /// The next token if it is an atom of few ASCII characters, as most are. This and [`Cursor::next_int`] are for loops
+    /// that build something: from [`Cursor::token`] they get a token that went through memory.
+    #[inline(always)]
+    pub(crate) fn next_short_atom(&mut self) -> Option<&'a [u8]> {
+        let (&[tag, len], after) = self.rest.split_first_chunk()?;
+        if tag != tag::SMALL_ATOM_UTF8 {
+            return None;
+        }
+        let (text, after) = after.split_at_checked(usize::from(len))?;
+        if !is_ascii(text) {
+            return None;
+        }
+        self.leaf(after);
+        Some(text)
+    }
+
+    /// The next token if it is an integer in one of its usual forms.
+    #[inline(always)]
+    pub(crate) fn next_int(&mut self) -> Option<i64> {
+        let (&tag, after) = self.rest.split_first()?;
+        let (value, after) = match tag {
+            tag::SMALL_INTEGER => {
+                let (&byte, after) = after.split_first()?;
+                (i64::from(byte), after)
+            }
+            tag::INTEGER => {
+                let (word, after) = after.split_first_chunk()?;
+                (i64::from(i32::from_be_bytes(*word)), after)
+            }
+            tag::SMALL_BIG if self.max_integer_bytes >= 8 => {
+                let (&[len, sign], after) = after.split_first_chunk()?;
+                if len != 8 {
+                    return None;
+                }
+                let (magnitude, after) = after.split_first_chunk()?;
+                (signed(sign != 0, u64::from_le_bytes(*magnitude))?, after)
+            }
+            _ => return None,
+        };
+        self.leaf(after);
+        Some(value)
+    }
+
+    #[inline(always)]
+    fn leaf(&mut self, after: &'a [u8]) {
+        self.rest = after;
+        self.owed = self.owed.saturating_sub(1);
+    }
+
     /// What follows.
     #[inline(always)]
     pub(crate) fn rest(&self) -> &'a [u8] {

@@ -117,59 +117,64 @@ impl<'a> Decoder<'a> {
         // The whole term is the one part of this.
         let mut top = Frame::new(Kind::Tuple, 1, 1);
         loop {
-            let at = cursor.pos();
-            let token = cursor.token()?;
-            // What containers reserve was checked by the cursor: all open ones together announce no more terms than
-            // bytes are left, nor than the limit.
-            let (kind, left, count) = match token {
-                Token::List { len } => (Kind::List, len.saturating_add(1), len),
-                Token::Tuple { arity } if arity > 0 => (Kind::Tuple, arity, arity),
-                Token::Map { pairs } if pairs > 0 => (Kind::Map, pairs.saturating_mul(2), pairs),
-                // Each arm puts its own kind of term: to build any term first and put it then costs another copy.
-                token => {
-                    let keys = &mut self.keys;
-                    let complete = match token {
-                        Token::Int(value) => top.put(Term::Int(value), keys),
-                        Token::Atom(atom) => top.put(Term::Atom(self.atoms.get(atom)), keys),
-                        Token::Float(value) => top.put(Term::Float(value), keys),
-                        Token::Binary(bytes) => top.put(Term::Binary(bytes.to_vec()), keys),
-                        Token::Nil => top.put(Term::List(Vec::new()), keys),
-                        token => {
-                            let term = self.rare(&mut cursor, at, token, stack.len())?;
-                            top.put(term, &mut self.keys)
-                        }
-                    };
-                    if !complete {
+            let keys = &mut self.keys;
+            let complete = if let Some(value) = cursor.next_int() {
+                top.put(Term::Int(value), keys)
+            } else if let Some(text) = cursor.next_short_atom() {
+                top.put(Term::Atom(self.atoms.get(text)), keys)
+            } else {
+                let at = cursor.pos();
+                let token = cursor.token()?;
+                // What containers reserve was checked by the cursor: all open ones together announce no more terms
+                // than bytes are left, nor than the limit.
+                let (kind, left, count) = match token {
+                    Token::List { len } => (Kind::List, len.saturating_add(1), len),
+                    Token::Tuple { arity } if arity > 0 => (Kind::Tuple, arity, arity),
+                    Token::Map { pairs } if pairs > 0 => (Kind::Map, pairs.saturating_mul(2), pairs),
+                    _ => (Kind::Tuple, 0, 0),
+                };
+                if left > 0 {
+                    if kind == Kind::List && top.kind == Kind::List && top.left == 1 {
+                        // A list whose tail is a list is one longer list: see `Outer::enter`.
+                        top.items.reserve(count);
+                        top.left = left;
                         continue;
                     }
-                    // And those around it that waited for it alone.
-                    loop {
-                        let Some(outer) = stack.pop() else {
-                            let term = top.items.pop().unwrap_or_else(|| Term::List(Vec::new()));
-                            return Ok((term, cursor.pos()));
-                        };
-                        let whole = std::mem::replace(&mut top, outer);
-                        let term = whole.finish().map_err(|_| duplicate_key(cursor.pos()))?;
-                        if !top.put(term, &mut self.keys) {
-                            break;
-                        }
+                    if stack.len() >= self.max_depth {
+                        return Err(DecodeError::TooDeep {
+                            limit: self.max_depth,
+                            offset: at,
+                        });
                     }
+                    stack.push(std::mem::replace(&mut top, Frame::new(kind, left, count)));
                     continue;
                 }
+                // Each arm puts its own kind of term: to build any term first and put it then costs another copy.
+                match token {
+                    Token::Float(value) => top.put(Term::Float(value), keys),
+                    Token::Binary(bytes) => top.put(Term::Binary(bytes.to_vec()), keys),
+                    Token::Nil => top.put(Term::List(Vec::new()), keys),
+                    token => {
+                        let term = self.rare(&mut cursor, at, token, stack.len())?;
+                        top.put(term, &mut self.keys)
+                    }
+                }
             };
-            if kind == Kind::List && top.kind == Kind::List && top.left == 1 {
-                // A list whose tail is a list is one longer list: see `Nesting`.
-                top.items.reserve(count);
-                top.left = left;
+            if !complete {
                 continue;
             }
-            if stack.len() >= self.max_depth {
-                return Err(DecodeError::TooDeep {
-                    limit: self.max_depth,
-                    offset: at,
-                });
+            // And those around it that waited for it alone.
+            loop {
+                let Some(outer) = stack.pop() else {
+                    let term = top.items.pop().unwrap_or_else(|| Term::List(Vec::new()));
+                    return Ok((term, cursor.pos()));
+                };
+                let whole = std::mem::replace(&mut top, outer);
+                let term = whole.finish().map_err(|_| duplicate_key(cursor.pos()))?;
+                if !top.put(term, &mut self.keys) {
+                    break;
+                }
             }
-            stack.push(std::mem::replace(&mut top, Frame::new(kind, left, count)));
         }
     }
 
@@ -197,18 +202,18 @@ impl<'a> Decoder<'a> {
             Token::ByteList(bytes) => Term::List(bytes.iter().map(|&b| Term::from(b)).collect()),
             Token::Map { .. } => Term::Map(Map::new()),
             Token::Tuple { .. } => Term::Tuple(Vec::new()),
-            Token::Pid(pid) => Term::Pid(Pid::from_ref(&pid, |atom| self.atoms.get(atom))),
-            Token::Port(port) => Term::Port(Port::from_ref(&port, |atom| self.atoms.get(atom))),
+            Token::Pid(pid) => Term::Pid(Pid::from_ref(&pid, |atom| self.atoms.any(atom))),
+            Token::Port(port) => Term::Port(Port::from_ref(&port, |atom| self.atoms.any(atom))),
             Token::Reference(reference) => {
-                Term::from(Reference::from_ref(&reference, |atom| self.atoms.get(atom)))
+                Term::from(Reference::from_ref(&reference, |atom| self.atoms.any(atom)))
             }
             Token::Export {
                 module,
                 function,
                 arity,
             } => Term::from(Export {
-                module: self.atoms.get(module),
-                function: self.atoms.get(function),
+                module: self.atoms.any(module),
+                function: self.atoms.any(function),
                 arity,
             }),
             Token::Fun(fun) => {
@@ -217,7 +222,7 @@ impl<'a> Decoder<'a> {
             }
             Token::Int(value) => Term::Int(value),
             Token::Float(value) => Term::Float(value),
-            Token::Atom(atom) => Term::Atom(self.atoms.get(atom)),
+            Token::Atom(atom) => Term::Atom(self.atoms.any(atom)),
             Token::Binary(bytes) => Term::Binary(bytes.to_vec()),
             Token::Nil | Token::List { .. } => Term::List(Vec::new()),
         })
@@ -298,19 +303,23 @@ impl AtomCache {
         }
     }
 
+    /// The atom of a text that is ASCII.
     #[inline(always)]
-    fn get(&mut self, atom: AtomRef<'_>) -> Atom {
-        match atom.utf8_bytes().and_then(Atom::short) {
+    fn get(&mut self, text: &[u8]) -> Atom {
+        match Atom::short(text) {
             Some(atom) => atom,
-            None => self.long(atom),
+            None => self.any(AtomRef::ascii(text)),
         }
     }
 
     #[inline(never)]
-    fn long(&mut self, atom: AtomRef<'_>) -> Atom {
+    fn any(&mut self, atom: AtomRef<'_>) -> Atom {
         let Some(text) = atom.utf8_bytes() else {
             return Atom::from(atom);
         };
+        if let Some(atom) = Atom::short(text) {
+            return atom;
+        }
         // Names in one input often begin alike and end differently.
         let last = text.last().map_or(0, |&b| usize::from(b));
         match self.atoms.get_mut((last ^ text.len()) % Self::ENTRIES) {

@@ -11,7 +11,7 @@
 use std::io::Read;
 use std::time::{Duration, Instant};
 
-use meshx::node::{Address, Message, Node};
+use meshx::node::{Message, Node};
 use meshx_etf::Term;
 
 fn cpu() -> Duration {
@@ -59,12 +59,12 @@ async fn run() -> Result<(), Failed> {
     if mode == "send" {
         let first = Term::tuple([Term::from(mailbox.pid().clone()), Term::Int(count as i64)]);
         mailbox.send(("sink", peer.as_str()), &first).await?;
-        let (sink, message) = (
-            Address::from(("sink", peer.as_str())),
+        let (mut sink, message) = (
+            mailbox.route(("sink", peer.as_str())),
             Term::binary(vec![7; size]),
         );
         for _ in 0..count {
-            mailbox.send(&sink, &message).await?;
+            sink.send(&message).await?;
         }
         mailbox.recv().await.ok_or("the node is down")?;
     } else {

@@ -437,3 +437,47 @@ async fn the_size_of_a_message_is_a_setting() {
         }
     );
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_route_is_as_good_as_sending_and_outlives_its_connection() {
+    let epmd = Epmd::start().await;
+    let (node, other) = (epmd.node("a@127.0.0.1").await, epmd.node("b@127.0.0.1").await);
+    let mut inbox = other.register("inbox").unwrap();
+    let mailbox = node.mailbox();
+    let mut by_name = mailbox.route(("inbox", "b@127.0.0.1"));
+    let mut by_pid = mailbox.route(inbox.pid());
+    let mut by_alias = mailbox.route(inbox.alias());
+    let mut next = 0;
+    for _ in 0..2 {
+        for _ in 0..20 {
+            // Large ones too: what one process sends stays in order, whichever way it goes.
+            for large in [300_000, 10] {
+                let message = |n: i64| Term::tuple([Term::Int(n), Term::binary(vec![1; large])]);
+                by_name.send(&message(next)).await.unwrap();
+                mailbox.send(inbox.pid(), &message(next + 1)).await.unwrap();
+                by_pid.send(&message(next + 2)).await.unwrap();
+                by_alias.send(&message(next + 3)).await.unwrap();
+                next += 4;
+            }
+        }
+        for expected in next - 160..next {
+            let Some(meshx::node::Message::Term { from, term }) = soon(inbox.recv()).await else {
+                panic!("the node is down")
+            };
+            assert_eq!(from.as_ref(), Some(mailbox.pid()));
+            assert_eq!(term.as_tuple().unwrap()[0], Term::Int(expected));
+        }
+        let mut events = other.events();
+        assert!(node.disconnect("b@127.0.0.1"));
+        assert_eq!(down(&mut events, "a@127.0.0.1").await, DownReason::Closed);
+    }
+    let mut own = node.register("own").unwrap();
+    mailbox.route(own.pid()).send(&Term::Int(1)).await.unwrap();
+    assert!(matches!(
+        soon(own.recv()).await,
+        Some(meshx::node::Message::Term {
+            term: Term::Int(1),
+            ..
+        })
+    ));
+}

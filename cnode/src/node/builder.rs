@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::Node;
+use super::buffers::Buffers;
 use super::carrier::{Carrier, Listener};
 use super::connections::{Connections, is_node_name};
 use super::error::StartError;
@@ -238,6 +239,7 @@ impl NodeBuilder {
             exposed: Exposed::default(),
             // What this node's own processes hold on each other is no peer's doing.
             own_watch: Watch::new(usize::MAX).into(),
+            buffers: Buffers::default(),
             name,
             limits,
         });

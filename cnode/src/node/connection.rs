@@ -88,6 +88,10 @@ impl Connection {
         self.stop.cancel();
     }
 
+    pub(crate) fn is_over(&self) -> bool {
+        self.stop.is_cancelled()
+    }
+
     /// Waits until it has ended.
     pub(crate) async fn over(&self) {
         self.stop.cancelled().await;
@@ -178,7 +182,7 @@ async fn read_all(
                     });
                 }
                 Ok(Some(Frame::Data(frame))) => {
-                    let handled = match assembler.take(frame) {
+                    let handled = match assembler.take(frame, &inner.buffers) {
                         Ok(None) => Ok(()),
                         Ok(Some(message)) => dispatch::handle(inner, &Peer::Remote(connection), message),
                         Err(reason) => Err(reason),

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use meshx_dist::control::{Control, Proc};
 use meshx_dist::handshake::{Cookie, LocalNode};
+use meshx_dist::link::Prepared;
 use meshx_etf::{Atom, Pid, Reference, Term};
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
@@ -13,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::address::Address;
+use super::buffers::Buffers;
 use super::carrier::Carrier;
 use super::connection::Connection;
 use super::connections::Connections;
@@ -49,6 +51,7 @@ pub(crate) struct Inner {
     pub(crate) exposed: Exposed,
     /// Links and monitors between processes of this node.
     pub(crate) own_watch: Mutex<Watch>,
+    pub(crate) buffers: Buffers,
 }
 
 /// Keeps a node up: held by its handles and its mailboxes.
@@ -395,6 +398,25 @@ impl Inner {
         payload: Option<&Term>,
     ) -> Result<(), SendError> {
         queue(connection, Room::Send, None, control, payload).await
+    }
+}
+
+/// As [`queue`], for a message whose control message is encoded already.
+pub(crate) async fn queue_prepared(
+    connection: &Connection,
+    origin: Origin,
+    control: &Prepared,
+    payload: &Term,
+) -> Result<(), SendError> {
+    let closed = |_| disconnected(connection);
+    let outbound = &connection.outbound;
+    let waiting = wire::encode_prepared(connection, control, payload, |frames| {
+        let queued = outbound.try_queue(Room::Send, origin, frames)?;
+        Ok((!queued).then(|| std::mem::take(frames)))
+    });
+    match waiting?.map_err(closed)? {
+        None => Ok(()),
+        Some(frames) => outbound.queue(Room::Send, origin, frames).await.map_err(closed),
     }
 }
 

@@ -12,6 +12,7 @@ use super::call;
 use super::error::{CallError, RecvError, RpcError, SendError};
 use super::inner::{Alive, Inner};
 use super::process::{Item, Process, RegisterError};
+use super::route::Route;
 
 /// What a mailbox receives.
 #[derive(Debug, Clone, PartialEq)]
@@ -253,10 +254,11 @@ impl Mailbox {
         let decode = |bytes: &[u8]| meshx_etf::decode(bytes, &self.inner.limits.terms);
         Ok(match item {
             Item::Ready(message) => message,
-            Item::Encoded { from, payload } => Message::Term {
-                from,
-                term: decode(&payload)?,
-            },
+            Item::Encoded { from, payload } => {
+                let term = decode(&payload)?;
+                self.inner.buffers.give(payload);
+                Message::Term { from, term }
+            }
             Item::Exit { from, reason } => Message::Exit {
                 from,
                 reason: decode(&reason)?,
@@ -338,6 +340,13 @@ impl Mailbox {
         timeout: Duration,
     ) -> Result<Term, CallError> {
         call::gen_call_from(self, target.into(), request, timeout).await
+    }
+
+    /// A way to one receiver for many messages.
+    #[must_use]
+    pub fn route(&self, to: impl Into<Address>) -> Route {
+        let from = self.pid().clone();
+        Route::new(Arc::clone(&self.inner), self._alive.clone(), from, to.into())
     }
 
     /// Monitors a process. Exactly one [`Message::Down`] with the returned reference comes, at once when there is no

@@ -56,6 +56,7 @@
 
 mod address;
 mod backoff;
+mod buffers;
 mod builder;
 mod call;
 mod carrier;
@@ -79,6 +80,7 @@ mod plain;
 mod policy;
 mod process;
 mod rex;
+mod route;
 mod rpc;
 mod server;
 mod spawned;
@@ -104,6 +106,7 @@ pub use limits::Limits;
 pub use mailbox::{Mailbox, Message, SpawnOptions};
 pub use policy::Reconnect;
 pub use process::RegisterError;
+pub use route::Route;
 pub use server::Server;
 
 use inner::{Alive, Inner};

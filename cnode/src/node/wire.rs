@@ -4,10 +4,11 @@ use std::cell::RefCell;
 
 use meshx_dist::control::{Control, Proc, Target};
 use meshx_dist::flags::DistFlags;
-use meshx_dist::link::{LinkError, LinkLimits, Receiver, Sender};
+use meshx_dist::link::{LinkError, LinkLimits, Prepared, Receiver, SendError as LinkSendError, Sender};
 use meshx_etf::{Pid, Reference, Term};
 
 use super::address::Address;
+use super::buffers::Buffers;
 use super::connection::Connection;
 use super::error::SendError;
 use super::event::DownReason;
@@ -45,7 +46,7 @@ impl Assembler {
     }
 
     /// Takes one frame; `None` while a message is not complete.
-    pub(crate) fn take(&mut self, frame: &[u8]) -> Result<Option<Received>, DownReason> {
+    pub(crate) fn take(&mut self, frame: &[u8], buffers: &Buffers) -> Result<Option<Received>, DownReason> {
         let Some(message) = self.receiver.receive(frame).map_err(down_reason)? else {
             return Ok(None);
         };
@@ -54,7 +55,9 @@ impl Assembler {
             Some(payload) => {
                 // Walked once here, so that garbage ends the connection that it came by; decoded by its reader.
                 let protocol = |text: String| DownReason::Protocol(format!("a message's payload: {text}"));
-                let payload = payload.to_vec();
+                let mut bytes = buffers.take(payload.bare().len() + 1);
+                payload.append_to(&mut bytes);
+                let payload = bytes;
                 let len = meshx_etf::term_len(&payload, &self.terms).map_err(|e| protocol(e.to_string()))?;
                 if len != payload.len() {
                     return Err(protocol(format!("{} bytes follow the term", payload.len() - len)));
@@ -101,18 +104,39 @@ pub(crate) fn encode<T>(
     queue: impl FnOnce(Origin, &mut Vec<u8>) -> T,
 ) -> Result<T, SendError> {
     let origin = origin(&control);
+    frames(
+        connection,
+        |sender, frames| sender.send(control, payload, frames),
+        |frames| queue(origin, frames),
+    )
+}
+
+/// As [`encode`], with a control message that is encoded already.
+pub(crate) fn encode_prepared<T>(
+    connection: &Connection,
+    control: &Prepared,
+    payload: &Term,
+    queue: impl FnOnce(&mut Vec<u8>) -> T,
+) -> Result<T, SendError> {
+    let send = |sender: &mut Sender, frames: &mut Vec<u8>| sender.send_prepared(control, payload, frames);
+    frames(connection, send, queue)
+}
+
+fn frames<T>(
+    connection: &Connection,
+    send: impl FnOnce(&mut Sender, &mut Vec<u8>) -> Result<(), LinkSendError>,
+    queue: impl FnOnce(&mut Vec<u8>) -> T,
+) -> Result<T, SendError> {
     FRAMES.with_borrow_mut(|frames| {
         frames.clear();
-        let sequence = connection.next_sequence();
-        Sender::starting_at(connection.flags, sequence)
-            .send(control, payload, frames)
-            .map_err(|error| SendError::Term(error.to_string()))?;
+        let mut sender = Sender::starting_at(connection.flags, connection.next_sequence());
+        send(&mut sender, frames).map_err(|error| SendError::Term(error.to_string()))?;
         if frames.len() > connection.max_message {
             let (len, max) = (frames.len(), connection.max_message);
             *frames = Vec::new();
             return Err(SendError::TooLarge { len, max });
         }
-        let queued = queue(origin, frames);
+        let queued = queue(frames);
         if frames.capacity() > RETAINED_CAPACITY {
             *frames = Vec::new();
         }

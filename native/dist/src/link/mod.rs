@@ -18,7 +18,7 @@ mod receive;
 mod send;
 
 pub use receive::{Encoded, LinkError, LinkLimits, Message, Receiver};
-pub use send::{FRAGMENT_SIZE, SendError, Sender};
+pub use send::{FRAGMENT_SIZE, Prepared, SendError, Sender};
 
 use crate::flags::DistFlags;
 

@@ -58,9 +58,14 @@ impl<'a> Encoded<'a> {
     #[must_use]
     pub fn to_vec(self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(self.0.len() + 1);
+        self.append_to(&mut bytes);
+        bytes
+    }
+
+    /// Appends what [`Encoded::to_vec`] gives.
+    pub fn append_to(self, bytes: &mut Vec<u8>) {
         bytes.push(VERSION);
         bytes.extend_from_slice(self.0);
-        bytes
     }
 }
 

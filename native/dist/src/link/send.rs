@@ -35,6 +35,26 @@ pub enum SendError {
     },
 }
 
+/// A control message that is encoded once and sent many times, each time with another payload.
+#[derive(Debug, Clone)]
+pub struct Prepared(Vec<u8>);
+
+impl Prepared {
+    /// Encodes a control message that needs a payload.
+    ///
+    /// # Errors
+    /// [`SendError::WrongPayload`] for one that has none, [`SendError::Term`].
+    pub fn new(control: Control) -> Result<Self, SendError> {
+        let op = control.op();
+        if control.payload() != Payload::Required {
+            return Err(SendError::WrongPayload { op, given: true });
+        }
+        let mut bytes = Vec::new();
+        control.encode(&mut bytes)?;
+        Ok(Self(bytes))
+    }
+}
+
 /// Makes frames of messages, for one direction of one link.
 #[derive(Debug)]
 pub struct Sender {
@@ -84,6 +104,32 @@ impl Sender {
                 given: payload.is_some(),
             });
         }
+        self.frames(|out| control.encode(out), payload, out)
+    }
+
+    /// As [`Sender::send`], with a control message that is encoded already.
+    ///
+    /// # Errors
+    /// Any [`SendError`]; `out` is then as it was.
+    pub fn send_prepared(
+        &mut self,
+        control: &Prepared,
+        payload: &Term,
+        out: &mut Vec<u8>,
+    ) -> Result<(), SendError> {
+        let put = |out: &mut Vec<u8>| {
+            out.extend_from_slice(&control.0);
+            Ok(())
+        };
+        self.frames(put, Some(payload), out)
+    }
+
+    fn frames(
+        &mut self,
+        control: impl FnOnce(&mut Vec<u8>) -> Result<(), EncodeError>,
+        payload: Option<&Term>,
+        out: &mut Vec<u8>,
+    ) -> Result<(), SendError> {
         let start = out.len();
         let sent = if self.headers {
             self.send_with_header(control, payload, out)
@@ -98,7 +144,7 @@ impl Sender {
 
     fn send_with_header(
         &mut self,
-        control: Control,
+        control: impl FnOnce(&mut Vec<u8>) -> Result<(), EncodeError>,
         payload: Option<&Term>,
         out: &mut Vec<u8>,
     ) -> Result<(), SendError> {
@@ -107,7 +153,7 @@ impl Sender {
         let mut cut_at = None;
         encode_frame(out, MAX_FRAME, |out| {
             out.extend_from_slice(&[VERSION, DIST_HEADER, 0]);
-            written = control.encode(out);
+            written = control(out);
             let control_end = out.len();
             if let (Ok(()), Some(payload)) = (&written, payload) {
                 written = encode_bare(payload, out);
@@ -153,13 +199,15 @@ impl Sender {
     }
 }
 
-fn send_pass_through(control: Control, payload: Option<&Term>, out: &mut Vec<u8>) -> Result<(), SendError> {
+fn send_pass_through(
+    control: impl FnOnce(&mut Vec<u8>) -> Result<(), EncodeError>,
+    payload: Option<&Term>,
+    out: &mut Vec<u8>,
+) -> Result<(), SendError> {
     let mut encoded = Ok(());
     encode_frame(out, MAX_FRAME, |out| {
         out.extend_from_slice(&[PASS_THROUGH, VERSION]);
-        encoded = control
-            .encode(out)
-            .and_then(|()| payload.map_or(Ok(()), |payload| encode(payload, out)));
+        encoded = control(out).and_then(|()| payload.map_or(Ok(()), |payload| encode(payload, out)));
     })?;
     Ok(encoded?)
 }

@@ -141,6 +141,26 @@ fn a_payload_of_one_fragment_is_not_cut_and_one_byte_more_is() {
 }
 
 #[test]
+fn a_prepared_control_message_makes_the_same_frames() {
+    let prepared = Prepared::new(to_name()).unwrap();
+    for flags in [PASS, HEADERS] {
+        for payload in [Term::Int(7), Term::binary(vec![1; 200_000])] {
+            let mut out = vec![9];
+            Sender::new(flags)
+                .send_prepared(&prepared, &payload, &mut out)
+                .unwrap();
+            assert_eq!(frames(&out[1..]), sent(flags, to_name(), Some(&payload)));
+            let bad = Sender::new(flags).send_prepared(&prepared, &Term::Float(f64::NAN), &mut vec![]);
+            assert!(matches!(bad, Err(SendError::Term(_))));
+        }
+    }
+    assert!(matches!(
+        Prepared::new(Control::NodeLink),
+        Err(SendError::WrongPayload { given: true, .. })
+    ));
+}
+
+#[test]
 fn one_fragment_alone_is_a_message() {
     let mut receiver = Receiver::new(HEADERS, LinkLimits::default());
     let message = receiver

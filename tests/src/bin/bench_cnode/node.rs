@@ -66,8 +66,9 @@ async fn send(node: &Node, remote: &str, count: u32, size: u32) -> Result<()> {
     let failed = |error| format!("send: {error}");
     mailbox.send(("sink", remote), &start).await.map_err(failed)?;
     let message = Term::binary(vec![0; size as usize]);
+    let mut sink = mailbox.route(("sink", remote));
     for _ in 0..count {
-        mailbox.send(("sink", remote), &message).await.map_err(failed)?;
+        sink.send(&message).await.map_err(failed)?;
     }
     mailbox
         .recv()

@@ -4,7 +4,7 @@ use crate::cursor::Cursor;
 use crate::error::DecodeError;
 use crate::limits::Limits;
 use crate::tag;
-use crate::token::Token;
+use crate::token::{AtomRef, Token};
 
 /// Walks the tokens of one encoded term, borrowing from the input.
 ///
@@ -65,7 +65,7 @@ impl<'a> Walk<'a> {
 
     /// Hands all tokens that are left to `see`; returns the bytes read since the beginning, the version byte included.
     ///
-    /// The fastest way through a term: two to three times as fast as [`Walk::next_token`].
+    /// The fastest way through a term.
     ///
     /// ```
     /// use meshx_etf::{Limits, Token, Walk};
@@ -93,7 +93,16 @@ impl<'a> Walk<'a> {
         } = self;
         while !inner.is_done() {
             let at = cursor.pos();
-            let token = cursor.token()?;
+            let token = if let Some(text) = cursor.next_short_atom() {
+                Token::Atom(AtomRef::ascii(text))
+            } else if let Some(value) = cursor.next_int() {
+                Token::Int(value)
+            } else {
+                let token = cursor.token()?;
+                inner = outer.advance(inner, &token, at, cursor.pos())?;
+                see(token);
+                continue;
+            };
             inner = outer.advance(inner, &token, at, cursor.pos())?;
             see(token);
         }

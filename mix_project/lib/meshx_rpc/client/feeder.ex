@@ -1,11 +1,11 @@
 defmodule MeshxRpc.Client.Feeder do
   @moduledoc false
-  # Sends an argument's stream: enumerates it in a process of its own and pushes batches, each in a request that is
+  # Sends an argument's stream: has it enumerated by another process and pushes batches, each in a request that is
   # answered when the server's function has taken it. At most `@ahead` are open, so that is how far it runs ahead.
 
   alias MeshxRpc.Client.Request
   alias MeshxRpc.Term
-  alias MeshxRpc.Stream.{Batch, Pieces}
+  alias MeshxRpc.Stream.{Batch, Pieces, Source}
 
   @ahead 8
   # A server that has no room for the request: it is sent again.
@@ -30,24 +30,28 @@ defmodule MeshxRpc.Client.Feeder do
 
     state = %{
       connection: connection,
-      message: session.pool.message,
       token: token,
       index: index,
-      batch_size: div(session.window, @ahead),
+      source: nil,
       batch: %Batch{},
       number: 0,
-      open: %{}
+      open: %{},
+      ended: nil
     }
 
-    {pid, monitor} =
-      spawn_monitor(fn ->
-        feeder = self()
-        spawn(fn -> watch(owner, feeder) end)
-        Process.put(:"$callers", callers)
-        run(state, enumerable)
-      end)
+    spawn_monitor(fn ->
+      feeder = self()
+      spawn(fn -> watch(owner, feeder) end)
 
-    {pid, monitor}
+      source =
+        spawn_link(fn ->
+          Process.put(:"$callers", callers)
+          want = div(session.window, @ahead)
+          send(feeder, {__MODULE__, enumerate(enumerable, feeder, session.pool.message, want)})
+        end)
+
+      loop(%{state | source: source})
+    end)
   end
 
   @doc "Ends it."
@@ -68,68 +72,45 @@ defmodule MeshxRpc.Client.Feeder do
     end
   end
 
-  defp run(state, enumerable) do
-    key = {__MODULE__, state.token}
-    Process.put(key, state)
-
-    {status, last} =
-      try do
-        Enum.each(enumerable, fn piece ->
-          Process.put(key, piece |> add(Process.get(key)) |> offer())
-        end)
-
-        {@ended, nil}
-      catch
-        :exit, {:feeder, _reason} = gone -> exit(gone)
-        kind, reason -> {@failed, Term.failure(kind, reason, __STACKTRACE__)}
-      end
-
-    state = Process.delete(key)
-
-    state =
-      if status == @failed,
-        do: %{flush(state) | batch: Batch.add(%Batch{}, Pieces.encode_reason(last))},
-        else: state
-
-    state |> room() |> push(status) |> settle()
+  defp enumerate(enumerable, feeder, message, want) do
+    :ok = Source.run(enumerable, feeder, message, want)
+    {@ended, nil}
+  catch
+    kind, reason -> {@failed, Term.failure(kind, reason, __STACKTRACE__)}
   end
 
-  defp add(piece, state),
-    do: %{state | batch: Batch.add(state.batch, Pieces.encode(state.message, piece))}
+  # At once while there is room, in batches that grow while there is none.
+  defp loop(%{open: open, batch: batch, ended: ended} = state) do
+    room? = map_size(open) < @ahead
 
-  # At once while the other side waits, in full batches while it is busy.
-  defp offer(state) do
-    state = acknowledged(state, 0)
+    cond do
+      room? and batch.size > 0 and (ended == nil or elem(ended, 0) == @failed) ->
+        state |> push(@more) |> loop()
 
-    if state.open == %{} or state.batch.size >= state.batch_size,
-      do: state |> room() |> push(@more),
-      else: state
-  end
+      room? and match?({@ended, _}, ended) ->
+        state |> push(@ended) |> settle()
 
-  defp flush(%{batch: %{size: 0}} = state), do: state
-  defp flush(state), do: state |> room() |> push(@more)
+      room? and ended != nil ->
+        {@failed, reason} = ended
+        failed = Batch.add(%Batch{}, Pieces.encode_reason(reason))
+        %{state | batch: failed} |> push(@failed) |> settle()
 
-  defp room(state) do
-    if map_size(state.open) < @ahead, do: state, else: state |> acknowledged(:infinity) |> room()
+      true ->
+        state |> next() |> loop()
+    end
   end
 
   defp settle(%{open: open}) when open == %{}, do: :ok
-  defp settle(state), do: state |> acknowledged(:infinity) |> settle()
+  defp settle(state), do: state |> next() |> settle()
 
-  defp push(state, status) do
-    {iovec, size} = Batch.iovec(state.batch)
-    head = <<state.token::binary, state.index, state.number::32, status>>
-    encoded = {0, [head | iovec], byte_size(head) + size}
-    %{ask(state, encoded) | batch: %Batch{}, number: state.number + 1}
-  end
-
-  defp ask(state, encoded) do
-    request = Request.start(state.connection, "\0push", :infinity, encoded)
-    %{state | open: Map.put(state.open, request, encoded)}
-  end
-
-  defp acknowledged(%{open: open} = state, wait) do
+  defp next(%{open: open} = state) do
     receive do
+      {Source, :piece, encoded} ->
+        %{state | batch: Batch.add(state.batch, encoded)}
+
+      {__MODULE__, ended} ->
+        %{state | ended: ended}
+
       {request, _, _} = message when is_map_key(open, request) ->
         answer(state, request, message)
 
@@ -138,9 +119,20 @@ defmodule MeshxRpc.Client.Feeder do
 
       {:DOWN, request, _, _, _} = message when is_map_key(open, request) ->
         answer(state, request, message)
-    after
-      wait -> state
     end
+  end
+
+  defp push(state, status) do
+    {iovec, size} = Batch.iovec(state.batch)
+    head = <<state.token::binary, state.index, state.number::32, status>>
+    encoded = {0, [head | iovec], byte_size(head) + size}
+    if size > 0, do: Source.taken(state.source, size)
+    %{ask(state, encoded) | batch: %Batch{}, number: state.number + 1}
+  end
+
+  defp ask(state, encoded) do
+    request = Request.start(state.connection, "\0push", :infinity, encoded)
+    %{state | open: Map.put(state.open, request, encoded)}
   end
 
   defp answer(state, request, message) do

@@ -183,8 +183,7 @@ defmodule MeshxRpc.Client.Streams do
     do: %{ask(session, session.asked) | asked: session.asked + 1} |> pull(count - 1)
 
   defp ask(session, number) do
-    want = div(session.window, Feeder.ahead())
-    argument = <<session.token::binary, number::32, want::32>>
+    argument = <<session.token::binary, number::32>>
     encoded = {0, [argument], byte_size(argument)}
     request = Request.start(session.connection, "\0pull", Request.left(session.until), encoded)
     %{session | pulls: Map.put(session.pulls, request, number)}
@@ -303,7 +302,11 @@ defmodule MeshxRpc.Client.Streams do
     ask(session, number)
   end
 
-  defp fail(session, reason), do: MeshxRpc.Error.raise_reason(reason, session.name, session.fun)
+  # What this session has asked for since the Enumerable was last told of it is known only here.
+  defp fail(session, reason) do
+    close(session)
+    MeshxRpc.Error.raise_reason(reason, session.name, session.fun)
+  end
 
   defp close(session) do
     for {monitor, pid} <- session.feeders, do: Feeder.stop({pid, monitor})

@@ -51,8 +51,8 @@ defmodule MeshxRpc.Server.Internal do
     end
   end
 
-  def run(:pull, 0, <<token::binary-size(16), number::32, want::32>>, config) do
-    case Producer.pull(Streams.whereis(config.streams, token), token, number, want) do
+  def run(:pull, 0, <<token::binary-size(16), number::32>>, config) do
+    case Producer.pull(config.streams, token, number) do
       {:ok, iovec, size} -> {:reply, {0, iovec, size}}
       # The answer of the call itself says how it ended.
       :over -> {:reply, {0, [], 0}}
@@ -83,7 +83,7 @@ defmodule MeshxRpc.Server.Internal do
   end
 
   defp open(@stream, {token, want}, config, fun),
-    do: {:result, Term.encode(Producer.run(token, want, config.message, fun))}
+    do: {:result, Term.encode(Producer.run(token, want, config, fun))}
 
   defp invalid, do: {:error, Term.encode_error(:invalid_state)}
 end

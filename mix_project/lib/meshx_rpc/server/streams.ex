@@ -14,11 +14,11 @@ defmodule MeshxRpc.Server.Streams do
   def start_link(table), do: GenServer.start_link(__MODULE__, table)
 
   @doc "The calling process runs this call, until it ends. False when another does."
-  @spec register(table(), binary()) :: boolean()
+  @spec register(table(), key :: term()) :: boolean()
   def register(table, token), do: GenServer.call(keeper(table), {:register, token}, :infinity)
 
   @doc "The process that runs it; waits for it when it has not begun. Whoever asks for one that is over waits until cancelled."
-  @spec whereis(table(), binary()) :: pid()
+  @spec whereis(table(), key :: term()) :: pid()
   def whereis(table, token) do
     case :ets.lookup(table, token) do
       [{^token, pid}] -> pid

@@ -13,12 +13,16 @@ defmodule MeshxRpc do
     DynamicSupervisor
       connection                one for each client connection
         request                 one for each call that runs, linked to its connection
+    streams                     which process runs the call that a stream belongs to
+    casts                       runs casts, which outlive their connection; lanes of those with a key
     listener                    listening socket, limits, registration with the mesh
       acceptor                  :acceptors of them, linked to the listener
 
   client: Supervisor (registered as the client's id; owner of an ETS table of that name)
     upstream                    with :mesh only: asks the mesh for an address
     connection                  pool_opts[:size] of them
+    growth                      further connections: while all are busy, and in the place of those that drain
+    casts                       casts until the server has started them
   ```
 
   Nothing else is registered, so a VM can have any number of them. The supervisor of a server restarts
@@ -31,22 +35,14 @@ defmodule MeshxRpc do
 
   ## Stopping
 
-  A server that stops says which calls it began (GOAWAY) and closes; calls that it did not begin are
-  `:closed` for their callers, and made again elsewhere or later, the others `:tcp_closed`.
+  A server that stops takes no new connections and no new calls (GOAWAY), lets what it has begun end, for at most
+  `:drain` ms (5,000), and closes. Calls that it did not begin are `:closed` for their callers, and made again on
+  another connection, which the pool makes at once; those that had no time to end are `:tcp_closed`. So servers behind
+  a mesh or a balancer can be restarted one after the other under load.
+
+  ## Without mesh, agent or node names
+
+  An address is all that two VMs need: `{:uds, path}`, `{:tcp, ip, port}`, or one end of a relay like `ssh -L`.
+  `examples/rpc` is that.
   """
-
-  @doc """
-  Prints the events of clients and servers whose `:telemetry_prefix` is this one: errors with level `:error`, others
-  with `:debug`. For development.
-
-  `id` names the handler, default the last element of the prefix. Any prefix will do. Without the application
-  `:telemetry` it works too.
-  """
-  @spec attach_telemetry([atom()], term()) :: :ok
-  def attach_telemetry(telemetry_prefix, id \\ nil),
-    do: MeshxRpc.Telemetry.attach(telemetry_prefix, id)
-
-  @doc "Ends what `attach_telemetry/2` began."
-  @spec detach_telemetry(term()) :: :ok | {:error, :not_found}
-  def detach_telemetry(id), do: MeshxRpc.Telemetry.detach(id)
 end

@@ -232,6 +232,8 @@ mod tests {
         assert!(!flags.contains(DistFlags::PUBLISHED));
         assert!(!flags.contains(DistFlags::DIST_HDR_ATOM_CACHE));
         assert!(!flags.contains(DistFlags::NAME_ME));
+        assert!(flags.contains(DistFlags::ALTACT_SIG));
+        assert!(!flags.contains(DistFlags::NATIVE_RECORDS));
     }
 
     #[test]

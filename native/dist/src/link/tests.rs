@@ -161,6 +161,32 @@ fn a_prepared_control_message_makes_the_same_frames() {
 }
 
 #[test]
+fn the_bytes_of_a_small_message_are_those_of_the_documentation() {
+    let pid = Pid {
+        node: Atom::from("cart@127.0.0.1"),
+        ..pid()
+    };
+    let control = Control::SendSender {
+        from: pid.clone(),
+        to: pid,
+        token: None,
+    };
+    let frame = &sent(HEADERS, control, Some(&Term::binary(vec![1; 64])))[0];
+    assert_eq!(
+        frame.len() + 4,
+        138,
+        "docs/c-node.md says what an atom cache would save"
+    );
+}
+
+#[test]
+fn native_records_are_no_terms() {
+    let record = [131, 67, 0, 0, 0, 1];
+    assert!(decode(&record, &Limits::default()).is_err());
+    assert!(meshx_etf::term_len(&record, &Limits::default()).is_err());
+}
+
+#[test]
 fn one_fragment_alone_is_a_message() {
     let mut receiver = Receiver::new(HEADERS, LinkLimits::default());
     let message = receiver

@@ -3,6 +3,8 @@ defmodule MeshxRpc.AccessTest do
   use MeshxRpc.Case, async: true
   import ExUnit.CaptureLog
 
+  alias MeshxRpc.{Frame, Hello, TestPeer}
+
   @key "a shared key of some length"
 
   defmodule Mesh do
@@ -85,7 +87,8 @@ defmodule MeshxRpc.AccessTest do
     for quiet <- [false, true], {mine, theirs} <- [{[checksum: :crc32], [checksum: :none]}] do
       log =
         capture_log(fn ->
-          {_server, address} = server([quiet_on_hsk_error?: quiet] ++ mine)
+          {server, address} = server([quiet_on_hsk_error?: quiet] ++ mine)
+          send(self(), {:server, server})
           client = client_down(address, theirs)
           await(fn -> Client.Pool.info(client).down != [] end)
           told = Client.Pool.info(client).down
@@ -95,23 +98,34 @@ defmodule MeshxRpc.AccessTest do
             else: assert([{:settings, "checksums none are offered, wanted one of crc32"}] = told)
         end)
 
-      assert log =~ "MeshxRpc.Server" == not quiet
+      assert_received {:server, server}
+      assert log =~ "MeshxRpc.Server #{inspect(server)} refuses" == not quiet
     end
   end
 
+  @tag :capture_log
   test "a client that refuses tells the server, unless it is to be quiet" do
-    for quiet <- [false, true] do
-      log =
-        capture_log(fn ->
-          {_server, address} = server(shared_key: "not the key of this client")
-          client = client_down(address, shared_key: @key, quiet_on_hsk_error?: quiet)
-          await(fn -> Client.Pool.info(client).down != [] end)
-          assert [{:auth, _text}] = Client.Pool.info(client).down
-          # The server's line comes by itself.
-          Process.sleep(100)
-        end)
+    {:ok, listen} = :gen_tcp.listen(0, [:binary, active: false, ip: {127, 0, 0, 1}])
+    {:ok, port} = :inet.port(listen)
 
-      assert log =~ "refuses this server: auth: the server does not prove" == not quiet
+    for quiet <- [false, true] do
+      options = [shared_key: @key, quiet_on_hsk_error?: quiet]
+      client = client_down({:tcp, {127, 0, 0, 1}, port}, options)
+      {:ok, socket} = :gen_tcp.accept(listen, 10_000)
+      {0x01, 0, hello} = TestPeer.frame(socket)
+      false_server = TestPeer.config(keys: ["not the key of this client"])
+      {:ok, _agreed, ack, _proofs} = Hello.answer(false_server, hello, Hello.nonce())
+      :ok = :gen_tcp.send(socket, Frame.hello_ack(ack))
+
+      if quiet do
+        assert TestPeer.frame(socket) == :closed
+      else
+        assert {0x05, 0, <<9::16, text::binary>>} = TestPeer.frame(socket)
+        assert text =~ "the server does not prove"
+      end
+
+      await(fn -> match?([{:auth, _text}], Client.Pool.info(client).down) end)
+      stop_supervised!(client)
     end
   end
 end

@@ -86,7 +86,7 @@ defmodule MeshxRpc.TelemetryTest do
   end
 
   test "failures are told by kind: what a function failed with may be its argument" do
-    {_server, client} = pair(timeout_execute: 2_000, max_concurrency: 1)
+    {_server, client} = pair(timeout_execute: 2_000)
     assert Client.Pool.call(client, :echo, 1, 10_000, 1_000, 5) == 1
     name = registered()
     Process.put(:secret, "what nobody must see")
@@ -105,7 +105,10 @@ defmodule MeshxRpc.TelemetryTest do
 
       for side <- [:server, :client] do
         {_, measurements, metadata} = failed(side)
-        assert metadata.result == {:error_rpc, told}, "#{fun} at #{side}: #{inspect(metadata)}"
+        # The caller's CANCEL may come before the deadline passes here.
+        told = if told == :timeout and side == :server, do: [:timeout, :cancelled], else: [told]
+
+        assert elem(metadata.result, 1) in told, "#{fun} at #{side}: #{inspect(metadata)}"
         refute inspect({measurements, metadata}, limit: :infinity) =~ "what nobody must see"
       end
     end
@@ -202,7 +205,9 @@ defmodule MeshxRpc.TelemetryTest do
       refute log =~ inspect(prefix ++ [:server, :call])
       assert MeshxRpc.detach_telemetry(id) == :ok
       assert MeshxRpc.detach_telemetry(id) == {:error, :not_found}
-      assert capture_log(fn -> Client.Pool.call(client, :echo, "x") end) == ""
+
+      refute capture_log(fn -> Client.Pool.call(client, :echo, "x") end) =~
+               inspect(prefix ++ [:call])
     end
 
     assert MeshxRpc.attach_telemetry([:d, :e]) == :ok

@@ -139,8 +139,8 @@ pub(crate) async fn accept(
     let established = within(limit, async {
         let mut out = Vec::new();
         let given = match AwaitName::new(local).on_name(&message(&mut transport, &mut decoder).await?) {
-            Err(error @ HandshakeError::MissingFlags { .. }) => {
-                // As OTP does: the peer then knows that it was not the network.
+            Err(error @ (HandshakeError::MissingFlags { .. } | HandshakeError::OldName)) => {
+                // As OTP 27 and later do: the peer then knows that it was not the network.
                 Status::NotAllowed.encode(&mut out)?;
                 flush(&mut transport, &mut out).await?;
                 return Err(error.into());

@@ -93,7 +93,7 @@ defmodule MeshxRpc.CodecFaultsTest do
         whole = IO.iodata_to_binary(frames(true))
 
         for at <- 0..(byte_size(whole) - 1), bit <- [0, 3, 7] do
-          <<before::binary-size(at), byte, rest::binary>> = whole
+          {before, byte, rest} = CodecPeer.at(whole, at)
           flipped = <<before::binary, Bitwise.bxor(byte, Bitwise.bsl(1, bit)), rest::binary>>
           messages = sound!(received(codec, true, [flipped]), "bit #{bit} of byte #{at}")
           # What the bit was part of is missing, and nothing says that it arrived.

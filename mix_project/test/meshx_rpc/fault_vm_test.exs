@@ -128,7 +128,11 @@ defmodule MeshxRpc.FaultVmTest do
     end
 
     await(fn -> Client.Pool.info(client).in_flight == 0 end)
-    await(fn -> :erlang.garbage_collect() && :erlang.memory(:binary) - before < 300 * @mib end)
+
+    await(fn ->
+      :erlang.garbage_collect()
+      :erlang.memory(:binary) - before < 300 * @mib
+    end)
   end
 
   test "a result of a gibibyte is refused, and the server's memory comes back" do

@@ -79,6 +79,12 @@ defmodule MeshxRpc.StreamTest do
       :erlang.term_to_binary(plain)::binary>>
   end
 
+  # Tells the test, and gives the value.
+  defp told(test, message, value) do
+    send(test, message)
+    value
+  end
+
   # What has been counted when nothing new comes for a while: to see that something does not come one has to wait.
   defp quiet(so_far) do
     receive do
@@ -194,8 +200,7 @@ defmodule MeshxRpc.StreamTest do
         name = registered()
         me = self()
 
-        pieces =
-          Stream.map(1..3_000, fn n -> send(me, {:made, n}) && :binary.copy(<<n>>, 1_024) end)
+        pieces = Stream.map(1..3_000, fn n -> told(me, {:made, n}, :binary.copy(<<n>>, 1_024)) end)
 
         call = Task.async(fn -> Client.Pool.call(client, :slowly, {name, Pieced.new(pieces)}) end)
         assert_receive {:consumer, consumer}, 10_000
@@ -236,7 +241,7 @@ defmodule MeshxRpc.StreamTest do
         me = self()
 
         endless =
-          Stream.resource(fn -> send(me, {:feeder, self()}) && 1 end, &{[&1], &1 + 1}, fn _ ->
+          Stream.resource(fn -> told(me, {:feeder, self()}, 1) end, &{[&1], &1 + 1}, fn _ ->
             :ok
           end)
 
@@ -263,7 +268,7 @@ defmodule MeshxRpc.StreamTest do
 
         endless =
           Stream.resource(
-            fn -> send(me, {:feeder, self()}) && 1 end,
+            fn -> told(me, {:feeder, self()}, 1) end,
             &{["piece #{&1}"], &1 + 1},
             fn _ -> :ok end
           )
@@ -378,7 +383,7 @@ defmodule MeshxRpc.StreamTest do
     :ok = :gen_tcp.close(listen)
     client = client_down({:tcp, {127, 0, 0, 1}, port})
     me = self()
-    once = Stream.map(1..3, fn n -> send(me, {:made, n}) && n end)
+    once = Stream.map(1..3, fn n -> told(me, {:made, n}, n) end)
     call = Task.async(fn -> Client.Pool.call(client, :sum, Pieced.new(once), 60_000, 10_000, 5) end)
     server(module: Pieces, address: {:tcp, {127, 0, 0, 1}, port})
     assert Task.await(call, 60_000) == 6

@@ -45,4 +45,19 @@ defmodule MeshxRpc do
   An address is all that two VMs need: `{:uds, path}`, `{:tcp, ip, port}`, or one end of a relay like `ssh -L`.
   `examples/rpc` is that.
   """
+
+  @doc """
+  Prints the events of clients and servers whose `:telemetry_prefix` is this one: errors with level `:error`, others
+  with `:debug`. For development.
+
+  `id` names the handler, default the last element of the prefix. Any prefix will do. Without the application
+  `:telemetry` it works too.
+  """
+  @spec attach_telemetry([atom()], term()) :: :ok
+  def attach_telemetry(telemetry_prefix, id \\ nil),
+    do: MeshxRpc.Telemetry.attach(telemetry_prefix, id)
+
+  @doc "Ends what `attach_telemetry/2` began."
+  @spec detach_telemetry(term()) :: :ok | {:error, :not_found}
+  def detach_telemetry(id), do: MeshxRpc.Telemetry.detach(id)
 end

@@ -9,12 +9,19 @@ use std::sync::{Mutex, PoisonError};
 const MIN: usize = 1024;
 /// Larger ones are not kept.
 const MAX: usize = 128 * 1024;
-/// So many are kept.
-const COUNT: usize = 64;
+/// So many bytes of them are kept.
+const BYTES: usize = 8 * 1024 * 1024;
 
-/// What is kept: at most 8 MiB.
+/// What is kept.
 #[derive(Debug, Default)]
-pub(crate) struct Buffers(Mutex<Vec<Vec<u8>>>);
+pub(crate) struct Buffers(Mutex<Kept>);
+
+#[derive(Debug, Default)]
+struct Kept {
+    buffers: Vec<Vec<u8>>,
+    /// Their capacities.
+    bytes: usize,
+}
 
 impl Buffers {
     /// An empty buffer for so many bytes, and with room for at most twice as many: what a mailbox counts is what its
@@ -22,11 +29,13 @@ impl Buffers {
     pub(crate) fn take(&self, len: usize) -> Vec<u8> {
         if len >= MIN {
             let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(buffer) = kept.pop_if(|buffer| (len..=2 * len).contains(&buffer.capacity())) {
-                return buffer;
-            }
             // One of another size makes room for one of this.
-            kept.pop();
+            if let Some(buffer) = kept.buffers.pop() {
+                kept.bytes = kept.bytes.saturating_sub(buffer.capacity());
+                if (len..=2 * len).contains(&buffer.capacity()) {
+                    return buffer;
+                }
+            }
         }
         Vec::with_capacity(len)
     }
@@ -36,8 +45,9 @@ impl Buffers {
         if (MIN..=MAX).contains(&buffer.capacity()) {
             buffer.clear();
             let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-            if kept.len() < COUNT {
-                kept.push(buffer);
+            if kept.bytes + buffer.capacity() <= BYTES {
+                kept.bytes += buffer.capacity();
+                kept.buffers.push(buffer);
             }
         }
     }
@@ -64,13 +74,12 @@ mod tests {
         assert!(buffers.take(MAX).capacity() >= MAX);
         buffers.give(Vec::with_capacity(MAX + 1));
         buffers.give(Vec::with_capacity(MIN - 1));
-        for _ in 0..2 * COUNT {
-            buffers.give(Vec::with_capacity(MIN));
+        for _ in 0..3 * BYTES / MAX {
+            buffers.give(Vec::with_capacity(MAX));
         }
         let kept = buffers.0.lock().unwrap_or_else(PoisonError::into_inner);
-        assert_eq!(
-            (kept.len(), kept.iter().map(Vec::capacity).max()),
-            (COUNT, Some(MIN))
-        );
+        let bytes: usize = kept.buffers.iter().map(Vec::capacity).sum();
+        assert_eq!(kept.bytes, bytes);
+        assert!(bytes <= BYTES && bytes > BYTES - MAX, "{bytes}");
     }
 }

@@ -1,4 +1,4 @@
-//! A process that reads and writes terms with libei, C's erl_interface. The source is tests/c/ei_terms.c; it is
+//! A process that reads and writes terms with libei, C's erl_interface. The source is tests/libei/ei_terms.c; it is
 //! compiled when it is first needed, against the libei of the `erl` on the path (Debian's package erlang-dev).
 #![allow(
     dead_code,
@@ -14,7 +14,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-const SOURCE: &str = include_str!("../../../../tests/c/ei_terms.c");
+const SOURCE: &str = include_str!("../../../../tests/libei/ei_terms.c");
 
 /// The process. It ends when this is dropped.
 pub struct Libei {

@@ -1,6 +1,6 @@
 //! The node of ours that is measured, in a process of its own: `bench_cnode peer NAME COOKIE REMOTE EPMD-PORT`.
 //!
-//! Commands are those of tests/c/ei_node.c, and `monitors COUNT`, `mailboxes COUNT`, `drop 0`. The server `echo` answers
+//! Commands are those of tests/libei/ei_node.c, and `monitors COUNT`, `mailboxes COUNT`, `drop 0`. The server `echo` answers
 //! calls with their request.
 
 use std::io::BufRead;

@@ -10,7 +10,7 @@ use crate::terms::libei;
 
 const PATIENCE: Duration = Duration::from_secs(120);
 const PEER: &str = include_str!("bench_peer.erl");
-const EI_NODE: &str = include_str!("../../../c/ei_node.c");
+const EI_NODE: &str = include_str!("../../../libei/ei_node.c");
 /// The BEAM that all talk to.
 const BEAM: &str = "beam@127.0.0.1";
 

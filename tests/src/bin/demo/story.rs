@@ -1,11 +1,12 @@
 //! The demo's steps in order. A step that fails says why; the steps that can still run do.
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use meshx_tests::{Agent, Beam, BeamBuilder, COOKIE, Mesh, Process, Result, program};
+use meshx_tests::{Agent, Beam, BeamBuilder, COOKIE, Context, Mesh, Process, Result, program};
 
 const PROMISED: Duration = Duration::from_secs(1);
 /// A deadline in a test is three times what is promised.
@@ -110,7 +111,7 @@ fn run(report: &mut Report<'_>, mesh: &Mesh, keep: bool) {
     }) else {
         return;
     };
-    let Some((mut cart, mut shop)) = report.step("nodes meet at boot", || boot(&h1, &h2)) else {
+    let Some((mut cart, mut shop)) = report.step("nodes meet at boot", || boot(mesh.path(), &h1, &h2)) else {
         return;
     };
     report.step("identity seen by shop@h1", || {
@@ -144,13 +145,17 @@ fn run(report: &mut Report<'_>, mesh: &Mesh, keep: bool) {
     });
 }
 
-fn boot(h1: &Agent, h2: &Agent) -> Result<((Beam, Beam), String)> {
+fn boot(dir: &Path, h1: &Agent, h2: &Agent) -> Result<((Beam, Beam), String)> {
     let cart = BeamBuilder::new("cart@h2").app("shop").start(h2)?;
     let at = Instant::now();
-    // OTP's own boot-time clustering: the kernel application waits for these nodes before any other starts.
+    // OTP's own boot-time clustering: the kernel application waits for these nodes before any other starts. In a file:
+    // on the way through the script `elixir` the list would be a pattern for names of files.
+    let config = dir.join("boot");
+    let wanted = "[{kernel,[{sync_nodes_mandatory,['cart@h2']},{sync_nodes_timeout,10000}]}].\n";
+    std::fs::write(config.with_extension("config"), wanted).context("write a configuration")?;
     let mut shop = BeamBuilder::new("shop@h1")
         .app("shop")
-        .erl("-kernel sync_nodes_mandatory ['cart@h2'] -kernel sync_nodes_timeout 10000")
+        .erl(&format!("-config {}", config.display()))
         .start(h1)?;
     let took = at.elapsed().as_secs_f32();
     shop.expect("Node.list()", "[:cart@h2]")?;

@@ -8,6 +8,7 @@
 #   rpc.exs client mesh CHECKSUM SERVICE     ready OSPID client
 #
 #   settle                       collects garbage                 -> done
+#   slice                        the longest call of the NIF since -> done NANOSECONDS
 #   run PAYLOAD CALLERS MS       echoes in a loop                 -> done CALLS MICROSECONDS
 #   mixed PAYLOAD MS             64 B beside a loop of PAYLOAD    -> done P50 P99 BULK_CALLS MICROSECONDS (of small calls)
 #
@@ -141,6 +142,7 @@ defmodule Bench do
         answer =
           case String.split(line) do
             ["settle"] -> settle()
+            ["slice"] -> "done #{MeshxRpc.Codec.Nif.longest_slice()}"
             ["run", payload, callers, ms] -> run(call, payload, int(callers), int(ms))
             ["mixed", payload, ms] -> mixed(call, payload, int(ms))
           end

@@ -7,6 +7,7 @@ mod decoder;
 mod event;
 mod guard;
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use meshx_frame::Checksum;
@@ -46,8 +47,18 @@ fn checksum(checksum: Checksum, iovec: ListIterator<'_>) -> NifResult<u32> {
 
 /// To the VM a call is one reduction, however long it was: this says how much of a millisecond it really took.
 pub(crate) fn count_time(env: Env<'_>, began: Instant) {
-    let percent = began.elapsed().as_micros() / 10;
+    let took = began.elapsed();
+    LONGEST.fetch_max(took.as_nanos().try_into().unwrap_or(u64::MAX), Ordering::Relaxed);
+    let percent = took.as_micros() / 10;
     consume_timeslice(env, percent.clamp(1, 100) as i32);
+}
+
+static LONGEST: AtomicU64 = AtomicU64::new(0);
+
+/// The longest that a call held its scheduler since this was asked before, in nanoseconds.
+#[rustler::nif]
+fn longest_slice() -> u64 {
+    LONGEST.swap(0, Ordering::Relaxed)
 }
 
 rustler::init!("Elixir.MeshxRpc.Codec.Nif.Native");

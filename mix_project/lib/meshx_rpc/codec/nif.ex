@@ -48,6 +48,10 @@ defmodule MeshxRpc.Codec.Nif do
   @impl true
   def skipped(decoder), do: Native.skipped(decoder)
 
+  @doc "The longest that a call of the NIF held its scheduler since this was asked before, in nanoseconds."
+  @spec longest_slice() :: non_neg_integer()
+  def longest_slice, do: Native.longest_slice()
+
   @impl true
   def new(options) do
     budget =

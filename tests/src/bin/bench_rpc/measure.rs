@@ -54,6 +54,8 @@ pub(crate) struct Sample {
     pub(crate) cpu: f64,
     /// Peak resident bytes of both VMs together.
     pub(crate) memory: f64,
+    /// The longest call of the NIF, in microseconds.
+    pub(crate) slice: f64,
     /// Microseconds of a small call: median and 99th percentile. Mixed row only.
     pub(crate) p50: f64,
     pub(crate) p99: f64,
@@ -67,6 +69,7 @@ pub(crate) fn row(pair: &mut Pair, row: &Row, ms: u64) -> Result<Sample> {
     for pid in pair.pids() {
         reset_peak_memory(pid)?;
     }
+    pair.slice()?;
     let cpu = pair.cpu()?;
     let answer = pair.ask(&format!("run {} {} {ms}", row.payload, row.callers))?;
     let cpu = cpu.seconds()?;
@@ -85,6 +88,7 @@ pub(crate) fn row(pair: &mut Pair, row: &Row, ms: u64) -> Result<Sample> {
         rate: calls * 1e6 / micros,
         cpu: cpu * 1e6 / calls,
         memory: memory as f64,
+        slice: pair.slice()?,
         ..Sample::default()
     })
 }

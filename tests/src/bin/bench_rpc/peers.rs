@@ -222,6 +222,19 @@ impl Pair {
         ask(&mut self.server, "settle").map(drop)
     }
 
+    /// The longest call of the NIF in either VM since this was asked before, in microseconds.
+    pub(crate) fn slice(&mut self) -> Result<f64> {
+        if matches!(self.kind, Kind::Erpc | Kind::Tls | Kind::TlsTuned | Kind::Elixir) {
+            return Ok(0.0);
+        }
+        let longest = [&mut self.client, &mut self.server].map(|vm| ask(vm, "slice"));
+        let mut nanoseconds = 0.0_f64;
+        for answer in longest {
+            nanoseconds = answer?.into_iter().fold(nanoseconds, f64::max);
+        }
+        Ok(nanoseconds / 1e3)
+    }
+
     /// The two VMs.
     pub(crate) fn pids(&self) -> [u32; 2] {
         self.pids

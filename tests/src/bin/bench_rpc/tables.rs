@@ -108,6 +108,7 @@ impl View<'_> {
             "ratio",
             "limit",
             "",
+            "longest NIF call, us",
         ]);
         for (row, peers) in self.rows.iter().zip(self.samples) {
             let (Some(cpu_ratio), Some(memory_ratio)) = (
@@ -137,6 +138,12 @@ impl View<'_> {
                 Quartiles::of(&memory_ratio).to_string(),
                 wanted,
                 verdict,
+                self.column(peers, Kind::Rpc).map_or_else(String::new, |samples| {
+                    format!(
+                        "{:.0}",
+                        values(samples, |s| s.slice).into_iter().fold(0.0, f64::max)
+                    )
+                }),
             ]);
         }
         section("CPU and peak memory", &table)

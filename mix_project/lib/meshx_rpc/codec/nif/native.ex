@@ -56,6 +56,7 @@ defmodule MeshxRpc.Codec.Nif.Native do
   def feed(_decoder, _bytes, _offset), do: not_loaded()
   def stats(_decoder), do: not_loaded()
   def crc32(_iovec), do: not_loaded()
+  def longest_slice, do: not_loaded()
   def crc32c(_iovec), do: not_loaded()
   def budget(_max), do: not_loaded()
   def budget_used(_budget), do: not_loaded()

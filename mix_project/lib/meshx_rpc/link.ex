@@ -11,9 +11,6 @@ defmodule MeshxRpc.Link do
 
   @batch 524_288
   @reads 32
-  # A large message that has left, and what came in its stead, are let go at once: this process has little on its heap
-  # and would keep many MiB until that is full.
-  @bulk 131_072
   # Control frames are answers to what a peer sends, so one that sends and does not read could pile them up.
   @max_control 4_194_304
 
@@ -193,7 +190,6 @@ defmodule MeshxRpc.Link do
 
     case if(size == 0, do: :ok, else: command(link.socket, out)) do
       :ok ->
-        if taken >= @bulk and List.keymember?(notes, :sent, 0), do: :erlang.garbage_collect()
         with {:ok, link} <- ask(link), do: {:ok, link, notes}
 
       # Those who write beside us have filled it.

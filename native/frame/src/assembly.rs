@@ -2,39 +2,36 @@
 
 use std::collections::TryReserveError;
 
+use crate::Memory;
+
 /// Up to here room is made by doubling, so that a message costs no more than twice what has come of it. Beyond, room
 /// for the whole message is reserved at once: the peer has sent this much already, the byte budget holds the
 /// rest, pages that were never written cost no memory, and a later move of many MiB would stall a scheduler.
 const DOUBLING_UP_TO: usize = 128 << 10;
 const FIRST_STEP: usize = 4 << 10;
 
-/// What to do with the memory of messages that nobody gets: of one, or of all that a connection had when it ended.
-///
-/// To give hundreds of MiB back to the system takes milliseconds: an owner that must not stall can do it elsewhere.
-pub type Discard = fn(Vec<Vec<u8>>);
-
-/// Collects a message of a known length. Never reserves more than `total`.
+/// Collects a message of a known length. Never asks for more than `total`.
 #[derive(Debug)]
 pub(crate) struct Assembly {
     total: usize,
     bytes: Vec<u8>,
-    discard: Discard,
+    memory: Memory,
 }
 
 impl Drop for Assembly {
     fn drop(&mut self) {
         if self.bytes.capacity() > 0 {
-            (self.discard)(vec![std::mem::take(&mut self.bytes)]);
+            (self.memory.discard)(vec![std::mem::take(&mut self.bytes)]);
         }
     }
 }
 
 impl Assembly {
-    pub(crate) fn new(total: usize, discard: Discard) -> Self {
+    pub(crate) fn new(total: usize, memory: Memory) -> Self {
         Self {
             total,
             bytes: Vec::new(),
-            discard,
+            memory,
         }
     }
 
@@ -50,16 +47,18 @@ impl Assembly {
     pub(crate) fn push(&mut self, block: &[u8]) -> Result<(), TryReserveError> {
         let needed = self.bytes.len() + block.len();
         if needed > self.bytes.capacity() {
-            let target = if needed > DOUBLING_UP_TO {
-                self.total
+            if needed > DOUBLING_UP_TO {
+                let mut whole = (self.memory.reserve)(self.total.max(needed))?;
+                whole.extend_from_slice(&self.bytes);
+                self.bytes = whole;
             } else {
-                needed
+                let target = needed
                     .max(2 * self.bytes.capacity())
                     .max(FIRST_STEP)
-                    .min(self.total)
-            };
-            self.bytes
-                .try_reserve_exact(target.max(needed) - self.bytes.len())?;
+                    .min(self.total);
+                self.bytes
+                    .try_reserve_exact(target.max(needed) - self.bytes.len())?;
+            }
         }
         self.bytes.extend_from_slice(block);
         Ok(())
@@ -77,7 +76,7 @@ mod tests {
 
     #[test]
     fn an_announced_gibibyte_costs_nothing() {
-        let mut assembly = Assembly::new(1 << 30, drop);
+        let mut assembly = Assembly::new(1 << 30, Memory::default());
         assert_eq!(assembly.bytes.capacity(), 0);
         assembly.push(&[1; 100]).unwrap();
         assert!(assembly.bytes.capacity() <= FIRST_STEP);
@@ -90,7 +89,7 @@ mod tests {
     #[test]
     fn never_reserves_more_than_the_total() {
         for total in [0, 1, 5_000, (1 << 20) + 7, 5 << 20] {
-            let mut assembly = Assembly::new(total, drop);
+            let mut assembly = Assembly::new(total, Memory::default());
             while assembly.len() < total {
                 let n = 1000.min(total - assembly.len());
                 assembly.push(&vec![7; n]).unwrap();

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::header::{FLAG_CKS, HEADER_LEN, Header, frame_type::*};
 use crate::streams::{Check, Streams};
 use crate::{
-    Budget, Cause, Checksum, Discard, Event, Failure, MAX_PAYLOAD, MAX_WINDOW, Options, OptionsError, Output,
+    Budget, Cause, Checksum, Event, Failure, MAX_PAYLOAD, MAX_WINDOW, Memory, Options, OptionsError, Output,
     Role, encode,
 };
 
@@ -60,14 +60,14 @@ impl Decoder {
     /// # Errors
     /// A window that is 0 or above [`MAX_WINDOW`].
     pub fn new(options: Options) -> Result<Self, OptionsError> {
-        Self::with_discard(options, drop)
+        Self::with_memory(options, Memory::default())
     }
 
-    /// As [`new`](Self::new), with a way of the owner's to free the memory of messages that nobody gets.
+    /// As [`new`](Self::new), with the owner's memory for large messages.
     ///
     /// # Errors
     /// A window that is 0 or above [`MAX_WINDOW`].
-    pub fn with_discard(options: Options, discard: Discard) -> Result<Self, OptionsError> {
+    pub fn with_memory(options: Options, memory: Memory) -> Result<Self, OptionsError> {
         options.check()?;
         Ok(Self {
             role: options.role,
@@ -75,7 +75,7 @@ impl Decoder {
             checksum: None,
             block: MAX_PAYLOAD,
             partial: Vec::new(),
-            streams: Streams::new(options, discard),
+            streams: Streams::new(options, memory),
             failure: None,
             frames: 0,
             bytes: 0,

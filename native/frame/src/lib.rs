@@ -66,12 +66,12 @@ mod decoder;
 pub mod encode;
 mod event;
 mod header;
+mod memory;
 mod options;
 mod stream;
 mod streams;
 mod window;
 
-pub use assembly::Discard;
 pub use budget::Budget;
 pub use cause::Cause;
 pub use checksum::Checksum;
@@ -79,6 +79,7 @@ pub use contain::contain;
 pub use decoder::{Decoder, Stats};
 pub use event::{Event, Failure, Kind, Output, Status};
 pub use header::{FLAG_CKS, FLAG_END, Header, frame_type};
+pub use memory::{Memory, Pool};
 pub use options::{Options, OptionsError, Role};
 
 /// Largest payload of one frame in bytes, heads included.

@@ -200,7 +200,7 @@ mod tests {
             status: Status::Result,
             term: 0,
         };
-        let message = Assembly::new(3, drop);
+        let message = Assembly::new(3, crate::Memory::default());
         let state = State::Receiving(Receiving {
             head,
             message,

@@ -3,12 +3,12 @@
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 
-use crate::assembly::{Assembly, Discard};
+use crate::assembly::Assembly;
 use crate::control_rate::ControlRate;
 use crate::header::{FLAG_END, Header, REQUEST_HEAD_MAX, block_too_large, frame_type::*};
 use crate::stream::{Fault, Head, Receiving, State, Stream, sequence, split_request, split_response};
 use crate::window::Window;
-use crate::{Budget, Cause, Event, Failure, MAX_SKIPPED, Options, Output, Role, Status, encode};
+use crate::{Budget, Cause, Event, Failure, MAX_SKIPPED, Memory, Options, Output, Role, Status, encode};
 
 /// What a block's checksum said, or what was wrong with it.
 pub(crate) type Check = Result<(), &'static str>;
@@ -18,7 +18,7 @@ pub(crate) type Check = Result<(), &'static str>;
 #[derive(Debug)]
 pub(crate) struct Streams {
     options: Options,
-    discard: Discard,
+    memory: Memory,
     pub(crate) block_size: usize,
     pub(crate) control: ControlRate,
     table: HashMap<u32, Stream>,
@@ -39,9 +39,9 @@ impl Drop for Streams {
 }
 
 impl Streams {
-    pub(crate) fn new(options: Options, discard: Discard) -> Self {
+    pub(crate) fn new(options: Options, memory: Memory) -> Self {
         Self {
-            discard,
+            memory,
             block_size: crate::MAX_PAYLOAD,
             control: ControlRate::new(),
             table: HashMap::new(),
@@ -93,7 +93,7 @@ impl Streams {
             })
             .collect();
         if !messages.is_empty() {
-            (self.discard)(messages);
+            (self.memory.discard)(messages);
         }
         self.give_back(self.reserved);
     }
@@ -284,7 +284,7 @@ impl Streams {
         self.reserve(total)?;
         let mut receiving = Receiving {
             head,
-            message: Assembly::new(size, self.discard),
+            message: Assembly::new(size, self.memory),
             next: 1,
         };
         let result = receiving.append(data);

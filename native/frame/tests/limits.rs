@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use common::*;
 use meshx_frame::frame_type::*;
-use meshx_frame::{Budget, Cause, Checksum, Decoder, Event, MAX_SKIPPED, Options, Role, Status};
+use meshx_frame::{Budget, Cause, Checksum, Decoder, Event, MAX_SKIPPED, Memory, Options, Role, Status};
 
 fn header(len: u32, frame_type: u8, flags: u8, stream: u32) -> Vec<u8> {
     let mut out = Vec::new();
@@ -494,7 +494,14 @@ fn what_a_connection_held_is_given_back_at_once_when_it_ends() {
             .push(messages.iter().map(Vec::len).collect());
     }
     let begun = |fail: bool| {
-        let mut decoder = Decoder::with_discard(OPTIONS, discard).unwrap();
+        let mut decoder = Decoder::with_memory(
+            OPTIONS,
+            Memory {
+                discard,
+                ..Memory::default()
+            },
+        )
+        .unwrap();
         feed(&mut decoder, &control(HELLO, 0, b"")).2.unwrap();
         decoder.agree(Some(Checksum::Crc32), 16_384);
         for stream in 1..=3 {

@@ -83,7 +83,7 @@ fn new(options: OptionsMap) -> NifResult<ResourceArc<Connection>> {
         stream_window: options.stream_window,
         connection_window: options.connection_window,
     };
-    let mut decoder = Decoder::with_discard(options, event::discard)
+    let mut decoder = Decoder::with_memory(options, event::MEMORY)
         .map_err(|error| Error::Term(Box::new(error.to_string())))?;
     if let Some(budget) = budget {
         decoder.share(Arc::clone(&budget.0));

@@ -2,7 +2,7 @@
 
 use std::panic::RefUnwindSafe;
 
-use meshx_frame::{Cause, Event, Kind, Status};
+use meshx_frame::{Cause, Event, Kind, Memory, Pool, Status};
 use rustler::{Atom, Encoder, Env, NewBinary, Resource, ResourceArc, Term};
 
 use crate::atoms;
@@ -28,7 +28,19 @@ impl Drop for Message {
     }
 }
 
-pub(crate) fn discard(messages: Vec<Vec<u8>>) {
+static POOL: Pool = Pool::new();
+
+/// Where decoders put large messages.
+pub(crate) const MEMORY: Memory = Memory {
+    reserve: |size| POOL.reserve(size),
+    discard,
+};
+
+fn discard(messages: Vec<Vec<u8>>) {
+    let messages: Vec<Vec<u8>> = messages
+        .into_iter()
+        .flat_map(|message| POOL.put_back(message))
+        .collect();
     if messages.iter().map(Vec::capacity).sum::<usize>() >= DISCARD_ASIDE_FROM {
         // Without a thread to be had, the closure and what it holds are dropped here.
         let _ = std::thread::Builder::new()

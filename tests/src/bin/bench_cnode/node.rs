@@ -36,8 +36,15 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
             let words: Vec<&str> = line.split(' ').collect();
             let number = |text: &str| text.parse::<u32>().context(text);
             match words.as_slice() {
-                ["send", count, size] => send(&node, remote, number(count)?, number(size)?).await?,
-                ["receive", count] => receive(&mut bench, remote, number(count)?).await?,
+                // In a task, as the work of a program is: this thread is none of the runtime's, and each message would
+                // have to wake it.
+                ["send", count, size] => {
+                    let (node, remote) = (node.clone(), remote.clone());
+                    task(send(node, remote, number(count)?, number(size)?)).await?;
+                }
+                ["receive", count] => {
+                    bench = task(receive(bench, remote.clone(), number(count)?)).await?;
+                }
                 ["monitors", count] => {
                     let mailbox = node.mailbox();
                     for _ in 0..number(count)? {
@@ -56,7 +63,12 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     })
 }
 
-async fn send(node: &Node, remote: &str, count: u32, size: u32) -> Result<()> {
+async fn task<T: Send + 'static>(work: impl Future<Output = Result<T>> + Send + 'static) -> Result<T> {
+    tokio::spawn(work).await.context("run a task")?
+}
+
+async fn send(node: Node, remote: String, count: u32, size: u32) -> Result<()> {
+    let remote = remote.as_str();
     let mut mailbox = node.mailbox();
     let start = Term::tuple([
         Term::atom("start"),
@@ -77,7 +89,7 @@ async fn send(node: &Node, remote: &str, count: u32, size: u32) -> Result<()> {
         .ok_or_else(|| "the node ended".into())
 }
 
-async fn receive(bench: &mut Mailbox, remote: &str, count: u32) -> Result<()> {
+async fn receive(mut bench: Mailbox, remote: String, count: u32) -> Result<Mailbox> {
     for _ in 0..count {
         match bench.recv().await {
             Some(Message::Term { .. }) => {}
@@ -85,6 +97,7 @@ async fn receive(bench: &mut Mailbox, remote: &str, count: u32) -> Result<()> {
         }
     }
     let done = Term::atom("done");
-    let sent = bench.send(("acks", remote), &done).await;
-    sent.map_err(|error| format!("send: {error}"))
+    let sent = bench.send(("acks", remote.as_str()), &done).await;
+    sent.map_err(|error| format!("send: {error}"))?;
+    Ok(bench)
 }

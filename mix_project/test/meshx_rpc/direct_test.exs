@@ -13,6 +13,16 @@ defmodule MeshxRpc.DirectTest do
       Process.sleep(milliseconds)
       milliseconds
     end
+
+    # Tells the test which processes it and its connection are.
+    def wait(test) do
+      {:links, [connection]} = Process.info(self(), :links)
+      send(:erlang.binary_to_term(test), {:runs, self(), connection})
+
+      receive do
+        :end -> :done
+      end
+    end
   end
 
   defp row(client), do: Client.Pool.row(Client.Pool.fetch!(client))
@@ -41,6 +51,24 @@ defmodule MeshxRpc.DirectTest do
         await(fn -> Server.Pool.info(server).running == 0 end)
         await(fn -> Client.Pool.info(client).in_flight == 0 end)
         assert row(client) == before
+      end
+
+      test "who has his answer does not find the last place taken by it", %{codec: codec} do
+        {_server, address} = server(codec: codec, module: Slow, max_concurrency: 1)
+        [one, other] = for _ <- 1..2, do: client(address, codec: codec)
+
+        test = :erlang.term_to_binary(self())
+        caller = Task.async(fn -> Client.Pool.call(one, :wait, test, 30_000, 0) end)
+        assert_receive {:runs, request, connection}, 10_000
+
+        # The connection cannot hear of the end now. Either it has to, or the answer comes later.
+        true = :erlang.suspend_process(connection)
+        send(request, :end)
+        answer = Task.yield(caller, 300)
+        unless answer, do: :erlang.resume_process(connection)
+        assert (answer && elem(answer, 1)) || Task.await(caller, 10_000) == :done
+
+        assert Client.Pool.call(other, :echo, 1, 30_000, 0) == 1
       end
 
       test "answers that come as their deadline passes cost nobody else", %{codec: codec} do

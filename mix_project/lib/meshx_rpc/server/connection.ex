@@ -320,6 +320,8 @@ defmodule MeshxRpc.Server.Connection do
       socket: link.socket,
       shared: link.shared,
       held: state.held,
+      running: config.running,
+      max_concurrency: config.max_concurrency,
       block: min(agreed.block, agreed.peer_stream_window),
       max_message: agreed.peer_max_message,
       crc: link.writer.crc

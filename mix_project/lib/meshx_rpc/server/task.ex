@@ -12,7 +12,8 @@ defmodule MeshxRpc.Server.Task do
   alias MeshxRpc.Server.Internal
 
   @enforce_keys [:connection, :module, :message, :codec, :guard, :telemetry, :traced]
-  defstruct @enforce_keys ++ [:socket, :shared, :held, :block, :max_message, :crc]
+  defstruct @enforce_keys ++
+              [:socket, :shared, :held, :running, :max_concurrency, :block, :max_message, :crc]
 
   @typedoc "What all requests of a connection have in common; copied to each, so it is small."
   @type t :: %__MODULE__{}
@@ -136,10 +137,14 @@ defmodule MeshxRpc.Server.Task do
 
   defp direct?(task, {status, {_flag, _iovec, size}}) when status in [:result, :error] do
     size <= task.block and size <= task.max_message and not Shared.busy?(task.shared) and
-      :counters.get(task.held, 1) <= @alone and Shared.take_all?(task.shared, size)
+      :counters.get(task.held, 1) <= @alone and room?(task) and Shared.take_all?(task.shared, size)
   end
 
   defp direct?(_task, _refused), do: false
+
+  # The place of a request is free when its connection has heard of its end. Who has the answer before that, and asks
+  # again, must not find the last place taken by his own request.
+  defp room?(task), do: :atomics.get(task.running, 1) < task.max_concurrency
 
   # Should we be killed right after this, the connection may answer too: clients ignore a second answer.
   defp answer(task, stream, {status, {flag, iovec, size}} = done) do

@@ -14,7 +14,7 @@ pub struct Series {
 }
 
 const COLORS: [&str; 6] = ["#1b6ca8", "#d1495b", "#66a182", "#edae49", "#6d597a", "#7f7f7f"];
-const LEFT: f64 = 230.0;
+const LEFT: f64 = 330.0;
 const WIDTH: f64 = 620.0;
 const BAR: f64 = 13.0;
 

@@ -65,7 +65,23 @@ impl Epmd {
     }
 
     pub async fn node(&self, name: &str) -> Node {
+        self.until_free(name).await;
         self.builder(name).start().await.unwrap()
+    }
+
+    /// Who has stopped has closed its registration: this reads of it a moment later.
+    async fn until_free(&self, name: &str) {
+        // An EPMD knows the part before the host.
+        let short = name.split('@').next().unwrap().as_bytes();
+        let free = || !self.names.lock().unwrap().contains_key(short);
+        let deadline = tokio::time::Instant::now() + Duration::from_secs(30);
+        while !free() {
+            assert!(
+                tokio::time::Instant::now() < deadline,
+                "{name} is still registered"
+            );
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
     }
 
     /// A BEAM, registered here.

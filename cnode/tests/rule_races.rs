@@ -8,10 +8,11 @@ use std::{
     time::Duration,
 };
 
+use futures::future::BoxFuture;
 use meshx::{
     mesh::{
-        Answer, Authorization, Catalogue, Certificates, Decision, Identity, Instance, Registration,
-        ServiceName, SpiffeId,
+        Answer, Authorization, Catalogue, Certificates, Decision, Diagnosis, Entry, Finding, Identity,
+        Instance, Intentions, Listed, MeshError, Protocol, Registration, ServiceName, SpiffeId, Token,
         embedded::{Action, EmbeddedMesh, MeshDir, Rule, Rules},
     },
     proxy::{
@@ -88,6 +89,14 @@ impl Authorization for Late {
     fn changed(&self) -> Answer<'_, ()> {
         self.mesh.changed()
     }
+
+    fn intentions(&self) -> Answer<'_, Intentions> {
+        self.mesh.intentions()
+    }
+
+    fn fix(&self, source: &ServiceName, target: &ServiceName) -> String {
+        self.mesh.fix(source, target)
+    }
 }
 
 impl Certificates for Late {
@@ -95,8 +104,12 @@ impl Certificates for Late {
         self.mesh.identity(service)
     }
 
-    fn trust_domain(&self) -> &str {
-        self.mesh.trust_domain()
+    fn spiffe(&self, service: &ServiceName) -> Result<SpiffeId, MeshError> {
+        self.mesh.spiffe(service)
+    }
+
+    fn present_token(&self, service: &ServiceName, token: Token) -> Result<(), MeshError> {
+        self.mesh.present_token(service, token)
     }
 }
 
@@ -112,15 +125,29 @@ impl Catalogue for Late {
     fn nodes(&self) -> Answer<'_, Vec<Instance>> {
         self.mesh.nodes()
     }
+
+    fn services(&self) -> Answer<'_, Vec<Listed>> {
+        self.mesh.services()
+    }
 }
 
 impl Registration for Late {
-    fn register(&self, instance: &Instance) -> Answer<'_, ()> {
-        self.mesh.register(instance)
+    fn register(&self, entry: &Entry) -> Answer<'_, ()> {
+        self.mesh.register(entry)
     }
 
     fn deregister(&self, id: &str) -> Answer<'_, ()> {
         self.mesh.deregister(id)
+    }
+
+    fn passing(&self, id: &str) -> Answer<'_, ()> {
+        self.mesh.passing(id)
+    }
+}
+
+impl Diagnosis for Late {
+    fn findings(&self) -> BoxFuture<'_, Vec<Finding>> {
+        self.mesh.findings()
     }
 }
 
@@ -190,6 +217,7 @@ impl Host {
             node: node.then(|| id.to_owned()),
             agent: self.name.to_owned(),
             address: self.address,
+            protocol: Protocol::Meshx,
         };
         let secret = Secret::generate().unwrap();
         self.local
@@ -205,7 +233,7 @@ impl Host {
                 uid: rustix::process::geteuid().as_raw(),
             })
             .unwrap();
-        self.mesh.register(&instance).await.unwrap();
+        self.mesh.register(&Entry::plain(instance.clone())).await.unwrap();
         (secret, listener)
     }
 

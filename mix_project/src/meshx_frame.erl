@@ -24,6 +24,11 @@
     | intention_denied
     | identity_mismatch
     | certificate_invalid
+    | unknown_authority
+    | wrong_trust_domain
+    | certificate_expired
+    | wrong_service
+    | no_certificate
     | not_permitted
     | bad_secret
     | name_taken
@@ -34,6 +39,7 @@
     | limit
     | timeout
     | not_ready
+    | unsupported
     | unknown.
 
 %% The largest frame that either side may send, in bytes.
@@ -104,6 +110,11 @@ causes() ->
         intention_denied,
         identity_mismatch,
         certificate_invalid,
+        unknown_authority,
+        wrong_trust_domain,
+        certificate_expired,
+        wrong_service,
+        no_certificate,
         not_permitted,
         bad_secret,
         name_taken,
@@ -113,7 +124,8 @@ causes() ->
         version_mismatch,
         limit,
         timeout,
-        not_ready
+        not_ready,
+        unsupported
     ].
 
 text(Format, Args) ->

@@ -117,8 +117,8 @@ impl MeshOption {
 impl From<MeshError> for Failure {
     fn from(error: MeshError) -> Self {
         let code = match error {
-            MeshError::Refused(_) | MeshError::NameTaken(_) => EX_NOPERM,
             MeshError::Unavailable(_) => EX_UNAVAILABLE,
+            _ => EX_NOPERM,
         };
         Self::new(code, error.to_string())
     }

@@ -154,13 +154,26 @@ pub struct SpiffeId {
 }
 
 impl SpiffeId {
-    /// The id of a service in this trust domain.
+    /// The id of a service in this trust domain, in Consul's default namespace and data centre.
     pub fn new(trust_domain: &str, service: ServiceName) -> Self {
+        Self::scoped(trust_domain, NAMESPACE, DATACENTER, service)
+    }
+
+    /// The id of a service in this trust domain, namespace and data centre.
+    pub fn scoped(trust_domain: &str, namespace: &str, datacenter: &str, service: ServiceName) -> Self {
         Self {
             trust_domain: trust_domain.to_owned(),
-            namespace: NAMESPACE.to_owned(),
-            datacenter: DATACENTER.to_owned(),
+            namespace: namespace.to_owned(),
+            datacenter: datacenter.to_owned(),
             service,
+        }
+    }
+
+    /// The same service of another trust domain.
+    pub fn in_domain(&self, trust_domain: &str) -> Self {
+        Self {
+            trust_domain: trust_domain.to_owned(),
+            ..self.clone()
         }
     }
 

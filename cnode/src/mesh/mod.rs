@@ -1,14 +1,16 @@
-//! What the data plane needs from a service mesh: four questions, each replaceable alone.
+//! What the data plane needs from a service mesh: a few questions, each group replaceable alone.
 //!
 //! Nothing here knows which mesh answers. When an answer is unclear the caller must refuse: every
 //! method returns an error rather than a guess.
 
+mod entry;
 mod identity;
 
 pub mod embedded;
 
 use std::net::SocketAddr;
 
+pub use entry::{DataPlane, Entry, Sidecar, SidecarUpstream, Token, Weights};
 use futures::future::BoxFuture;
 pub use identity::{
     Identity, MAX_NODE_NAME, MAX_SERVICE_NAME, MAX_SPIFFE_ID, NameError, ServiceName, SpiffeId, split_node,
@@ -28,6 +30,12 @@ pub enum MeshError {
     /// The mesh answered no to a registration or a certificate request.
     #[error("the mesh refused: {0}")]
     Refused(String),
+    /// The token lacks a right; the text names it.
+    #[error("the mesh does not permit it: {0}")]
+    Forbidden(String),
+    /// This kind of mesh has no such thing.
+    #[error("{0}")]
+    Unsupported(String),
     /// Another instance of this name or id is in the catalogue.
     #[error("{0}")]
     NameTaken(String),
@@ -43,10 +51,48 @@ pub struct Instance {
     /// The Erlang node name, when it is a node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub node: Option<String>,
-    /// Id of the agent that serves it.
+    /// Id of the agent that serves it; empty when none does.
     pub agent: String,
-    /// Where that agent accepts mesh connections.
+    /// Where mesh connections to it are accepted.
     pub address: SocketAddr,
+    /// What is spoken there.
+    #[serde(default, skip_serializing_if = "Protocol::is_meshx")]
+    pub protocol: Protocol,
+}
+
+/// What is spoken at an instance's address, inside mutual TLS.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Protocol {
+    /// `meshx/1`: a request and a reply come first (`docs/mesh-protocol.md`, "Between agents").
+    #[default]
+    Meshx,
+    /// The service's own bytes and nothing else: a sidecar of another make, or a Connect-native program.
+    Connect,
+}
+
+impl Protocol {
+    fn is_meshx(&self) -> bool {
+        *self == Self::Meshx
+    }
+}
+
+/// An instance as the catalogue shows it to people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listed {
+    /// The instance.
+    pub instance: Instance,
+    /// `passing`, `warning` or `critical`, with the output of the check that is worst.
+    pub status: String,
+    /// Its tags.
+    pub tags: Vec<String>,
+}
+
+impl Listed {
+    /// Whether new links may be made to it.
+    pub fn is_passing(&self) -> bool {
+        self.status == "passing"
+    }
 }
 
 /// Whether a pair may talk, and by which rule.
@@ -58,13 +104,44 @@ pub struct Decision {
     pub rule: String,
 }
 
+/// A rule of the mesh about pairs of services.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Intention {
+    /// Who dials; `*` stands for any service.
+    pub source: String,
+    /// Who is dialled; `*` stands for any service.
+    pub destination: String,
+    /// `allow`, `deny`, or in words why it allows nothing here (L7 permissions, say).
+    pub action: String,
+}
+
+/// All rules.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Intentions {
+    /// What holds for a pair without a rule: `allow`, `deny`, or `unknown` when the token may not see it.
+    pub default: String,
+    /// The rules, the first that fits decides.
+    pub rules: Vec<Intention>,
+}
+
 /// Certificates of services.
 pub trait Certificates: Send + Sync {
     /// The current leaf certificate, its key and the mesh's roots, for one service.
     fn identity(&self, service: &ServiceName) -> Answer<'_, std::sync::Arc<Identity>>;
 
-    /// The trust domain that every identity of this mesh lies in.
-    fn trust_domain(&self) -> &str;
+    /// The identity that this mesh's certificates give to a service of this data centre. It may change when the
+    /// mesh is set up anew.
+    ///
+    /// # Errors
+    /// [`MeshError::Unavailable`] before the mesh has told its trust domain.
+    fn spiffe(&self, service: &ServiceName) -> Result<SpiffeId, MeshError>;
+
+    /// A client's own token for a service: from now on that service's certificate, registration and watches are
+    /// asked for with it, until the last instance of it is deregistered.
+    ///
+    /// # Errors
+    /// [`MeshError::Unsupported`] where the mesh has no tokens.
+    fn present_token(&self, service: &ServiceName, token: Token) -> Result<(), MeshError>;
 }
 
 /// Which instances there are.
@@ -77,6 +154,9 @@ pub trait Catalogue: Send + Sync {
 
     /// All passing nodes.
     fn nodes(&self) -> Answer<'_, Vec<Instance>>;
+
+    /// All instances of services of this mesh, passing or not.
+    fn services(&self) -> Answer<'_, Vec<Listed>>;
 }
 
 /// Who may talk to whom.
@@ -87,18 +167,70 @@ pub trait Authorization: Send + Sync {
     /// Resolves when [`Authorization::authorize`] may answer otherwise than before: live pairs are to be asked
     /// about again. One caller at a time waits here.
     fn changed(&self) -> Answer<'_, ()>;
+
+    /// All rules, for people.
+    fn intentions(&self) -> Answer<'_, Intentions>;
+
+    /// The command by which an operator allows this pair.
+    fn fix(&self, source: &ServiceName, target: &ServiceName) -> String;
 }
 
 /// This host's own entries in the catalogue.
 pub trait Registration: Send + Sync {
-    /// Adds or replaces an instance of this agent.
-    fn register(&self, instance: &Instance) -> Answer<'_, ()>;
+    /// Adds or replaces an instance of this agent. It is kept in the mesh until it is deregistered, whatever the
+    /// mesh loses meanwhile.
+    fn register(&self, entry: &Entry) -> Answer<'_, ()>;
 
     /// Takes an instance of this agent away. One that is not there is no error.
     fn deregister(&self, id: &str) -> Answer<'_, ()>;
+
+    /// Resolves when the catalogue has this instance of our own as passing, sidecar included.
+    fn passing(&self, id: &str) -> Answer<'_, ()>;
+}
+
+/// How a finding is to be taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// As it should be.
+    Ok,
+    /// Works, but not as well or not for ever.
+    Warning,
+    /// Does not work.
+    Error,
+}
+
+impl Level {
+    /// `ok`, `warning` or `error`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Warning => "warning",
+            Self::Error => "error",
+        }
+    }
+}
+
+/// One line of `meshx doctor`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// How it is to be taken.
+    pub level: Level,
+    /// What was looked at.
+    pub what: String,
+    /// What was seen.
+    pub text: String,
+    /// What to do; empty when nothing.
+    pub fix: String,
+}
+
+/// What is good and bad about the way to the mesh.
+pub trait Diagnosis: Send + Sync {
+    /// Looks at everything that can be looked at from here: the mesh's answers, rights, certificates, clocks.
+    /// What cannot be seen is a finding, too.
+    fn findings(&self) -> BoxFuture<'_, Vec<Finding>>;
 }
 
 /// A whole mesh.
-pub trait Mesh: Certificates + Catalogue + Authorization + Registration {}
+pub trait Mesh: Certificates + Catalogue + Authorization + Registration + Diagnosis {}
 
-impl<T: Certificates + Catalogue + Authorization + Registration> Mesh for T {}
+impl<T: Certificates + Catalogue + Authorization + Registration + Diagnosis> Mesh for T {}

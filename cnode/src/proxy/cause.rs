@@ -35,7 +35,17 @@ causes! {
     IdentityMismatch => "identity_mismatch",
     /// Chain, validity or SPIFFE name of a certificate do not hold.
     CertificateInvalid => "certificate_invalid",
-    /// This uid may not be this service.
+    /// No chain from a certificate to a root of the mesh.
+    UnknownAuthority => "unknown_authority",
+    /// A certificate of another trust domain.
+    WrongTrustDomain => "wrong_trust_domain",
+    /// A certificate that is not valid yet or no longer.
+    CertificateExpired => "certificate_expired",
+    /// A certificate of another service than the one that was dialled.
+    WrongService => "wrong_service",
+    /// The peer showed no certificate.
+    NoCertificate => "no_certificate",
+    /// This uid, or the mesh's token, may not do this.
     NotPermitted => "not_permitted",
     /// The secret does not belong to a registration.
     BadSecret => "bad_secret",
@@ -55,6 +65,8 @@ causes! {
     Timeout => "timeout",
     /// No certificate or no answer from the mesh yet.
     NotReady => "not_ready",
+    /// This kind of mesh has no such thing.
+    Unsupported => "unsupported",
 }
 
 impl Cause {
@@ -102,7 +114,13 @@ pub struct Refusal {
 impl From<crate::mesh::MeshError> for Refusal {
     /// No answer is a no.
     fn from(error: crate::mesh::MeshError) -> Self {
-        Cause::NotReady.because(error.to_string())
+        use crate::mesh::MeshError;
+        let cause = match error {
+            MeshError::Forbidden(_) => Cause::NotPermitted,
+            MeshError::Unsupported(_) => Cause::Unsupported,
+            _ => Cause::NotReady,
+        };
+        cause.because(error.to_string())
     }
 }
 

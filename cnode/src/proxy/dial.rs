@@ -39,7 +39,7 @@ impl Proxy {
     ) -> Result<Dialled, Refusal> {
         let (settings, address) = (&self.settings, target.address);
         let identity = self.ask(self.mesh.identity(source)).await?;
-        let wanted = self.spiffe(&target.service);
+        let wanted = self.spiffe(&target.service)?;
         let config = tls::client_config(&identity, wanted.clone())
             .map_err(|error| Cause::NotReady.because(format!("certificate of {source}: {error}")))?;
         // A name that DNS would not take is left out; the certificate is held against the SPIFFE id either way.
@@ -76,7 +76,7 @@ impl Proxy {
         }
         let leaf = session.peer_certificates().and_then(|chain| chain.first());
         let leaf = leaf.ok_or_else(|| at(address, Cause::CertificateInvalid.because("no certificate")))?;
-        let peer = tls::peer(leaf, self.mesh.trust_domain())
+        let peer = tls::peer(leaf, wanted.trust_domain())
             .map_err(|error| at(address, Cause::CertificateInvalid.because(error.to_string())))?;
 
         let mut request = Vec::new();

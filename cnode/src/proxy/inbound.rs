@@ -205,6 +205,7 @@ impl Proxy {
         };
         attempt.target = service.to_string();
         let identity = self.ask(self.mesh.identity(&service)).await?;
+        let own = &identity.id;
         let config = tls::server_config(&identity)
             .map_err(|error| Cause::NotReady.because(format!("certificate of {service}: {error}")))?;
         let handshake = hello.into_stream(config).into_fallible().await;
@@ -217,7 +218,7 @@ impl Proxy {
         }
         let leaf = session.peer_certificates().and_then(|chain| chain.first());
         let leaf = leaf.ok_or_else(|| Cause::CertificateInvalid.because("the client has no certificate"))?;
-        let peer = tls::peer(leaf, self.mesh.trust_domain())
+        let peer = tls::peer(leaf, own.trust_domain())
             .map_err(|error| Cause::CertificateInvalid.because(error.to_string()));
         Ok(Secured {
             stream,
@@ -232,8 +233,8 @@ impl Proxy {
             return self.local.only_service();
         };
         let service = ServiceName::new(name.split('.').next()?).ok()?;
-        let served = self.spiffe(&service).server_name().eq_ignore_ascii_case(name)
-            && !self.local.by_service(&service).is_empty();
+        let wanted = self.spiffe(&service).ok()?.server_name();
+        let served = wanted.eq_ignore_ascii_case(name) && !self.local.by_service(&service).is_empty();
         served.then_some(service)
     }
 
@@ -278,7 +279,7 @@ impl Proxy {
             } else {
                 request.node.clone()
             },
-            local_spiffe: self.spiffe(&service),
+            local_spiffe: self.spiffe(&service)?,
             remote_spiffe: peer.id.clone(),
             remote_agent: Some(address),
             local_not_after: Some(not_after),
@@ -322,8 +323,10 @@ impl Proxy {
             Err(refusal) if refusal.cause == Cause::NotReady => return Err(refusal),
             Err(refusal) => return mismatch(refusal.text),
         };
-        if claimed.service != *peer.id.service() {
-            return mismatch(format!("that is an instance of {}", claimed.service));
+        // The whole identity: a service of the same name in another data centre or namespace is another one.
+        let wanted = self.spiffe(&claimed.service)?;
+        if wanted != peer.id {
+            return mismatch(format!("that is an instance of {wanted}"));
         }
         if self.local.by_node(node).is_some() {
             return mismatch("that node runs on this agent".to_owned());

@@ -180,6 +180,7 @@ impl LocalTable {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     use super::*;
+    use crate::mesh::Protocol;
 
     fn local(id: &str, owner: u64, secret: u8) -> LocalInstance {
         LocalInstance {
@@ -189,6 +190,7 @@ mod tests {
                 node: Some(id.to_owned()),
                 agent: "agent-1".to_owned(),
                 address: "127.0.0.1:1".parse().unwrap(),
+                protocol: Protocol::Meshx,
             },
             secret: Secret::from_bytes([secret; SECRET_LEN]),
             endpoint: Endpoint::NodeSocket("/x".into()),

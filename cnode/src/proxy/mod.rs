@@ -109,9 +109,9 @@ impl Proxy {
     /// The refusal that a link between them would get, as far as the mesh knows.
     pub async fn check(&self, from: &str, to: &str) -> Result<String, Refusal> {
         let (source, target) = (self.service_of(from).await?, self.service_of(to).await?);
-        let mut rules = self.authorize(&self.spiffe(&source), &target).await?;
+        let mut rules = self.authorize(&self.spiffe(&source)?, &target).await?;
         if from.contains('@') && to.contains('@') {
-            let back = self.authorize(&self.spiffe(&target), &source).await?;
+            let back = self.authorize(&self.spiffe(&target)?, &source).await?;
             rules = format!("{rules}; {back}");
         }
         Ok(rules)
@@ -166,8 +166,8 @@ impl Proxy {
         }
     }
 
-    fn spiffe(&self, service: &ServiceName) -> SpiffeId {
-        SpiffeId::new(self.mesh.trust_domain(), service.clone())
+    fn spiffe(&self, service: &ServiceName) -> Result<SpiffeId, Refusal> {
+        self.mesh.spiffe(service).map_err(Refusal::from)
     }
 
     /// Logs, counts and remembers a refusal. Beyond `LINES_PER_SECOND` (50) the log

@@ -119,7 +119,7 @@ impl Proxy {
             None => self.find_node(target).await?,
         };
         let source = &dialler.instance.service;
-        let (near, far) = (self.spiffe(source), self.spiffe(&found.service));
+        let (near, far) = (self.spiffe(source)?, self.spiffe(&found.service)?);
         // Either end can do anything on a link, so both must be allowed. The agent of the far end checks the
         // other direction; here both are checked when this is that agent.
         self.authorize(&far, source).await?;

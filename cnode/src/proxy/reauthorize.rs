@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use super::Proxy;
 use super::cause::Cause;
 use super::links::{Direction, Purpose};
+use crate::mesh::SpiffeId;
 
 /// What came of holding all live links against the rules.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -30,8 +31,14 @@ impl Proxy {
         let mut answers = HashMap::new();
         for link in self.links.snapshot() {
             let info = &link.info;
-            let (here, there) = (&info.local_spiffe, &info.remote_spiffe);
-            let (out, back) = ((here, there.service()), (there, here.service()));
+            // A mesh that was set up anew has another trust domain. What was proved is the service; whether the
+            // pair may talk is asked in the words of today.
+            let now = |id: &SpiffeId| {
+                let today = self.spiffe(id.service());
+                today.map_or_else(|_| id.clone(), |today| id.in_domain(today.trust_domain()))
+            };
+            let (here, there) = (now(&info.local_spiffe), now(&info.remote_spiffe));
+            let (out, back) = ((&here, there.service()), (&there, here.service()));
             // The directions that were checked at its start, by this agent or the other.
             let pairs = match (info.purpose, info.direction) {
                 (Purpose::Dist, _) => vec![out, back],

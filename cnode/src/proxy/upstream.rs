@@ -154,7 +154,7 @@ impl Proxy {
         candidate: &Instance,
         link: LinkId,
     ) -> Result<(Box<dyn Duplex>, LinkGuard), Refusal> {
-        let near = self.spiffe(&upstream.source);
+        let near = self.spiffe(&upstream.source)?;
         let mut info = LinkInfo {
             id: link,
             direction: Direction::Local,
@@ -162,7 +162,7 @@ impl Proxy {
             local: upstream.source.to_string(),
             remote: candidate.id.clone(),
             local_spiffe: near.clone(),
-            remote_spiffe: self.spiffe(&candidate.service),
+            remote_spiffe: self.spiffe(&candidate.service)?,
             remote_agent: None,
             local_not_after: None,
             remote_not_after: None,

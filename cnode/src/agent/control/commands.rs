@@ -77,10 +77,17 @@ impl Context {
             ("agent", text(PROGRAM)),
             ("hosts", Term::list(place.hosts.iter().map(text))),
             ("mesh", text(self.mesh)),
-            ("trust_domain", text(self.registry.mesh().trust_domain())),
+            ("trust_domain", text(self.trust_domain())),
             ("vm_dir", text(place.vm.to_string_lossy())),
             ("dist_socket", text(self.dir.dist_socket().to_string_lossy())),
         ])
+    }
+
+    /// Empty before the mesh has told it.
+    fn trust_domain(&self) -> String {
+        let any = ServiceName::new("meshx").ok();
+        let spiffe = any.and_then(|service| self.registry.mesh().spiffe(&service).ok());
+        spiffe.map_or_else(String::new, |id| id.trust_domain().to_owned())
     }
 
     pub(super) async fn run(&self, client: &Client, command: &str, args: &Term) -> Result<Term, Refusal> {

@@ -25,7 +25,7 @@ use tracing::{info, warn};
 
 use super::trust::{Peer, Trust};
 use crate::{
-    mesh::{Answer, Instance, Mesh, MeshError, ServiceName, SpiffeId},
+    mesh::{Answer, Entry as MeshEntry, Instance, Mesh, MeshError, Protocol, ServiceName, SpiffeId},
     proxy::{
         cause::{Cause, Refusal},
         gone,
@@ -353,6 +353,7 @@ impl Registry {
             node: node.map(str::to_owned),
             agent: self.place.agent.clone(),
             address: self.place.inbound,
+            protocol: Protocol::Meshx,
         }
     }
 
@@ -413,7 +414,7 @@ impl Registry {
         })?;
         let id = instance.id.clone();
         let mesh = self.mesh.clone();
-        let mut registering = tokio::spawn(async move { mesh.register(&instance).await });
+        let mut registering = tokio::spawn(async move { mesh.register(&MeshEntry::plain(instance)).await });
         match timeout(MESH_TIME, &mut registering).await {
             Ok(Ok(Ok(()))) if pending.to_live(owner.id) => Ok((secret, identity.id.clone())),
             Ok(Ok(Ok(()))) => {

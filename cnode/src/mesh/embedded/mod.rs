@@ -24,9 +24,11 @@ pub use rules::{Action, Pattern, Rule, Rules};
 
 use self::authority::Authority;
 use self::catalogue::{AgentEntry, OwnEntry};
+use futures::future::BoxFuture;
+
 use super::{
-    Answer, Authorization, Catalogue, Certificates, Decision, Identity, Instance, MeshError, Registration,
-    ServiceName, SpiffeId,
+    Answer, Authorization, Catalogue, Certificates, Decision, Diagnosis, Entry, Finding, Identity, Instance,
+    Intention, Intentions, Level, Listed, MeshError, Registration, ServiceName, SpiffeId, Token,
 };
 use crate::proxy::links::unix_now;
 
@@ -94,6 +96,11 @@ impl EmbeddedMesh {
         })
     }
 
+    /// The trust domain that every identity of this mesh lies in.
+    pub fn trust_domain(&self) -> &str {
+        self.inner.authority.trust_domain()
+    }
+
     /// Other live agents that own one of this agent's host names, in words.
     ///
     /// # Errors
@@ -143,8 +150,14 @@ impl Certificates for EmbeddedMesh {
         self.blocking(move |inner| inner.identity(&service))
     }
 
-    fn trust_domain(&self) -> &str {
-        self.inner.authority.trust_domain()
+    fn spiffe(&self, service: &ServiceName) -> Result<SpiffeId, MeshError> {
+        Ok(SpiffeId::new(self.trust_domain(), service.clone()))
+    }
+
+    fn present_token(&self, service: &ServiceName, _: Token) -> Result<(), MeshError> {
+        Err(MeshError::Unsupported(format!(
+            "a token for {service}: the embedded mesh has none, leave it out or use Consul"
+        )))
     }
 }
 
@@ -173,6 +186,21 @@ impl Catalogue for EmbeddedMesh {
             let mut all = catalogue::instances(&inner.dir)?;
             all.retain(|instance| instance.node.is_some());
             Ok(all)
+        })
+    }
+
+    fn services(&self) -> Answer<'_, Vec<Listed>> {
+        self.blocking(|inner| {
+            let listed = |instance| Listed {
+                instance,
+                // A dead agent's instances are not there at all.
+                status: "passing".to_owned(),
+                tags: Vec::new(),
+            };
+            Ok(catalogue::instances(&inner.dir)?
+                .into_iter()
+                .map(listed)
+                .collect())
         })
     }
 }
@@ -205,17 +233,83 @@ impl Authorization for EmbeddedMesh {
             }
         })
     }
+
+    fn intentions(&self) -> Answer<'_, Intentions> {
+        self.blocking(|inner| {
+            let rules = Rules::load(&inner.dir)?;
+            Ok(Intentions {
+                default: rules.default.to_string(),
+                rules: rules
+                    .by_precision()
+                    .into_iter()
+                    .map(|rule| Intention {
+                        source: rule.source.to_string(),
+                        destination: rule.destination.to_string(),
+                        action: rule.action.to_string(),
+                    })
+                    .collect(),
+            })
+        })
+    }
+
+    fn fix(&self, source: &ServiceName, target: &ServiceName) -> String {
+        format!("meshx allow {source} {target}")
+    }
 }
 
 impl Registration for EmbeddedMesh {
-    fn register(&self, instance: &Instance) -> Answer<'_, ()> {
-        let instance = instance.clone();
-        self.blocking(move |inner| inner.own.register(&inner.dir, instance))
+    fn register(&self, entry: &Entry) -> Answer<'_, ()> {
+        let instance = entry.only_plain("embedded").cloned();
+        self.blocking(move |inner| inner.own.register(&inner.dir, instance?))
     }
 
     fn deregister(&self, id: &str) -> Answer<'_, ()> {
         let id = id.to_owned();
         self.blocking(move |inner| inner.own.deregister(&inner.dir, &id))
+    }
+
+    fn passing(&self, _: &str) -> Answer<'_, ()> {
+        // There are no checks: what is registered passes.
+        Box::pin(std::future::ready(Ok(())))
+    }
+}
+
+impl Diagnosis for EmbeddedMesh {
+    fn findings(&self) -> BoxFuture<'_, Vec<Finding>> {
+        Box::pin(async {
+            let rules = self.blocking(|inner| Rules::load(&inner.dir)).await;
+            let conflicts = self.blocking(|inner| inner.own.host_conflicts(&inner.dir)).await;
+            let mut findings = vec![match rules {
+                Ok(rules) => Finding {
+                    level: Level::Ok,
+                    what: "rules".into(),
+                    text: format!("{} rules, {} without one", rules.rules.len(), rules.default),
+                    fix: String::new(),
+                },
+                Err(error) => Finding {
+                    level: Level::Error,
+                    what: "rules".into(),
+                    text: error.to_string(),
+                    fix: "every link is refused until rules.json can be read: mend it, or make the mesh anew"
+                        .into(),
+                },
+            }];
+            match conflicts {
+                Ok(conflicts) => findings.extend(conflicts.into_iter().map(|text| Finding {
+                    level: Level::Error,
+                    what: "hosts".into(),
+                    text,
+                    fix: "give one of the two agents other hosts with --host".into(),
+                })),
+                Err(error) => findings.push(Finding {
+                    level: Level::Error,
+                    what: "catalogue".into(),
+                    text: error.to_string(),
+                    fix: "see that the mesh's directory and its agents/ can be read".into(),
+                }),
+            }
+            findings
+        })
     }
 }
 

@@ -229,6 +229,19 @@ impl Rules {
         }
     }
 
+    /// The rules in an order in which the first that fits a pair is the one that decides.
+    pub(super) fn by_precision(&self) -> Vec<&Rule> {
+        let mut rules: Vec<&Rule> = self.rules.iter().collect();
+        rules.sort_by_key(|rule| {
+            (
+                rule.destination == Pattern::Any,
+                rule.source == Pattern::Any,
+                rule.action == Action::Allow,
+            )
+        });
+        rules
+    }
+
     fn store(&self, dir: &MeshDir) -> Result<(), MeshError> {
         let text =
             serde_json::to_string_pretty(self).map_err(|error| MeshError::Unavailable(error.to_string()))?;

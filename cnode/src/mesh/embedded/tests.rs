@@ -3,7 +3,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
 use super::*;
-use crate::mesh::Mesh;
+use crate::mesh::{Mesh, Protocol};
 
 fn open(dir: &Path, agent: &str, host: &str) -> EmbeddedMesh {
     EmbeddedMesh::open(
@@ -22,6 +22,7 @@ fn node(name: &str, agent: &str) -> Instance {
         node: Some(name.to_owned()),
         agent: agent.to_owned(),
         address: "127.0.0.2:4000".parse().unwrap(),
+        protocol: Protocol::Meshx,
     }
 }
 
@@ -45,17 +46,17 @@ async fn two_agents_share_names_and_one_authority() {
     assert_eq!(a.trust_domain(), b.trust_domain());
     assert!(a.trust_domain().ends_with(".embedded"));
 
-    a.register(&node("shop@h1", "a1")).await.unwrap();
+    a.register(&Entry::plain(node("shop@h1", "a1"))).await.unwrap();
     assert_eq!(b.node("shop@h1").await.unwrap().unwrap(), node("shop@h1", "a1"));
     assert_eq!(b.instances(&service("shop")).await.unwrap().len(), 1);
     assert!(matches!(
-        b.register(&node("shop@h1", "a2")).await,
+        b.register(&Entry::plain(node("shop@h1", "a2"))).await,
         Err(MeshError::NameTaken(_))
     ));
     a.deregister("shop@h1").await.unwrap();
     a.deregister("shop@h1").await.unwrap();
     assert!(b.nodes().await.unwrap().is_empty());
-    b.register(&node("shop@h1", "a2")).await.unwrap();
+    b.register(&Entry::plain(node("shop@h1", "a2"))).await.unwrap();
 }
 
 #[tokio::test]
@@ -63,7 +64,7 @@ async fn an_agent_that_is_gone_takes_its_names_along() {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("mesh");
     let (a, b) = (open(&dir, "a1", "h1"), open(&dir, "a2", "h2"));
-    a.register(&node("shop@h1", "a1")).await.unwrap();
+    a.register(&Entry::plain(node("shop@h1", "a1"))).await.unwrap();
     let file = dir.join("agents/a1.json");
     let left_behind = fs::read(&file).unwrap();
     drop(a);
@@ -91,12 +92,18 @@ async fn one_id_and_one_host_belong_to_one_agent() {
         ),
         (1, 1)
     );
-    let refused = newer.register(&node("shop@h1", "a2")).await.unwrap_err();
+    let refused = newer
+        .register(&Entry::plain(node("shop@h1", "a2")))
+        .await
+        .unwrap_err();
     assert!(
         refused.to_string().contains("a1 owned host h1 first"),
         "{refused}"
     );
-    older.register(&node("shop@h1", "a1")).await.unwrap();
+    older
+        .register(&Entry::plain(node("shop@h1", "a1")))
+        .await
+        .unwrap();
 }
 
 #[test]
@@ -189,13 +196,13 @@ async fn what_could_not_be_taken_out_of_the_file_goes_with_the_next_change() {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("mesh");
     let mesh = open(&dir, "a1", "h1");
-    mesh.register(&node("shop@h1", "a1")).await.unwrap();
+    mesh.register(&Entry::plain(node("shop@h1", "a1"))).await.unwrap();
     // Nothing can be written, as on a full disk.
     let obstacle = dir.join("agents/a1.new");
     fs::create_dir(&obstacle).unwrap();
     assert!(mesh.deregister("shop@h1").await.is_err());
     fs::remove_dir(&obstacle).unwrap();
-    mesh.register(&node("cart@h1", "a1")).await.unwrap();
+    mesh.register(&Entry::plain(node("cart@h1", "a1"))).await.unwrap();
     assert_eq!(mesh.nodes().await.unwrap(), [node("cart@h1", "a1")]);
 }
 
@@ -353,7 +360,7 @@ async fn a_broken_catalogue_is_no_answer() {
     };
     drop(b);
     let b = open(&path, "a2", "h2");
-    b.register(&far).await.unwrap();
+    b.register(&Entry::plain(far)).await.unwrap();
     assert!(
         a.node("shop@h1")
             .await

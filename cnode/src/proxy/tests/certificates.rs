@@ -271,8 +271,9 @@ async fn a_server_must_prove_exactly_the_service_that_was_dialled() {
         node: Some("cart@h9".to_owned()),
         agent: "thief".to_owned(),
         address,
+        protocol: Protocol::Meshx,
     };
-    thief.register(&instance).await.unwrap();
+    thief.register(&Entry::plain(instance.clone())).await.unwrap();
 
     let mut leaves = bad_leaves(&world, &h1, "cart").await;
     let forger = Forger::of_mesh(&world, &h1).await;

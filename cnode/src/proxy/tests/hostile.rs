@@ -215,8 +215,9 @@ async fn a_silent_agent_is_given_up() {
         node: Some("cart@h9".to_owned()),
         agent: "mute".to_owned(),
         address,
+        protocol: Protocol::Meshx,
     };
-    mute.register(&instance).await.unwrap();
+    mute.register(&Entry::plain(instance.clone())).await.unwrap();
     // The kernel takes the connection; nobody speaks.
     let refusal = shop.dial("cart@h9").await.unwrap_err();
     assert_eq!(refusal.cause, Cause::Timeout);

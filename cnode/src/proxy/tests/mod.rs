@@ -24,7 +24,7 @@ use super::local::*;
 use super::wire::*;
 use super::*;
 use crate::mesh::embedded::{Action, EmbeddedMesh, MeshDir, Rule, Rules};
-use crate::mesh::{Certificates, Registration};
+use crate::mesh::{Certificates, Entry, Protocol, Registration};
 
 /// Beyond any deadline of the data plane: only a hang lasts this long.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -147,6 +147,7 @@ impl Host {
             node: Some(name.to_owned()),
             agent: self.name.clone(),
             address: self.address,
+            protocol: Protocol::Meshx,
         };
         self.register(instance, secret.clone(), Endpoint::NodeSocket(path))
             .await;
@@ -166,6 +167,7 @@ impl Host {
             node: None,
             agent: self.name.clone(),
             address: self.address,
+            protocol: Protocol::Meshx,
         };
         self.register(instance, Secret::generate().unwrap(), endpoint)
             .await;
@@ -181,7 +183,7 @@ impl Host {
             uid,
         };
         self.local.insert(local).unwrap();
-        self.mesh.register(&instance).await.unwrap();
+        self.mesh.register(&Entry::plain(instance.clone())).await.unwrap();
     }
 
     async fn identity(&self, service: &str) -> Arc<crate::mesh::Identity> {

@@ -68,6 +68,7 @@ async fn service(registry: &Arc<Registry>, by: u64) {
         name: "echo",
         id: Some("echo-1"),
         address: None,
+        options: Options::default(),
     };
     registry.register_service(owner(by), request).await.unwrap();
 }

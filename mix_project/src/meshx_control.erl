@@ -122,7 +122,8 @@ vocabulary() ->
         [creation, secret, service, instance, spiffe, id, name, address, tcp, uds, upstream, existed] ++
         [nodes, node, host, local, links, direction, outbound, inbound, remote, local_spiffe, remote_spiffe] ++
         [remote_agent, purpose, dist, rpc, since, bytes_in, bytes_out, local_not_after, remote_not_after] ++
-        [allowed, at, hidden] ++ meshx_frame:causes().
+        [allowed, at, hidden, services, protocol, meshx, connect, status, tags] ++
+        [proxy_output, proxy_down, stream, stdout, stderr, line, final] ++ meshx_frame:causes().
 
 text(Format, Args) ->
     unicode:characters_to_binary(io_lib:format(Format, Args)).

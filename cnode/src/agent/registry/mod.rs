@@ -25,7 +25,10 @@ use pending::Pending;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
-use super::trust::{Peer, Trust};
+use super::{
+    config::NodeService,
+    trust::{Peer, Trust},
+};
 use crate::{
     mesh::{Answer, DataPlane, Instance, Mesh, MeshError, Protocol, ServiceName, SpiffeId},
     proxy::{
@@ -82,6 +85,8 @@ pub struct Place {
     pub vm: PathBuf,
     /// Where services make theirs.
     pub up: PathBuf,
+    /// Which service a node is an instance of.
+    pub node_service: NodeService,
 }
 
 /// A node's wish to be registered.
@@ -218,7 +223,10 @@ impl Registry {
         request: NodeRequest<'_>,
     ) -> Result<Node, Refusal> {
         let host = checks::node_name(request.node)?;
-        let service = ServiceName::from_node(request.node)
+        let service = self
+            .place
+            .node_service
+            .of(request.node)
             .map_err(|error| Cause::InvalidName.because(format!("node {:?}: {error}", request.node)))?;
         self.permit(owner.peer, &service)?;
         request.options.permit(owner.peer, &self.trust)?;

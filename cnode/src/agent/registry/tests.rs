@@ -15,6 +15,7 @@ fn registry(temp: &tempfile::TempDir) -> (Arc<Registry>, LinkTable) {
         hosts: vec!["h1".into()],
         vm: "/vm".into(),
         up: "/up".into(),
+        node_service: NodeService::Name,
     };
     let trust = Trust::new(0, vec![]);
     let links = LinkTable::default();

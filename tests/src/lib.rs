@@ -7,6 +7,7 @@ mod agent;
 mod beam;
 pub mod bench;
 pub mod consul;
+pub mod control;
 mod echo;
 pub mod envoy;
 pub mod fuzz;

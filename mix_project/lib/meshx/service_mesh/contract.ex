@@ -76,8 +76,10 @@ defmodule Meshx.ServiceMesh.Contract do
         {id, Peer.serve(address, label), address}
       end
 
-      defp contract_connect(upstreams),
-        do: @contract.adapter.connect(upstreams, @contract.upstream_template, @contract.proxy)
+      defp contract_connect(upstreams) do
+        on_exit(fn -> contract_disconnect(upstreams) end)
+        @contract.adapter.connect(upstreams, @contract.upstream_template, @contract.proxy)
+      end
 
       defp contract_connect!(upstream) do
         assert {:ok, [{:ok, address}]} = contract_connect([upstream])

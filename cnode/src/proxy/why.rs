@@ -283,6 +283,24 @@ impl Proxy {
         }
     }
 
+    /// The instances that are registered with this agent, by id.
+    pub(crate) fn local_instances(&self) -> Vec<Arc<LocalInstance>> {
+        let mut all = self.local.all();
+        all.sort_by(|a, b| a.instance.id.cmp(&b.instance.id));
+        all
+    }
+
+    /// Whether an instance of this agent takes connections from it.
+    pub(crate) async fn takes_connections(&self, local: &LocalInstance) -> Result<(), Refusal> {
+        self.reach(local).await.map(drop)
+    }
+
+    /// Whether this agent answers for one of its instances where the others are told to dial it.
+    pub(crate) async fn answers(&self, own: &Instance) -> Result<(), Refusal> {
+        let secured = self.handshake(&own.service, own, &mut Trail::none()).await?;
+        self.accepted(secured, own.protocol).await
+    }
+
     /// A distribution link's target, and the rule that lets its service dial the source's. Either end can do anything
     /// on a link, so both must be allowed; the other direction is asked for by the target's agent.
     pub(super) async fn approach(

@@ -39,14 +39,12 @@ const FILES_WANTED: u64 = 2 * LINKS_PER_SERVICE_MAX as u64;
 /// Everything that can be seen from inside the agent.
 pub(super) async fn findings(place: &Place, proxy: &Proxy, mesh: &dyn Mesh) -> Vec<Finding> {
     let instances = proxy.local_instances();
-    let (mut found, inbound, others, services) = tokio::join!(
+    let (mut found, inbound, services) = tokio::join!(
         of_mesh(mesh),
         inbound(place, proxy, &instances),
-        hosts(place, mesh),
         services(proxy, mesh, &instances)
     );
     found.extend([inbound, files()]);
-    found.extend(others);
     found.extend(services);
     found
 }
@@ -115,34 +113,6 @@ fn files() -> Finding {
         _ => "raise the limit that the agent starts with: LimitNOFILE=65536 in its unit, or ulimit -n",
     };
     finding(level, "files", format!("{used} of {limit} are open"), fix)
-}
-
-/// Nodes of this agent's hosts that another one has registered.
-async fn hosts(place: &Place, mesh: &dyn Mesh) -> Vec<Finding> {
-    let owned = |node: &str| {
-        let host = node.split_once('@').map_or("", |(_, host)| host);
-        place.hosts.iter().any(|owned| owned == host)
-    };
-    let mut of_others = HashMap::new();
-    // That the mesh does not answer is told by others.
-    for instance in answer(mesh.nodes()).await.unwrap_or_default() {
-        let Some(node) = instance.node.filter(|node| owned(node)) else {
-            continue;
-        };
-        if instance.agent != place.agent {
-            of_others.entry(instance.address).or_insert(node);
-        }
-    }
-    let told = |(address, node)| {
-        let text = format!("{node} is registered by another agent, at {address}, that owns this host, too");
-        finding(
-            Level::Error,
-            "hosts",
-            text,
-            "give one of the two agents other hosts with --host",
-        )
-    };
-    of_others.into_iter().map(told).collect()
 }
 
 async fn services(proxy: &Proxy, mesh: &dyn Mesh, instances: &[Arc<LocalInstance>]) -> Vec<Finding> {
@@ -307,8 +277,8 @@ mod tests {
         };
         for (now, level, text) in [
             (1_000, Level::Ok, "shop is valid for 27 h"),
-            (90_999, Level::Ok, "shop is valid for 166 min"),
-            (91_001, Level::Warning, "shop expires in 166 min"),
+            (90_999, Level::Ok, "shop is valid for 2 h"),
+            (91_001, Level::Warning, "shop expires in 2 h"),
             (101_000, Level::Error, "shop expired 0 s ago"),
             (101_060, Level::Error, "shop expired 60 s ago"),
         ] {

@@ -7,6 +7,7 @@ mod entry;
 mod identity;
 
 pub mod embedded;
+pub mod observed;
 
 use std::net::SocketAddr;
 

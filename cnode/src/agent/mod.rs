@@ -8,6 +8,7 @@ pub mod dir;
 pub mod hosts;
 pub mod paths;
 pub mod registry;
+pub mod sidecar;
 pub mod trust;
 
 pub use daemon::{Agent, STOP_TIME, StartError};

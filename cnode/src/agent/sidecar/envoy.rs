@@ -88,18 +88,17 @@ pub(super) fn program(
 pub(super) fn write(files: &mut Files, spec: &SidecarSpec, view: &View) -> Result<bool, SidecarError> {
     // Whom to believe before what proves us, and the list of clients before their chains: a denial counts at once, and
     // who is let in a moment too early finds no chain.
-    let all = [
-        (ROOTS, response([secret("roots", roots(view))])),
-        (CLIENTS, response([secret("clients", clients(view))])),
-        (LEAF, response([secret("leaf", leaf(view))])),
-        (CLUSTERS, response(clusters(files, spec, view))),
-        (LISTENERS, response(listeners(files, spec, view))),
-    ];
-    let mut changed = false;
-    for (name, content) in all {
-        changed |= files.put(name, content.to_string().as_bytes())?;
-    }
+    let mut changed = files.put(ROOTS, &secret("roots", roots(view)))?;
+    changed |= files.put(CLIENTS, &secret("clients", clients(view)))?;
+    changed |= write_leaf(files, view)?;
+    changed |= files.put(CLUSTERS, &response(clusters(files, spec, view)))?;
+    changed |= files.put(LISTENERS, &response(listeners(files, spec, view)))?;
     Ok(changed)
+}
+
+/// Certificate and key, in one file: they change together.
+pub(super) fn write_leaf(files: &mut Files, view: &View) -> Result<bool, SidecarError> {
+    files.put(LEAF, &secret("leaf", leaf(view)))
 }
 
 fn bootstrap(spec: &SidecarSpec, files: &Files) -> Value {
@@ -319,13 +318,14 @@ fn clients(view: &View) -> (&'static str, Value) {
     (field, context)
 }
 
-fn secret(name: &str, (field, value): (&'static str, Value)) -> Value {
-    json!({"@type": kind("extensions.transport_sockets.tls.v3.Secret"), "name": name, field: value})
+fn secret(name: &str, (field, value): (&'static str, Value)) -> Vec<u8> {
+    let kind = kind("extensions.transport_sockets.tls.v3.Secret");
+    response(vec![json!({"@type": kind, "name": name, field: value})])
 }
 
 /// A discovery response, as a file holds it (Envoy: "xDS REST and gRPC protocol", `DiscoveryResponse`).
-fn response(resources: impl Into<Vec<Value>>) -> Value {
-    json!({"resources": resources.into()})
+fn response(resources: Vec<Value>) -> Vec<u8> {
+    json!({"resources": resources}).to_string().into_bytes()
 }
 
 fn source(files: &Files, name: &str) -> Value {

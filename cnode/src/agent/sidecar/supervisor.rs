@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     mesh::{Mesh, MeshError, SidecarUpstream},
-    node::Attempts,
+    node::backoff::Attempts,
 };
 
 /// Restarts are counted over this long.

@@ -15,6 +15,7 @@ use super::{
     config::{AgentConfig, MeshKind},
     control::{
         commands::{Context, QUESTIONS_MAX},
+        diagnosis::PROBES_MAX,
         server,
         upstreams::Budget,
     },
@@ -131,6 +132,7 @@ impl Agent {
             mesh: kind,
             upstreams,
             questions: Semaphore::new(QUESTIONS_MAX),
+            probes: Semaphore::new(PROBES_MAX),
             log: LogLimit::new("refused clients and requests"),
         };
         // Last: who finds the control socket finds an agent that is whole.

@@ -1,10 +1,12 @@
 //! The daemon, one per host: directory, control socket, local trust, registrations.
 
+mod certificate;
 pub mod client;
 pub mod config;
 pub mod control;
 mod daemon;
 pub mod dir;
+mod doctor;
 pub mod hosts;
 pub mod paths;
 pub mod registry;

@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// Name and version of this program, as clients are told.
-pub(super) const PROGRAM: &str = concat!("meshx ", env!("CARGO_PKG_VERSION"));
+pub const PROGRAM: &str = concat!("meshx ", env!("CARGO_PKG_VERSION"));
 /// Questions of clients that the mesh is asked at a time; one of each connection. Others wait, so that whoever
 /// asks much does not keep links and registrations from their answers.
 pub(in crate::agent) const QUESTIONS_MAX: usize = 8;
@@ -45,6 +45,8 @@ pub(in crate::agent) struct Context {
     pub(in crate::agent) upstreams: Budget,
     /// [`QUESTIONS_MAX`] permits.
     pub(in crate::agent) questions: Semaphore,
+    /// [`super::diagnosis::PROBES_MAX`] permits.
+    pub(in crate::agent) probes: Semaphore,
     /// For the log lines that clients cause.
     pub(in crate::agent) log: LogLimit,
 }
@@ -104,8 +106,13 @@ impl Context {
                 let existed = client.upstreams.close(args.text("upstream")?);
                 Ok(map([("existed", Term::from(existed))]))
             }
-            "check" => self.in_turn(client, self.check(&args)).await,
-            "names" => self.in_turn(client, self.names()).await,
+            "check" => self.in_turn(client, &self.questions, self.check(&args)).await,
+            "names" => self.in_turn(client, &self.questions, self.names()).await,
+            "services" => self.in_turn(client, &self.questions, self.services()).await,
+            "intentions" => self.in_turn(client, &self.questions, self.intentions()).await,
+            "certs" => self.in_turn(client, &self.questions, self.certs()).await,
+            "why" => self.in_turn(client, &self.probes, self.why(client, &args)).await,
+            "doctor" => self.in_turn(client, &self.probes, self.doctor()).await,
             "links" => Ok(map([(
                 "links",
                 Term::list(self.links.snapshot().iter().map(link_term)),
@@ -123,11 +130,12 @@ impl Context {
     async fn in_turn<T>(
         &self,
         client: &Client,
+        turns: &Semaphore,
         question: impl Future<Output = Result<T, Refusal>>,
     ) -> Result<T, Refusal> {
         let gone = |_| Cause::InvalidRequest.because("the connection that asked has ended");
         let _own = client.asking.acquire().await.map_err(gone)?;
-        let _one = self.questions.acquire().await.map_err(gone)?;
+        let _one = turns.acquire().await.map_err(gone)?;
         question.await
     }
 

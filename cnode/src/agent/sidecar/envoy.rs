@@ -90,15 +90,10 @@ pub(super) fn write(files: &mut Files, spec: &SidecarSpec, view: &View) -> Resul
     // who is let in a moment too early finds no chain.
     let mut changed = files.put(ROOTS, &secret("roots", roots(view)))?;
     changed |= files.put(CLIENTS, &secret("clients", clients(view)))?;
-    changed |= write_leaf(files, view)?;
+    changed |= files.put(LEAF, &secret("leaf", leaf(view)))?;
     changed |= files.put(CLUSTERS, &response(clusters(files, spec, view)))?;
     changed |= files.put(LISTENERS, &response(listeners(files, spec, view)))?;
     Ok(changed)
-}
-
-/// Certificate and key, in one file: they change together.
-pub(super) fn write_leaf(files: &mut Files, view: &View) -> Result<bool, SidecarError> {
-    files.put(LEAF, &secret("leaf", leaf(view)))
 }
 
 fn bootstrap(spec: &SidecarSpec, files: &Files) -> Value {

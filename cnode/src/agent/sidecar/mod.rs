@@ -32,7 +32,6 @@ use std::{
     time::Duration,
 };
 
-use rustls::pki_types::CertificateDer;
 use tokio::{
     sync::{OwnedMutexGuard, mpsc, watch},
     task::JoinHandle,
@@ -41,7 +40,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    mesh::{Answer, Mesh, MeshError, ServiceName, SidecarUpstream, Token},
+    mesh::{Mesh, MeshError, ServiceName, SidecarUpstream, Token},
     node::Backoff,
 };
 
@@ -58,15 +57,8 @@ pub const UPSTREAMS_PER_SIDECAR_MAX: usize = 256;
 /// How long a predecessor of the same id may take to end: its grace, and what is left to the kernel.
 const PREDECESSOR_TIME: Duration = Duration::from_secs(STOP_GRACE.as_secs() + 3);
 
-/// The root certificates of the mesh, whole: [`Identity::roots`](crate::mesh::Identity::roots) keeps only their
-/// names and keys, which no proxy reads from a file.
-pub trait RootCertificates: Send + Sync {
-    /// All roots that are believed now.
-    fn root_certificates(&self) -> Answer<'_, Vec<CertificateDer<'static>>>;
-}
-
 /// What all sidecars of an agent share.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub struct Settings {
     /// Consul's program and how it reaches its agent; without it only [`SidecarKind::Command`] and Envoys that
     /// this agent drives can be had.
@@ -81,13 +73,11 @@ pub struct Settings {
     pub backoff: Backoff,
     /// How long a sidecar may take to end after SIGTERM.
     pub grace: Duration,
-    /// Where root certificates come from.
-    pub roots: Arc<dyn RootCertificates>,
 }
 
-impl Settings {
-    /// The defaults: `envoy` from `PATH` with 2 workers, no Consul, waits from 200 ms to 10 s, [`STOP_GRACE`].
-    pub fn new(roots: Arc<dyn RootCertificates>) -> Self {
+impl Default for Settings {
+    /// `envoy` from `PATH` with 2 workers, no Consul, waits from 200 ms to 10 s, [`STOP_GRACE`].
+    fn default() -> Self {
         Self {
             consul: None,
             envoy: "envoy".into(),
@@ -98,7 +88,6 @@ impl Settings {
                 max: Duration::from_secs(10),
             },
             grace: STOP_GRACE,
-            roots,
         }
     }
 }

@@ -90,11 +90,11 @@ async fn prepare(parts: &Parts, files: &mut Files) -> Result<(Program, Option<Ke
         return Ok((program, None));
     }
     let mut keeper = Keeper {
-        viewer: Viewer::new(parts.mesh.clone(), settings.roots.clone(), spec.service.clone()),
+        viewer: Viewer::new(parts.mesh.clone(), spec.service.clone()),
         spec: spec.clone(),
     };
     let wanted = parts.upstreams.borrow().clone();
-    let view = timeout(START_TIME, keeper.viewer.look(&wanted))
+    let view = timeout(START_TIME, keeper.viewer.look(&wanted, Instant::now()))
         .await
         .map_err(|_| {
             MeshError::Unavailable(format!(
@@ -141,7 +141,7 @@ impl Keeper {
                 Ok(()) = wake.changed() => self.viewer.rules_changed(),
             }
             let wanted = upstreams.borrow_and_update().clone();
-            let written = match self.viewer.look(&wanted).await {
+            let written = match self.viewer.look(&wanted, Instant::now()).await {
                 Ok(view) => self.write(&mut files, &view),
                 Err(error) => Err(error.into()),
             };

@@ -16,7 +16,6 @@ use rustls::pki_types::CertificateDer;
 use tokio::time::{Instant, timeout};
 use tracing::warn;
 
-use super::RootCertificates;
 use crate::mesh::{Answer, Identity, Intentions, Mesh, MeshError, ServiceName, SidecarUpstream, SpiffeId};
 
 /// How often the mesh is asked.
@@ -62,7 +61,6 @@ struct Verdict {
 /// Asks for one sidecar, and remembers what must be remembered while the mesh is away.
 pub(super) struct Viewer {
     mesh: Arc<dyn Mesh>,
-    roots: Arc<dyn RootCertificates>,
     service: ServiceName,
     sources: BTreeSet<ServiceName>,
     rules: Option<Intentions>,
@@ -73,10 +71,9 @@ pub(super) struct Viewer {
 }
 
 impl Viewer {
-    pub(super) fn new(mesh: Arc<dyn Mesh>, roots: Arc<dyn RootCertificates>, service: ServiceName) -> Self {
+    pub(super) fn new(mesh: Arc<dyn Mesh>, service: ServiceName) -> Self {
         Self {
             mesh,
-            roots,
             service,
             sources: BTreeSet::new(),
             rules: None,
@@ -91,12 +88,12 @@ impl Viewer {
         self.asked = None;
     }
 
-    /// Asks. Without a certificate there is no view; what else is not answered stays as it was, a yes for
+    /// Asks, at this time. Without a certificate there is no view; what else is not answered stays as it was, a yes for
     /// [`STALE_MAX`].
-    pub(super) async fn look(&mut self, wanted: &[SidecarUpstream]) -> Result<View, MeshError> {
+    pub(super) async fn look(&mut self, wanted: &[SidecarUpstream], now: Instant) -> Result<View, MeshError> {
         let identity = answer(self.mesh.identity(&self.service)).await?;
         // After the leaf: roots that are newer than it still hold the one that signed it.
-        let roots = answer(self.roots.root_certificates()).await?;
+        let roots = answer(self.mesh.roots()).await?;
         if roots.is_empty() {
             // A proxy without roots might believe everybody.
             return Err(MeshError::Unavailable("it shows no root certificates".into()));
@@ -117,8 +114,8 @@ impl Viewer {
             self.asked = None;
         }
         self.find_sources().await;
-        self.authorize().await;
-        let allowed = self.verdicts.values().filter(|verdict| verdict.holds());
+        self.authorize(now).await;
+        let allowed = self.verdicts.values().filter(|verdict| verdict.holds(now));
         let allowed = allowed.map(|verdict| verdict.spiffe.to_string()).collect();
         let upstreams = self.find_upstreams(wanted).await?;
         Ok(View {
@@ -162,17 +159,23 @@ impl Viewer {
         }
     }
 
-    async fn authorize(&mut self) {
-        if self.asked.is_some_and(|at| at.elapsed() < RECHECK) {
+    async fn authorize(&mut self, now: Instant) {
+        if self.asked.is_some_and(|at| now.duration_since(at) < RECHECK) {
             return;
         }
         let (mesh, service) = (&self.mesh, &self.service);
         let ask = |source: ServiceName| async move {
             let spiffe = mesh.spiffe(&source)?;
             let decision = answer(mesh.authorize(&spiffe, service)).await?;
-            let at = Instant::now();
             let allowed = decision.allowed;
-            Ok::<_, MeshError>((source, Verdict { spiffe, allowed, at }))
+            Ok::<_, MeshError>((
+                source,
+                Verdict {
+                    spiffe,
+                    allowed,
+                    at: now,
+                },
+            ))
         };
         let mut answers = stream::iter(self.sources.iter().cloned().map(ask)).buffer_unordered(CONCURRENT);
         let mut whole = true;
@@ -185,7 +188,7 @@ impl Viewer {
             }
         }
         drop(answers);
-        self.asked = whole.then(Instant::now);
+        self.asked = whole.then_some(now);
     }
 
     async fn find_upstreams(&mut self, wanted: &[SidecarUpstream]) -> Result<Vec<Upstream>, MeshError> {
@@ -211,8 +214,8 @@ impl Viewer {
 }
 
 impl Verdict {
-    fn holds(&self) -> bool {
-        self.allowed && self.at.elapsed() < STALE_MAX
+    fn holds(&self, now: Instant) -> bool {
+        self.allowed && now.duration_since(self.at) < STALE_MAX
     }
 }
 

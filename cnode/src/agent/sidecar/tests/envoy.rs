@@ -9,16 +9,20 @@ use std::{
 use rustls::{
     ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    pki_types::{ServerName, UnixTime},
+    pki_types::{CertificateDer, ServerName, UnixTime},
 };
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpListener, TcpStream},
 };
-use tokio_rustls::TlsConnector;
+use tokio_rustls::{TlsConnector, client::TlsStream};
 
-use super::{super::files::Files, super::view::Viewer, super::*, *};
+use super::{
+    super::{files::Files, view::Viewer, *},
+    shaky::Shaky,
+    *,
+};
 use crate::{agent::sidecar::envoy, mesh::Identity};
 
 const GREETING: &[u8] = b"hello";
@@ -273,39 +277,54 @@ impl ServerCertVerifier for AnyServer {
     }
 }
 
-/// Dials with this certificate, or none. Tells whether the application greeted, and the leaf that was shown.
-async fn dial(at: SocketAddr, identity: Option<&Identity>) -> Result<Vec<u8>, String> {
-    let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .dangerous()
-        .with_custom_certificate_verifier(Arc::new(AnyServer));
-    let config = match identity {
-        Some(identity) => config
-            .with_client_auth_cert(identity.chain.clone(), identity.key.clone_key())
-            .unwrap(),
-        None => config.with_no_client_auth(),
-    };
-    let stream = TcpStream::connect(at).await.map_err(|error| error.to_string())?;
-    let name = ServerName::try_from("any").unwrap();
-    let connecting = TlsConnector::from(Arc::new(config)).connect(name, stream);
-    let mut stream = soon("a handshake", connecting)
-        .await
-        .map_err(|error| error.to_string())?;
-    let mut greeting = [0; GREETING.len()];
-    match soon("a greeting", stream.read_exact(&mut greeting)).await {
-        Ok(_) => Ok(stream.get_ref().1.peer_certificates().unwrap()[0].to_vec()),
-        Err(error) => Err(error.to_string()),
+/// A client with this certificate, or none.
+struct Client(TlsConnector);
+
+impl Client {
+    fn new(identity: Option<&Identity>) -> Self {
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = ClientConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(AnyServer));
+        let config = match identity {
+            Some(identity) => config
+                .with_client_auth_cert(identity.chain.clone(), identity.key.clone_key())
+                .unwrap(),
+            None => config.with_no_client_auth(),
+        };
+        Self(TlsConnector::from(Arc::new(config)))
+    }
+
+    /// Shakes hands. With TLS 1.3 a client may be done before the server has refused it.
+    async fn connect(&self, at: SocketAddr) -> Result<TlsStream<TcpStream>, String> {
+        let stream = TcpStream::connect(at).await.map_err(|error| error.to_string())?;
+        let connecting = self.0.connect(ServerName::try_from("any").unwrap(), stream);
+        soon("a handshake", connecting)
+            .await
+            .map_err(|error| error.to_string())
+    }
+
+    /// Connects and waits for the application's greeting.
+    async fn dial(&self, at: SocketAddr) -> Result<TlsStream<TcpStream>, String> {
+        let mut stream = self.connect(at).await?;
+        let mut greeting = [0; GREETING.len()];
+        let read = soon("a greeting", stream.read_exact(&mut greeting)).await;
+        read.map(|_| stream).map_err(|error| error.to_string())
+    }
+
+    /// The certificate that is shown there.
+    async fn leaf_of(&self, at: SocketAddr) -> Vec<u8> {
+        let stream = self.dial(at).await.unwrap();
+        stream.get_ref().1.peer_certificates().unwrap()[0].to_vec()
     }
 }
 
 /// A leaf that names this URI, signed by this authority.
-fn leaf(of: &World, authority: Option<&World>, uri: &str) -> Identity {
+fn leaf(of: &World, authority: &World, uri: &str) -> Identity {
     use rcgen::{CertificateParams, ExtendedKeyUsagePurpose, Issuer, KeyPair, SanType, string::Ia5String};
-    let read = |name: &str| {
-        let world = authority.unwrap_or(of);
-        fs::read_to_string(world.temp.path().join("mesh").join(name)).unwrap()
-    };
+    let read = |name: &str| fs::read_to_string(authority.temp.path().join("mesh").join(name)).unwrap();
     let issuer =
         Issuer::from_ca_cert_pem(&read("ca.pem"), KeyPair::from_pem(&read("ca.key")).unwrap()).unwrap();
     let key = KeyPair::generate().unwrap();
@@ -314,10 +333,15 @@ fn leaf(of: &World, authority: Option<&World>, uri: &str) -> Identity {
         .split(' ')
         .map(|uri| SanType::URI(Ia5String::try_from(uri).unwrap()))
         .collect();
-    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth];
+    params.extended_key_usages = vec![
+        ExtendedKeyUsagePurpose::ServerAuth,
+        ExtendedKeyUsagePurpose::ClientAuth,
+    ];
     let leaf = params.signed_by(&key, &issuer).unwrap();
     Identity {
-        id: of.mesh.spiffe(&service("any")).unwrap(),
+        id: uri
+            .parse()
+            .unwrap_or_else(|_| of.mesh.spiffe(&service("any")).unwrap()),
         chain: vec![leaf.der().clone()],
         key: rustls::pki_types::PrivatePkcs8KeyDer::from(key.serialize_der()).into(),
         roots: Arc::new(RootCertStore::empty()),
@@ -335,53 +359,64 @@ async fn who_is_not_proven_and_allowed_is_refused_before_the_application_is_dial
     world.rule("evil", "cart", Action::Deny);
     let cart = Side::start(&world, &sidecars, "cart", Vec::new()).await;
     let uri = |name: &str| world.mesh.spiffe(&service(name)).unwrap().to_string();
-    let shop = leaf(&world, None, &uri("shop"));
-    assert_eq!(dial(cart.public, Some(&shop)).await.map(|_| ()), Ok(()));
+    let shop = Client::new(Some(&leaf(&world, &world, &uri("shop"))));
+    shop.dial(cart.public).await.unwrap();
 
     let before = cart.server.dialled();
     let elsewhere = uri("shop").replacen("spiffe://", "spiffe://x", 1);
+    let two_names = leaf(&world, &world, &format!("{} {}", uri("shop"), uri("evil")));
+    let two_names = Client::new(Some(&two_names));
     for (what, identity) in [
         ("no certificate", None),
-        (
-            "another authority",
-            Some(leaf(&world, Some(&stranger), &uri("shop"))),
-        ),
-        ("a denied service", Some(leaf(&world, None, &uri("evil")))),
+        ("another authority", Some(leaf(&world, &stranger, &uri("shop")))),
+        ("a denied service", Some(leaf(&world, &world, &uri("evil")))),
         (
             "a service that nobody knows",
-            Some(leaf(&world, None, &uri("new"))),
+            Some(leaf(&world, &world, &uri("new"))),
         ),
-        ("another trust domain", Some(leaf(&world, None, &elsewhere))),
+        ("another trust domain", Some(leaf(&world, &world, &elsewhere))),
         (
             "a longer name",
-            Some(leaf(&world, None, &format!("{}p", uri("shop")))),
+            Some(leaf(&world, &world, &format!("{}p", uri("shop")))),
         ),
-        (
-            "two names",
-            Some(leaf(&world, None, &format!("{} {}", uri("shop"), uri("evil")))),
-        ),
-        ("the name of nobody", Some(leaf(&world, None, "spiffe://"))),
+        ("the name of nobody", Some(leaf(&world, &world, "spiffe://"))),
     ] {
-        let refusal = dial(cart.public, identity.as_ref()).await.unwrap_err();
-        // The handshake refuses, but where one name of two is allowed: there no filter chain is found.
-        assert_eq!(
+        let refusal = Client::new(identity.as_ref())
+            .dial(cart.public)
+            .await
+            .unwrap_err();
+        assert!(
             refusal.contains("alert"),
-            what != "two names",
-            "{what}: {refusal}"
+            "the handshake must refuse {what}: {refusal}"
         );
         assert_eq!(cart.server.dialled(), before, "{what}");
     }
-    assert_eq!(dial(cart.public, Some(&shop)).await.map(|_| ()), Ok(()));
+    // One of them is allowed, so the handshake takes it. There is no filter chain for two.
+    two_names.dial(cart.public).await.unwrap_err();
+    assert_eq!(cart.server.dialled(), before);
 
-    // Who leaves in the middle leaves nothing that another could be given.
-    let gone = || async {
-        let _ = TcpStream::connect(cart.public).await;
-    };
-    for _ in 0..20 {
-        gone().await;
-        let evil = leaf(&world, None, &format!("{} {}", uri("shop"), uri("evil")));
-        assert!(dial(cart.public, Some(&evil)).await.is_err());
-        assert!(dial(cart.public, Some(&shop)).await.is_ok());
+    // Who leaves at once may leave a connection behind that was meant for it.
+    for _ in 0..50 {
+        drop(shop.connect(cart.public).await.unwrap());
+        two_names.dial(cart.public).await.unwrap_err();
+        shop.dial(cart.public).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn no_session_is_taken_up_again() {
+    let world = World::new();
+    let sidecars = world.envoys();
+    world.register("shop", anywhere()).await;
+    let cart = Side::start(&world, &sidecars, "cart", Vec::new()).await;
+    let identity = world.mesh.identity(&service("shop")).await.unwrap();
+    let shop = Client::new(Some(&identity));
+    for _ in 0..3 {
+        let stream = shop.dial(cart.public).await.unwrap();
+        assert_eq!(
+            stream.get_ref().1.handshake_kind(),
+            Some(rustls::HandshakeKind::Full)
+        );
     }
 }
 
@@ -402,69 +437,69 @@ async fn a_server_that_is_another_service_is_not_believed() {
 }
 
 #[tokio::test]
-async fn new_certificates_are_used_and_no_connection_fails_meanwhile() {
-    let world = World::new();
-    let sidecars = world.envoys();
+async fn new_certificates_and_roots_are_used_and_no_connection_fails_meanwhile() {
+    let (world, next) = (World::new(), World::new());
+    let shaky = Shaky::new(&world);
+    let settings = Settings {
+        envoy: envoy_program(),
+        ..world.settings()
+    };
+    let sidecars = Sidecars::new(shaky.clone(), world.dir(), settings).unwrap();
     let cart = Side::start(&world, &sidecars, "cart", Vec::new()).await;
     let way = upstream("cart");
-    let shop = Side::start(&world, &sidecars, "shop", vec![way.clone()]).await;
+    let _shop = Side::start(&world, &sidecars, "shop", vec![way.clone()]).await;
     let mut long = connected(way.bind).await;
-    let client = world.mesh.identity(&service("shop")).await.unwrap();
-    let mut shown = vec![dial(cart.public, Some(&client)).await.unwrap()];
-
-    for round in 0..10 {
-        // As the sidecars' own keepers would, with leaves that are new each time.
-        let agent = EmbeddedMesh::open(
-            &world.temp.path().join("mesh"),
-            &format!("other{round}"),
-            vec![],
-            anywhere(),
-        );
-        let roots = world.settings().roots;
-        for (name, server) in [("cart", &cart.server), ("shop", &shop.server)] {
-            let mesh: Arc<dyn Mesh> = Arc::new(
-                EmbeddedMesh::open(
-                    &world.temp.path().join("mesh"),
-                    &format!("{name}{round}"),
-                    vec![],
-                    anywhere(),
-                )
-                .unwrap(),
-            );
-            let mut viewer = Viewer::new(mesh, roots.clone(), service(name));
-            let wanted: &[SidecarUpstream] = if name == "shop" {
-                std::slice::from_ref(&way)
-            } else {
-                &[]
-            };
-            let view = viewer.look(wanted).await.unwrap();
-            let spec = SidecarSpec::new(
-                format!("{name}-1"),
-                service(name),
-                SidecarKind::Envoy,
-                server.address,
-                cart.public,
-            );
-            let mut files = Files::open(&world.dir().join(super::super::files::dir_name(&spec.id))).unwrap();
-            // Only what certificates are in: listeners stay as they are.
-            envoy::write_leaf(&mut files, &view).unwrap();
+    let uri = |name: &str| world.mesh.spiffe(&service(name)).unwrap().to_string();
+    let issue = |authority: &World| {
+        for name in ["cart", "shop"] {
+            let identity = leaf(&world, authority, &uri(name));
+            shaky.answers().identity.insert(service(name), Arc::new(identity));
         }
-        drop(agent);
-        let before = shown.len();
+        sidecars.rules_changed();
+    };
+    let (old_root, new_root) = (
+        world.mesh.roots().await.unwrap(),
+        next.mesh.roots().await.unwrap(),
+    );
+    let client = |authority| Client::new(Some(&leaf(&world, authority, &uri("shop"))));
+    let (mut shown, with_old) = (Vec::new(), client(&world));
+    shown.push(with_old.leaf_of(cart.public).await);
+    let mut new_leaf = async |client: &Client| {
         soon("the new certificate", async {
+            let before = shown.len();
             while shown.len() == before {
-                assert!(
-                    greeted(way.bind).await.is_some(),
-                    "a new connection failed in round {round}"
-                );
-                let leaf = dial(cart.public, Some(&client)).await.unwrap();
+                assert!(greeted(way.bind).await.is_some(), "a new connection failed");
+                let leaf = client.leaf_of(cart.public).await;
                 if !shown.contains(&leaf) {
                     shown.push(leaf);
                 }
             }
         })
         .await;
+    };
+    for _ in 0..5 {
+        issue(&world);
+        new_leaf(&with_old).await;
     }
+
+    // Another authority, by Consul's steps: both are believed, then it signs, then the old one is gone.
+    let with_new = client(&next);
+    with_new.dial(cart.public).await.unwrap_err();
+    shaky.answers().roots = Some([old_root, new_root.clone()].concat());
+    sidecars.rules_changed();
+    soon("belief in the new root", async {
+        while with_new.dial(cart.public).await.is_err() {}
+    })
+    .await;
+    issue(&next);
+    new_leaf(&with_old).await;
+    shaky.answers().roots = Some(new_root);
+    sidecars.rules_changed();
+    soon("disbelief in the old root", async {
+        while with_old.dial(cart.public).await.is_ok() {}
+    })
+    .await;
+    assert!(greeted(way.bind).await.is_some());
     echoes(&mut long, b"still here").await.unwrap();
 }
 
@@ -490,8 +525,11 @@ async fn envoy_itself_accepts_what_is_rendered() {
         envoy: envoy_program(),
         ..world.settings()
     };
-    let mut viewer = Viewer::new(world.mesh.clone(), settings.roots.clone(), service("shop"));
-    let view = viewer.look(&spec.upstreams).await.unwrap();
+    let mut viewer = Viewer::new(world.mesh.clone(), service("shop"));
+    let view = viewer
+        .look(&spec.upstreams, tokio::time::Instant::now())
+        .await
+        .unwrap();
     envoy::write(&mut files, &spec, &view).unwrap();
     envoy::program(&settings, &spec, &mut files).unwrap();
 

@@ -4,16 +4,16 @@
 mod agent_killed;
 mod envoy;
 mod files;
+mod shaky;
 mod supervision;
 
 use std::{fs, future::Future, sync::Arc};
 
-use rustls::pki_types::pem::PemObject;
 use tokio::sync::mpsc;
 
 use super::*;
 use crate::mesh::{
-    Authorization, Certificates, Entry, Instance, Protocol, Registration,
+    Answer, Certificates, Entry, Instance, Protocol, Registration,
     embedded::{Action, EmbeddedMesh, MeshDir, Rule, Rules},
 };
 
@@ -44,19 +44,6 @@ fn anywhere() -> SocketAddr {
     free_loopback().unwrap()
 }
 
-/// The embedded mesh's authority, as it lies in its directory.
-struct CaFile(PathBuf);
-
-impl RootCertificates for CaFile {
-    fn root_certificates(&self) -> Answer<'_, Vec<CertificateDer<'static>>> {
-        let read = CertificateDer::from_pem_file(&self.0);
-        let read = read
-            .map(|root| vec![root])
-            .map_err(|error| MeshError::Unavailable(error.to_string()));
-        Box::pin(std::future::ready(read))
-    }
-}
-
 /// An embedded mesh with one agent.
 struct World {
     temp: tempfile::TempDir,
@@ -79,7 +66,7 @@ impl World {
                 min: Duration::from_millis(10),
                 max: Duration::from_millis(20),
             },
-            ..Settings::new(Arc::new(CaFile(self.temp.path().join("mesh/ca.pem"))))
+            ..Settings::default()
         }
     }
 

@@ -330,37 +330,3 @@ async fn a_successor_waits_for_its_predecessors_end() {
     );
     second.stop().await;
 }
-
-#[tokio::test]
-async fn what_the_mesh_does_not_give_is_said() {
-    let world = World::new();
-    let nowhere = Settings {
-        roots: Arc::new(CaFile("/nowhere/ca.pem".into())),
-        ..world.settings()
-    };
-    let error = world
-        .sidecars(nowhere)
-        .start(script(""), events().0)
-        .await
-        .unwrap_err();
-    assert!(
-        matches!(error, SidecarError::Mesh(MeshError::Unavailable(_))),
-        "{error}"
-    );
-    struct NoRoots;
-    impl RootCertificates for NoRoots {
-        fn root_certificates(&self) -> Answer<'_, Vec<CertificateDer<'static>>> {
-            Box::pin(std::future::ready(Ok(Vec::new())))
-        }
-    }
-    let none = Settings {
-        roots: Arc::new(NoRoots),
-        ..world.settings()
-    };
-    let error = world
-        .sidecars(none)
-        .start(script(""), events().0)
-        .await
-        .unwrap_err();
-    assert!(error.to_string().contains("no root certificates"), "{error}");
-}

@@ -28,7 +28,9 @@
 -define(CONNECT_TIMEOUT, 1000).
 %% A name is free within a second after its VM was killed: a restart waits for that, in milliseconds.
 -define(NAME_FREE_WITHIN, 2000).
--define(NAME_POLL, 100).
+%% The mesh may come later than this VM; the flag `-meshx_ready_within MILLISECONDS' says otherwise.
+-define(READY_WITHIN, 30000).
+-define(REGISTER_AGAIN, 100).
 -define(BUFFER, 16#40000).
 
 %% === What net_kernel and erl_distribution call
@@ -83,7 +85,12 @@ listen_and_register(Node) ->
         {ok, #{vm_dir := Dir}} ->
             Name = binary:encode_hex(meshx_dir:random(8)),
             case listen_at(filename:join(Dir, <<Name/binary, ".sock">>)) of
-                {ok, Socket, Path} -> register(Node, Socket, Path, deadline(?NAME_FREE_WITHIN));
+                {ok, Socket, Path} ->
+                    Patience = #{
+                        name_taken => deadline(?NAME_FREE_WITHIN),
+                        not_ready => deadline(ready_within())
+                    },
+                    register(Node, Socket, Path, Patience);
                 {error, _} = Error -> Error
             end;
         {error, _} = Error ->
@@ -98,23 +105,40 @@ listen_at(Path) ->
         {error, Reason} -> {error, {unreachable, text("cannot listen at ~ts: ~ts", [Path, inet:format_error(Reason)])}}
     end.
 
-register(Node, Socket, Path, Deadline) ->
+%% `Patience' says until when a refusal by some cause may pass by itself.
+register(Node, Socket, Path, Patience) ->
     case meshx_agent:register_node(Node, {Socket, Path}, hidden()) of
         {ok, Registration} ->
             {ok, Socket, Path, Registration};
-        {error, {name_taken, _} = Error} ->
-            case left(Deadline) of
-                0 ->
+        {error, {Cause, _} = Error} ->
+            case Patience of
+                #{Cause := Deadline} ->
+                    case left(Deadline) of
+                        0 ->
+                            unlisten(Socket, Path),
+                            {error, Error};
+                        _ ->
+                            receive
+                            after ?REGISTER_AGAIN -> register(Node, Socket, Path, Patience)
+                            end
+                    end;
+                #{} ->
                     unlisten(Socket, Path),
-                    {error, Error};
-                _ ->
-                    receive
-                    after ?NAME_POLL -> register(Node, Socket, Path, Deadline)
-                    end
+                    {error, Error}
+            end
+    end.
+
+ready_within() ->
+    case init:get_argument(meshx_ready_within) of
+        {ok, Values} ->
+            try list_to_integer(lists:last(lists:last(Values))) of
+                Milliseconds when Milliseconds >= 0 -> Milliseconds;
+                _ -> ?READY_WITHIN
+            catch
+                error:_ -> ?READY_WITHIN
             end;
-        {error, _} = Error ->
-            unlisten(Socket, Path),
-            Error
+        error ->
+            ?READY_WITHIN
     end.
 
 %% Only what the agent shows for this node: whether a link is hidden is in its handshake's flags.

@@ -105,6 +105,7 @@ impl Agent {
             hosts: config.hosts.clone(),
             vm: dir.vm(),
             up: dir.up(),
+            node_service: config.node_service,
         };
         let registry = Arc::new(Registry::new(
             mesh.clone(),

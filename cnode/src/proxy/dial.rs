@@ -13,13 +13,14 @@ use super::Proxy;
 use super::cause::{Cause, Refusal};
 use super::frames::{read_frame, silent, write_all};
 use super::keepalive;
-use super::links::{LinkId, Purpose};
+use super::links::{LinkId, Purpose, unix_now};
 use super::tls::{self, Peer};
+use super::why::{AGENT, CERTIFICATE, TLS, Trail, span};
 use super::wire::{MAX_MESH_FRAME, Request, decode_reply};
 use crate::mesh::{Identity, Instance, ServiceName};
 
-/// A connection that the other agent has accepted.
-pub(super) struct Dialled {
+/// A connection to the other agent, with whom each end has proven to be.
+pub(super) struct Secured {
     pub(super) stream: TlsStream<TcpStream>,
     pub(super) identity: Arc<Identity>,
     pub(super) peer: Peer,
@@ -27,18 +28,24 @@ pub(super) struct Dialled {
 }
 
 impl Proxy {
-    /// Dials the agent of `target` as `source`, and asks for the instance. `node` is the dialling node's name,
-    /// or empty.
-    pub(super) async fn dial(
+    /// Connects to the agent of `target`, shows the certificate of `source` and holds the other one against the
+    /// target's identity.
+    pub(super) async fn handshake(
         &self,
         source: &ServiceName,
         target: &Instance,
-        purpose: Purpose,
-        link: LinkId,
-        node: &str,
-    ) -> Result<Dialled, Refusal> {
+        trail: &mut Trail,
+    ) -> Result<Secured, Refusal> {
         let (settings, address) = (&self.settings, target.address);
+        trail.look(CERTIFICATE);
         let identity = self.ask(self.mesh.identity(source)).await?;
+        let left = identity.not_after - unix_now();
+        if left <= 0 {
+            let text = format!("the certificate of {source} expired {} ago", span(-left));
+            return Err(Cause::CertificateExpired.because(text));
+        }
+        trail.pass(|| format!("{}, valid for {}", identity.id, span(left)));
+        trail.look(AGENT);
         let wanted = self.spiffe(&target.service)?;
         let config = tls::client_config(&identity, wanted.clone())
             .map_err(|error| Cause::NotReady.because(format!("certificate of {source}: {error}")))?;
@@ -62,8 +69,10 @@ impl Proxy {
             }
         };
         keepalive::watch(&stream).map_err(|error| unreachable(&error))?;
+        trail.pass(|| format!("{address} takes connections"));
+        trail.look(TLS);
         let handshake = TlsConnector::from(config).connect(name, stream);
-        let mut stream = match timeout(settings.handshake_timeout, handshake).await {
+        let stream = match timeout(settings.handshake_timeout, handshake).await {
             Ok(done) => done.map_err(|error| at(address, tls::refusal(&error)))?,
             Err(_) => return Err(at(address, silent("a TLS handshake", settings.handshake_timeout))),
         };
@@ -78,7 +87,28 @@ impl Proxy {
         let leaf = leaf.ok_or_else(|| at(address, Cause::CertificateInvalid.because("no certificate")))?;
         let peer = tls::peer(leaf, wanted.trust_domain())
             .map_err(|error| at(address, Cause::CertificateInvalid.because(error.to_string())))?;
+        trail.pass(|| format!("meshx/1 with {}", peer.id));
+        Ok(Secured {
+            stream,
+            identity,
+            peer,
+            address,
+        })
+    }
 
+    /// Dials the agent of `target` as `source`, and asks for the instance. `node` is the dialling node's name,
+    /// or empty.
+    pub(super) async fn dial(
+        &self,
+        source: &ServiceName,
+        target: &Instance,
+        purpose: Purpose,
+        link: LinkId,
+        node: &str,
+    ) -> Result<Secured, Refusal> {
+        let settings = &self.settings;
+        let mut secured = self.handshake(source, target, &mut Trail::none()).await?;
+        let (stream, address) = (&mut secured.stream, secured.address);
         let mut request = Vec::new();
         Request {
             purpose,
@@ -89,18 +119,13 @@ impl Proxy {
         }
         .encode(&mut request);
         let exchange = async {
-            write_all(&mut stream, &request, settings.frame_timeout).await?;
+            write_all(stream, &request, settings.frame_timeout).await?;
             // The other agent may need all of its own time to decide.
-            let reply = read_frame(&mut stream, MAX_MESH_FRAME, settings.setup_timeout).await?;
+            let reply = read_frame(stream, MAX_MESH_FRAME, settings.setup_timeout).await?;
             decode_reply(&reply).map_err(Refusal::from)?
         };
         exchange.await.map_err(|refusal| at(address, refusal))?;
-        Ok(Dialled {
-            stream,
-            identity,
-            peer,
-            address,
-        })
+        Ok(secured)
     }
 }
 

@@ -182,6 +182,9 @@ impl Proxy {
             tell: stream.map(|stream| (Box::new(stream) as Box<dyn Duplex>, Vec::new())),
         };
         keepalive::watch(&stream).map_err(|error| fault(&error, None))?;
+        if matches!(stream.peek(&mut [0]).await, Ok(0)) {
+            attempt.is_probe = true;
+        }
         let mut acceptor = LazyConfigAcceptor::new(Acceptor::default(), stream);
         let hello = match (&mut acceptor).await {
             Ok(hello) => hello,
@@ -251,8 +254,9 @@ impl Proxy {
         if let Ok(peer) = &peer {
             attempt.source = peer.id.service().to_string();
         }
-        let frame = read_frame(stream, MAX_MESH_FRAME, self.settings.frame_timeout).await?;
-        let request = Request::decode(&frame)?;
+        let frame = read_frame(stream, MAX_MESH_FRAME, self.settings.frame_timeout).await;
+        attempt.is_probe = peer.is_ok() && matches!(&frame, Err(left) if left.cause == Cause::Unreachable);
+        let request = Request::decode(&frame?)?;
         attempt.link = Some(request.link);
         attempt.purpose = Some(request.purpose);
         let peer = peer?;

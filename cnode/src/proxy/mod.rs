@@ -25,6 +25,7 @@ mod reauthorize;
 mod splice;
 mod tls;
 mod upstream;
+pub mod why;
 pub mod wire;
 
 use std::future::Future;
@@ -102,33 +103,6 @@ impl Proxy {
         })
     }
 
-    /// May `from` reach `to`? Both are nodes or services; between nodes both directions count. The text
-    /// names the rules that decide.
-    ///
-    /// # Errors
-    /// The refusal that a link between them would get, as far as the mesh knows.
-    pub async fn check(&self, from: &str, to: &str) -> Result<String, Refusal> {
-        let (source, target) = (self.service_of(from).await?, self.service_of(to).await?);
-        let mut rules = self.authorize(&self.spiffe(&source)?, &target).await?;
-        if from.contains('@') && to.contains('@') {
-            let back = self.authorize(&self.spiffe(&target)?, &source).await?;
-            rules = format!("{rules}; {back}");
-        }
-        Ok(rules)
-    }
-
-    async fn service_of(&self, name: &str) -> Result<ServiceName, Refusal> {
-        if name.contains('@') {
-            return Ok(self.find_node(name).await?.service);
-        }
-        let service =
-            ServiceName::new(name).map_err(|error| Cause::InvalidName.because(error.to_string()))?;
-        match self.ask(self.mesh.instances(&service)).await? {
-            none if none.is_empty() => Err(no_such_service(&service)),
-            _ => Ok(service),
-        }
-    }
-
     async fn find_node(&self, node: &str) -> Result<Instance, Refusal> {
         split_node(node).map_err(|error| Cause::InvalidName.because(error.to_string()))?;
         let found = self.ask(self.mesh.node(node)).await?;
@@ -142,7 +116,8 @@ impl Proxy {
         if decision.allowed {
             Ok(text("allowed"))
         } else {
-            Err(Cause::IntentionDenied.because(text("denied")))
+            let fix = self.mesh.fix(source.service(), target);
+            Err(Cause::IntentionDenied.because(format!("{}; to allow it: {fix}", text("denied"))))
         }
     }
 
@@ -173,6 +148,10 @@ impl Proxy {
     /// Logs, counts and remembers a refusal. Beyond `LINES_PER_SECOND` (50) the log
     /// tells only how many there were.
     fn refuse(&self, attempt: &Attempt, refusal: &Refusal) {
+        if attempt.is_probe {
+            tracing::debug!(source = attempt.source, peer = attempt.peer, "probed and left");
+            return;
+        }
         self.links.refused(attempt.link, &attempt.target, refusal);
         let limit = self.refusals.iter().find(|(at, _)| *at == attempt.at);
         if !limit.is_none_or(|(_, limit)| limit.admit()) {
@@ -203,6 +182,8 @@ struct Attempt {
     purpose: Option<Purpose>,
     source: String,
     target: String,
+    /// The peer left before it asked for anything: it only wanted to know whether somebody answers.
+    is_probe: bool,
 }
 
 /// Why the links of a deregistered instance end.

@@ -15,6 +15,7 @@ use super::frames::{Duplex, linger, read_frame, read_name, silent, write_all};
 use super::links::{Direction, LinkGuard, LinkInfo, Purpose};
 use super::local::LocalInstance;
 use super::splice::splice;
+use super::why::{Approach, Trail};
 use super::wire::{Connect, ConnectReply, MAX_DIST_FRAME};
 use super::{Attempt, Proxy, inbound};
 
@@ -113,16 +114,13 @@ impl Proxy {
             return Err(Cause::InvalidRequest.because(format!("{} is not a node", dialler.instance.id)));
         };
 
-        let here = self.local.by_node(target);
-        let found = match &here {
-            Some(local) => local.instance.clone(),
-            None => self.find_node(target).await?,
-        };
         let source = &dialler.instance.service;
-        let (near, far) = (self.spiffe(source)?, self.spiffe(&found.service)?);
-        // Either end can do anything on a link, so both must be allowed. The agent of the far end checks the
-        // other direction; here both are checked when this is that agent.
-        self.authorize(&far, source).await?;
+        let Approach {
+            here,
+            found,
+            near,
+            far,
+        } = self.approach(source, target, &mut Trail::none()).await?;
 
         let mut info = LinkInfo {
             id: link,

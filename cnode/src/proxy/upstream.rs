@@ -122,12 +122,10 @@ impl Proxy {
         attempt.link = Some(link);
 
         let mut last = None;
-        for candidate in self.candidates(upstream).await? {
+        let candidates = self.candidates(&upstream.target, upstream.instance.as_deref());
+        for candidate in candidates.await? {
             match self.reach_candidate(upstream, &candidate, link).await {
-                // Another instance may still answer; a no by rule or certificate holds for all of them.
-                Err(refusal) if matches!(refusal.cause, Cause::Unreachable | Cause::NoSuchService) => {
-                    last = Some(refusal);
-                }
+                Err(refusal) if is_of_one_instance(&refusal) => last = Some(refusal),
                 decided => return decided,
             }
         }
@@ -135,9 +133,13 @@ impl Proxy {
     }
 
     /// The instances to try: those on this agent first, the others in a random order.
-    async fn candidates(&self, upstream: &Upstream) -> Result<Vec<Instance>, Refusal> {
-        let mut all = self.ask(self.mesh.instances(&upstream.target)).await?;
-        let wanted = |id: &str| upstream.instance.as_deref().is_none_or(|instance| instance == id);
+    pub(super) async fn candidates(
+        &self,
+        target: &ServiceName,
+        instance: Option<&str>,
+    ) -> Result<Vec<Instance>, Refusal> {
+        let mut all = self.ask(self.mesh.instances(target)).await?;
+        let wanted = |id: &str| instance.is_none_or(|instance| instance == id);
         all.retain(|instance| instance.node.is_none() && wanted(&instance.id));
         let mut keyed = Vec::with_capacity(all.len());
         for instance in all {
@@ -192,4 +194,9 @@ impl Proxy {
         let link = self.links.insert(info)?;
         Ok((Box::new(dialled.stream), link))
     }
+}
+
+/// Another instance may still answer; a no by rule or certificate holds for all of them.
+pub(super) fn is_of_one_instance(refusal: &Refusal) -> bool {
+    matches!(refusal.cause, Cause::Unreachable | Cause::NoSuchService)
 }

@@ -4,6 +4,7 @@ mod args;
 pub(in crate::agent) mod commands;
 pub mod frame;
 pub mod message;
+mod options;
 mod outbox;
 pub(in crate::agent) mod server;
 mod session;

@@ -89,6 +89,12 @@ async fn bad_leaves(world: &World, host: &Host, service: &str) -> Vec<(&'static 
     ]
 }
 
+/// A good leaf of the mesh.
+pub(super) async fn leaf_of_mesh(world: &World, host: &Host, service: &str) -> Identity {
+    let mesh = Forger::of_mesh(world, host).await;
+    mesh.leaf(host, &[host.spiffe(service).to_string()], 60)
+}
+
 /// TLS with a host's inbound port, as whoever the identity says.
 pub(super) async fn secure(
     host: &Host,

@@ -6,6 +6,7 @@ mod hostile;
 mod links;
 mod services;
 mod spoofing;
+mod why;
 
 use std::future::Future;
 use std::io;

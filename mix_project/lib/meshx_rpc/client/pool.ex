@@ -218,7 +218,7 @@ defmodule MeshxRpc.Client.Pool do
         {calls, row} =
           Enum.min_by(rows, fn {calls, row} -> {calls, rem(elem(row, 0) + turn, last)} end)
 
-        if pool.overflow > 0 and calls >= Growth.busy(), do: Growth.ask(pool, :load)
+        if pool.overflow > 0 and calls >= Growth.busy(), do: Growth.ask(pool)
         {:ok, row}
     end
   end

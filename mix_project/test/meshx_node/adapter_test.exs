@@ -146,8 +146,10 @@ defmodule MeshxNode.AdapterTest do
 
     b = node_vm(dir, "b", connect: {:ok, [{:ok, at(dir, "a")}]})
     assert TestNode.call(b, MeshxNode, :connect, [:a@h]) == :ok
-    # Links that are up are no handshakes.
+    # Links that are up are no handshakes: what came after b is ended, b is not.
+    {:ok, later} = open.()
     for _ <- 1..64, do: {:ok, _socket} = open.()
+    assert_receive {:tcp_closed, ^later}, 5_000
     assert TestNode.call(b, :erpc, :call, [:a@h, :erlang, :node, []]) == :a@h
   end
 

@@ -257,6 +257,48 @@ impl ConsulSettings {
         }
     }
 
+    /// The same settings as the `consul` program reads them from its environment, without a token that was given
+    /// by value ([`ConsulSettings::given_token`]).
+    pub fn environment(&self) -> Vec<(String, String)> {
+        let path = |path: &Path| path.to_string_lossy().into_owned();
+        let mut variables = vec![("CONSUL_HTTP_ADDR", self.address.to_string())];
+        let optional = [
+            ("CONSUL_NAMESPACE", self.namespace.clone()),
+            ("CONSUL_PARTITION", self.partition.clone()),
+            ("CONSUL_CACERT", self.tls.ca_file.as_deref().map(path)),
+            ("CONSUL_CAPATH", self.tls.ca_path.as_deref().map(path)),
+            (
+                "CONSUL_CLIENT_CERT",
+                self.tls.client.as_ref().map(|(file, _)| path(file)),
+            ),
+            (
+                "CONSUL_CLIENT_KEY",
+                self.tls.client.as_ref().map(|(_, file)| path(file)),
+            ),
+            ("CONSUL_TLS_SERVER_NAME", self.tls.server_name.clone()),
+        ];
+        variables.extend(
+            optional
+                .into_iter()
+                .filter_map(|(name, value)| Some((name, value?))),
+        );
+        if let TokenSource::File(file) = &self.token {
+            variables.push(("CONSUL_HTTP_TOKEN_FILE", path(file)));
+        }
+        variables
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect()
+    }
+
+    /// The token, when it was given by value and not by a file.
+    pub fn given_token(&self) -> Option<Token> {
+        match &self.token {
+            TokenSource::Given(token) => Some(token.clone()),
+            TokenSource::None | TokenSource::File(_) => None,
+        }
+    }
+
     /// For tests and programs that have a plain HTTP address and at most a token.
     ///
     /// # Errors

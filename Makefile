@@ -1,5 +1,6 @@
 # make demo    the main job on the embedded mesh, line by line (KEEP=1: stays up)
 # make test    everything: format, lints, unit, property, differential and end-to-end tests
+# make test-consul CONSUL=/path/to/consul   contract and end-to-end tests against that Consul
 # make bench-cnode our node and terms beside libei, eetf and BEAMs, likewise (ARGS="--rounds 3 --percent 20")
 # make bench-rpc   MeshxRpc beside :erpc, tables and a plot in target/bench (ARGS="--rounds 3 --row 64")
 # make build   the meshx program, the NIF and the Elixir application
@@ -11,12 +12,12 @@ SHELL := bash
 .DEFAULT_GOAL := build
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
 # A VM started by a test must not find somebody's settings.
-unexport ERL_FLAGS ERL_AFLAGS ERL_ZFLAGS ERL_LIBS MESHX_DIR
+unexport ERL_FLAGS ERL_AFLAGS ERL_ZFLAGS ERL_LIBS MESHX_DIR $(filter CONSUL_%,$(.VARIABLES))
 
 MIX := cd mix_project && mix
 TEST_ENV := MIX_ENV=test MESHX_NIF=require
 
-.PHONY: build demo test bench-cnode bench-rpc preflight-demo preflight-test lint test-rust test-elixir test-end-to-end fuzz clean
+.PHONY: build demo test bench-cnode bench-rpc preflight-demo preflight-test lint test-rust test-elixir built-for-end-to-end test-end-to-end test-consul fuzz clean
 
 build: preflight-demo
 	cargo build --release --locked -p meshx -p bridge -p search_node -p meshx-tests --bins
@@ -62,13 +63,24 @@ test-elixir:
 	cd mix_project && $(TEST_ENV) mix compile --warnings-as-errors
 	cd mix_project && $(TEST_ENV) mix test --warnings-as-errors
 
-test-end-to-end:
+built-for-end-to-end:
 	cargo build --locked -p meshx -p bridge -p search_node
 	cd examples/shop && MIX_ENV=prod MESHX_NIF=require mix do deps.get, compile --warnings-as-errors
+
+test-end-to-end: built-for-end-to-end
 	if cargo nextest --version >/dev/null 2>&1; then \
 	    cargo nextest run -p meshx-tests --locked --no-fail-fast; \
 	else \
 	    cargo test -p meshx-tests --locked --no-fail-fast --tests; \
+	fi
+
+# Everything that knows Consul; without CONSUL on the one that the other tests use.
+test-consul: export MESHX_CONSUL = $(abspath $(CONSUL))
+test-consul: preflight-test built-for-end-to-end
+	if cargo nextest --version >/dev/null 2>&1; then \
+	    cargo nextest run -p meshx-tests --test 'consul*' --locked --no-fail-fast; \
+	else \
+	    cargo test -p meshx-tests --test 'consul*' --locked --no-fail-fast; \
 	fi
 
 FUZZ_TARGETS := etf framing handshake epmd rpc mesh control

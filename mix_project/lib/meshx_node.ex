@@ -1,4 +1,6 @@
 defmodule MeshxNode do
+  require Logger
+
   @moduledoc """
   Erlang distribution over the mesh: connecting nodes, and knowing who is at the other end.
 
@@ -19,7 +21,22 @@ defmodule MeshxNode do
   `:unreachable`, `:intention_denied`, `:identity_mismatch`, `:not_ready`, `:timeout` ...), or `:handshake_failed`
   when the agents let the link through and the nodes themselves did not agree, most often because of different
   cookies. The text is for people and names the rule, limit or address.
+
+  ## Over a mesh adapter
+
+  A VM with `-proto_dist Elixir.MeshxNode -no_epmd` and without a name is made a node by `start/4` or `Node.start/3`
+  when it runs, as in Meshx 0.1. `config :meshx_node` says how:
+
+  #{Meshx.Options.docs(MeshxNode.Adapter.schema())}
+
+  With `Meshx.Agent` or `MeshxConsul` it is the carrier above, with all that it proves; the other options have no
+  effect then. With any other adapter it is ordinary distribution between the addresses that the adapter gives, where
+  nothing but the cookie tells friend from foe: `peer/1` and `peers/0` know no such links. docs/adapters.md has more.
   """
+
+  # How long `start/4` waits for the application of the adapter, in steps.
+  @adapter_steps 100
+  @adapter_step 100
 
   @typedoc "Why a link was refused."
   @type refusal :: {cause :: atom, text :: String.t()}
@@ -53,6 +70,62 @@ defmodule MeshxNode do
 
   # What only the agent can tell.
   @unknown %{certificate_expires_at: nil, since: nil, bytes_in: nil, bytes_out: nil}
+
+  @doc """
+  Makes this VM a node, and sets its cookie.
+
+  Waits up to 10 s for the application of `mesh_adapter`, when it belongs to one. The VM must have been started with
+  `-proto_dist Elixir.MeshxNode` or `-proto_dist meshx`: with any other carrier the node would be open to the
+  network.
+  """
+  @spec start(node, cookie :: atom, :longnames | :shortnames, tick_time :: pos_integer) ::
+          {:ok, pid} | {:error, term}
+  def start(node, cookie, type \\ :longnames, tick_time \\ 15_000)
+      when is_atom(node) and is_atom(cookie) do
+    with :ok <- carried(),
+         :ok <- adapter_started(Application.get_env(:meshx_node, :mesh_adapter), @adapter_steps),
+         {:ok, pid} <- Node.start(node, type, tick_time) do
+      Node.set_cookie(cookie)
+      {:ok, pid}
+    end
+  end
+
+  @doc "The same in a process of its own, whose result is only to be seen in the log."
+  @spec spawn_start(node, cookie :: atom, :longnames | :shortnames, pos_integer) :: pid
+  def spawn_start(node, cookie, type \\ :longnames, tick_time \\ 15_000) do
+    spawn(fn ->
+      with {:error, reason} <- start(node, cookie, type, tick_time),
+           do: Logger.error("MeshxNode: cannot start #{node}: #{inspect(reason)}")
+    end)
+  end
+
+  defp carried do
+    case :init.get_argument(:proto_dist) do
+      {:ok, [[carrier]]} when carrier in [~c"Elixir.MeshxNode", ~c"meshx"] ->
+        :ok
+
+      _other ->
+        {:error,
+         {:unsupported,
+          "the VM has another carrier: start it with -proto_dist Elixir.MeshxNode, or -proto_dist meshx"}}
+    end
+  end
+
+  defp adapter_started(adapter, left) do
+    app = adapter && Application.get_application(adapter)
+
+    cond do
+      app == nil or List.keymember?(Application.started_applications(), app, 0) ->
+        :ok
+
+      left == 0 ->
+        {:error, {:not_ready, "the application #{app} of #{inspect(adapter)} is not started"}}
+
+      true ->
+        Process.sleep(@adapter_step)
+        adapter_started(adapter, left - 1)
+    end
+  end
 
   @doc """
   Connects to a node, and says why when that fails.

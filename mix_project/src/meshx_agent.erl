@@ -108,7 +108,7 @@ await() ->
     ask(await).
 
 %% The calling process gets `{meshx_agent, up}' and `{meshx_agent, down}' from now on: what it registered must be
-%% registered again after `up'.
+%% registered again after `up'. It also gets the events about sidecars, `{meshx_agent, {proxy_output | proxy_down, Args}}'.
 -spec subscribe() -> {ok, #{state := up | down}} | {error, {atom(), binary()}}.
 subscribe() ->
     ask({subscribe, self()}).
@@ -455,6 +455,11 @@ received({event, cut, #{link := <<_:16/binary>> = Link, cause := Cause, text := 
     is_atom(Cause), is_binary(Text)
 ->
     cut(Link, Cause, Text),
+    keep_state_and_data;
+received({event, Event, #{id := Id} = Args}, ready, Data) when
+    Event =:= proxy_output orelse Event =:= proxy_down, is_binary(Id)
+->
+    tell({Event, Args}, Data),
     keep_state_and_data;
 received({event, protocol_error, #{text := Text}}, _, Data) when is_binary(Text) ->
     lost({invalid_request, <<"the agent did not understand this client: ", Text/binary>>}, Data);

@@ -12,6 +12,8 @@
 -export([address/0, is_node_name/1, setopts/2, getopts/2]).
 -export([accept_loop/2, greet/2, accepted/4, connecting/5]).
 -export([tick/1, getstat/1]).
+%% For `meshx_adapter_dist'.
+-export([hs_data/3, up/0, failed/2, boot_error/3]).
 
 -include_lib("kernel/include/dist_util.hrl").
 -include_lib("kernel/include/net_address.hrl").
@@ -28,7 +30,9 @@
 -define(CONNECT_TIMEOUT, 1000).
 %% A name is free within a second after its VM was killed: a restart waits for that, in milliseconds.
 -define(NAME_FREE_WITHIN, 2000).
--define(NAME_POLL, 100).
+%% The mesh may come later than this VM; the flag `-meshx_ready_within MILLISECONDS' says otherwise.
+-define(READY_WITHIN, 30000).
+-define(REGISTER_AGAIN, 100).
 -define(BUFFER, 16#40000).
 
 %% === What net_kernel and erl_distribution call
@@ -83,7 +87,12 @@ listen_and_register(Node) ->
         {ok, #{vm_dir := Dir}} ->
             Name = binary:encode_hex(meshx_dir:random(8)),
             case listen_at(filename:join(Dir, <<Name/binary, ".sock">>)) of
-                {ok, Socket, Path} -> register(Node, Socket, Path, deadline(?NAME_FREE_WITHIN));
+                {ok, Socket, Path} ->
+                    Patience = #{
+                        name_taken => deadline(?NAME_FREE_WITHIN),
+                        not_ready => deadline(ready_within())
+                    },
+                    register(Node, Socket, Path, Patience);
                 {error, _} = Error -> Error
             end;
         {error, _} = Error ->
@@ -98,23 +107,40 @@ listen_at(Path) ->
         {error, Reason} -> {error, {unreachable, text("cannot listen at ~ts: ~ts", [Path, inet:format_error(Reason)])}}
     end.
 
-register(Node, Socket, Path, Deadline) ->
+%% `Patience' says until when a refusal by some cause may pass by itself.
+register(Node, Socket, Path, Patience) ->
     case meshx_agent:register_node(Node, {Socket, Path}, hidden()) of
         {ok, Registration} ->
             {ok, Socket, Path, Registration};
-        {error, {name_taken, _} = Error} ->
-            case left(Deadline) of
-                0 ->
+        {error, {Cause, _} = Error} ->
+            case Patience of
+                #{Cause := Deadline} ->
+                    case left(Deadline) of
+                        0 ->
+                            unlisten(Socket, Path),
+                            {error, Error};
+                        _ ->
+                            receive
+                            after ?REGISTER_AGAIN -> register(Node, Socket, Path, Patience)
+                            end
+                    end;
+                #{} ->
                     unlisten(Socket, Path),
-                    {error, Error};
-                _ ->
-                    receive
-                    after ?NAME_POLL -> register(Node, Socket, Path, Deadline)
-                    end
+                    {error, Error}
+            end
+    end.
+
+ready_within() ->
+    case init:get_argument(meshx_ready_within) of
+        {ok, Values} ->
+            try list_to_integer(lists:last(lists:last(Values))) of
+                Milliseconds when Milliseconds >= 0 -> Milliseconds;
+                _ -> ?READY_WITHIN
+            catch
+                error:_ -> ?READY_WITHIN
             end;
-        {error, _} = Error ->
-            unlisten(Socket, Path),
-            Error
+        error ->
+            ?READY_WITHIN
     end.
 
 %% Only what the agent shows for this node: whether a link is hidden is in its handshake's flags.
@@ -339,6 +365,9 @@ connecting(Kernel, Node, Type, MyNode, SetupTime) ->
     end.
 
 %% The handshake leaves by `exit'; so does a link that was up.
+up() ->
+    put(meshx_up, true).
+
 failed(Node, Reason) ->
     case get(meshx_up) of
         true -> ok;
@@ -394,6 +423,14 @@ handshake_options(Socket) ->
     ok = inet:setopts(Socket, [{packet_size, 0}, {send_timeout, infinity}]).
 
 with_socket(Socket, Link, Handshake) ->
+    Up = fun() ->
+        up(),
+        meshx_links:up(Link)
+    end,
+    hs_data(Socket, Up, Handshake).
+
+%% An ordinary port-driver connection; `Up' is called in its process when the nodes' handshake is done.
+hs_data(Socket, Up, Handshake) ->
     Handshake#hs_data{
         socket = Socket,
         this_flags = 0,
@@ -401,8 +438,7 @@ with_socket(Socket, Link, Handshake) ->
         f_recv = fun gen_tcp:recv/3,
         f_setopts_pre_nodeup = fun(S) -> inet:setopts(S, [{active, false}, {packet, 4}]) end,
         f_setopts_post_nodeup = fun(S) ->
-            put(meshx_up, true),
-            meshx_links:up(Link),
+            Up(),
             inet:setopts(S, [
                 {active, true}, {deliver, port}, {packet, 4}, binary, {sndbuf, ?BUFFER}, {recbuf, ?BUFFER}, {buffer, ?BUFFER}
             ])

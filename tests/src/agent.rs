@@ -54,38 +54,18 @@ impl Mesh {
     /// # Errors
     /// When it does not get ready.
     pub fn agent_with(&self, name: &str, ip: &str, hosts: &[&str], options: &[&str]) -> Result<Agent> {
-        let dir = self.dir.path().join(name);
-        let mut arguments: Vec<String> = ["agent", "--mesh", "embedded", "--mesh-dir"]
-            .map(String::from)
-            .into();
-        arguments.push(self.mesh_dir().display().to_string());
-        arguments.extend([
-            "--dir".into(),
-            dir.display().to_string(),
-            "--bind".into(),
-            format!("{ip}:0"),
-        ]);
-        for host in hosts {
-            arguments.extend(["--host".into(), (*host).to_owned()]);
-        }
-        arguments.extend(options.iter().map(|o| (*o).to_owned()));
-        let mut process = Process::start(&format!("agent {name}"), program("meshx")?, arguments, |c| {
-            c.env("RUST_LOG", "info");
-        })?;
-        let inbound = process.wait_for(START, |line| {
-            line.starts_with("meshx agent ready").then(|| {
-                line.split(' ')
-                    .find_map(|field| field.strip_prefix("inbound="))
-                    .unwrap_or_default()
-                    .to_owned()
-            })
-        })?;
-        Ok(Agent {
-            process,
-            dir,
-            mesh_dir: self.mesh_dir(),
-            inbound,
-        })
+        let mesh_dir = self.mesh_dir().display().to_string();
+        let arguments = [&["--mesh", "embedded", "--mesh-dir", &mesh_dir], options].concat();
+        // The commands of an operator find the mesh by it.
+        let environment = [("MESHX_MESH_DIR".to_owned(), mesh_dir.clone())];
+        Agent::start(
+            name,
+            &self.dir.path().join(name),
+            ip,
+            hosts,
+            &arguments,
+            &environment,
+        )
     }
 }
 
@@ -95,11 +75,51 @@ pub struct Agent {
     /// The process itself.
     pub process: Process,
     dir: PathBuf,
-    mesh_dir: PathBuf,
+    environment: Vec<(String, String)>,
     inbound: String,
 }
 
 impl Agent {
+    /// Starts `meshx agent` in `dir`, inbound port on `ip`, that owns `hosts`. The environment is also that of
+    /// [`Agent::meshx`].
+    pub(crate) fn start(
+        name: &str,
+        dir: &Path,
+        ip: &str,
+        hosts: &[&str],
+        options: &[&str],
+        environment: &[(String, String)],
+    ) -> Result<Self> {
+        let mut arguments: Vec<String> = vec![
+            "agent".into(),
+            "--dir".into(),
+            dir.display().to_string(),
+            "--bind".into(),
+            format!("{ip}:0"),
+        ];
+        for host in hosts {
+            arguments.extend(["--host".into(), (*host).to_owned()]);
+        }
+        arguments.extend(options.iter().map(|o| (*o).to_owned()));
+        let mut process = Process::start(&format!("agent {name}"), program("meshx")?, arguments, |c| {
+            c.env("RUST_LOG", "info").envs(environment.iter().cloned());
+        })?;
+        let inbound = process.wait_for(START, |line| {
+            line.starts_with("meshx agent ready").then(|| {
+                line.split(' ')
+                    .find_map(|field| field.strip_prefix("inbound="))
+                    .unwrap_or_default()
+                    .to_owned()
+            })
+        })?;
+        Ok(Self {
+            process,
+            dir: dir.to_owned(),
+            environment: environment.to_vec(),
+            inbound,
+        })
+    }
+
     /// Its directory, with the sockets.
     pub fn dir(&self) -> &Path {
         &self.dir
@@ -118,7 +138,7 @@ impl Agent {
         Command::new(program("meshx")?)
             .args(arguments)
             .env("MESHX_DIR", &self.dir)
-            .env("MESHX_MESH_DIR", &self.mesh_dir)
+            .envs(self.environment.iter().cloned())
             .output()
             .context("run meshx")
     }

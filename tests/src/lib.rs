@@ -6,11 +6,16 @@
 mod agent;
 mod beam;
 pub mod bench;
+pub mod consul;
+pub mod control;
+mod echo;
+pub mod envoy;
 pub mod fuzz;
 mod process;
 
 pub use agent::{Agent, Mesh};
 pub use beam::{Beam, BeamBuilder, COOKIE, ebin};
+pub use echo::{EchoClient, EchoServer};
 pub use process::{Process, kill_all};
 
 /// A failure in words: what was done, what was seen.
@@ -51,4 +56,19 @@ pub fn program(name: &str) -> Result<std::path::PathBuf> {
                 exe.display()
             )
         })
+}
+
+/// A program that `scripts/SCRIPT` fetched into target/, or the one that the variable names.
+fn fetched(variable: &str, path: &str, script: &str) -> Result<std::path::PathBuf> {
+    if let Some(named) = std::env::var_os(variable).filter(|value| !value.is_empty()) {
+        return Ok(named.into());
+    }
+    let exe = std::env::current_exe().context("find the running program")?;
+    // target/PROFILE/deps/test-HASH
+    exe.ancestors()
+        .skip(2)
+        .take(2)
+        .map(|dir| dir.join(path))
+        .find(|path| path.is_file())
+        .ok_or_else(|| format!("no {path} in target/: run scripts/{script}, or set {variable}"))
 }

@@ -64,6 +64,11 @@ impl Process {
         ] {
             command.env_remove(inherited);
         }
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("CONSUL_") {
+                command.env_remove(name);
+            }
+        }
         command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

@@ -5,6 +5,7 @@
 use std::{
     fmt, fs,
     net::SocketAddr,
+    ops::RangeInclusive,
     path::{Path, PathBuf},
 };
 
@@ -13,13 +14,18 @@ use serde::Deserialize;
 use super::{
     dir::Access,
     hosts, paths,
+    registry::options::SidecarKind,
     trust::{AllowRule, Trust},
+};
+use crate::mesh::{
+    NameError, ServiceName,
+    consul::{ConsulArgs, ConsulFile, ConsulSettings},
 };
 
 /// The agent's options. In the file they have the same names, with `_` for `-`.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct AgentArgs {
-    /// The service mesh: embedded (this machine and user only)
+    /// The service mesh: consul, or embedded (this machine and user only)
     #[arg(long, value_name = "MESH")]
     pub mesh: Option<String>,
     /// Directory of the embedded mesh [default: $MESHX_MESH_DIR, $XDG_RUNTIME_DIR/meshx-mesh, /tmp/meshx-mesh-UID]
@@ -49,7 +55,22 @@ pub struct AgentArgs {
     /// Group of the sockets, by name or number [default: the agent's own]
     #[arg(long, value_name = "GROUP")]
     pub socket_group: Option<String>,
-    /// File with these options, in TOML
+    /// The service of a node: name (the part before the @) or node (one for each node, as needed behind sidecars) [default: name]
+    #[arg(long, value_name = "HOW")]
+    pub node_service: Option<String>,
+    /// What carries the traffic of nodes and services that do not say: native, connect_proxy or envoy [default: native]
+    #[arg(long, value_name = "KIND")]
+    pub data_plane: Option<String>,
+    /// Give each instance an inbound port of its own out of this range, for foreign proxies that send no SNI [default: none, all share one]
+    #[arg(long, value_name = "FIRST-LAST")]
+    pub instance_ports: Option<String>,
+    /// Let nodes behind foreign sidecars in, whose names nobody has proved
+    #[arg(long)]
+    pub allow_unverified_peers: bool,
+    /// How Consul is reached.
+    #[command(flatten)]
+    pub consul: ConsulArgs,
+    /// File with these options, in TOML; those about Consul in a table [consul]
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// How log lines look: text or json [default: text]
@@ -78,16 +99,49 @@ pub struct AgentConfig {
     pub access: Access,
     /// How log lines look.
     pub log_format: LogFormat,
+    /// Which service a node is an instance of.
+    pub node_service: NodeService,
+    /// What carries the traffic of what does not say.
+    pub data_plane: SidecarKind,
+    /// Ports that instances have of their own.
+    pub instance_ports: Option<RangeInclusive<u16>>,
+    /// Links of nodes behind foreign sidecars are taken.
+    pub allow_unverified_peers: bool,
+}
+
+/// Which service a node is an instance of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum NodeService {
+    /// That of the part before the `@`: all `shop@...` are instances of `shop`.
+    #[default]
+    Name,
+    /// One of its own.
+    Node,
+}
+
+impl NodeService {
+    /// The service of this node.
+    ///
+    /// # Errors
+    /// When it is not `name@host`.
+    pub fn of(self, node: &str) -> Result<ServiceName, NameError> {
+        match self {
+            Self::Name => ServiceName::from_node(node),
+            Self::Node => ServiceName::of_single_node(node),
+        }
+    }
 }
 
 /// The mesh that answers.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum MeshKind {
     /// One directory on this machine.
     Embedded {
         /// That directory.
         dir: PathBuf,
     },
+    /// A Consul.
+    Consul(Box<ConsulSettings>),
 }
 
 impl MeshKind {
@@ -95,6 +149,7 @@ impl MeshKind {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Embedded { .. } => "embedded",
+            Self::Consul(_) => "consul",
         }
     }
 }
@@ -140,6 +195,13 @@ struct FileSettings {
     socket_mode: Option<String>,
     socket_group: Option<String>,
     log_format: Option<String>,
+    node_service: Option<String>,
+    data_plane: Option<String>,
+    instance_ports: Option<String>,
+    #[serde(default)]
+    allow_unverified_peers: bool,
+    #[serde(default)]
+    consul: ConsulFile,
 }
 
 impl AgentConfig {
@@ -152,7 +214,25 @@ impl AgentConfig {
         let file = args.config.as_deref().map(|path| faults.check(read_file(path)));
         let file = file.flatten().unwrap_or_default();
 
-        let mesh = faults.check(mesh_kind(args.mesh.or(file.mesh), args.mesh_dir, file.mesh_dir));
+        let mesh = match args.mesh.or(file.mesh).as_deref() {
+            Some("embedded") => {
+                let dir = prefer_environment(args.mesh_dir, paths::MESH_DIR_VARIABLE, file.mesh_dir);
+                let dir = paths::mesh_dir(dir.as_deref());
+                Some(MeshKind::Embedded { dir })
+            }
+            Some("consul") => {
+                let settings = ConsulSettings::read(args.consul, file.consul, |name| std::env::var_os(name));
+                let settings = settings.map_err(|mut bad| faults.0.append(&mut bad)).ok();
+                settings.map(|settings| MeshKind::Consul(Box::new(settings)))
+            }
+            other => {
+                let seen = other.map_or("no mesh".to_owned(), |other| format!("mesh {other:?}"));
+                faults
+                    .0
+                    .push(format!("{seen}; wanted --mesh consul or --mesh embedded"));
+                None
+            }
+        };
         let bind = args
             .bind
             .or(file.bind)
@@ -189,10 +269,29 @@ impl AgentConfig {
                 .as_deref()
                 .map_or(Ok(LogFormat::Text), parse_log_format),
         );
+        let node_service = args.node_service.or(file.node_service);
+        let node_service = faults.check(parse_node_service(node_service.as_deref()));
+        let data_plane = args.data_plane.or(file.data_plane);
+        let data_plane = faults.check(parse_data_plane(data_plane.as_deref()));
+        let ports = args.instance_ports.or(file.instance_ports);
+        let instance_ports = ports.and_then(|text| faults.check(port_range(&text)));
+        if let (Some(mesh), Some(kind)) = (&mesh, &data_plane)
+            && matches!(mesh, MeshKind::Embedded { .. })
+            && *kind != SidecarKind::Native
+        {
+            faults.0.push(format!(
+                "data-plane {}: the embedded mesh has no sidecars, wanted native",
+                kind.as_str()
+            ));
+        }
 
         match (mesh, bind, socket_mode, log_format) {
             (Some(mesh), Some(bind), Some(socket_mode), Some(log_format)) if faults.0.is_empty() => {
                 Ok(Self {
+                    node_service: node_service.unwrap_or_default(),
+                    data_plane: data_plane.unwrap_or(SidecarKind::Native),
+                    instance_ports,
+                    allow_unverified_peers: args.allow_unverified_peers || file.allow_unverified_peers,
                     mesh,
                     dir: paths::agent_dir(
                         prefer_environment(args.dir, paths::DIR_VARIABLE, file.dir).as_deref(),
@@ -236,23 +335,6 @@ fn read_file(path: &Path) -> Result<FileSettings, String> {
     }
     let text = fs::read_to_string(path).map_err(|error| format!("config {name}: {error}"))?;
     toml::from_str(&text).map_err(|error| format!("config {name}: {error}"))
-}
-
-fn mesh_kind(
-    mesh: Option<String>,
-    dir: Option<PathBuf>,
-    in_file: Option<PathBuf>,
-) -> Result<MeshKind, String> {
-    match mesh.as_deref() {
-        Some("embedded") => {
-            let dir = prefer_environment(dir, paths::MESH_DIR_VARIABLE, in_file);
-            Ok(MeshKind::Embedded {
-                dir: paths::mesh_dir(dir.as_deref()),
-            })
-        }
-        Some(other) => Err(format!("mesh {other:?}: wanted embedded")),
-        None => Err("no mesh; wanted --mesh embedded".to_owned()),
-    }
 }
 
 /// The option when it was given on the command line; none, when the environment answers; else the file's.
@@ -316,6 +398,28 @@ fn find_group(group: &str) -> Result<u32, String> {
         .ok_or_else(|| format!("socket-group {group:?}: there is no such group"))
 }
 
+fn parse_node_service(text: Option<&str>) -> Result<NodeService, String> {
+    match text {
+        None | Some("name") => Ok(NodeService::Name),
+        Some("node") => Ok(NodeService::Node),
+        Some(other) => Err(format!("node-service {other:?}: wanted name or node")),
+    }
+}
+
+fn parse_data_plane(text: Option<&str>) -> Result<SidecarKind, String> {
+    let text = text.unwrap_or("native");
+    SidecarKind::parse(text)
+        .ok_or_else(|| format!("data-plane {text:?}: wanted native, connect_proxy or envoy"))
+}
+
+fn port_range(text: &str) -> Result<RangeInclusive<u16>, String> {
+    let ends = text.split_once('-').and_then(|(first, last)| {
+        let (first, last): (u16, u16) = (first.parse().ok()?, last.parse().ok()?);
+        (first > 0 && first <= last).then_some(first..=last)
+    });
+    ends.ok_or_else(|| format!("instance-ports {text:?}: wanted a range such as 21000-21255"))
+}
+
 fn parse_log_format(text: &str) -> Result<LogFormat, String> {
     match text {
         "text" => Ok(LogFormat::Text),
@@ -349,7 +453,7 @@ mod tests {
     #[test]
     fn every_bad_value_is_told_at_once() {
         let args = AgentArgs {
-            mesh: Some("consul".into()),
+            mesh: Some("istio".into()),
             host: vec!["h1".into(), "a@b".into()],
             bind: Some("localhost".into()),
             advertise: Some("h1:x".into()),
@@ -359,11 +463,14 @@ mod tests {
             socket_group: Some("no-such-group".into()),
             config: Some("/no/such/file".into()),
             log_format: Some("xml".into()),
+            node_service: Some("host".into()),
+            data_plane: Some("nginx".into()),
+            instance_ports: Some("9-8".into()),
             ..AgentArgs::default()
         };
         let text = AgentConfig::from_args(args).unwrap_err().to_string();
         for seen in [
-            "consul",
+            "istio",
             "a@b",
             "localhost",
             "h1:x",
@@ -373,10 +480,13 @@ mod tests {
             "no-such-group",
             "/no/such/file",
             "xml",
+            "host",
+            "nginx",
+            "9-8",
         ] {
             assert!(text.contains(seen), "{seen} not in {text}");
         }
-        assert_eq!(text.lines().count(), 10, "{text}");
+        assert_eq!(text.lines().count(), 13, "{text}");
     }
 
     #[test]

@@ -26,7 +26,7 @@ use super::{
 use crate::{
     http::{self, Sources},
     log_limit::LogLimit,
-    mesh::{Mesh, MeshError, embedded::EmbeddedMesh, observed::Observed},
+    mesh::{Mesh, MeshError, consul::ConsulMesh, embedded::EmbeddedMesh, observed::Observed},
     proxy::{Proxy, Settings, links::LinkTable, local::LocalTable},
 };
 
@@ -106,7 +106,10 @@ impl Agent {
             Some(address) => address,
             None => inbound,
         };
-        let id = format!("{:016x}", getrandom::u64().map_err(io::Error::other)?);
+        let id = match &config.mesh {
+            MeshKind::Embedded { .. } => format!("{:016x}", getrandom::u64().map_err(io::Error::other)?),
+            MeshKind::Consul(_) => ConsulMesh::agent_id(&config.dir),
+        };
         let kind = config.mesh.name();
         let http = match config.http {
             Some(address) => Some(listen_http(address).await?),
@@ -122,6 +125,7 @@ impl Agent {
             hosts: config.hosts.clone(),
             vm: dir.vm(),
             up: dir.up(),
+            node_service: config.node_service,
         };
         let registry = Arc::new(Registry::new(
             mesh.clone(),
@@ -131,7 +135,11 @@ impl Agent {
             place,
         )?);
 
-        let proxy = Proxy::new(mesh.clone(), local, links.clone(), Settings::default());
+        let settings = Settings {
+            allow_unverified_peers: config.allow_unverified_peers,
+            ..Settings::default()
+        };
+        let proxy = Proxy::new(mesh.clone(), local, links.clone(), settings);
         let dist = UnixListener::from_std(dir.bind(DIST_SOCKET)?)?;
         let mut data = JoinSet::new();
         data.spawn(proxy.clone().serve_inbound(port));
@@ -277,5 +285,6 @@ async fn join(
                 tokio::task::spawn_blocking(move || EmbeddedMesh::open(&dir, &id, hosts, advertise));
             Ok(Arc::new(joining.await.map_err(io::Error::other)??))
         }
+        MeshKind::Consul(settings) => Ok(ConsulMesh::open(*settings, id, hosts, advertise)?),
     }
 }

@@ -10,6 +10,7 @@ mod doctor;
 pub mod hosts;
 pub mod paths;
 pub mod registry;
+pub mod sidecar;
 pub mod trust;
 
 pub use daemon::{Agent, STOP_TIME, StartError};

@@ -67,9 +67,25 @@ impl ServiceName {
     /// [`NameError::Node`] when it is not `name@host`.
     pub fn from_node(node: &str) -> Result<Self, NameError> {
         let (name, _host) = split_node(node)?;
-        if let Ok(as_it_stands) = Self::new(name) {
-            return Ok(as_it_stands);
+        match Self::new(name) {
+            Ok(as_it_stands) => Ok(as_it_stands),
+            Err(_) => Self::slug(name),
         }
+    }
+
+    /// A service for one node alone: the slug of the whole name, `shop-h1-...` for `shop@h1`, always with the hash.
+    ///
+    /// For nodes behind sidecars that choose any instance of a service, and where names within one service must
+    /// be held apart by certificates.
+    ///
+    /// # Errors
+    /// [`NameError::Node`] when it is not `name@host`.
+    pub fn of_single_node(node: &str) -> Result<Self, NameError> {
+        split_node(node)?;
+        Self::slug(node)
+    }
+
+    fn slug(name: &str) -> Result<Self, NameError> {
         let mut slug = String::new();
         for c in name.chars() {
             if c.is_ascii_alphanumeric() {
@@ -342,6 +358,16 @@ mod tests {
         for (i, a) in slugs.iter().enumerate() {
             assert!(slugs.iter().skip(i + 1).all(|b| a != b), "{a} twice");
         }
+    }
+
+    #[test]
+    fn a_node_may_have_a_service_of_its_own() {
+        let one = |node| ServiceName::of_single_node(node).unwrap();
+        assert!(one("shop@h1").as_ref().starts_with("shop-h1-"));
+        assert_ne!(one("shop@h1"), one("shop@h-1"));
+        assert_ne!(one("shop@h1"), ServiceName::from_node("shop-h1@h1").unwrap());
+        assert!(ServiceName::of_single_node("shop").is_err());
+        assert!(one(&format!("{}@h1", "x".repeat(200))).as_ref().len() <= MAX_SERVICE_NAME);
     }
 
     #[test]

@@ -190,7 +190,7 @@ defmodule MeshxRpc.Link do
 
     case if(size == 0, do: :ok, else: command(link.socket, out)) do
       :ok ->
-        with {:ok, link} <- ask(link), do: {:ok, link, notes}
+        {:ok, ask(link), notes}
 
       # Those who write beside us have filled it.
       :busy ->
@@ -237,14 +237,15 @@ defmodule MeshxRpc.Link do
   # `written` is at least what we can have in the port's queue: it is asked only when that may be too much.
   defp ask(link) do
     if link.written < Address.watermark() do
-      {:ok, link}
+      link
     else
       case :erlang.port_info(link.socket, :queue_size) do
         {:queue_size, size} ->
-          {:ok, busy(%{link | written: size, blocked: size >= Address.watermark()})}
+          busy(%{link | written: size, blocked: size >= Address.watermark()})
 
+        # It has taken what was written all the same, and tells its end in a message of its own.
         :undefined ->
-          {:error, :closed}
+          link
       end
     end
   end

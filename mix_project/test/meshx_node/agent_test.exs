@@ -63,6 +63,31 @@ defmodule MeshxNode.AgentTest do
       assert boot_fails(context) =~ "meshx: cannot start shop@h1: name_taken: shop@h1 is registered"
     end
 
+    test "a mesh that comes later is waited for, but not for ever", context do
+      answers = :counters.new(1, [])
+
+      start_agent(context,
+        control: fn
+          id, :register_node, _ ->
+            :counters.add(answers, 1, 1)
+
+            if :counters.get(answers, 1) < 4,
+              do: {:reply, {:reply, id, {:error, :not_ready, "the mesh did not answer"}}},
+              else: :default
+
+          _, _, _ ->
+            :default
+        end
+      )
+
+      start_node(context, "shop@h1")
+      assert :counters.get(answers, 1) == 4
+      :counters.put(answers, 1, -1_000_000)
+
+      assert boot_fails(context, ["-meshx_ready_within", "300"]) =~
+               "meshx: cannot start shop@h1: not_ready: the mesh did not answer"
+    end
+
     test "an agent of another version, or none at all, ends the boot with what was seen", context do
       agent = start_agent(context)
 

@@ -84,7 +84,8 @@ defmodule MeshxRpc.ExamplesTest do
       assert String.to_integer(mib) < 160, output
     end
 
-    output = catch_flunk(fn -> run(~s|Copy.get("#{address}", "../from", "x")|) end)
+    refused = ~s|Copy.get("#{address}", "../from", "#{from}.refused")|
+    output = catch_flunk(fn -> run(refused) end)
     assert output =~ "is not the name of a file"
     Port.close(port)
   end

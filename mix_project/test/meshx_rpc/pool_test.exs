@@ -193,6 +193,66 @@ defmodule MeshxRpc.PoolTest do
     assert Client.Pool.call(client, :echo, 2) == 2
   end
 
+  test "what stands in for a connection that drains leaves when that one is back, however busy it is" do
+    {first, one} = leaving(drain: 20_000)
+    {_second, two} = server()
+    relay = start_supervised!({TestRelay, target: one})
+    client = client_down(TestRelay.address(relay))
+    connected(client, 1)
+    name = registered()
+    calls = waiting(client, name, 3)
+    TestRelay.target(relay, two)
+    stop = Task.async(fn -> Supervisor.stop(first) end)
+    await(fn -> Client.Pool.call(client, :echo, 1, 1_000, 100, 5) == 1 end)
+    busy = waiting(client, name, 3)
+    answer(calls)
+    assert Task.await(stop, 20_000) == :ok
+    # The stand-in has calls all the time, and takes no more.
+    await(fn -> :ets.member(client, 1) and Client.Pool.info(client).connected == 1 end)
+    more = waiting(client, name, 3)
+    assert :counters.get(Client.Pool.fetch!(client).load, 1) == 3
+    answer(busy)
+    answer(more)
+  end
+
+  test "when a server stops whose connection stands in for another, a third goes on" do
+    [{first, one}, {second, two}] = for _ <- 1..2, do: leaving(drain: 40_000)
+    {_third, three} = server()
+    relay = start_supervised!({TestRelay, target: one})
+    client = client_down(TestRelay.address(relay))
+    connected(client, 1)
+    name = registered()
+
+    {calls, stops} =
+      for {server, next} <- [{first, two}, {second, three}] do
+        calls = waiting(client, name, 1)
+        TestRelay.target(relay, next)
+        stop = Task.async(fn -> Supervisor.stop(server) end)
+        await(fn -> Client.Pool.call(client, :echo, 1, 1_000, 100, 5) == 1 end)
+        {calls, stop}
+      end
+      |> Enum.unzip()
+
+    # Two servers wait for the first calls, and the third answers.
+    for stop <- stops, do: assert(Task.yield(stop, 0) == nil)
+    assert Client.Pool.call(client, :echo, 2) == 2
+    for calls <- calls, do: answer(calls)
+    for stop <- stops, do: assert(Task.await(stop, 20_000) == :ok)
+    connected(client, 1)
+  end
+
+  test "a request that its caller writes when the server has said GOAWAY already has not run" do
+    {server, address} = leaving([])
+    client = client(address)
+    [{1, connection, _max, _trace, %{socket: socket, shared: shared}}] = :ets.lookup(client, 1)
+    :ok = Supervisor.stop(server)
+    connected(client, 0)
+    # Its caller had found the connection before.
+    request = :erlang.monitor(:process, connection, alias: :reply_demonitor)
+    send(connection, {:direct, socket, request, self(), MeshxRpc.Shared.take_id(shared)})
+    assert_receive {^request, :failed, :closed}, 20_000
+  end
+
   test "a rolling restart of three servers under load loses no call and no cast" do
     vms = for n <- 1..3, do: {n, start_supervised!({TestVm, []})}
 

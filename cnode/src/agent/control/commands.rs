@@ -8,6 +8,7 @@ use tokio::sync::Semaphore;
 use super::{
     args::{Args, missing, wrong},
     message::{map, text},
+    options::options,
     upstreams::{Budget, Upstreams},
 };
 use crate::{
@@ -150,27 +151,31 @@ impl Context {
     }
 
     async fn register_node(&self, owner: Owner, args: Args<'_>) -> Result<Term, Refusal> {
+        let name = args.text("node")?;
         let request = NodeRequest {
-            node: args.text("node")?,
+            node: name,
             socket: args.text("socket")?,
             creation: args.optional_int("creation")?,
             hidden: args.optional_bool("hidden")?.unwrap_or(false),
+            options: options(&args, name, Some(name))?,
         };
         let node = self.registry.register_node(owner, request).await?;
         Ok(map([
             ("creation", Term::from(node.creation)),
             ("secret", Term::binary(*node.secret.expose())),
             ("service", text(&node.service)),
-            ("instance", text(request.node)),
+            ("instance", text(name)),
             ("spiffe", text(node.spiffe.to_string())),
         ]))
     }
 
     async fn register_service(&self, owner: Owner, args: Args<'_>) -> Result<Term, Refusal> {
+        let (name, id) = (args.text("name")?, args.optional_text("id")?);
         let request = ServiceRequest {
-            name: args.text("name")?,
-            id: args.optional_text("id")?,
+            name,
+            id,
             address: args.term("address").map(endpoint).transpose()?,
+            options: options(&args, name, id)?,
         };
         let service = self.registry.register_service(owner, request).await?;
         Ok(map([

@@ -5,6 +5,7 @@ pub(in crate::agent) mod commands;
 pub(in crate::agent) mod diagnosis;
 pub mod frame;
 pub mod message;
+mod options;
 mod outbox;
 pub(in crate::agent) mod server;
 mod session;

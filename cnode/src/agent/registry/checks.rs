@@ -255,6 +255,7 @@ mod tests {
             hosts: vec!["h1".into()],
             vm: "/d/vm".into(),
             up: "/d/up".into(),
+            node_service: crate::agent::config::NodeService::Name,
         };
         let trust = Trust::new(1000, vec![]);
         let own = Peer {

@@ -6,6 +6,7 @@
 
 mod checks;
 mod creation;
+pub mod options;
 mod pending;
 
 use std::{
@@ -19,13 +20,17 @@ use std::{
 pub(super) use checks::chosen_socket;
 use creation::Creations;
 use futures::future::join_all;
+use options::Options;
 use pending::Pending;
 use tokio::time::timeout;
 use tracing::{info, warn};
 
-use super::trust::{Peer, Trust};
+use super::{
+    config::NodeService,
+    trust::{Peer, Trust},
+};
 use crate::{
-    mesh::{Answer, Entry as MeshEntry, Instance, Mesh, MeshError, Protocol, ServiceName, SpiffeId},
+    mesh::{Answer, DataPlane, Instance, Mesh, MeshError, Protocol, ServiceName, SpiffeId},
     proxy::{
         cause::{Cause, Refusal},
         gone,
@@ -80,10 +85,12 @@ pub struct Place {
     pub vm: PathBuf,
     /// Where services make theirs.
     pub up: PathBuf,
+    /// Which service a node is an instance of.
+    pub node_service: NodeService,
 }
 
 /// A node's wish to be registered.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct NodeRequest<'a> {
     /// Its name.
     pub node: &'a str,
@@ -93,6 +100,8 @@ pub struct NodeRequest<'a> {
     pub creation: Option<i64>,
     /// A hidden node is registered like any other; the log says so.
     pub hidden: bool,
+    /// What its entry says beyond its name.
+    pub options: Options,
 }
 
 /// A registered node.
@@ -117,6 +126,8 @@ pub struct ServiceRequest<'a> {
     pub id: Option<&'a str>,
     /// Where it takes connections; the agent chooses a socket when there is none.
     pub address: Option<Endpoint>,
+    /// What its entry says beyond its name and address.
+    pub options: Options,
 }
 
 /// A registered service.
@@ -212,9 +223,13 @@ impl Registry {
         request: NodeRequest<'_>,
     ) -> Result<Node, Refusal> {
         let host = checks::node_name(request.node)?;
-        let service = ServiceName::from_node(request.node)
+        let service = self
+            .place
+            .node_service
+            .of(request.node)
             .map_err(|error| Cause::InvalidName.because(format!("node {:?}: {error}", request.node)))?;
         self.permit(owner.peer, &service)?;
+        request.options.permit(owner.peer, &self.trust)?;
         if !self.place.hosts.iter().any(|owned| owned == host) {
             return Err(Cause::HostNotOwned.because(format!(
                 "host part {host:?} of {:?} is not one of this agent's: {}; start it with --host {host} to \
@@ -238,10 +253,11 @@ impl Registry {
         let (secret, spiffe) = self
             .enlist(
                 pending,
-                LocalEntry {
+                Wish {
                     instance,
                     endpoint: Endpoint::NodeSocket(socket),
                     owner,
+                    options: request.options,
                 },
             )
             .await?;
@@ -269,6 +285,7 @@ impl Registry {
         let service = ServiceName::new(request.name)
             .map_err(|error| Cause::InvalidName.because(format!("service {:?}: {error}", request.name)))?;
         self.permit(owner.peer, &service)?;
+        request.options.permit(owner.peer, &self.trust)?;
         let id = match request.id {
             Some(id) => checks::service_id(id)?.to_owned(),
             None => self.next_service_id(&service),
@@ -283,10 +300,11 @@ impl Registry {
         let (_, spiffe) = self
             .enlist(
                 pending,
-                LocalEntry {
+                Wish {
                     instance,
                     endpoint,
                     owner,
+                    options: request.options,
                 },
             )
             .await?;
@@ -392,16 +410,16 @@ impl Registry {
     }
 
     /// From reserved to live: locally first, so that whoever finds it in the mesh can reach it.
-    async fn enlist(
-        self: &Arc<Self>,
-        pending: Pending,
-        entry: LocalEntry,
-    ) -> Result<(Secret, SpiffeId), Refusal> {
-        let LocalEntry {
+    async fn enlist(self: &Arc<Self>, pending: Pending, wish: Wish) -> Result<(Secret, SpiffeId), Refusal> {
+        let Wish {
             instance,
             endpoint,
             owner,
-        } = entry;
+            options,
+        } = wish;
+        if let Some(token) = options.token.clone() {
+            self.mesh.present_token(&instance.service, token)?;
+        }
         let identity = answer(self.mesh.identity(&instance.service)).await?;
         let secret = Secret::generate()
             .map_err(|error| Cause::NotReady.because(format!("the system gave no random bytes: {error}")))?;
@@ -415,13 +433,18 @@ impl Registry {
         })?;
         let id = instance.id.clone();
         let mesh = self.mesh.clone();
-        let mut registering = tokio::spawn(async move { mesh.register(&MeshEntry::plain(instance)).await });
+        let entry = options.entry(instance, DataPlane::Native);
+        let mut registering = tokio::spawn(async move { mesh.register(&entry).await });
         match timeout(MESH_TIME, &mut registering).await {
-            Ok(Ok(Ok(()))) if pending.to_live(owner.id) => Ok((secret, identity.id.clone())),
             Ok(Ok(Ok(()))) => {
+                let live = match self.wait_passing(&id, options.wait).await {
+                    Ok(()) if pending.to_live(owner.id) => return Ok((secret, identity.id.clone())),
+                    Ok(()) => Err(owner_gone()),
+                    late => late,
+                };
                 self.drop_local(&id);
                 tokio::spawn(pending.withdraw());
-                Err(owner_gone())
+                Err(live.err().unwrap_or_else(owner_gone))
             }
             Ok(Ok(Err(error))) => {
                 self.drop_local(&id);
@@ -440,6 +463,18 @@ impl Registry {
                 });
                 Err(silent())
             }
+        }
+    }
+
+    /// For as long as the client asked to, which may be not at all.
+    async fn wait_passing(&self, id: &str, wait: Option<Duration>) -> Result<(), Refusal> {
+        let Some(wait) = wait else { return Ok(()) };
+        match timeout(wait, self.mesh.passing(id)).await {
+            Ok(passing) => passing.map_err(refused),
+            Err(_) => Err(Cause::Timeout.because(format!(
+                "{id} was registered, but did not pass its checks within {} ms: see what they say in the mesh",
+                wait.as_millis()
+            ))),
         }
     }
 
@@ -517,10 +552,12 @@ impl State {
     }
 }
 
-struct LocalEntry {
+/// What is to become a registration.
+struct Wish {
     instance: Instance,
     endpoint: Endpoint,
     owner: Owner,
+    options: Options,
 }
 
 fn owner_gone() -> Refusal {

@@ -15,6 +15,7 @@ fn registry(temp: &tempfile::TempDir) -> (Arc<Registry>, LinkTable) {
         hosts: vec!["h1".into()],
         vm: "/vm".into(),
         up: "/up".into(),
+        node_service: NodeService::Name,
     };
     let trust = Trust::new(0, vec![]);
     let links = LinkTable::default();
@@ -68,6 +69,7 @@ async fn service(registry: &Arc<Registry>, by: u64) {
         name: "echo",
         id: Some("echo-1"),
         address: None,
+        options: Options::default(),
     };
     registry.register_service(owner(by), request).await.unwrap();
 }

@@ -11,11 +11,8 @@ defmodule MeshxRpc.Client.Connection do
   require Logger
 
   alias MeshxRpc.{Address, Frame, Hello, Link, Options, Reason, Refs, Shared, Telemetry, Writer}
-  alias MeshxRpc.Client.{Backoff, Calls, Growth, Pool, Upstream}
+  alias MeshxRpc.Client.{Backoff, Calls, Growth, Upstream}
 
-  # What a cast costs here until the server has started it, beside its argument: nobody waits for it, so only
-  # this keeps casts to a server that does not answer from filling the memory.
-  @cast_overhead 1_024
   # Messages that are collected for one write.
   @collect 256
   # How long one that was replaced waits for callers that have just found it.
@@ -38,7 +35,8 @@ defmodule MeshxRpc.Client.Connection do
     :before,
     # Whether another connection is to take its place: nil, :asked, or :done when that one is up.
     replaced: nil,
-    goaway: false,
+    # The last socket whose server said GOAWAY.
+    goaway: nil,
     phase: :down,
     attempt: 0,
     failed: nil,
@@ -73,7 +71,7 @@ defmodule MeshxRpc.Client.Connection do
         do: :ets.delete(table, {:metadata, pid})
 
     unless before && Process.alive?(before), do: :counters.put(load, index, 0)
-    calls = Calls.new(config.id, load, index)
+    calls = Calls.new(load, index)
 
     state = %__MODULE__{
       config: config,
@@ -91,8 +89,8 @@ defmodule MeshxRpc.Client.Connection do
   def handle_continue(:connect, state), do: connect(state)
 
   @impl true
-  def handle_info({kind, key, caller, fun, deadline, encoded}, state) when kind in [:call, :cast],
-    do: state |> ask(kind, key, caller, fun, deadline, encoded) |> continue()
+  def handle_info({:call, key, caller, fun, deadline, encoded}, state),
+    do: state |> ask(key, caller, fun, deadline, encoded) |> continue()
 
   def handle_info({:direct, socket, key, caller, stream}, state),
     do: state |> asked(socket, key, caller, stream) |> continue()
@@ -146,10 +144,6 @@ defmodule MeshxRpc.Client.Connection do
   def handle_info(:replaced, state), do: state |> replaced() |> continue()
   def handle_info({:timeout, _timer, :replaced}, state), do: over(state)
 
-  # Nothing to connect again: another one does.
-  def handle_info({:timeout, timer, :connect}, %{timer: timer, replaced: :done} = state),
-    do: {:noreply, %{state | timer: nil}}
-
   def handle_info({:timeout, timer, :connect}, %{timer: timer, phase: :down} = state),
     do: connect(state)
 
@@ -166,22 +160,10 @@ defmodule MeshxRpc.Client.Connection do
   def handle_info({:timeout, timer, :ping}, %{ping_timer: timer} = state),
     do: state |> listen_for() |> continue()
 
-  # One beyond the pool's size, that is not needed any more or was lost.
-  def handle_info(:retire, %{phase: phase} = state) when phase in [:down, :hello],
-    do: {:stop, :shutdown, state}
-
-  def handle_info(:retire, state) do
-    if Calls.empty?(state.calls) and Shared.claim?(state.link.shared),
-      do: state |> drain({:shutdown, "it is not needed any more"}) |> continue(),
-      else: continue(state)
-  end
+  # One beyond the pool's size, that is not needed any more.
+  def handle_info(:leave, state), do: state |> unlist() |> replaced() |> continue()
 
   def handle_info(_of_a_connection_that_is_gone, state), do: continue(state)
-
-  defp queued(:call, state), do: Link.queued(state.link)
-
-  defp queued(:cast, state),
-    do: Link.queued(state.link) + @cast_overhead * Calls.casts(state.calls)
 
   defp read(state, bytes) do
     case Link.feed(state.link, bytes) do
@@ -253,7 +235,7 @@ defmodule MeshxRpc.Client.Connection do
   defp lost(%{link: nil} = state, _reason), do: state
 
   defp lost(state, reason) do
-    :ets.delete(state.table, state.index)
+    state = unlist(state)
     state = tell(state, event_of(state, reason), reason)
     :ets.delete(state.table, {:metadata, self()})
     Link.close(state.link)
@@ -279,7 +261,6 @@ defmodule MeshxRpc.Client.Connection do
       | link: nil,
         agreed: nil,
         phase: :down,
-        goaway: false,
         send_timer: nil,
         ping_timer: nil,
         calls: calls
@@ -333,6 +314,9 @@ defmodule MeshxRpc.Client.Connection do
     }
   end
 
+  # Another has taken its place, or it is not needed any more.
+  defp again(%{replaced: :done} = state, _reason, _kind), do: %{state | timer: nil}
+
   defp again(%{config: config} = state, reason, kind) do
     longest =
       case kind do
@@ -343,19 +327,18 @@ defmodule MeshxRpc.Client.Connection do
 
     # A hello that failed once will not do better at once.
     attempt = if kind == :hello, do: 20, else: state.attempt
-    state = %{state | attempt: state.attempt + 1}
-
-    if extra?(state) do
-      send(self(), :retire)
-      state
-    else
-      timer = :erlang.start_timer(Backoff.wait(attempt, longest), self(), :connect)
-      :ets.insert(state.table, {{:down, state.index}, reason})
-      log(%{state | timer: timer}, kind, reason)
-    end
+    timer = :erlang.start_timer(Backoff.wait(attempt, longest), self(), :connect)
+    :ets.insert(state.table, {{:down, state.index}, reason})
+    log(%{state | timer: timer, attempt: state.attempt + 1}, kind, reason)
   end
 
   defp extra?(%{config: %{pool_opts: %{size: size}}, index: index}), do: index > size
+
+  # Calls are not to come here any more. Another connection may have taken the place.
+  defp unlist(%{table: table, index: index} = state) do
+    :ets.match_delete(table, {index, self(), :_, :_, :_})
+    state
+  end
 
   # A server that has said nothing since the last time is asked to, and one that was asked is gone.
   defp listen_for(%{config: config, link: link} = state) do
@@ -445,6 +428,7 @@ defmodule MeshxRpc.Client.Connection do
 
     row = {state.index, self(), agreed.peer_max_message, agreed.trace, direct}
     :ets.insert(state.table, row)
+    Growth.up(state.table, state.index)
     if state.before, do: send(state.before, :replaced)
     state = listening(%{state | before: nil}, false, 0)
     watch_idle(%{state | since: Telemetry.now()})
@@ -452,7 +436,9 @@ defmodule MeshxRpc.Client.Connection do
 
   defp event({:refused, cause, text}, state), do: lost(state, {cause, Link.printable(text)})
 
-  defp event({:response, stream, :started, _flag, _bytes}, state), do: done(state, stream, :started)
+  # We ask for no such answer.
+  defp event({:response, stream, :started, _flag, _bytes}, state),
+    do: done(state, stream, {:failed, :invalid_state})
 
   defp event({:response, stream, status, flag, bytes}, state),
     do: done(state, stream, {status, flag, bytes})
@@ -479,7 +465,10 @@ defmodule MeshxRpc.Client.Connection do
   # What the server will not run may be sent to another.
   defp event({:goaway, last, cause, text}, %{phase: phase} = state)
        when phase in [:up, :draining],
-       do: %{state | goaway: true} |> unsent(last) |> drain({cause, Link.printable(text)})
+       do:
+         %{state | goaway: state.link.socket}
+         |> unsent(last)
+         |> drain({cause, Link.printable(text)})
 
   defp event({:pong, _bytes}, state), do: state
 
@@ -506,54 +495,49 @@ defmodule MeshxRpc.Client.Connection do
 
   # No new calls; over as soon as there are no old ones.
   defp drain(state, reason) do
-    :ets.delete(state.table, state.index)
+    state = unlist(state)
 
-    cond do
-      Calls.empty?(state.calls) ->
-        lost(state, reason)
-
+    if Calls.empty?(state.calls) do
+      lost(state, reason)
+    else
       # Calls that come now should not have to wait until those that run have ended.
-      state.phase == :up and not extra?(state) ->
-        Growth.ask(Pool.fetch!(state.config.id), :drain)
-        %{state | phase: :draining}
-
-      true ->
-        %{state | phase: :draining}
+      if state.phase == :up and state.replaced == nil, do: Growth.drains(state.table, state.index)
+      %{state | phase: :draining}
     end
   end
 
   # Calls
 
-  defp ask(%{phase: :up} = state, kind, key, caller, fun, deadline, {flag, iovec, size}) do
-    queued = queued(kind, state)
+  defp ask(%{phase: :up} = state, key, caller, fun, deadline, {flag, iovec, size}) do
+    queued = Link.queued(state.link)
 
     if queued > 0 and queued + size > state.config.max_queue do
       send(key, {key, :failed, :full})
       state
     else
-      head = Frame.request_head(kind, deadline, size, flag, fun)
-      if kind == :cast, do: send(key, {key, :queued})
+      head = Frame.request_head(deadline, size, flag, fun)
       {stream, link} = Link.request(state.link, key, head, iovec, size)
       link = if stream, do: Link.open(link, stream), else: link
-      %{state | calls: Calls.add(state.calls, key, kind, caller, stream), link: link}
+      %{state | calls: Calls.add(state.calls, key, caller, stream), link: link}
     end
   end
 
-  defp ask(state, _kind, key, _caller, _fun, _deadline, _encoded) do
+  defp ask(state, key, _caller, _fun, _deadline, _encoded) do
     send(key, {key, :failed, :closed})
     state
   end
 
   # A caller is about to write a request itself. The socket's own order makes sure that we hear of it before its answer.
-  defp asked(%{link: %{socket: socket}, goaway: false} = state, socket, key, caller, stream) do
+  defp asked(%{link: %{socket: socket}, goaway: goaway} = state, socket, key, caller, stream)
+       when goaway != socket do
     link = Link.open(state.link, stream)
-    %{state | calls: Calls.add(state.calls, key, :call, caller, stream), link: link}
+    %{state | calls: Calls.add(state.calls, key, caller, stream), link: link}
   end
 
   # The server had said GOAWAY before this was written, and runs it not; the socket of another connection may have
   # taken it.
   defp asked(state, socket, key, _caller, _stream) do
-    reason = if match?(%{socket: ^socket}, state.link), do: :closed, else: :tcp_closed
+    reason = if state.goaway == socket, do: :closed, else: :tcp_closed
     Calls.reply(key, {:failed, reason})
     state
   end
@@ -624,8 +608,8 @@ defmodule MeshxRpc.Client.Connection do
       write(state)
     else
       receive do
-        {kind, key, caller, fun, deadline, encoded} when kind in [:call, :cast] ->
-          state |> ask(kind, key, caller, fun, deadline, encoded) |> collect(left - 1)
+        {:call, key, caller, fun, deadline, encoded} ->
+          state |> ask(key, caller, fun, deadline, encoded) |> collect(left - 1)
 
         {:direct, socket, key, caller, stream} ->
           state |> asked(socket, key, caller, stream) |> collect(left - 1)
@@ -691,33 +675,42 @@ defmodule MeshxRpc.Client.Connection do
 
   defp retire(state), do: used_up(state)
 
-  # The other one is up. Callers that have found this one just before may still ask it.
-  defp replaced(state) do
+  # It is not needed any more. Callers that have found it just before may still ask it.
+  defp replaced(%{phase: phase} = state) do
     _ = :erlang.start_timer(@linger, self(), :replaced)
-    %{state | replaced: :done}
+    state = %{state | replaced: :done}
+
+    case phase do
+      :down -> %{state | timer: nil}
+      :hello -> lost(state, :closed)
+      _in_use -> state
+    end
   end
 
-  defp over(state) do
-    if Calls.empty?(state.calls) do
-      %{config: config, id: id, index: index} = state
-      old = self()
-
-      spawn(fn ->
-        monitor = Process.monitor(old)
-        receive do: ({:DOWN, ^monitor, :process, _pid, _reason} -> :ok)
-        Supervisor.delete_child(config.id, id || {config.id, index})
-      end)
-
-      if state.link, do: Link.close(state.link)
+  # Claimed, no caller writes beside us while we close.
+  defp over(%{link: link} = state) do
+    if Calls.empty?(state.calls) and (link == nil or Shared.claim?(link.shared)) do
+      unless extra?(state), do: delete_child(state)
+      if link, do: Link.close(link)
       {:stop, :normal, refuse_late(state)}
     else
       replaced(state) |> continue()
     end
   end
 
+  defp delete_child(%{config: config, id: id, index: index}) do
+    old = self()
+
+    spawn(fn ->
+      monitor = Process.monitor(old)
+      receive do: ({:DOWN, ^monitor, :process, _pid, _reason} -> :ok)
+      Supervisor.delete_child(config.id, id || {config.id, index})
+    end)
+  end
+
   defp refuse_late(state) do
     receive do
-      {kind, key, _caller, _fun, _deadline, _encoded} when kind in [:call, :cast] ->
+      {:call, key, _caller, _fun, _deadline, _encoded} ->
         Calls.reply(key, {:failed, :closed})
         refuse_late(state)
     after

@@ -1,8 +1,10 @@
 defmodule MeshxRpc.Client.Growth do
   @moduledoc false
-  # Connections beyond a pool's `size`: while all are busy (`max_overflow`), and one in the place of each that drains, so
-  # that a server that goes away leaves no gap. They end when they have had nothing to do for a while, and are not
-  # made again when they are lost.
+  # Connections beyond a pool's `size`: while all are busy (`max_overflow`), and one that stands in for each that drains,
+  # so that a server that goes away leaves no gap.
+  #
+  # Those of the first kind leave when they have had nothing to do for a while, a stand-in when the connection that it
+  # stands in for is up again. One that leaves takes no more calls, and ends when it has none.
 
   use GenServer
 
@@ -18,9 +20,9 @@ defmodule MeshxRpc.Client.Growth do
   @spec busy() :: pos_integer()
   def busy, do: @busy
 
-  @doc "How many there can be at most, beyond the pool's size."
+  @doc "How many there can be at most, beyond the pool's size: there is room for as many stand-ins that leave."
   @spec most(map()) :: pos_integer()
-  def most(%{pool_opts: %{size: size, max_overflow: overflow}}), do: size + overflow
+  def most(%{pool_opts: %{size: size, max_overflow: overflow}}), do: 2 * size + overflow
 
   def child_spec({config, _pool} = argument) do
     %{
@@ -31,21 +33,23 @@ defmodule MeshxRpc.Client.Growth do
     }
   end
 
-  @doc "Asks for another connection, because of load or in the place of one that drains. Asking often costs nothing."
-  @spec ask(map(), :load | :drain) :: :ok
-  def ask(%{table: table, growth: growth}, :load) do
-    if :atomics.compare_exchange(growth, 2, 0, 1) == :ok, do: tell(table, :load)
+  @doc "Asks for another connection, because all are busy. Asking often costs nothing."
+  @spec ask(map()) :: :ok
+  def ask(%{table: table, growth: growth}) do
+    if :atomics.compare_exchange(growth, 2, 0, 1) == :ok, do: tell(table, :grow)
     :ok
   end
 
-  def ask(%{table: table}, :drain), do: tell(table, :drain)
+  @doc "The connection at `index` takes no more calls: until it does again, another is to stand in for it."
+  @spec drains(:ets.table(), pos_integer()) :: :ok
+  def drains(table, index), do: tell(table, {:drains, index})
 
-  defp tell(table, why) do
-    case :ets.lookup(table, :growth) do
-      [{:growth, pid}] -> send(pid, {:grow, why})
-      [] -> :ok
-    end
+  @doc "The connection at `index` is up."
+  @spec up(:ets.table(), pos_integer()) :: :ok
+  def up(table, index), do: tell(table, {:up, index})
 
+  defp tell(table, what) do
+    with [{:growth, pid}] <- :ets.lookup(table, :growth), do: send(pid, what)
     :ok
   end
 
@@ -61,16 +65,37 @@ defmodule MeshxRpc.Client.Growth do
   end
 
   @impl true
-  def handle_info({:grow, why}, state) do
-    state = grow(state, why)
+  def handle_info(:grow, %{config: config, extra: extra} = state) do
+    busy = Enum.count(extra, fn {_index, {_pid, why, _idle}} -> why == :load end)
+    room? = busy < config.pool_opts.max_overflow
     # One at a time: the next is for those who ask when this one is there, or cannot be.
-    if why == :load, do: Process.send_after(self(), :again, 50)
-    {:noreply, state}
+    Process.send_after(self(), :again, 50)
+    {:noreply, if(room?, do: add(state, :load), else: state)}
   end
 
   def handle_info(:again, state) do
     :atomics.put(state.pool.growth, 2, 0)
     {:noreply, state}
+  end
+
+  # A stand-in that drains itself: another goes on for it.
+  def handle_info({:drains, index}, %{extra: extra} = state) when is_map_key(extra, index) do
+    {_pid, why, _idle} = extra[index]
+    state = leave(state, index)
+
+    case why do
+      {:instead_of, place} -> {:noreply, stand_in(state, place)}
+      _not_needed -> {:noreply, state}
+    end
+  end
+
+  def handle_info({:drains, index}, %{config: %{pool_opts: %{size: size}}} = state)
+      when index <= size,
+      do: {:noreply, stand_in(state, index)}
+
+  def handle_info({:up, place}, state) do
+    leaving = for {index, {_pid, {:instead_of, ^place}, _idle}} <- state.extra, do: index
+    {:noreply, Enum.reduce(leaving, state, &leave(&2, &1))}
   end
 
   def handle_info({:EXIT, pid, _reason}, state) do
@@ -80,14 +105,15 @@ defmodule MeshxRpc.Client.Growth do
   end
 
   def handle_info(:tick, state) do
-    extra =
-      Map.new(state.extra, fn {index, {pid, why, idle}} ->
-        idle = if :counters.get(state.pool.load, index) == 0, do: idle + 1, else: 0
-        if idle >= @idle, do: send(pid, :retire)
-        {index, {pid, why, idle}}
-      end)
+    state =
+      for {index, {pid, :load, idle}} <- state.extra, reduce: %{state | timer: nil} do
+        state ->
+          idle = if :counters.get(state.pool.load, index) == 0, do: idle + 1, else: 0
+          state = %{state | extra: Map.put(state.extra, index, {pid, :load, idle})}
+          if idle >= @idle, do: leave(state, index), else: state
+      end
 
-    {:noreply, counted(%{state | extra: extra, timer: nil})}
+    {:noreply, counted(state)}
   end
 
   def handle_info(_other, state), do: {:noreply, state}
@@ -99,22 +125,31 @@ defmodule MeshxRpc.Client.Growth do
     for pid <- pids, do: receive(do: ({:EXIT, ^pid, _reason} -> :ok))
   end
 
-  defp grow(%{config: config, pool: pool, extra: extra} = state, why) do
-    %{size: size, max_overflow: overflow} = config.pool_opts
-    room = if why == :load, do: overflow, else: size
-    taken = Enum.count(extra, fn {_index, {_pid, other, _idle}} -> other == why end)
-    index = Enum.find((size + 1)..(size + most(config)), &(not is_map_key(extra, &1)))
+  defp stand_in(%{extra: extra} = state, place) do
+    there? = Enum.any?(extra, fn {_index, {_pid, why, _idle}} -> why == {:instead_of, place} end)
+    if there?, do: state, else: add(state, {:instead_of, place})
+  end
 
-    if taken < room and index do
-      {:ok, pid} = Connection.start_link({config, index, pool.table, pool.load})
-      counted(%{state | extra: Map.put(extra, index, {pid, why, 0})})
-    else
-      state
+  defp add(%{config: config, pool: pool, extra: extra} = state, why) do
+    case Enum.find((pool.size + 1)..pool.most, &(not is_map_key(extra, &1))) do
+      nil ->
+        state
+
+      index ->
+        {:ok, pid} = Connection.start_link({config, index, pool.table, pool.load})
+        counted(%{state | extra: Map.put(extra, index, {pid, why, 0})})
     end
+  end
+
+  defp leave(%{extra: extra} = state, index) do
+    {pid, _why, _idle} = extra[index]
+    send(pid, :leave)
+    %{state | extra: %{extra | index => {pid, :leaving, 0}}}
   end
 
   defp forget(pool, index) do
     :ets.delete(pool.table, index)
+    :ets.delete(pool.table, {:down, index})
     :counters.put(pool.load, index, 0)
   end
 
@@ -122,8 +157,8 @@ defmodule MeshxRpc.Client.Growth do
   defp counted(%{extra: extra, timer: timer} = state) do
     :atomics.put(state.pool.growth, 1, map_size(extra))
 
-    timer =
-      if extra != %{} and timer == nil, do: Process.send_after(self(), :tick, @tick), else: timer
+    busy? = Enum.any?(extra, &match?({_index, {_pid, :load, _idle}}, &1))
+    timer = if busy? and timer == nil, do: Process.send_after(self(), :tick, @tick), else: timer
 
     %{state | timer: timer}
   end

@@ -218,7 +218,7 @@ defmodule MeshxRpc.Client.Pool do
         {calls, row} =
           Enum.min_by(rows, fn {calls, row} -> {calls, rem(elem(row, 0) + turn, last)} end)
 
-        if pool.overflow > 0 and calls >= Growth.busy(), do: Growth.ask(pool, :load)
+        if pool.overflow > 0 and calls >= Growth.busy(), do: Growth.ask(pool)
         {:ok, row}
     end
   end
@@ -230,10 +230,5 @@ defmodule MeshxRpc.Client.Pool do
       [{_key, metadata}] -> metadata
       [] -> %{}
     end
-  end
-
-  @doc false
-  def cast_failed(pool) do
-    :atomics.add(fetch!(pool).casts, 3, 1)
   end
 end

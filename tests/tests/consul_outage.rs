@@ -1,0 +1,133 @@
+//! Consul is killed and comes back, with what it knew and without: what is registered comes back by itself, and
+//! neither a live link nor a sequence of calls over it notices.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::time::Duration;
+
+use meshx_tests::consul::{Consul, Setup};
+use meshx_tests::{Agent, Beam, BeamBuilder};
+
+/// A check is refreshed every 5 s, and a registration tried again with a growing pause: three times that.
+const BACK: Duration = Duration::from_secs(60);
+
+struct World {
+    consul: Consul,
+    h1: Agent,
+    h2: Agent,
+    shop: Beam,
+    cart: Beam,
+    search: Beam,
+}
+
+fn world(setup: Setup) -> World {
+    let consul = Consul::start_with(setup).unwrap();
+    let h1 = consul.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    let h2 = consul.agent("b", "127.0.0.3", &["h2"]).unwrap();
+    let cart = BeamBuilder::new("cart@h2").app("shop").start(&h2).unwrap();
+    let search = Beam::start(&h2, "search@h2").unwrap();
+    let mut shop = BeamBuilder::new("shop@h1").app("shop").start(&h1).unwrap();
+    shop.expect("MeshxNode.connect(:cart@h2)", ":ok").unwrap();
+    shop.expect("Shop.CartClient.call(:echo, 1, 30_000)", "1")
+        .unwrap();
+    // One call after the other, by RPC and by distribution, until it is told to stop.
+    shop.eval(
+        "seq = fn f, n, bad -> r = [Shop.CartClient.call(:echo, n, 5_000, 0), :erpc.call(:cart@h2, Function, :identity, [n], 5_000)]; \
+         bad = if r == [n, n], do: bad, else: [r | bad]; \
+         receive do :stop -> {n, bad} after 5 -> f.(f, n + 1, bad) end end; :made",
+    )
+    .unwrap();
+    shop.eval(":net_kernel.monitor_nodes(true)").unwrap();
+    shop.eval("task = Task.async(fn -> seq.(seq, 1, []) end)")
+        .unwrap();
+    World {
+        consul,
+        h1,
+        h2,
+        shop,
+        cart,
+        search,
+    }
+}
+
+/// The calls went on all the time, and the link never ended.
+fn nothing_was_noticed(world: &mut World) {
+    let shop = &mut world.shop;
+    shop.eval("send(task.pid, :stop); {n, bad} = Task.await(task); n")
+        .unwrap();
+    let calls = shop.eval("n").unwrap();
+    println!("{calls} pairs of calls");
+    assert!(calls.parse::<u32>().unwrap() > 20, "{calls}");
+    shop.expect("bad", "[]").unwrap();
+    shop.expect(
+        "receive do {:nodedown, node} -> node after 0 -> :none end",
+        ":none",
+    )
+    .unwrap();
+}
+
+fn all_are_back(consul: &Consul) {
+    for service in ["shop", "cart", "search", "cart-rpc"] {
+        let took = consul.wait_passing(service, 1, BACK).unwrap();
+        println!("{service} passes {took:?} after Consul's return");
+    }
+}
+
+#[test]
+fn with_its_state() {
+    let mut world = world(Setup {
+        keeps_state: true,
+        ..Setup::default()
+    });
+    world.consul.kill();
+    // A pair that was allowed may connect anew while nobody can be asked; one that was never asked about may not.
+    let refused = world.search.eval("MeshxNode.connect(:shop@h1)").unwrap();
+    assert!(refused.starts_with("{:error, {:not_ready, "), "{refused}");
+    world.consul.start_again().unwrap();
+    all_are_back(&world.consul);
+    world.search.expect("MeshxNode.connect(:cart@h2)", ":ok").unwrap();
+    nothing_was_noticed(&mut world);
+
+    // Allowed before, and again while Consul is away.
+    world.consul.kill();
+    world.shop.expect("Node.disconnect(:cart@h2)", "true").unwrap();
+    world.shop.expect("MeshxNode.connect(:cart@h2)", ":ok").unwrap();
+    world.cart.expect(":shop@h1 in Node.list()", "true").unwrap();
+}
+
+#[test]
+fn without_its_state() {
+    let mut world = world(Setup::default());
+    let domain = world.consul.trust_domain().unwrap();
+    for _ in 0..2 {
+        world.consul.kill();
+        world.consul.start_again().unwrap();
+        all_are_back(&world.consul);
+    }
+    assert_ne!(
+        world.consul.trust_domain().unwrap(),
+        domain,
+        "Consul should have forgotten all"
+    );
+    nothing_was_noticed(&mut world);
+    // New links are made with the certificates of the new authority.
+    world.search.expect("MeshxNode.connect(:cart@h2)", ":ok").unwrap();
+    world.shop.expect("Node.disconnect(:cart@h2)", "true").unwrap();
+    world.shop.expect("MeshxNode.connect(:cart@h2)", ":ok").unwrap();
+    let uri = world
+        .shop
+        .eval("{:ok, p} = MeshxNode.peer(:cart@h2); p.spiffe")
+        .unwrap();
+    assert_eq!(uri, format!("{:?}", world.consul.spiffe("cart").unwrap()));
+    for agent in [&world.h1, &world.h2] {
+        assert!(agent.meshx_ok(&["names"]).unwrap().contains("cart@h2"));
+    }
+    // A rule of the new Consul counts.
+    world.consul.deny("shop", "cart").unwrap();
+    world
+        .shop
+        .expect(
+            "receive do {:nodedown, :cart@h2} -> :ok after 20_000 -> :none end",
+            ":ok",
+        )
+        .unwrap();
+}

@@ -6,6 +6,7 @@
 mod entry;
 mod identity;
 
+pub mod consul;
 pub mod embedded;
 
 use std::net::SocketAddr;

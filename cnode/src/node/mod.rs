@@ -55,7 +55,7 @@
 //! `global`, dynamic node names, names of `{global, _}` or `{via, _, _}`, and `sys` messages to servers.
 
 mod address;
-mod backoff;
+pub(crate) mod backoff;
 mod buffers;
 mod builder;
 mod call;

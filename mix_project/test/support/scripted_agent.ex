@@ -1,7 +1,7 @@
 defmodule Meshx.ScriptedAgent do
   @moduledoc """
-  An agent for tests, in few words: the control and dist sockets of docs/mesh-protocol.md, without a mesh behind
-  them, and able to misbehave on demand.
+  An agent for tests, in few words: the control and dist sockets of docs/mesh-protocol.md, with `Meshx.ScriptedMesh`
+  behind them, and able to misbehave on demand.
 
   Links between its nodes are plain copies. `set/3` scripts what it does wrong:
 
@@ -10,6 +10,7 @@ defmodule Meshx.ScriptedAgent do
       {:accept, keyword} end`; the keywords replace fields of ACCEPT (`:secret`, `:node`) or all of it (`:raw`)
   """
   use GenServer
+  alias Meshx.ScriptedMesh
 
   def start_link(opts), do: GenServer.start_link(__MODULE__, opts)
 
@@ -24,6 +25,16 @@ defmodule Meshx.ScriptedAgent do
 
   @doc "The links that were made: [{link id, source, target}], newest first."
   def links(agent), do: GenServer.call(agent, :links)
+
+  @doc "Services and upstreams: `Meshx.ScriptedMesh`."
+  def mesh(agent), do: GenServer.call(agent, :mesh)
+
+  @doc "An id that somebody else registered with the same mesh."
+  def foreign(agent, id), do: GenServer.call(agent, {:foreign, id})
+
+  @doc "Sends an event to every control connection that has a service."
+  def push_service(agent, event),
+    do: GenServer.call(agent, {:push_service, :erlang.term_to_binary(event)})
 
   @doc "Sends an event to the connection that owns a node."
   def push(agent, node, event),
@@ -44,6 +55,9 @@ defmodule Meshx.ScriptedAgent do
     Process.flag(:trap_exit, true)
     dir = Keyword.fetch!(opts, :dir)
     File.mkdir_p!(Path.join(dir, "vm"))
+    File.mkdir_p!(Path.join(dir, "up"))
+    # What a killed one left.
+    for stale <- Path.wildcard(Path.join([dir, "up", "u*"])), do: File.rm(stale)
     File.chmod!(dir, 0o700)
     server = self()
 
@@ -70,7 +84,8 @@ defmodule Meshx.ScriptedAgent do
        nodes: %{},
        links: [],
        waiting: [],
-       counts: %{}
+       counts: %{},
+       mesh: %ScriptedMesh{dir: dir}
      }}
   end
 
@@ -186,6 +201,22 @@ defmodule Meshx.ScriptedAgent do
   def handle_call(:nodes, _from, state), do: {:reply, state.nodes, state}
   def handle_call(:links, _from, state), do: {:reply, state.links, state}
 
+  def handle_call(:mesh, _from, state), do: {:reply, state.mesh, state}
+
+  def handle_call({:foreign, id}, _from, state),
+    do: {:reply, :ok, update_in(state.mesh.foreign, &MapSet.put(&1, id))}
+
+  def handle_call({:carry, id, pid, target}, _from, state) do
+    {:reply, ScriptedMesh.pick(state.mesh, target),
+     %{state | mesh: ScriptedMesh.live(state.mesh, id, pid)}}
+  end
+
+  def handle_call({:push_service, bytes}, _from, state) do
+    owners = for {_id, service} <- state.mesh.services, uniq: true, do: service.owner
+    Enum.each(owners, &send(&1, {:push, bytes}))
+    {:reply, :ok, state}
+  end
+
   def handle_call({:push, node, bytes}, _from, state) do
     send(state.nodes[node].owner, {:push, bytes})
     {:reply, :ok, state}
@@ -212,7 +243,7 @@ defmodule Meshx.ScriptedAgent do
 
   def handle_call({:closed, owner}, _from, state) do
     nodes = for {name, %{owner: o} = node} <- state.nodes, o != owner, into: %{}, do: {name, node}
-    {:reply, :ok, tell(%{state | nodes: nodes})}
+    {:reply, :ok, tell(%{state | nodes: nodes, mesh: ScriptedMesh.closed(state.mesh, owner)})}
   end
 
   def handle_call({:dist, link, secret, target}, _from, state) do
@@ -286,7 +317,7 @@ defmodule Meshx.ScriptedAgent do
     end
   end
 
-  defp default(:deregister, %{id: id}, _owner, state),
+  defp default(:deregister, %{id: id}, _owner, state) when is_map_key(state.nodes, id),
     do: {{:ok, %{}}, %{state | nodes: Map.delete(state.nodes, id)}}
 
   defp default(:names, _args, _owner, state) do
@@ -322,8 +353,12 @@ defmodule Meshx.ScriptedAgent do
     {{:ok, %{links: links}}, state}
   end
 
-  defp default(command, _args, _owner, state),
-    do: {{:error, :invalid_request, "no such command: #{command}"}, state}
+  defp default(command, args, owner, state) do
+    case ScriptedMesh.handle(state.mesh, command, args, owner) do
+      {:unknown, _mesh} -> {{:error, :invalid_request, "no such command: #{command}"}, state}
+      {reply, mesh} -> {reply, %{state | mesh: mesh}}
+    end
+  end
 
   defp tell(state) do
     {met, waiting} =

@@ -29,6 +29,8 @@ defmodule Meshx.Agent.Server do
     :name,
     :events,
     :client,
+    # Whether the client is connected.
+    up?: false,
     # Counts the connections that were lost: what was made before is not there any more.
     epoch: 0,
     services: %{},
@@ -187,7 +189,7 @@ defmodule Meshx.Agent.Server do
 
   @impl true
   def handle_info({:meshx_agent, :down}, state), do: {:noreply, lost(state)}
-  def handle_info({:meshx_agent, :up}, state), do: {:noreply, again(state)}
+  def handle_info({:meshx_agent, :up}, state), do: {:noreply, again(%{state | up?: true})}
 
   def handle_info({:meshx_agent, {event, %{id: id} = args}}, state) do
     known? = Map.has_key?(state.services, id) or Map.has_key?(state.lanes, {:service, id})
@@ -587,6 +589,9 @@ defmodule Meshx.Agent.Server do
     end
   end
 
+  # Its return begins anew.
+  defp retry(%{up?: false} = state, _kind, _key, _reason, _request), do: state
+
   defp retry(state, kind, key, reason, request) do
     entry = state |> Map.fetch!(kind) |> Map.fetch!(key)
 
@@ -614,7 +619,7 @@ defmodule Meshx.Agent.Server do
     with {:ok, pid} <- :meshx_agent.start(),
          {:ok, %{state: now}} <- :meshx_agent.subscribe() do
       state = %{state | client: Process.monitor(pid)}
-      {:ok, if(now == :up, do: again(state), else: state)}
+      {:ok, if(now == :up, do: again(%{state | up?: true}), else: state)}
     else
       {:error, {cause, text}} when is_binary(text) ->
         {:error, {cause, text}}
@@ -640,7 +645,7 @@ defmodule Meshx.Agent.Server do
           into: %{},
           do: {key, %{upstream | connected?: false}}
 
-    %{state | epoch: state.epoch + 1, services: services, upstreams: upstreams}
+    %{state | up?: false, epoch: state.epoch + 1, services: services, upstreams: upstreams}
   end
 
   defp again(state) do

@@ -16,7 +16,7 @@ use meshx::{
         embedded::{Action, EmbeddedMesh, MeshDir, Rule, Rules},
     },
     proxy::{
-        Proxy, Settings, Upstream,
+        Listen, Proxy, Settings, Upstream,
         cause::Cause,
         links::{LinkId, LinkTable, Purpose},
         local::{Endpoint, LocalInstance, LocalTable, Secret},
@@ -231,6 +231,7 @@ impl Host {
                 },
                 owner: 1,
                 uid: rustix::process::geteuid().as_raw(),
+                sidecar: None,
             })
             .unwrap();
         self.mesh.register(&Entry::plain(instance.clone())).await.unwrap();
@@ -349,8 +350,9 @@ async fn a_denial_behind_the_answer_ends_a_call_to_a_service() {
             source: ServiceName::new("web").unwrap(),
             target: ServiceName::new("echo").unwrap(),
             instance: None,
+            via: None,
             purpose: Purpose::Rpc,
-            path: path.clone(),
+            listen: Listen::Uds(path.clone()),
             uid: rustix::process::geteuid().as_raw(),
             owner: 1,
         })

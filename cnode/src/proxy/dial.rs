@@ -1,4 +1,4 @@
-//! From this agent to another.
+//! From this agent to another, or to a data plane of another make.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -11,25 +11,56 @@ use tokio_rustls::client::TlsStream;
 
 use super::Proxy;
 use super::cause::{Cause, Refusal};
-use super::frames::{read_frame, silent, write_all};
+use super::frames::{Duplex, read_frame, silent, write_all};
 use super::keepalive;
-use super::links::{LinkId, Purpose, unix_now};
+use super::links::{Direction, LinkId, LinkInfo, Purpose, unix_now};
+use super::local::SidecarUpstreams;
 use super::tls::{self, Peer};
 use super::why::{AGENT, CERTIFICATE, TLS, Trail, span};
 use super::wire::{MAX_MESH_FRAME, Request, decode_reply};
-use crate::mesh::{Identity, Instance, ServiceName};
+use crate::mesh::{Identity, Instance, Protocol, ServiceName};
 
-/// A connection to the other agent, with whom each end has proven to be.
+/// A connection that the other side has accepted, as far as it tells.
+pub(super) struct Dialled {
+    pub(super) stream: Box<dyn Duplex>,
+    address: SocketAddr,
+    /// None when somebody else has verified the other end.
+    proof: Option<Proof>,
+}
+
+/// What both ends have proven to each other.
+struct Proof {
+    identity: Arc<Identity>,
+    peer: Peer,
+}
+
+/// A connection whose ends have proven who they are, before anything is asked for.
 pub(super) struct Secured {
     pub(super) stream: TlsStream<TcpStream>,
-    pub(super) identity: Arc<Identity>,
-    pub(super) peer: Peer,
     pub(super) address: SocketAddr,
+    proof: Proof,
+}
+
+impl Dialled {
+    /// Completes what is known of the link.
+    pub(super) fn describe(&self, info: &mut LinkInfo) {
+        info.direction = Direction::Outbound;
+        info.remote_agent = Some(self.address);
+        info.verified = self.proof.is_some();
+        if let Some(Proof { identity, peer }) = &self.proof {
+            info.remote_spiffe = peer.id.clone();
+            info.local_not_after = Some(identity.not_after);
+            info.remote_not_after = Some(peer.not_after);
+        }
+    }
 }
 
 impl Proxy {
-    /// Connects to the agent of `target`, shows the certificate of `source` and holds the other one against the
+    /// Connects to where `target` is served, shows the certificate of `source` and holds the other one against the
     /// target's identity.
+    ///
+    /// What is spoken is the catalogue's word alone. An agent that does not speak `meshx/1` is not taken for something
+    /// else, nor the other way round.
     pub(super) async fn handshake(
         &self,
         source: &ServiceName,
@@ -47,7 +78,7 @@ impl Proxy {
         trail.pass(|| format!("{}, valid for {}", identity.id, span(left)));
         trail.look(AGENT);
         let wanted = self.spiffe(&target.service)?;
-        let config = tls::client_config(&identity, wanted.clone())
+        let config = tls::client_config(&identity, wanted.clone(), target.protocol)
             .map_err(|error| Cause::NotReady.because(format!("certificate of {source}: {error}")))?;
         // A name that DNS would not take is left out; the certificate is held against the SPIFFE id either way.
         let name = ServerName::try_from(wanted.server_name()).unwrap_or(ServerName::from(address.ip()));
@@ -72,32 +103,36 @@ impl Proxy {
         trail.pass(|| format!("{address} takes connections"));
         trail.look(TLS);
         let handshake = TlsConnector::from(config).connect(name, stream);
-        let stream = match timeout(settings.handshake_timeout, handshake).await {
-            Ok(done) => done.map_err(|error| at(address, tls::refusal(&error)))?,
-            Err(_) => return Err(at(address, silent("a TLS handshake", settings.handshake_timeout))),
+        let handshake = match timeout(settings.handshake_timeout, handshake).await {
+            Ok(done) => done.map_err(|error| tls::refusal(&error)),
+            Err(_) => Err(silent("a TLS handshake", settings.handshake_timeout)),
         };
+        self.links.count_dialled(handshake.is_ok());
+        let stream = handshake.map_err(|refusal| at(address, refusal))?;
         let (_, session) = stream.get_ref();
-        if session.alpn_protocol() != Some(tls::ALPN) {
+        let leaf = session.peer_certificates().and_then(<[_]>::first);
+        let leaf = leaf.ok_or_else(|| at(address, Cause::NoCertificate.because("no certificate")))?;
+        let peer = tls::peer(leaf, wanted.trust_domain()).map_err(|error| at(address, error.into()))?;
+        if target.protocol == Protocol::Meshx && session.alpn_protocol() != Some(tls::ALPN) {
             return Err(at(
                 address,
                 Cause::VersionMismatch.because("the other side does not speak meshx/1"),
             ));
         }
-        let leaf = session.peer_certificates().and_then(|chain| chain.first());
-        let leaf = leaf.ok_or_else(|| at(address, Cause::CertificateInvalid.because("no certificate")))?;
-        let peer = tls::peer(leaf, wanted.trust_domain())
-            .map_err(|error| at(address, Cause::CertificateInvalid.because(error.to_string())))?;
-        trail.pass(|| format!("meshx/1 with {}", peer.id));
+        trail.pass(|| match target.protocol {
+            Protocol::Meshx => format!("meshx/1 with {}", peer.id),
+            Protocol::Connect => format!("a proxy of another make, for {}", peer.id),
+        });
         Ok(Secured {
             stream,
-            identity,
-            peer,
             address,
+            proof: Proof { identity, peer },
         })
     }
 
     /// Dials the agent of `target` as `source`, and asks for the instance. `node` is the dialling node's name,
-    /// or empty.
+    /// or empty. A data plane of another make is asked for nothing: it decides when the handshake is done, and tells
+    /// only by closing.
     pub(super) async fn dial(
         &self,
         source: &ServiceName,
@@ -105,10 +140,22 @@ impl Proxy {
         purpose: Purpose,
         link: LinkId,
         node: &str,
-    ) -> Result<Secured, Refusal> {
+    ) -> Result<Dialled, Refusal> {
         let settings = &self.settings;
-        let mut secured = self.handshake(source, target, &mut Trail::none()).await?;
-        let (stream, address) = (&mut secured.stream, secured.address);
+        let secured = self.handshake(source, target, &mut Trail::none()).await?;
+        let Secured {
+            mut stream,
+            address,
+            proof,
+        } = secured;
+        let dialled = |stream| Dialled {
+            stream: Box::new(stream),
+            address,
+            proof: Some(proof),
+        };
+        if target.protocol == Protocol::Connect {
+            return Ok(dialled(stream));
+        }
         let mut request = Vec::new();
         Request {
             purpose,
@@ -119,13 +166,43 @@ impl Proxy {
         }
         .encode(&mut request);
         let exchange = async {
-            write_all(stream, &request, settings.frame_timeout).await?;
+            write_all(&mut stream, &request, settings.frame_timeout).await?;
             // The other agent may need all of its own time to decide.
-            let reply = read_frame(stream, MAX_MESH_FRAME, settings.setup_timeout).await?;
+            let reply = read_frame(&mut stream, MAX_MESH_FRAME, settings.setup_timeout).await?;
             decode_reply(&reply).map_err(Refusal::from)?
         };
         exchange.await.map_err(|refusal| at(address, refusal))?;
-        Ok(secured)
+        Ok(dialled(stream))
+    }
+
+    /// Dials `target` through the proxy beside an instance of this agent. That proxy shows the certificate and verifies
+    /// the other end; this agent has its word for it.
+    pub(super) async fn dial_sidecar(
+        &self,
+        sidecar: &dyn SidecarUpstreams,
+        target: &ServiceName,
+    ) -> Result<Dialled, Refusal> {
+        let address = sidecar.port_for(target).await?;
+        // What goes there is not encrypted.
+        if !address.ip().is_loopback() {
+            return Err(Cause::InvalidRequest.because(format!(
+                "the sidecar's port for {target} is at {address}, wanted one on loopback"
+            )));
+        }
+        let unreachable = |why: &dyn std::fmt::Display| {
+            Cause::Unreachable.because(format!("the sidecar's port for {target} at {address}: {why}"))
+        };
+        let deadline = self.settings.connect_timeout;
+        let stream = match timeout(deadline, TcpStream::connect(address)).await {
+            Ok(connected) => connected.map_err(|error| unreachable(&error))?,
+            Err(_) => return Err(unreachable(&format!("no answer for {deadline:?}"))),
+        };
+        stream.set_nodelay(true).map_err(|error| unreachable(&error))?;
+        Ok(Dialled {
+            stream: Box::new(stream),
+            address,
+            proof: None,
+        })
     }
 }
 

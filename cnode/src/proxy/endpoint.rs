@@ -53,12 +53,12 @@ impl Proxy {
     }
 }
 
-/// The frame that proves the agent to a node and says who dials it.
+/// The frame that proves the agent to a node and says who dials it; `remote` is none when nothing proves that.
 pub(super) fn accept_frame(
     local: &LocalInstance,
     link: LinkId,
     remote_node: &str,
-    remote: &SpiffeId,
+    remote: Option<&SpiffeId>,
     remote_agent: &str,
 ) -> Vec<u8> {
     let mut frame = Vec::new();
@@ -66,7 +66,7 @@ pub(super) fn accept_frame(
         link,
         secret: local.secret.clone(),
         remote_node: remote_node.to_owned(),
-        remote_spiffe: remote.to_string(),
+        remote_spiffe: remote.map(ToString::to_string).unwrap_or_default(),
         remote_agent: remote_agent.to_owned(),
     }
     .encode(&mut frame);

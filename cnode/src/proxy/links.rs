@@ -4,14 +4,16 @@ use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::cause::{Cause, Refusal};
-use crate::mesh::SpiffeId;
+use super::listener::Listener;
+use super::totals::{Handshakes, PairKey, Pairs, Totals};
+use crate::mesh::{ServiceName, SpiffeId};
 
 /// Refusals that are remembered for the `refusal` command; older ones are forgotten.
 pub const MAX_REFUSALS: usize = 256;
@@ -27,6 +29,16 @@ pub const LINKS_PER_SERVICE_MAX: usize = 4096;
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct LinkId(pub [u8; 16]);
 
+impl LinkId {
+    /// A fresh id, for a link that nobody else has named.
+    pub(super) fn generate() -> Result<Self, Refusal> {
+        let mut id = [0; 16];
+        getrandom::fill(&mut id)
+            .map_err(|error| Cause::NotReady.because(format!("the system gave no random bytes: {error}")))?;
+        Ok(Self(id))
+    }
+}
+
 impl fmt::Display for LinkId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
@@ -40,11 +52,11 @@ impl fmt::Debug for LinkId {
 }
 
 /// Which end made a link.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Direction {
-    /// An instance of this agent dialled another agent.
+    /// An instance of this agent dialled another agent, or a proxy of another make.
     Outbound,
-    /// Another agent dialled an instance of this one.
+    /// Another agent, or a proxy of another make, dialled an instance of this one.
     Inbound,
     /// Both ends are here.
     Local,
@@ -62,7 +74,7 @@ impl Direction {
 }
 
 /// What a link carries. The numbers are those of the `meshx/1` request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Purpose {
     /// Erlang distribution.
     Dist = 1,
@@ -105,13 +117,15 @@ pub struct LinkInfo {
     pub remote: String,
     /// Proven identity of this end.
     pub local_spiffe: SpiffeId,
-    /// Proven identity of the other end.
+    /// Identity of the other end: proven when `verified`, else only what its name stands for.
     pub remote_spiffe: SpiffeId,
-    /// Where the other agent is; none on a local link.
+    /// Whether this agent knows by itself who is at the other end. False when a sidecar of another make is between.
+    pub verified: bool,
+    /// Where the other agent or proxy is; none on a local link.
     pub remote_agent: Option<SocketAddr>,
-    /// End of this end's certificate, unix seconds; none on a local link.
+    /// End of this end's certificate, unix seconds; none where this agent showed none.
     pub local_not_after: Option<i64>,
-    /// End of the other end's certificate, unix seconds; none on a local link.
+    /// End of the other end's certificate, unix seconds; none where this agent saw none.
     pub remote_not_after: Option<i64>,
     /// Registered instances that are ends of it here: it ends with them.
     pub instances: Vec<String>,
@@ -125,6 +139,15 @@ impl LinkInfo {
         match self.direction {
             Direction::Inbound => &self.remote_spiffe,
             Direction::Outbound | Direction::Local => &self.local_spiffe,
+        }
+    }
+
+    /// The service that dialled, and the one that was dialled.
+    pub(super) fn services(&self) -> (ServiceName, ServiceName) {
+        let (here, there) = (self.local_spiffe.service(), self.remote_spiffe.service());
+        match self.direction {
+            Direction::Inbound => (there.clone(), here.clone()),
+            Direction::Outbound | Direction::Local => (here.clone(), there.clone()),
         }
     }
 }
@@ -178,7 +201,30 @@ struct Inner {
     live: Mutex<LiveLinks>,
     refusals: Mutex<VecDeque<RefusalRecord>>,
     owners: Mutex<HashMap<u64, mpsc::Sender<CutEvent>>>,
-    counts: [AtomicU64; Cause::ALL.len()],
+    refused: [[AtomicU64; Cause::ALL.len()]; Listener::ALL.len()],
+    cuts: [AtomicU64; Cause::ALL.len()],
+    accepted: HandshakeCounts,
+    dialled: HandshakeCounts,
+}
+
+#[derive(Default)]
+struct HandshakeCounts {
+    done: AtomicU64,
+    failed: AtomicU64,
+}
+
+impl HandshakeCounts {
+    fn count(&self, done: bool) {
+        let count = if done { &self.done } else { &self.failed };
+        count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn total(&self) -> Handshakes {
+        Handshakes {
+            done: self.done.load(Ordering::Relaxed),
+            failed: self.failed.load(Ordering::Relaxed),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -186,12 +232,15 @@ struct LiveLinks {
     by_id: HashMap<LinkId, Arc<Live>>,
     /// How many each service has dialled.
     dialled: HashMap<SpiffeId, usize>,
+    pairs: Pairs,
 }
 
 struct Live {
     info: LinkInfo,
     since: i64,
     counters: Arc<Counters>,
+    /// Since it carries bytes.
+    pair: OnceLock<PairKey>,
     cut: CancellationToken,
 }
 
@@ -202,6 +251,15 @@ pub struct Counters {
     pub bytes_in: AtomicU64,
     /// From this end.
     pub bytes_out: AtomicU64,
+}
+
+impl Counters {
+    fn both(&self) -> (u64, u64) {
+        (
+            self.bytes_in.load(Ordering::Relaxed),
+            self.bytes_out.load(Ordering::Relaxed),
+        )
+    }
 }
 
 impl LinkTable {
@@ -216,6 +274,7 @@ impl LinkTable {
             info,
             since: unix_now(),
             counters: Arc::default(),
+            pair: OnceLock::new(),
             cut: CancellationToken::new(),
         });
         let mut links = lock(&self.inner.live);
@@ -278,6 +337,9 @@ impl LinkTable {
             }
         }
         live.cut.cancel();
+        if let Some(count) = self.inner.cuts.get(cause.index()) {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
         tracing::info!(link = %id, %cause, text, local = live.info.local, remote = live.info.remote, "link cut");
         true
     }
@@ -304,8 +366,9 @@ impl LinkTable {
     }
 
     /// Remembers and counts a refusal.
-    pub fn refused(&self, link: Option<LinkId>, target: &str, refusal: &Refusal) {
-        if let Some(count) = self.inner.counts.get(refusal.cause.index()) {
+    pub fn refused(&self, at: Listener, link: Option<LinkId>, target: &str, refusal: &Refusal) {
+        let counts = self.inner.refused.get(at.index());
+        if let Some(count) = counts.and_then(|counts| counts.get(refusal.cause.index())) {
             count.fetch_add(1, Ordering::Relaxed);
         }
         let mut refusals = lock(&self.inner.refusals);
@@ -340,10 +403,48 @@ impl LinkTable {
 
     /// How many refusals there were by this cause since the start.
     pub fn refusals(&self, cause: Cause) -> u64 {
-        self.inner
-            .counts
-            .get(cause.index())
-            .map_or(0, |count| count.load(Ordering::Relaxed))
+        let counts = self
+            .inner
+            .refused
+            .iter()
+            .filter_map(|counts| counts.get(cause.index()));
+        counts.map(|count| count.load(Ordering::Relaxed)).sum()
+    }
+
+    /// Counts a TLS handshake that this agent answered.
+    pub(super) fn count_accepted(&self, done: bool) {
+        self.inner.accepted.count(done);
+    }
+
+    /// Counts a TLS handshake that this agent began.
+    pub(super) fn count_dialled(&self, done: bool) {
+        self.inner.dialled.count(done);
+    }
+
+    /// Everything that was counted.
+    pub fn totals(&self) -> Totals {
+        let inner = &self.inner;
+        let refused = |at: &Listener| {
+            let (at, counts) = (*at, inner.refused.get(at.index()).into_iter().flatten());
+            let counts = Cause::ALL.iter().zip(counts);
+            counts.map(move |(cause, count)| (at, *cause, count.load(Ordering::Relaxed)))
+        };
+        let cuts = Cause::ALL.iter().zip(&inner.cuts);
+        let pairs = {
+            let links = lock(&inner.live);
+            let live = links.by_id.values();
+            let live = live.filter_map(|live| Some((live.pair.get()?, live.counters.both())));
+            links.pairs.totals(live)
+        };
+        Totals {
+            accepted: inner.accepted.total(),
+            dialled: inner.dialled.total(),
+            refusals: Listener::ALL.iter().flat_map(refused).collect(),
+            cuts: cuts
+                .map(|(cause, count)| (*cause, count.load(Ordering::Relaxed)))
+                .collect(),
+            pairs,
+        }
     }
 }
 
@@ -357,11 +458,12 @@ impl fmt::Debug for LinkTable {
 
 impl Live {
     fn snapshot(&self) -> LinkSnapshot {
+        let (bytes_in, bytes_out) = self.counters.both();
         LinkSnapshot {
             info: self.info.clone(),
             since: self.since,
-            bytes_in: self.counters.bytes_in.load(Ordering::Relaxed),
-            bytes_out: self.counters.bytes_out.load(Ordering::Relaxed),
+            bytes_in,
+            bytes_out,
         }
     }
 }
@@ -373,6 +475,12 @@ pub struct LinkGuard {
 }
 
 impl LinkGuard {
+    /// The link carries bytes from now on.
+    pub(super) fn opened(&self) {
+        let mut links = lock(&self.table.inner.live);
+        self.live.pair.get_or_init(|| links.pairs.opened(&self.live.info));
+    }
+
     /// Where to count.
     pub fn counters(&self) -> &Arc<Counters> {
         &self.live.counters
@@ -388,6 +496,9 @@ impl Drop for LinkGuard {
     fn drop(&mut self) {
         let mut links = lock(&self.table.inner.live);
         links.by_id.remove(&self.live.info.id);
+        if let Some(pair) = self.live.pair.get() {
+            links.pairs.closed(pair, self.live.counters.both());
+        }
         let dialler = self.live.info.dialler();
         if let Some(dialled) = links.dialled.get_mut(dialler) {
             *dialled = dialled.saturating_sub(1);
@@ -425,6 +536,7 @@ mod tests {
             remote: "cart@h1".to_owned(),
             local_spiffe: spiffe("shop"),
             remote_spiffe: spiffe("cart"),
+            verified: true,
             remote_agent: None,
             local_not_after: None,
             remote_not_after: None,
@@ -508,6 +620,7 @@ mod tests {
         let table = LinkTable::default();
         for i in 0..MAX_REFUSALS + 10 {
             table.refused(
+                Listener::Dist,
                 Some(LinkId([1; 16])),
                 &format!("n{i}@h"),
                 &Cause::Timeout.because(format!("{i}")),

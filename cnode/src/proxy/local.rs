@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use futures::future::BoxFuture;
 use subtle::ConstantTimeEq;
 
 use super::cause::{Cause, Refusal};
@@ -65,6 +66,13 @@ pub enum Endpoint {
     Uds(PathBuf),
 }
 
+/// The way out of an instance that has a sidecar of another make: ports of its proxy on loopback, each of which leads
+/// to one service.
+pub trait SidecarUpstreams: fmt::Debug + Send + Sync {
+    /// Where the proxy takes connections for `target`.
+    fn port_for(&self, target: &ServiceName) -> BoxFuture<'_, Result<SocketAddr, Refusal>>;
+}
+
 /// An instance that is registered on this agent.
 #[derive(Debug, Clone)]
 pub struct LocalInstance {
@@ -78,6 +86,8 @@ pub struct LocalInstance {
     pub owner: u64,
     /// The uid that registered it: no other may dial as this instance.
     pub uid: u32,
+    /// What it dials others by, when that is not the agent.
+    pub sidecar: Option<Arc<dyn SidecarUpstreams>>,
 }
 
 /// The instances of this agent. Clones share one table.
@@ -196,6 +206,7 @@ mod tests {
             endpoint: Endpoint::NodeSocket("/x".into()),
             owner,
             uid: 0,
+            sidecar: None,
         }
     }
 

@@ -2,9 +2,13 @@
 //!
 //! ```text
 //!            dist socket          inbound port
-//! BEAM ---> outbound ---> dial ===> inbound ---> endpoint ---> BEAM or service
-//!              |                                    ^
-//!              +--------- same agent: no TLS -------+
+//! BEAM ---> outbound ---> dial ===> inbound ---> requested -+-> endpoint ---> BEAM or service
+//!              |           |           |                    |      ^
+//!              |           |           +-----> foreign -----+      |
+//!              |           |                   (other proxies)     |
+//!              +---------- | ------- same agent: no TLS -----------+
+//!                          |                                       |
+//!                          +-> a sidecar of ours ~~> unverified ---+
 //! service client ---> upstream ---> dial or endpoint, likewise
 //! ```
 //!
@@ -15,27 +19,37 @@ mod admission;
 pub mod cause;
 mod dial;
 mod endpoint;
+mod foreign;
 mod frames;
 mod inbound;
 mod keepalive;
 pub mod links;
+mod listener;
 pub mod local;
 mod outbound;
+mod peer_uid;
 mod reauthorize;
+mod requested;
 mod splice;
 mod tls;
+pub mod totals;
+mod unverified;
 mod upstream;
 pub mod why;
 pub mod wire;
 
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-pub use upstream::{Upstream, UpstreamHandle};
+pub use listener::Listener;
+pub use upstream::{Listen, Upstream, UpstreamHandle, UpstreamLinks};
 
+use self::admission::Admission;
 use self::cause::{Cause, Refusal};
-use self::links::{LinkId, LinkTable, Purpose};
+use self::frames::Duplex;
+use self::links::{LinkGuard, LinkId, LinkTable, Purpose};
 use self::local::{LocalInstance, LocalTable};
 use crate::log_limit::LogLimit;
 use crate::mesh::{Instance, Mesh, MeshError, ServiceName, SpiffeId, split_node};
@@ -57,6 +71,9 @@ pub struct Settings {
     pub max_pending: usize,
     /// How long the ends of a cut link may take to close it with the reason.
     pub cut_grace: Duration,
+    /// Whether nodes may be dialled through sidecars of another make, which keep to themselves whom they have verified:
+    /// anybody who may reach the node's service may then claim any node's name.
+    pub allow_unverified_peers: bool,
 }
 
 impl Default for Settings {
@@ -69,6 +86,7 @@ impl Default for Settings {
             setup_timeout: Duration::from_secs(10),
             max_pending: 256,
             cut_grace: Duration::from_secs(1),
+            allow_unverified_peers: false,
         }
     }
 }
@@ -79,8 +97,10 @@ pub struct Proxy {
     local: LocalTable,
     links: LinkTable,
     settings: Settings,
-    /// One for each listener, so that who floods one hides nothing of the others.
-    refusals: [(&'static str, LogLimit); 3],
+    /// Of all inbound ports together: whoever floods many of them takes no more than by one.
+    inbound: Arc<Admission>,
+    /// One for each kind of listener, so that who floods one hides nothing of the others.
+    refusals: [LogLimit; Listener::ALL.len()],
 }
 
 impl std::fmt::Debug for Proxy {
@@ -98,8 +118,9 @@ impl Proxy {
             mesh,
             local,
             links,
+            inbound: Admission::new(settings.max_pending),
             settings,
-            refusals: ["inbound", "dist", "upstream"].map(|at| (at, LogLimit::new("refused links"))),
+            refusals: std::array::from_fn(|_| LogLimit::new("refused links")),
         })
     }
 
@@ -145,6 +166,18 @@ impl Proxy {
         self.mesh.spiffe(service).map_err(Refusal::from)
     }
 
+    /// Carries a link's bytes until it ends.
+    async fn carry(&self, near: Box<dyn Duplex>, far: Box<dyn Duplex>, link: &LinkGuard, attempt: &Attempt) {
+        let ended = splice::splice(near, far, link, self.settings.cut_grace).await;
+        // Who takes the link and only then does not believe the certificate has sent nothing but that.
+        if let Err(error) = ended
+            && link.counters().bytes_in.load(Ordering::Relaxed) == 0
+            && let Some(refusal) = tls::late_refusal(&error)
+        {
+            self.refuse(attempt, &refusal);
+        }
+    }
+
     /// Logs, counts and remembers a refusal. Beyond `LINES_PER_SECOND` (50) the log
     /// tells only how many there were.
     fn refuse(&self, attempt: &Attempt, refusal: &Refusal) {
@@ -152,9 +185,10 @@ impl Proxy {
             tracing::debug!(source = attempt.source, peer = attempt.peer, "probed and left");
             return;
         }
-        self.links.refused(attempt.link, &attempt.target, refusal);
-        let limit = self.refusals.iter().find(|(at, _)| *at == attempt.at);
-        if !limit.is_none_or(|(_, limit)| limit.admit()) {
+        self.links
+            .refused(attempt.at, attempt.link, &attempt.target, refusal);
+        let limit = self.refusals.get(attempt.at.index());
+        if !limit.is_none_or(LogLimit::admit) {
             return;
         }
         let link = attempt.link.map(|link| link.to_string()).unwrap_or_default();
@@ -163,7 +197,7 @@ impl Proxy {
             source = attempt.source,
             target = attempt.target,
             purpose = attempt.purpose.map(Purpose::as_str).unwrap_or_default(),
-            at = attempt.at,
+            at = attempt.at.as_str(),
             peer = attempt.peer,
             link,
             text = refusal.text,
@@ -173,10 +207,10 @@ impl Proxy {
 }
 
 /// What is known so far of a link that is being decided; names that are not known are empty.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Attempt {
-    /// Which listener it came in at.
-    at: &'static str,
+    /// Where it came in.
+    at: Listener,
     peer: String,
     link: Option<LinkId>,
     purpose: Option<Purpose>,
@@ -184,6 +218,21 @@ struct Attempt {
     target: String,
     /// The peer left before it asked for anything: it only wanted to know whether somebody answers.
     is_probe: bool,
+}
+
+impl Attempt {
+    /// Nothing is known yet.
+    fn new(at: Listener) -> Self {
+        Self {
+            at,
+            peer: String::new(),
+            link: None,
+            purpose: None,
+            source: String::new(),
+            target: String::new(),
+            is_probe: false,
+        }
+    }
 }
 
 /// Why the links of a deregistered instance end.

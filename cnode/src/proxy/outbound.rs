@@ -5,19 +5,19 @@ use std::sync::Arc;
 
 use meshx_dist::name_frame::refusal_status;
 use tokio::net::{UnixListener, UnixStream};
-use tokio::task::JoinSet;
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
 use super::admission::{Admission, Slot};
 use super::cause::{Cause, Refusal};
 use super::endpoint::accept_frame;
 use super::frames::{Duplex, linger, read_frame, read_name, silent, write_all};
 use super::links::{Direction, LinkGuard, LinkInfo, Purpose};
+use super::listener::{self, Listener};
 use super::local::LocalInstance;
-use super::splice::splice;
 use super::why::{Approach, Trail};
 use super::wire::{Connect, ConnectReply, MAX_DIST_FRAME};
-use super::{Attempt, Proxy, inbound};
+use super::{Attempt, Proxy};
 
 /// The far half of a link whose dialler has not sent its name message yet.
 struct Prepared {
@@ -32,27 +32,17 @@ struct Prepared {
 impl Proxy {
     /// Serves the dist socket until dropped, and its links with it.
     pub async fn serve_dist(self: Arc<Self>, listener: UnixListener) {
-        let admission = Admission::new(self.settings.max_pending);
-        let mut tasks = JoinSet::new();
-        loop {
-            tokio::select! {
-                accepted = listener.accept() => match accepted {
-                    Ok((stream, _)) => {
-                        tasks.spawn(self.clone().dist_link(stream, admission.enter()));
-                    }
-                    Err(error) => inbound::accept_failed("dist socket", &error).await,
-                },
-                Some(ended) = tasks.join_next() => inbound::task_ended(ended),
-            }
-        }
+        let link = |(stream, _), slot| self.clone().dist_link(stream, slot);
+        let (admission, never) = (
+            Admission::new(self.settings.max_pending),
+            CancellationToken::new(),
+        );
+        listener::serve(Listener::Dist, listener, admission, never, link).await;
     }
 
     async fn dist_link(self: Arc<Self>, mut stream: UnixStream, slot: Slot) {
-        let mut attempt = Attempt {
-            at: "dist",
-            purpose: Some(Purpose::Dist),
-            ..Attempt::default()
-        };
+        let mut attempt = Attempt::new(Listener::Dist);
+        attempt.purpose = Some(Purpose::Dist);
         let deadline = self.settings.setup_timeout;
         let prepared = tokio::select! {
             prepared = timeout(deadline, self.prepare_dist(&mut stream, &mut attempt)) => {
@@ -81,7 +71,7 @@ impl Proxy {
             return linger(&mut stream).await;
         }
         let Prepared { remote, link, .. } = prepared;
-        splice(Box::new(stream), remote, &link, self.settings.cut_grace).await;
+        self.carry(Box::new(stream), remote, &link, &attempt).await;
     }
 
     /// Everything up to the answer to CONNECT.
@@ -130,6 +120,7 @@ impl Proxy {
             remote: target.to_owned(),
             local_spiffe: near.clone(),
             remote_spiffe: far,
+            verified: true,
             remote_agent: None,
             local_not_after: None,
             remote_not_after: None,
@@ -151,7 +142,7 @@ impl Proxy {
             self.authorize(&near, &found.service).await?;
             self.authorize(&far, source).await?;
             let remote = self.reach(&local).await?;
-            let preface = accept_frame(&local, link, &node, &near, "local");
+            let preface = accept_frame(&local, link, &node, Some(&near), "local");
             return Ok(Prepared {
                 remote,
                 link: link_guard,
@@ -160,22 +151,25 @@ impl Proxy {
                 dialler,
             });
         }
-        let dialled = self.dial(source, &found, Purpose::Dist, link, &node).await?;
-        info.direction = Direction::Outbound;
-        info.remote_agent = Some(dialled.address);
-        info.local_not_after = Some(dialled.identity.not_after);
-        info.remote_not_after = Some(dialled.peer.not_after);
-        info.remote_spiffe = dialled.peer.id;
+        let dialled = match &dialler.sidecar {
+            None => self.dial(source, &found, Purpose::Dist, link, &node).await?,
+            Some(sidecar) => self.dial_sidecar(sidecar.as_ref(), &found.service).await?,
+        };
+        dialled.describe(&mut info);
+        let proven = info.verified.then(|| info.remote_spiffe.to_string());
         let reply = ConnectReply::Ok {
-            remote_spiffe: info.remote_spiffe.to_string(),
-            remote_agent: dialled.address.to_string(),
+            remote_spiffe: proven.unwrap_or_default(),
+            remote_agent: info
+                .remote_agent
+                .map(|agent| agent.to_string())
+                .unwrap_or_default(),
         };
         let far = info.remote_spiffe.clone();
         let link = self.links.insert(info)?;
         self.still_here(&dialler)?;
         self.authorize(&far, source).await?;
         Ok(Prepared {
-            remote: Box::new(dialled.stream),
+            remote: dialled.stream,
             link,
             preface: Vec::new(),
             reply,

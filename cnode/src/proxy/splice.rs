@@ -23,7 +23,8 @@ pub(super) async fn splice(
     remote: Box<dyn Duplex>,
     link: &LinkGuard,
     grace: Duration,
-) {
+) -> io::Result<()> {
+    link.opened();
     let counters = link.counters();
     let mut local = Counted {
         stream: local,
@@ -45,9 +46,11 @@ pub(super) async fn splice(
             let mut discarded = vec![0; BUFFER];
             let closed = async { while local.stream.read(&mut discarded).await.is_ok_and(|read| read > 0) {} };
             let _ = timeout(grace, closed).await;
+            Ok(())
         }
         ended = copy_bidirectional_with_sizes(&mut local, &mut remote, BUFFER, BUFFER) => {
             tracing::debug!(?ended, "link ended");
+            ended.map(|_| ())
         }
     }
 }

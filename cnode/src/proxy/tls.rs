@@ -1,8 +1,9 @@
-//! TLS between agents: who is shown, and who is believed.
+//! Mutual TLS: who is shown, and who is believed.
 //!
-//! TLS 1.3 only, both sides with a certificate. A resumed session would skip the look at the peer's
-//! certificate, so there is no resumption and no early data. Identity is the one SPIFFE URI of a leaf; names
-//! in CN or DNS entries count for nothing. The provider is named here, whatever the process default is.
+//! TLS 1.3 between agents. Data planes of another make get TLS 1.2 as well, since Envoy's default as a client is that and
+//! no more (Envoy: `tls_maximum_protocol_version`). Both sides have a certificate. A resumed session would skip the
+//! look at the peer's certificate, so there is no resumption and no early data. Identity is the one SPIFFE URI of a
+//! leaf; names in CN or DNS entries count for nothing. The provider is named here, whatever the process default is.
 
 use std::sync::Arc;
 
@@ -14,19 +15,42 @@ use rustls::server::{
     ClientHello, NoServerSessionStorage, ParsedCertificate, ResolvesServerCert, WebPkiClientVerifier,
 };
 use rustls::sign::CertifiedKey;
-use rustls::version::TLS13;
+use rustls::version::{TLS12, TLS13};
 use rustls::{
     AlertDescription, CertificateError, ClientConfig, DigitallySignedStruct, Error, OtherError,
-    RootCertStore, ServerConfig, SignatureScheme,
+    RootCertStore, ServerConfig, SignatureScheme, SupportedProtocolVersion,
 };
 use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::cause::{Cause, Refusal};
-use crate::mesh::{Identity, SpiffeId};
+use crate::mesh::{Identity, Protocol, SpiffeId};
 
 /// The protocol between agents (RFC 7301 name).
 pub(super) const ALPN: &[u8] = b"meshx/1";
+/// What Consul's built-in proxy offers, and nothing else, whatever its service speaks.
+const ALPN_CONNECT: &[u8] = b"h2";
+
+/// Between agents.
+static VERSIONS: &[&SupportedProtocolVersion] = &[&TLS13];
+/// With others.
+static VERSIONS_CONNECT: &[&SupportedProtocolVersion] = &[&TLS13, &TLS12];
+
+/// Versions of TLS with a peer that speaks this.
+fn versions(protocol: Protocol) -> &'static [&'static SupportedProtocolVersion] {
+    match protocol {
+        Protocol::Meshx => VERSIONS,
+        Protocol::Connect => VERSIONS_CONNECT,
+    }
+}
+
+/// What a client speaks who offers these names by ALPN: an agent always says so.
+pub(super) fn offered<'a>(mut alpn: impl Iterator<Item = &'a [u8]>) -> Protocol {
+    match alpn.any(|name| name == ALPN) {
+        true => Protocol::Meshx,
+        false => Protocol::Connect,
+    }
+}
 
 /// What a verified leaf says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,6 +90,22 @@ pub(super) enum LeafError {
         /// Whom we dialled.
         wanted: String,
     },
+}
+
+impl LeafError {
+    fn cause(&self) -> Cause {
+        match self {
+            Self::TrustDomain { .. } => Cause::WrongTrustDomain,
+            Self::Service { .. } => Cause::WrongService,
+            Self::Unreadable | Self::UriCount(_) | Self::Name(_) => Cause::CertificateInvalid,
+        }
+    }
+}
+
+impl From<LeafError> for Refusal {
+    fn from(error: LeafError) -> Self {
+        error.cause().because(error.to_string())
+    }
 }
 
 /// Reads the identity that a leaf names. Its chain is verified elsewhere.
@@ -108,15 +148,20 @@ pub(super) fn peer(leaf: &CertificateDer<'_>, trust_domain: &str) -> Result<Peer
 ///
 /// # Errors
 /// When key, chain and roots do not go together.
-pub(super) fn server_config(identity: &Identity) -> Result<Arc<ServerConfig>, Error> {
+pub(super) fn server_config(identity: &Identity, protocol: Protocol) -> Result<Arc<ServerConfig>, Error> {
     let provider = provider();
     let verifier = WebPkiClientVerifier::builder_with_provider(identity.roots.clone(), provider.clone())
         .build()
         .map_err(|error| Error::General(error.to_string()))?;
-    let config = ServerConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&TLS13])?
+    let mut config = ServerConfig::builder_with_provider(provider)
+        .with_protocol_versions(versions(protocol))?
         .with_client_cert_verifier(verifier)
         .with_single_cert(identity.chain.clone(), identity.key.clone_key())?;
+    let alpn = match protocol {
+        Protocol::Meshx => ALPN,
+        Protocol::Connect => ALPN_CONNECT,
+    };
+    config.alpn_protocols = vec![alpn.to_vec()];
     Ok(restrict(config))
 }
 
@@ -126,25 +171,29 @@ pub(super) fn server_config(identity: &Identity) -> Result<Arc<ServerConfig>, Er
 /// Only if the provider lacked TLS 1.3.
 pub(super) fn no_server_config() -> Result<Arc<ServerConfig>, Error> {
     let config = ServerConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&TLS13])?
+        .with_protocol_versions(versions(Protocol::Connect))?
         .with_no_client_auth()
         .with_cert_resolver(Arc::new(NoCertificate));
     Ok(restrict(config))
 }
 
 fn restrict(mut config: ServerConfig) -> Arc<ServerConfig> {
-    config.alpn_protocols = vec![ALPN.to_vec()];
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
     config.max_early_data_size = 0;
     Arc::new(config)
 }
 
-/// How an agent dials `target` with the identity of one of its services.
+/// How an agent dials `target` with the identity of one of its services. Who does not speak meshx is offered no name
+/// by ALPN: Consul's built-in proxy and Envoy take that.
 ///
 /// # Errors
 /// When key and chain do not go together.
-pub(super) fn client_config(identity: &Identity, target: SpiffeId) -> Result<Arc<ClientConfig>, Error> {
+pub(super) fn client_config(
+    identity: &Identity,
+    target: SpiffeId,
+    protocol: Protocol,
+) -> Result<Arc<ClientConfig>, Error> {
     let provider = provider();
     let verifier = Arc::new(ExactSpiffe {
         target,
@@ -152,11 +201,13 @@ pub(super) fn client_config(identity: &Identity, target: SpiffeId) -> Result<Arc
         provider: provider.clone(),
     });
     let mut config = ClientConfig::builder_with_provider(provider)
-        .with_protocol_versions(&[&TLS13])?
+        .with_protocol_versions(versions(protocol))?
         .dangerous() // means "a verifier of your own": ours checks the chain as usual, then the exact SPIFFE id
         .with_custom_certificate_verifier(verifier)
         .with_client_auth_cert(identity.chain.clone(), identity.key.clone_key())?;
-    config.alpn_protocols = vec![ALPN.to_vec()];
+    if protocol == Protocol::Meshx {
+        config.alpn_protocols = vec![ALPN.to_vec()];
+    }
     config.resumption = Resumption::disabled();
     config.enable_early_data = false;
     Ok(Arc::new(config))
@@ -168,40 +219,69 @@ pub(super) fn refusal(error: &std::io::Error) -> Refusal {
         return Cause::Unreachable.because(error.to_string());
     };
     match tls {
-        Error::InvalidCertificate(_)
-        | Error::NoCertificatesPresented
-        | Error::InvalidCertRevocationList(_) => Cause::CertificateInvalid.because(describe(tls)),
-        Error::AlertReceived(AlertDescription::AccessDenied | AlertDescription::UnrecognisedName) => {
-            Cause::Unreachable.because("the other agent does not serve this service now")
-        }
-        Error::AlertReceived(
-            alert @ (AlertDescription::BadCertificate
-            | AlertDescription::UnsupportedCertificate
-            | AlertDescription::CertificateRevoked
-            | AlertDescription::CertificateExpired
-            | AlertDescription::CertificateUnknown
-            | AlertDescription::UnknownCA
-            | AlertDescription::CertificateRequired
-            | AlertDescription::DecryptError),
-        ) => Cause::CertificateInvalid.because(format!("the other agent refused our certificate: {alert:?}")),
-        Error::AlertReceived(
-            alert @ (AlertDescription::NoApplicationProtocol | AlertDescription::ProtocolVersion),
-        )
-        | Error::AlertReceived(alert @ AlertDescription::HandshakeFailure) => Cause::VersionMismatch.because(
-            format!("the other side does not speak meshx/1 over TLS 1.3: {alert:?}"),
-        ),
-        Error::NoApplicationProtocol | Error::PeerIncompatible(_) => Cause::VersionMismatch.because(format!(
-            "the other side does not speak meshx/1 over TLS 1.3: {tls}"
-        )),
+        Error::InvalidCertificate(fault) => certificate_refusal(fault),
+        Error::NoCertificatesPresented => Cause::NoCertificate.because("the peer shows no certificate"),
+        Error::AlertReceived(alert) => alert_refusal(*alert),
+        Error::NoApplicationProtocol | Error::PeerIncompatible(_) => no_common_protocol(&tls.to_string()),
         other => Cause::InvalidRequest.because(format!("TLS: {other}")),
     }
 }
 
-fn describe(error: &Error) -> String {
-    match error {
-        Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => inner.to_string(),
-        other => other.to_string(),
+/// The refusal that a TLS alert tells of, when a connection ended with one that is about our certificate. A foreign
+/// server tells only so that it does not believe us, after its handshake is done for us (RFC 8446 section 4.4.2.4).
+pub(super) fn late_refusal(error: &std::io::Error) -> Option<Refusal> {
+    let tls = error.get_ref()?.downcast_ref::<Error>()?;
+    match tls {
+        Error::AlertReceived(alert) => Some(alert_refusal(*alert)),
+        _ => None,
     }
+}
+
+/// Why this side does not believe a certificate.
+fn certificate_refusal(fault: &CertificateError) -> Refusal {
+    use CertificateError as E;
+    let cause = match fault {
+        E::Other(OtherError(inner)) => match inner.downcast_ref::<LeafError>() {
+            Some(leaf) => return leaf.clone().into(),
+            None => Cause::CertificateInvalid,
+        },
+        // A root of the right name with another key signs badly.
+        E::UnknownIssuer | E::BadSignature => Cause::UnknownAuthority,
+        E::Expired | E::ExpiredContext { .. } | E::NotValidYet | E::NotValidYetContext { .. } => {
+            Cause::CertificateExpired
+        }
+        _ => Cause::CertificateInvalid,
+    };
+    cause.because(format!("the peer's certificate: {fault}"))
+}
+
+/// Why the other side does not go on, as far as it tells (RFC 8446 section 6.2).
+fn alert_refusal(alert: AlertDescription) -> Refusal {
+    use AlertDescription as A;
+    let cause = match alert {
+        A::AccessDenied | A::UnrecognisedName => {
+            return Cause::Unreachable.because("the other agent does not serve this service now");
+        }
+        A::UnknownCA | A::DecryptError => Cause::UnknownAuthority,
+        A::CertificateExpired => Cause::CertificateExpired,
+        A::CertificateRequired => Cause::NoCertificate,
+        A::BadCertificate | A::UnsupportedCertificate | A::CertificateRevoked | A::CertificateUnknown => {
+            Cause::CertificateInvalid
+        }
+        A::NoApplicationProtocol | A::ProtocolVersion | A::HandshakeFailure => {
+            return no_common_protocol(&format!("{alert:?}"));
+        }
+        other => {
+            return Cause::InvalidRequest.because(format!("TLS: the other side sent the alert {other:?}"));
+        }
+    };
+    cause.because(format!("the other side does not take our certificate: {alert:?}"))
+}
+
+fn no_common_protocol(seen: &str) -> Refusal {
+    Cause::VersionMismatch.because(format!(
+        "no common protocol, wanted meshx/1 over TLS 1.3 between agents, h2 or no name by ALPN over TLS 1.2 or 1.3 from others: {seen}"
+    ))
 }
 
 fn provider() -> Arc<CryptoProvider> {

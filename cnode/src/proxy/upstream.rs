@@ -1,21 +1,23 @@
 //! A local socket that leads to a service of the mesh.
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use tokio::net::{UnixListener, UnixStream};
-use tokio::task::{AbortHandle, JoinSet};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::task::AbortHandle;
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 
 use super::admission::{Admission, Slot};
 use super::cause::{Cause, Refusal};
 use super::frames::{Duplex, silent};
 use super::links::{Direction, LinkGuard, LinkId, LinkInfo, Purpose};
+use super::listener::{self, Accept, Listener};
 use super::local::Endpoint;
-use super::splice::splice;
-use super::{Attempt, Proxy, inbound, no_such_service};
+use super::{Attempt, Proxy, no_such_service, peer_uid};
 use crate::mesh::{Instance, ServiceName};
 
 /// Who dials whom through a local socket.
@@ -27,99 +29,183 @@ pub struct Upstream {
     pub target: ServiceName,
     /// One instance of it; any when there is none.
     pub instance: Option<String>,
+    /// An instance of `source` here by whose sidecar the target is reached; the agent reaches it itself when there is
+    /// none.
+    pub via: Option<String>,
     /// [`Purpose::Rpc`] or [`Purpose::Tcp`].
     pub purpose: Purpose,
     /// Where the agent listens.
-    pub path: PathBuf,
+    pub listen: Listen,
     /// Who may connect.
     pub uid: u32,
     /// The control connection that it belongs to.
     pub owner: u64,
 }
 
+/// Where an upstream takes connections.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Listen {
+    /// A Unix socket, mode 0600.
+    Uds(PathBuf),
+    /// An address on loopback; port 0 is one that the system chooses.
+    Tcp(SocketAddr),
+}
+
 /// A listening upstream. Dropping it closes the listener and its links, and removes the socket.
 #[derive(Debug)]
 pub struct UpstreamHandle {
+    listen: Listen,
+    closed: CancellationToken,
+    links: Option<UpstreamLinks>,
+}
+
+/// The links of an upstream. Dropping it ends them.
+#[derive(Debug)]
+pub struct UpstreamLinks {
     task: AbortHandle,
-    path: PathBuf,
+}
+
+impl UpstreamHandle {
+    /// Where it takes connections; the port is the chosen one.
+    pub fn address(&self) -> &Listen {
+        &self.listen
+    }
+
+    /// Takes no more connections. Its live links end with `cut`; else they go on, under the rules and owned as before,
+    /// until what this returns is dropped.
+    pub fn close(mut self, cut: bool) -> Option<UpstreamLinks> {
+        self.links.take_if(|_| !cut)
+    }
 }
 
 impl Drop for UpstreamHandle {
     fn drop(&mut self) {
+        self.closed.cancel();
+        if let Listen::Uds(path) = &self.listen {
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+impl UpstreamLinks {
+    /// Whether all have ended.
+    pub fn is_finished(&self) -> bool {
+        self.task.is_finished()
+    }
+}
+
+impl Drop for UpstreamLinks {
+    fn drop(&mut self) {
         self.task.abort();
-        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// A program of this host that uses an upstream.
+trait Client: Duplex + 'static {
+    /// Whose process it is.
+    fn uid(&self) -> Result<u32, Refusal>;
+}
+
+impl Client for UnixStream {
+    fn uid(&self) -> Result<u32, Refusal> {
+        let fault = |error: io::Error| Cause::InvalidRequest.because(format!("upstream: {error}"));
+        Ok(self.peer_cred().map_err(fault)?.uid())
+    }
+}
+
+impl Client for TcpStream {
+    fn uid(&self) -> Result<u32, Refusal> {
+        peer_uid::of(self)
     }
 }
 
 impl Proxy {
-    /// Listens on a Unix socket (mode 0600) whose connections reach the target service.
+    /// Listens on a Unix socket or a loopback port whose connections reach the target service.
     ///
     /// # Errors
     /// When the socket cannot be made.
-    pub fn upstream(self: &Arc<Self>, upstream: Upstream) -> io::Result<UpstreamHandle> {
-        let listener = UnixListener::bind(&upstream.path)?;
-        let path = upstream.path.clone();
-        let task = tokio::spawn(self.clone().serve_upstream(listener, Arc::new(upstream))).abort_handle();
-        let handle = UpstreamHandle { task, path };
-        std::fs::set_permissions(&handle.path, std::fs::Permissions::from_mode(0o600))?;
-        Ok(handle)
-    }
-
-    async fn serve_upstream(self: Arc<Self>, listener: UnixListener, upstream: Arc<Upstream>) {
-        let admission = Admission::new(self.settings.max_pending);
-        let mut tasks = JoinSet::new();
-        loop {
-            tokio::select! {
-                accepted = listener.accept() => match accepted {
-                    Ok((stream, _)) => {
-                        tasks.spawn(self.clone().upstream_link(stream, upstream.clone(), admission.enter()));
-                    }
-                    Err(error) => inbound::accept_failed("upstream", &error).await,
-                },
-                Some(ended) = tasks.join_next() => inbound::task_ended(ended),
+    pub fn upstream(self: &Arc<Self>, mut upstream: Upstream) -> io::Result<UpstreamHandle> {
+        match &mut upstream.listen {
+            Listen::Uds(path) => {
+                let path = path.clone();
+                let listener = UnixListener::bind(&path)?;
+                let handle = self.spawn_upstream(listener, upstream);
+                std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+                Ok(handle)
+            }
+            Listen::Tcp(address) => {
+                if !address.ip().is_loopback() {
+                    let text = format!("{address} is not on loopback");
+                    return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+                }
+                let listener = std::net::TcpListener::bind(*address)?;
+                listener.set_nonblocking(true)?;
+                *address = listener.local_addr()?;
+                Ok(self.spawn_upstream(TcpListener::from_std(listener)?, upstream))
             }
         }
     }
 
-    async fn upstream_link(self: Arc<Self>, stream: UnixStream, upstream: Arc<Upstream>, slot: Slot) {
-        let mut attempt = Attempt {
-            at: "upstream",
-            purpose: Some(upstream.purpose),
-            source: upstream.source.to_string(),
-            target: upstream.target.to_string(),
-            ..Attempt::default()
+    fn spawn_upstream<L, S, A>(self: &Arc<Self>, listener: L, upstream: Upstream) -> UpstreamHandle
+    where
+        L: Accept<Connection = (S, A)> + Send + Sync + 'static,
+        S: Client,
+        A: Send + 'static,
+    {
+        let (proxy, listen, closed) = (self.clone(), upstream.listen.clone(), CancellationToken::new());
+        let (upstream, until) = (Arc::new(upstream), closed.clone());
+        let serve = async move {
+            let admission = Admission::new(proxy.settings.max_pending);
+            let link = |(stream, _), slot| proxy.clone().upstream_link(stream, upstream.clone(), slot);
+            listener::serve(Listener::Upstream, listener, admission, until, link).await;
         };
+        let task = tokio::spawn(serve).abort_handle();
+        UpstreamHandle {
+            listen,
+            closed,
+            links: Some(UpstreamLinks { task }),
+        }
+    }
+
+    async fn upstream_link(self: Arc<Self>, stream: impl Client, upstream: Arc<Upstream>, slot: Slot) {
+        let mut attempt = Attempt::new(Listener::Upstream);
+        attempt.purpose = Some(upstream.purpose);
+        attempt.source = upstream.source.to_string();
+        attempt.target = upstream.target.to_string();
+        let uid = stream.uid();
         let deadline = self.settings.setup_timeout;
         let prepared = tokio::select! {
-            prepared = timeout(deadline, self.prepare_upstream(&stream, &upstream, &mut attempt)) => {
+            prepared = timeout(deadline, self.prepare_upstream(uid, &upstream, &mut attempt)) => {
                 prepared.unwrap_or_else(|_| Err(silent("the decision on a link", deadline)))
             }
             () = slot.evicted() => Err(slot.refusal()),
         };
         drop(slot);
         match prepared {
-            Ok((remote, link)) => splice(Box::new(stream), remote, &link, self.settings.cut_grace).await,
+            Ok((remote, link)) => self.carry(Box::new(stream), remote, &link, &attempt).await,
             Err(refusal) => self.refuse(&attempt, &refusal),
         }
     }
 
     async fn prepare_upstream(
         &self,
-        stream: &UnixStream,
+        uid: Result<u32, Refusal>,
         upstream: &Upstream,
         attempt: &mut Attempt,
     ) -> Result<(Box<dyn Duplex>, LinkGuard), Refusal> {
-        let fault = |error: io::Error| Cause::InvalidRequest.because(format!("upstream: {error}"));
-        let uid = stream.peer_cred().map_err(fault)?.uid();
+        let uid = uid?;
         attempt.peer = format!("uid {uid}");
-        if uid != upstream.uid {
+        // A file has a mode, a port has not: what looks at ports runs as root.
+        let root = uid == 0 && matches!(upstream.listen, Listen::Tcp(_));
+        if uid != upstream.uid && !root {
             let text = format!("uid {uid} uses the upstream of uid {}", upstream.uid);
             return Err(Cause::NotPermitted.because(text));
         }
-        let mut link = [0; 16];
-        getrandom::fill(&mut link).map_err(|error| Cause::NotReady.because(error.to_string()))?;
-        let link = LinkId(link);
+        let link = LinkId::generate()?;
         attempt.link = Some(link);
+        if let Some(via) = &upstream.via {
+            return self.reach_via(via, upstream, link).await;
+        }
 
         let mut last = None;
         let candidates = self.candidates(&upstream.target, upstream.instance.as_deref());
@@ -156,25 +242,12 @@ impl Proxy {
         candidate: &Instance,
         link: LinkId,
     ) -> Result<(Box<dyn Duplex>, LinkGuard), Refusal> {
-        let near = self.spiffe(&upstream.source)?;
-        let mut info = LinkInfo {
-            id: link,
-            direction: Direction::Local,
-            purpose: upstream.purpose,
-            local: upstream.source.to_string(),
-            remote: candidate.id.clone(),
-            local_spiffe: near.clone(),
-            remote_spiffe: self.spiffe(&candidate.service)?,
-            remote_agent: None,
-            local_not_after: None,
-            remote_not_after: None,
-            instances: Vec::new(),
-            owners: vec![upstream.owner],
-        };
+        let mut info = self.upstream_info(upstream, link, candidate.id.clone())?;
         if let Some(local) = self.local.by_id(&candidate.id)
             && local.instance.service == upstream.target
             && !matches!(local.endpoint, Endpoint::NodeSocket(_))
         {
+            let near = info.local_spiffe.clone();
             info.instances.push(local.instance.id.clone());
             info.owners.push(local.owner);
             // In the table before it is asked: a denial that comes after the answer finds it there.
@@ -186,13 +259,53 @@ impl Proxy {
         let dialled = self
             .dial(&upstream.source, candidate, upstream.purpose, link, "")
             .await?;
-        info.direction = Direction::Outbound;
-        info.remote_agent = Some(dialled.address);
-        info.local_not_after = Some(dialled.identity.not_after);
-        info.remote_not_after = Some(dialled.peer.not_after);
-        info.remote_spiffe = dialled.peer.id;
+        dialled.describe(&mut info);
+        Ok((dialled.stream, self.links.insert(info)?))
+    }
+
+    /// By the sidecar of an instance of this agent, which chooses the instance of the target.
+    async fn reach_via(
+        &self,
+        via: &str,
+        upstream: &Upstream,
+        link: LinkId,
+    ) -> Result<(Box<dyn Duplex>, LinkGuard), Refusal> {
+        let local = self
+            .local
+            .by_id(via)
+            .filter(|local| local.instance.service == upstream.source);
+        let none =
+            || Cause::NoSuchService.because(format!("{via} is no instance of {} here", upstream.source));
+        let local = local.ok_or_else(none)?;
+        let sidecar = local
+            .sidecar
+            .as_ref()
+            .ok_or_else(|| Cause::InvalidRequest.because(format!("{via} has no sidecar")))?;
+        let mut info = self.upstream_info(upstream, link, upstream.target.to_string())?;
+        info.instances.push(local.instance.id.clone());
+        let dialled = self.dial_sidecar(sidecar.as_ref(), &upstream.target).await?;
+        dialled.describe(&mut info);
         let link = self.links.insert(info)?;
-        Ok((Box::new(dialled.stream), link))
+        self.still_here(&local)?;
+        Ok((dialled.stream, link))
+    }
+
+    fn upstream_info(&self, upstream: &Upstream, id: LinkId, remote: String) -> Result<LinkInfo, Refusal> {
+        Ok(LinkInfo {
+            id,
+            direction: Direction::Local,
+            purpose: upstream.purpose,
+            local: upstream.source.to_string(),
+            remote,
+            local_spiffe: self.spiffe(&upstream.source)?,
+            remote_spiffe: self.spiffe(&upstream.target)?,
+            verified: true,
+            remote_agent: None,
+            local_not_after: None,
+            remote_not_after: None,
+            instances: Vec::new(),
+            owners: vec![upstream.owner],
+        })
     }
 }
 

@@ -119,7 +119,7 @@ impl Connect {
 pub enum ConnectReply {
     /// The distribution handshake follows.
     Ok {
-        /// What the other end has proven to be.
+        /// What the other end has proven to be; empty when nothing proves it to this agent.
         remote_spiffe: String,
         /// Where the other agent is.
         remote_agent: String,
@@ -174,7 +174,7 @@ pub struct Accept {
     pub secret: Secret,
     /// The node that dials.
     pub remote_node: String,
-    /// What it has proven to be.
+    /// What it has proven to be; empty when nothing proves it to this agent.
     pub remote_spiffe: String,
     /// Where its agent is.
     pub remote_agent: String,

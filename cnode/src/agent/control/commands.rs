@@ -20,7 +20,7 @@ use crate::{
     log_limit::LogLimit,
     mesh::ServiceName,
     proxy::{
-        Proxy, Upstream,
+        Listen, Proxy, Upstream,
         cause::{Cause, Refusal},
         links::{LinkId, LinkSnapshot, LinkTable, Purpose, RefusalRecord},
         local::Endpoint,
@@ -205,8 +205,9 @@ impl Context {
             source,
             target,
             instance: args.optional_text("instance")?.map(str::to_owned),
+            via: None,
             purpose,
-            path: path.clone(),
+            listen: Listen::Uds(path.clone()),
             uid: peer.uid,
             owner: client.owner.id,
         };
@@ -343,6 +344,7 @@ fn link_term(link: &LinkSnapshot) -> Term {
         ("remote", text(&info.remote)),
         ("local_spiffe", text(info.local_spiffe.to_string())),
         ("remote_spiffe", text(info.remote_spiffe.to_string())),
+        ("verified", Term::from(info.verified)),
         ("since", Term::Int(link.since)),
         ("bytes_in", number(link.bytes_in)),
         ("bytes_out", number(link.bytes_out)),

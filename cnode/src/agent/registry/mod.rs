@@ -429,6 +429,7 @@ impl Registry {
             endpoint,
             owner: owner.id,
             uid: owner.peer.uid,
+            sidecar: None,
         })?;
         let id = instance.id.clone();
         let mesh = self.mesh.clone();

@@ -84,6 +84,7 @@ fn link(links: &LinkTable, instance: &str, number: u8) -> LinkGuard {
         remote: "cart".to_owned(),
         local_spiffe: spiffe("echo"),
         remote_spiffe: spiffe("cart"),
+        verified: true,
         remote_agent: None,
         local_not_after: None,
         remote_not_after: None,

@@ -13,14 +13,14 @@ use super::*;
 use crate::mesh::Identity;
 
 /// Signs whatever it is asked to.
-struct Forger {
+pub(super) struct Forger {
     issuer: Issuer<'static, KeyPair>,
     roots: Arc<RootCertStore>,
 }
 
 impl Forger {
     /// With the key of the mesh.
-    async fn of_mesh(world: &World, host: &Host) -> Self {
+    pub(super) async fn of_mesh(world: &World, host: &Host) -> Self {
         let read = |name: &str| std::fs::read_to_string(world.mesh_dir().join(name)).unwrap();
         let key = KeyPair::from_pem(&read("ca.key")).unwrap();
         let issuer = Issuer::from_ca_cert_pem(&read("ca.pem"), key).unwrap();
@@ -41,8 +41,28 @@ impl Forger {
         }
     }
 
+    /// With a key of its own and the name of the mesh's authority.
+    async fn namesake(world: &World, host: &Host) -> Self {
+        let pem = std::fs::read_to_string(world.mesh_dir().join("ca.pem")).unwrap();
+        Self {
+            issuer: Issuer::from_ca_cert_pem(&pem, KeyPair::generate().unwrap()).unwrap(),
+            roots: host.identity("any").await.roots.clone(),
+        }
+    }
+
     /// A leaf with these URIs whose validity ends so many minutes from now.
-    fn leaf(&self, host: &Host, uris: &[String], minutes: i64) -> Identity {
+    pub(super) fn leaf(&self, host: &Host, uris: &[String], minutes: i64) -> Identity {
+        let now = OffsetDateTime::now_utc();
+        self.leaf_within(host, uris, now - Span::days(2), now + Span::minutes(minutes))
+    }
+
+    fn leaf_within(
+        &self,
+        host: &Host,
+        uris: &[String],
+        not_before: OffsetDateTime,
+        not_after: OffsetDateTime,
+    ) -> Identity {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::new(vec!["shop".to_owned(), "cart".to_owned()]).unwrap();
         let uri = |uri: &String| SanType::URI(Ia5String::try_from(uri.as_str()).unwrap());
@@ -51,8 +71,7 @@ impl Forger {
             ExtendedKeyUsagePurpose::ServerAuth,
             ExtendedKeyUsagePurpose::ClientAuth,
         ];
-        params.not_before = OffsetDateTime::now_utc() - Span::days(2);
-        params.not_after = OffsetDateTime::now_utc() + Span::minutes(minutes);
+        (params.not_before, params.not_after) = (not_before, not_after);
         let leaf = params.signed_by(&key, &self.issuer).unwrap();
         Identity {
             id: host.spiffe("any"),
@@ -64,28 +83,68 @@ impl Forger {
     }
 }
 
-/// Leaves of `service` that prove nothing, and what is wrong with each.
-async fn bad_leaves(world: &World, host: &Host, service: &str) -> Vec<(&'static str, Identity)> {
+/// A leaf that proves nothing.
+struct BadLeaf {
+    /// What is wrong with it.
+    what: &'static str,
+    leaf: Identity,
+    /// The refusal of whoever sees it.
+    cause: Cause,
+    /// What an alert tells of that to whoever showed it.
+    told: Cause,
+}
+
+/// Leaves of `service` that prove nothing.
+async fn bad_leaves(world: &World, host: &Host, service: &str) -> Vec<BadLeaf> {
     let mesh = Forger::of_mesh(world, host).await;
-    let stranger = Forger::stranger(host).await;
     let right = host.spiffe(service).to_string();
     let other = host.spiffe("other").to_string();
     let foreign = format!("spiffe://elsewhere.embedded/ns/default/dc/dc1/svc/{service}");
+    let one = std::slice::from_ref(&right);
+    let tomorrow = OffsetDateTime::now_utc() + Span::days(1);
+    let bad = |what, leaf, cause, told| BadLeaf {
+        what,
+        leaf,
+        cause,
+        told,
+    };
+    let (unknown, expired, invalid) = (
+        Cause::UnknownAuthority,
+        Cause::CertificateExpired,
+        Cause::CertificateInvalid,
+    );
+    let malformed = |what, uris: &[String]| bad(what, mesh.leaf(host, uris, 60), invalid, invalid);
     vec![
-        (
+        bad(
             "another authority",
-            stranger.leaf(host, std::slice::from_ref(&right), 60),
+            Forger::stranger(host).await.leaf(host, one, 60),
+            unknown,
+            unknown,
         ),
-        ("expired", mesh.leaf(host, std::slice::from_ref(&right), -60)),
-        ("two URIs", mesh.leaf(host, &[right.clone(), other], 60)),
-        (
-            "the same URI twice",
-            mesh.leaf(host, &[right.clone(), right.clone()], 60),
+        bad(
+            "an authority of the same name",
+            Forger::namesake(world, host).await.leaf(host, one, 60),
+            unknown,
+            unknown,
         ),
-        ("no URI", mesh.leaf(host, &[], 60)),
-        ("another trust domain", mesh.leaf(host, &[foreign], 60)),
-        ("no service", mesh.leaf(host, &["spiffe://x/y".to_owned()], 60)),
-        ("a longer path", mesh.leaf(host, &[format!("{right}/x")], 60)),
+        bad("expired", mesh.leaf(host, one, -60), expired, expired),
+        bad(
+            "not valid yet",
+            mesh.leaf_within(host, one, tomorrow, tomorrow + Span::days(1)),
+            expired,
+            expired,
+        ),
+        bad(
+            "another trust domain",
+            mesh.leaf(host, &[foreign], 60),
+            Cause::WrongTrustDomain,
+            invalid,
+        ),
+        malformed("two URIs", &[right.clone(), other]),
+        malformed("the same URI twice", &[right.clone(), right.clone()]),
+        malformed("no URI", &[]),
+        malformed("no service", &["spiffe://x/y".to_owned()]),
+        malformed("a longer path", &[format!("{right}/x")]),
     ]
 }
 
@@ -102,7 +161,7 @@ pub(super) async fn secure(
     service: &str,
 ) -> io::Result<TlsStream<TcpStream>> {
     let target = host.spiffe(service);
-    let config = tls::client_config(identity, target.clone()).unwrap();
+    let config = tls::client_config(identity, target.clone(), Protocol::Meshx).unwrap();
     handshake(host, config, target.server_name()).await
 }
 
@@ -147,24 +206,25 @@ async fn a_client_must_prove_one_service_of_this_mesh() {
     let (shop, cart) = (h1.node("shop@h1").await, h2.node("cart@h2").await);
     let asked = request(Purpose::Dist, "cart", "cart@h2", "shop@h1");
     let leaves = bad_leaves(&world, &h1, "shop").await;
-    for (i, (what, leaf)) in leaves.iter().enumerate() {
+    for BadLeaf {
+        what, leaf, cause, ..
+    } in &leaves
+    {
+        let before = h2.refusals(*cause);
         let mut stream = secure(&h2, leaf, "cart")
             .await
             .unwrap_or_else(|error| panic!("{what}: {error}"));
+        // By the reply or by the alert, the client hears the same cause.
         match ask(&mut stream, &asked).await {
-            Ok(reply) => assert_eq!(reply.expect_err(what).cause, Cause::CertificateInvalid, "{what}"),
-            Err(error) => assert_eq!(
-                tls::refusal(&error).cause,
-                Cause::CertificateInvalid,
-                "{what}: {error}"
-            ),
+            Ok(reply) => assert_eq!(reply.expect_err(what).cause, *cause, "{what}"),
+            Err(error) => assert_eq!(tls::refusal(&error).cause, *cause, "{what}: {error}"),
         }
         assert!(rest(&mut stream).await.is_empty(), "{what}");
         drop(stream);
-        let counted = i as u64 + 1;
-        until(what, || h2.refusals(Cause::CertificateInvalid) == counted).await;
+        until(what, || h2.refusals(*cause) == before + 1).await;
     }
     assert_eq!(h2.all_refusals(), leaves.len() as u64);
+    assert_eq!(h2.links.totals().accepted.failed, leaves.len() as u64);
     assert!(h2.links.snapshot().is_empty());
     // The same way with a leaf that holds.
     let good = Forger::of_mesh(&world, &h1)
@@ -199,7 +259,8 @@ async fn a_client_needs_a_certificate_and_the_protocol() {
     let config = |change: fn(&mut ClientConfig)| {
         let (h2, target) = (&h2, target.clone());
         async move {
-            let mut config = (*tls::client_config(&*h2.identity("shop").await, target).unwrap()).clone();
+            let mut config =
+                (*tls::client_config(&*h2.identity("shop").await, target, Protocol::Meshx).unwrap()).clone();
             change(&mut config);
             Arc::new(config)
         }
@@ -209,17 +270,25 @@ async fn a_client_needs_a_certificate_and_the_protocol() {
     let anonymous = config(|config| config.client_auth_cert_resolver = Arc::new(Nobody)).await;
     let mut stream = handshake(&h2, anonymous, target.server_name()).await.unwrap();
     let error = ask(&mut stream, &asked).await.unwrap_err();
-    assert_eq!(tls::refusal(&error).cause, Cause::CertificateInvalid, "{error}");
-    until("the log", || h2.refusals(Cause::CertificateInvalid) == 1).await;
+    assert_eq!(tls::refusal(&error).cause, Cause::NoCertificate, "{error}");
+    until("the log", || h2.refusals(Cause::NoCertificate) == 1).await;
 
-    let other = config(|config| config.alpn_protocols = vec![b"h2".to_vec()]).await;
+    let other = config(|config| config.alpn_protocols = vec![b"http/1.1".to_vec()]).await;
     let error = handshake(&h2, other, target.server_name()).await.unwrap_err();
     assert_eq!(tls::refusal(&error).cause, Cause::VersionMismatch, "{error}");
+    until("the log", || h2.refusals(Cause::VersionMismatch) == 1).await;
 
-    let silent = config(|config| config.alpn_protocols = Vec::new()).await;
-    let mut stream = handshake(&h2, silent, target.server_name()).await.unwrap();
-    assert!(ask(&mut stream, &asked).await.is_err());
-    until("the log", || h2.refusals(Cause::VersionMismatch) == 2).await;
+    // An agent that would speak an older TLS.
+    let mut old = (*tls::client_config(&*h2.identity("shop").await, target.clone(), Protocol::Connect)
+        .unwrap())
+    .clone();
+    old.alpn_protocols = vec![tls::ALPN.to_vec()];
+    let newest = handshake(&h2, Arc::new(old), target.server_name()).await.unwrap();
+    assert_eq!(
+        newest.get_ref().1.protocol_version(),
+        Some(rustls::ProtocolVersion::TLSv1_3)
+    );
+    drop(newest);
 
     // A service that is not here, and the right service in another trust domain.
     for name in [
@@ -241,7 +310,9 @@ async fn sessions_are_not_resumed() {
     );
     let (_shop, _cart) = (h1.node("shop@h1").await, h2.node("cart@h2").await);
     // A client that would gladly resume.
-    let mut config = (*tls::client_config(&*h1.identity("shop").await, h2.spiffe("cart")).unwrap()).clone();
+    let mut config = (*tls::client_config(&*h1.identity("shop").await, h2.spiffe("cart"), Protocol::Meshx)
+        .unwrap())
+    .clone();
     config.resumption = rustls::client::Resumption::in_memory_sessions(8);
     config.enable_early_data = true;
     let config = Arc::new(config);
@@ -284,34 +355,38 @@ async fn a_server_must_prove_exactly_the_service_that_was_dialled() {
     let mut leaves = bad_leaves(&world, &h1, "cart").await;
     let forger = Forger::of_mesh(&world, &h1).await;
     for other in ["shop", "cart-2", "car"] {
-        leaves.push((
-            "another service",
-            forger.leaf(&h1, &[h1.spiffe(other).to_string()], 60),
-        ));
+        leaves.push(BadLeaf {
+            what: "another service",
+            leaf: forger.leaf(&h1, &[h1.spiffe(other).to_string()], 60),
+            cause: Cause::WrongService,
+            told: Cause::CertificateInvalid,
+        });
     }
-    for (i, (what, leaf)) in leaves.iter().enumerate() {
-        let acceptor = TlsAcceptor::from(tls::server_config(leaf).unwrap());
+    for BadLeaf {
+        what,
+        leaf,
+        cause,
+        told,
+    } in &leaves
+    {
+        let before = h1.refusals(*cause);
+        let acceptor = TlsAcceptor::from(tls::server_config(leaf, Protocol::Meshx).unwrap());
         let serve = async {
             let (stream, _) = listener.accept().await.unwrap();
-            assert!(
-                acceptor.accept(stream).await.is_err(),
-                "{what}: no request may follow"
-            );
+            let error = acceptor.accept(stream).await.map(|_| ()).unwrap_err();
+            assert_eq!(tls::refusal(&error).cause, *told, "{what}: no request may follow");
         };
         let (refusal, ()) = soon(what, async { tokio::join!(shop.dial("cart@h9"), serve) }).await;
-        assert_eq!(
-            refusal.expect_err(what).cause,
-            Cause::CertificateInvalid,
-            "{what}"
-        );
-        assert_eq!(h1.refusals(Cause::CertificateInvalid), i as u64 + 1);
+        assert_eq!(refusal.expect_err(what).cause, *cause, "{what}");
+        assert_eq!(h1.refusals(*cause), before + 1, "{what}");
     }
+    assert_eq!(h1.links.totals().dialled.failed, leaves.len() as u64);
 
     // Only the right one gets a request.
     let right = forger.leaf(&h1, &[h1.spiffe("cart").to_string()], 60);
     let serve = async {
         let (stream, _) = listener.accept().await.unwrap();
-        let mut stream = TlsAcceptor::from(tls::server_config(&right).unwrap())
+        let mut stream = TlsAcceptor::from(tls::server_config(&right, Protocol::Meshx).unwrap())
             .accept(stream)
             .await
             .unwrap();

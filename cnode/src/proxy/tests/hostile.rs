@@ -271,7 +271,7 @@ async fn a_session_that_ends_without_goodbye_ends_the_link() {
     );
     let (_shop, cart) = (h1.node("shop@h1").await, h2.node("cart@h2").await);
     let leaf = h1.identity("shop").await;
-    let config = tls::client_config(&leaf, h2.spiffe("cart")).unwrap();
+    let config = tls::client_config(&leaf, h2.spiffe("cart"), Protocol::Meshx).unwrap();
     let name = ServerName::try_from(h2.spiffe("cart").server_name()).unwrap();
     let stream = TcpStream::connect(h2.address).await.unwrap();
     let mut stream = TlsConnector::from(config).connect(name, stream).await.unwrap();

@@ -182,6 +182,7 @@ impl Host {
             endpoint,
             owner: 1,
             uid,
+            sidecar: None,
         };
         self.local.insert(local).unwrap();
         self.mesh.register(&Entry::plain(instance.clone())).await.unwrap();

@@ -30,8 +30,9 @@ fn upstream(host: &Host, instance: Option<&str>) -> Upstream {
         source: ServiceName::new("web").unwrap(),
         target: ServiceName::new("echo").unwrap(),
         instance: instance.map(str::to_owned),
+        via: None,
         purpose: Purpose::Rpc,
-        path: host.dir.join("up.sock"),
+        listen: Listen::Uds(host.dir.join("up.sock")),
         uid: rustix::process::geteuid().as_raw(),
         owner: 2,
     }

@@ -198,7 +198,7 @@ async fn a_certificate_that_the_other_agent_refuses_is_a_no() {
         protocol: Protocol::Meshx,
     };
     h9.register(&Entry::plain(instance)).await.unwrap();
-    let acceptor = tokio_rustls::TlsAcceptor::from(tls::server_config(&picky).unwrap());
+    let acceptor = tokio_rustls::TlsAcceptor::from(tls::server_config(&picky, Protocol::Meshx).unwrap());
     let serve = async {
         let (stream, _) = listener.accept().await.unwrap();
         assert!(acceptor.accept(stream).await.is_err());

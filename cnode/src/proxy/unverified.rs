@@ -1,0 +1,137 @@
+//! Behind a sidecar of another make: it has verified who dials, and tells nobody.
+//!
+//! Whoever may reach the node's service may then claim to be any node: the rules are asked by the claimed name, and no
+//! certificate proves it. So this is off unless `allow_unverified_peers` is on, and such links are marked.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use super::admission::{Admission, Slot};
+use super::cause::{Cause, Refusal};
+use super::endpoint::accept_frame;
+use super::frames::{Duplex, linger, read_name, silent, write_all};
+use super::links::{Direction, LinkGuard, LinkId, LinkInfo, Purpose};
+use super::listener::{self, Listener};
+use super::local::{Endpoint, LocalInstance};
+use super::{Attempt, Proxy, peer_uid};
+
+impl Proxy {
+    /// Serves the loopback port that the sidecar of this node hands inbound connections to, until dropped, and its links
+    /// with it.
+    pub async fn serve_unverified(self: Arc<Self>, listener: TcpListener, instance: String) {
+        let instance: Arc<str> = instance.into();
+        let link = |(stream, peer), slot| self.clone().unverified_link(stream, peer, instance.clone(), slot);
+        let (admission, never) = (
+            Admission::new(self.settings.max_pending),
+            CancellationToken::new(),
+        );
+        listener::serve(Listener::Unverified, listener, admission, never, link).await;
+    }
+
+    async fn unverified_link(
+        self: Arc<Self>,
+        mut stream: TcpStream,
+        address: SocketAddr,
+        instance: Arc<str>,
+        slot: Slot,
+    ) {
+        let mut attempt = Attempt::new(Listener::Unverified);
+        attempt.peer = address.to_string();
+        attempt.purpose = Some(Purpose::Dist);
+        attempt.target = instance.to_string();
+        let deadline = self.settings.setup_timeout;
+        let prepared = tokio::select! {
+            prepared = timeout(deadline, self.prepare_unverified(&mut stream, address, &instance, &mut attempt)) => {
+                prepared.unwrap_or_else(|_| Err(silent("the decision on a link", deadline)))
+            }
+            () = slot.evicted() => Err(slot.refusal()),
+        };
+        match prepared {
+            Ok(Some((near, link))) => {
+                drop(slot);
+                self.carry(near, Box::new(stream), &link, &attempt).await;
+            }
+            Ok(None) => {}
+            Err(refusal) => {
+                self.refuse(&attempt, &refusal);
+                tokio::select! {
+                    () = linger(&mut stream) => {}
+                    () = slot.evicted() => {}
+                }
+            }
+        }
+    }
+
+    /// None when the other side went without a word, as health checks do: Consul's built-in proxy connects here for each
+    /// connection that it takes.
+    async fn prepare_unverified(
+        &self,
+        stream: &mut TcpStream,
+        address: SocketAddr,
+        instance: &str,
+        attempt: &mut Attempt,
+    ) -> Result<Option<(Box<dyn Duplex>, LinkGuard)>, Refusal> {
+        let gone = || Cause::NoSuchNode.because(format!("{instance} is not registered here"));
+        let local = self.local.by_id(instance).ok_or_else(gone)?;
+        if !matches!(local.endpoint, Endpoint::NodeSocket(_)) {
+            return Err(Cause::InvalidRequest.because(format!("{instance} is not a node")));
+        }
+        sidecar_of(&local, peer_uid::of(stream)?)?;
+        let deadline = self.settings.frame_timeout;
+        let first = timeout(deadline, stream.peek(&mut [0])).await;
+        match first {
+            Ok(Ok(0)) => return Ok(None),
+            // Reading tells what is wrong.
+            Ok(_) => {}
+            Err(_) => return Err(silent("a distribution name message", deadline)),
+        }
+        let (name, bytes) = read_name(stream, deadline).await?;
+        attempt.source.clone_from(&name);
+        if !self.settings.allow_unverified_peers {
+            return Err(Cause::IdentityMismatch.because(format!(
+                "{name} came through the sidecar of {instance}, so no certificate proves that name to this agent: use \
+                 the native data plane, or take unverified peers (allow_unverified_peers)"
+            )));
+        }
+        let claimed = self.claimed_node(&name, "a peer behind a sidecar").await?;
+        let link = LinkId::generate()?;
+        attempt.link = Some(link);
+        let info = LinkInfo {
+            id: link,
+            direction: Direction::Inbound,
+            purpose: Purpose::Dist,
+            local: local.instance.id.clone(),
+            remote: name.clone(),
+            local_spiffe: self.spiffe(&local.instance.service)?,
+            remote_spiffe: self.spiffe(&claimed.service)?,
+            verified: false,
+            remote_agent: Some(address),
+            local_not_after: None,
+            remote_not_after: None,
+            instances: vec![local.instance.id.clone()],
+            owners: vec![local.owner],
+        };
+        let (mut near, link_guard) = self.admit(info, &local, true).await?;
+        let mut first = accept_frame(&local, link, &name, None, &address.to_string());
+        first.extend_from_slice(&bytes);
+        write_all(&mut near, &first, deadline).await?;
+        Ok(Some((near, link_guard)))
+    }
+}
+
+/// A sidecar runs as root, as the agent that started it, or as the user whose node it is; anybody else on this host has
+/// passed no proxy at all.
+fn sidecar_of(local: &LocalInstance, uid: u32) -> Result<(), Refusal> {
+    let agent = rustix::process::geteuid().as_raw();
+    if [0, agent, local.uid].contains(&uid) {
+        return Ok(());
+    }
+    Err(Cause::NotPermitted.because(format!(
+        "uid {uid} uses the port of the sidecar of {}, wanted uid 0, {agent} or {}",
+        local.instance.id, local.uid
+    )))
+}

@@ -11,6 +11,7 @@ use meshx_tests::{Agent, EchoClient, EchoServer};
 use serde_json::json;
 
 const SOON: Duration = Duration::from_secs(20);
+const METRICS: [&str; 2] = ["--http", "127.0.0.1:0"];
 
 /// A Consul whose Connect authority signs what the test wants, and one that nobody knows.
 struct World {
@@ -86,7 +87,9 @@ fn request(service: &str) -> Vec<u8> {
 fn a_caller() {
     let world = World::new();
     let consul = &world.consul;
-    let agent = consul.agent("b", "127.0.0.3", &["h2"]).unwrap();
+    let agent = consul
+        .agent_with("b", "127.0.0.3", &["h2"], &METRICS, None)
+        .unwrap();
     let echo = EchoServer::start(consul.ip()).unwrap();
     let server = Control::connect(&agent).unwrap();
     server.serve("echo", echo.address(), vec![]).unwrap();
@@ -132,7 +135,9 @@ fn a_caller() {
 fn a_server() {
     let world = World::new();
     let consul = &world.consul;
-    let agent = consul.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    let agent = consul
+        .agent_with("a", "127.0.0.2", &["h1"], &METRICS, None)
+        .unwrap();
     let client = Control::connect(&agent).unwrap();
     let serve = |service: &str, pair: &Pair| {
         let address = tls::echo_server(consul.ip(), pair).unwrap();
@@ -148,24 +153,27 @@ fn a_server() {
     let right = serve("right", &(leaf.certificate.clone(), leaf.key.clone()));
     EchoClient::connect_within(right, SOON).unwrap();
 
-    // A good certificate, but of another service: whoever has it must not pass for all others.
-    let mut bad = vec![("wrong_service", (leaf.certificate, leaf.key))];
-    bad.extend(world.bad("other"));
-    for (cause, pair) in bad {
+    let causes = [
+        "unknown_authority",
+        "wrong_trust_domain",
+        "certificate_expired",
+        "certificate_invalid",
+    ];
+    for cause in causes {
         let service = format!("bad-{}", cause.replace('_', "-"));
-        let pair = if cause == "wrong_service" {
-            pair
-        } else {
-            world
-                .bad(&service)
-                .into_iter()
-                .find(|(known, _)| *known == cause)
-                .unwrap()
-                .1
-        };
+        let (_, pair) = world
+            .bad(&service)
+            .into_iter()
+            .find(|(known, _)| *known == cause)
+            .unwrap();
         let local = serve(&service, &pair);
         seen(&agent, cause, || {
             EchoClient::connect(local, SOON).unwrap_err();
         });
     }
+    // A good certificate, but of another service: whoever has it must not pass for all others.
+    let local = serve("other", &(leaf.certificate, leaf.key));
+    seen(&agent, "wrong_service", || {
+        EchoClient::connect(local, SOON).unwrap_err();
+    });
 }

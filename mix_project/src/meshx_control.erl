@@ -121,7 +121,7 @@ vocabulary() ->
         [version, features, agent, hosts, mesh, trust_domain, vm_dir, dist_socket] ++
         [creation, secret, service, instance, spiffe, id, name, address, tcp, uds, upstream, existed] ++
         [nodes, node, host, local, links, direction, outbound, inbound, remote, local_spiffe, remote_spiffe] ++
-        [remote_agent, purpose, dist, rpc, since, bytes_in, bytes_out, local_not_after, remote_not_after] ++
+        [verified, remote_agent, purpose, dist, rpc, since, bytes_in, bytes_out, local_not_after, remote_not_after] ++
         [allowed, at, hidden, services, protocol, meshx, connect, status, tags] ++
         [proxy_output, proxy_down, stream, stdout, stderr, line, final] ++ meshx_frame:causes().
 

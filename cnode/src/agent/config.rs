@@ -17,12 +17,15 @@ use super::{
     registry::options::SidecarKind,
     trust::{AllowRule, Trust},
 };
-use crate::mesh::{NameError, ServiceName};
+use crate::mesh::{
+    NameError, ServiceName,
+    consul::{ConsulArgs, ConsulFile, ConsulSettings},
+};
 
 /// The agent's options. In the file they have the same names, with `_` for `-`.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct AgentArgs {
-    /// The service mesh: embedded (this machine and user only)
+    /// The service mesh: consul, or embedded (this machine and user only)
     #[arg(long, value_name = "MESH")]
     pub mesh: Option<String>,
     /// Directory of the embedded mesh [default: $MESHX_MESH_DIR, $XDG_RUNTIME_DIR/meshx-mesh, /tmp/meshx-mesh-UID]
@@ -61,7 +64,10 @@ pub struct AgentArgs {
     /// Let nodes behind foreign sidecars in, whose names nobody has proved
     #[arg(long)]
     pub allow_unverified_peers: bool,
-    /// File with these options, in TOML
+    /// How Consul is reached.
+    #[command(flatten)]
+    pub consul: ConsulArgs,
+    /// File with these options, in TOML; those about Consul in a table [consul]
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// How log lines look: text or json [default: text]
@@ -122,13 +128,15 @@ impl NodeService {
 }
 
 /// The mesh that answers.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum MeshKind {
     /// One directory on this machine.
     Embedded {
         /// That directory.
         dir: PathBuf,
     },
+    /// A Consul.
+    Consul(Box<ConsulSettings>),
 }
 
 impl MeshKind {
@@ -136,6 +144,7 @@ impl MeshKind {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Embedded { .. } => "embedded",
+            Self::Consul(_) => "consul",
         }
     }
 }
@@ -185,6 +194,8 @@ struct FileSettings {
     instance_ports: Option<String>,
     #[serde(default)]
     allow_unverified_peers: bool,
+    #[serde(default)]
+    consul: ConsulFile,
 }
 
 impl AgentConfig {
@@ -197,7 +208,25 @@ impl AgentConfig {
         let file = args.config.as_deref().map(|path| faults.check(read_file(path)));
         let file = file.flatten().unwrap_or_default();
 
-        let mesh = faults.check(mesh_kind(args.mesh.or(file.mesh), args.mesh_dir, file.mesh_dir));
+        let mesh = match args.mesh.or(file.mesh).as_deref() {
+            Some("embedded") => {
+                let dir = prefer_environment(args.mesh_dir, paths::MESH_DIR_VARIABLE, file.mesh_dir);
+                let dir = paths::mesh_dir(dir.as_deref());
+                Some(MeshKind::Embedded { dir })
+            }
+            Some("consul") => {
+                let settings = ConsulSettings::read(args.consul, file.consul, |name| std::env::var_os(name));
+                let settings = settings.map_err(|mut bad| faults.0.append(&mut bad)).ok();
+                settings.map(|settings| MeshKind::Consul(Box::new(settings)))
+            }
+            other => {
+                let seen = other.map_or("no mesh".to_owned(), |other| format!("mesh {other:?}"));
+                faults
+                    .0
+                    .push(format!("{seen}; wanted --mesh consul or --mesh embedded"));
+                None
+            }
+        };
         let bind = args
             .bind
             .or(file.bind)
@@ -297,23 +326,6 @@ fn read_file(path: &Path) -> Result<FileSettings, String> {
     }
     let text = fs::read_to_string(path).map_err(|error| format!("config {name}: {error}"))?;
     toml::from_str(&text).map_err(|error| format!("config {name}: {error}"))
-}
-
-fn mesh_kind(
-    mesh: Option<String>,
-    dir: Option<PathBuf>,
-    in_file: Option<PathBuf>,
-) -> Result<MeshKind, String> {
-    match mesh.as_deref() {
-        Some("embedded") => {
-            let dir = prefer_environment(dir, paths::MESH_DIR_VARIABLE, in_file);
-            Ok(MeshKind::Embedded {
-                dir: paths::mesh_dir(dir.as_deref()),
-            })
-        }
-        Some(other) => Err(format!("mesh {other:?}: wanted embedded")),
-        None => Err("no mesh; wanted --mesh embedded".to_owned()),
-    }
 }
 
 /// The option when it was given on the command line; none, when the environment answers; else the file's.
@@ -432,7 +444,7 @@ mod tests {
     #[test]
     fn every_bad_value_is_told_at_once() {
         let args = AgentArgs {
-            mesh: Some("consul".into()),
+            mesh: Some("istio".into()),
             host: vec!["h1".into(), "a@b".into()],
             bind: Some("localhost".into()),
             advertise: Some("h1:x".into()),
@@ -448,7 +460,7 @@ mod tests {
         };
         let text = AgentConfig::from_args(args).unwrap_err().to_string();
         for seen in [
-            "consul",
+            "istio",
             "a@b",
             "localhost",
             "h1:x",

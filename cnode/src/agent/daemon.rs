@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     log_limit::LogLimit,
-    mesh::{Mesh, MeshError, embedded::EmbeddedMesh},
+    mesh::{Mesh, MeshError, consul::ConsulMesh, embedded::EmbeddedMesh},
     proxy::{Proxy, Settings, links::LinkTable, local::LocalTable},
 };
 
@@ -95,7 +95,10 @@ impl Agent {
             Some(address) => address,
             None => inbound,
         };
-        let id = format!("{:016x}", getrandom::u64().map_err(io::Error::other)?);
+        let id = match &config.mesh {
+            MeshKind::Embedded { .. } => format!("{:016x}", getrandom::u64().map_err(io::Error::other)?),
+            MeshKind::Consul(_) => ConsulMesh::agent_id(&config.dir),
+        };
         let kind = config.mesh.name();
         let mesh = join(config.mesh, &id, config.hosts.clone(), advertise).await?;
         let (local, links) = (LocalTable::default(), LinkTable::default());
@@ -115,7 +118,11 @@ impl Agent {
             place,
         )?);
 
-        let proxy = Proxy::new(mesh.clone(), local, links.clone(), Settings::default());
+        let settings = Settings {
+            allow_unverified_peers: config.allow_unverified_peers,
+            ..Settings::default()
+        };
+        let proxy = Proxy::new(mesh.clone(), local, links.clone(), settings);
         let dist = UnixListener::from_std(dir.bind(DIST_SOCKET)?)?;
         let mut data = JoinSet::new();
         data.spawn(proxy.clone().serve_inbound(port));
@@ -240,5 +247,6 @@ async fn join(
                 tokio::task::spawn_blocking(move || EmbeddedMesh::open(&dir, &id, hosts, advertise));
             Ok(Arc::new(joining.await.map_err(io::Error::other)??))
         }
+        MeshKind::Consul(settings) => Ok(ConsulMesh::open(*settings, id, hosts, advertise)?),
     }
 }

@@ -12,7 +12,7 @@ pub enum NodeEvent {
         node: String,
         /// Who opened it.
         direction: Direction,
-        /// The SPIFFE URI that the mesh verified for it; none over a plain EPMD.
+        /// The SPIFFE URI that the agent verified for it; none over a plain EPMD, and behind a foreign sidecar.
         identity: Option<String>,
     },
     /// A connection ended.
@@ -98,7 +98,7 @@ pub struct PeerInfo {
     pub direction: Direction,
     /// Whether the other node is hidden.
     pub hidden: bool,
-    /// The SPIFFE URI that the mesh verified for it; none over a plain EPMD.
+    /// The SPIFFE URI that the agent verified for it; none over a plain EPMD, and behind a foreign sidecar.
     pub identity: Option<String>,
     /// Bytes read, handshake not counted.
     pub bytes_in: u64,

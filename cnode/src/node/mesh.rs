@@ -295,7 +295,8 @@ fn transport(socket: UnixStream, spiffe: String, link: LinkId) -> Transport {
     Transport {
         read: Box::new(read),
         write: Box::new(write),
-        identity: Some(spiffe),
+        // Empty: a sidecar is between, and the agent cannot tell who is there.
+        identity: Some(spiffe).filter(|spiffe| !spiffe.is_empty()),
         link: Some(link),
     }
 }
@@ -310,4 +311,19 @@ async fn read_frame(socket: &mut UnixStream) -> io::Result<Vec<u8>> {
     let mut frame = vec![0; len];
     socket.read_exact(&mut frame).await?;
     Ok(frame)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+
+    #[tokio::test]
+    async fn what_nothing_proves_is_no_identity() {
+        for (spiffe, identity) in [("", None), ("spiffe://x", Some("spiffe://x"))] {
+            let (socket, _) = UnixStream::pair().unwrap();
+            let transport = transport(socket, spiffe.to_owned(), LinkId([1; 16]));
+            assert_eq!(transport.identity.as_deref(), identity);
+        }
+    }
 }

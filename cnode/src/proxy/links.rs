@@ -524,7 +524,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     use super::*;
-    use crate::mesh::ServiceName;
+    use crate::proxy::totals::{PAIRS_MAX, PairTotals};
 
     fn info(id: u8, owner: u64) -> LinkInfo {
         let spiffe = |name| SpiffeId::new("td", ServiceName::new(name).unwrap());
@@ -644,5 +644,122 @@ mod tests {
         assert_eq!(LinkId([0xab; 16]).to_string(), "ab".repeat(16));
         assert_eq!(Purpose::from_wire(2), Some(Purpose::Rpc));
         assert_eq!(Purpose::from_wire(4), None);
+    }
+
+    #[test]
+    fn links_that_carry_bytes_are_counted_by_pairs_and_others_are_not() {
+        let table = LinkTable::default();
+        let (first, second) = (
+            table.insert(info(1, 7)).unwrap(),
+            table.insert(info(2, 7)).unwrap(),
+        );
+        drop(table.insert(info(3, 7)).unwrap());
+        assert!(table.totals().pairs.is_empty(), "not decided yet, or refused");
+        first.opened();
+        first.opened();
+        second.opened();
+        for guard in [&first, &second] {
+            guard.counters().bytes_in.fetch_add(5, Ordering::Relaxed);
+            guard.counters().bytes_out.fetch_add(7, Ordering::Relaxed);
+        }
+        let name = |name| ServiceName::new(name).unwrap();
+        let mut wanted = PairTotals {
+            services: Some((name("shop"), name("cart"))),
+            direction: Direction::Local,
+            purpose: Purpose::Dist,
+            opened: 2,
+            live: 2,
+            bytes_in: 10,
+            bytes_out: 14,
+        };
+        assert_eq!(table.totals().pairs, [wanted.clone()]);
+        drop(first);
+        wanted.live = 1;
+        assert_eq!(table.totals().pairs, [wanted.clone()], "what it carried stays");
+        drop(second);
+        wanted.live = 0;
+        assert_eq!(table.totals().pairs, [wanted]);
+        // Inbound, the other end has dialled.
+        let inbound = LinkInfo {
+            direction: Direction::Inbound,
+            ..info(4, 7)
+        };
+        let guard = table.insert(inbound).unwrap();
+        guard.opened();
+        let pairs = table.totals().pairs;
+        let of_inbound = pairs
+            .iter()
+            .find(|pair| pair.direction == Direction::Inbound)
+            .unwrap();
+        assert_eq!(of_inbound.services, Some((name("cart"), name("shop"))));
+    }
+
+    #[test]
+    fn pairs_are_bounded() {
+        let table = LinkTable::default();
+        let open = |number: usize| {
+            let mut id = [0; 16];
+            id[..8].copy_from_slice(&number.to_be_bytes());
+            let service = ServiceName::new(&format!("s{number}")).unwrap();
+            let info = LinkInfo {
+                id: LinkId(id),
+                direction: Direction::Inbound,
+                remote_spiffe: SpiffeId::new("td", service),
+                ..info(0, 1)
+            };
+            let guard = table.insert(info).unwrap();
+            guard.opened();
+            guard.counters().bytes_in.fetch_add(1, Ordering::Relaxed);
+            guard
+        };
+        let more = 10;
+        let guards: Vec<_> = (0..PAIRS_MAX + more).map(open).collect();
+        let others = || {
+            let pairs = table.totals().pairs;
+            assert_eq!(pairs.len(), PAIRS_MAX + 1);
+            pairs.into_iter().find(|pair| pair.services.is_none()).unwrap()
+        };
+        let seen = others();
+        assert_eq!(
+            (seen.opened, seen.live, seen.bytes_in),
+            (more as u64, more as u64, more as u64)
+        );
+        drop(guards);
+        let seen = others();
+        assert_eq!(
+            (seen.opened, seen.live, seen.bytes_in),
+            (more as u64, 0, more as u64)
+        );
+        let _again = open(0);
+        assert_eq!(others().opened, more as u64, "a pair that has a place keeps it");
+    }
+
+    #[test]
+    fn refusals_and_cuts_are_counted_by_cause_and_place() {
+        let table = LinkTable::default();
+        table.refused(Listener::Inbound, None, "x", &Cause::Timeout.because(""));
+        table.refused(Listener::Upstream, None, "x", &Cause::Timeout.because(""));
+        let guard = table.insert(info(1, 7)).unwrap();
+        table.cut(LinkId([1; 16]), Cause::IntentionDenied, "no");
+        table.cut(LinkId([1; 16]), Cause::IntentionDenied, "again");
+        drop(guard);
+        let totals = table.totals();
+        assert_eq!(totals.refusals.len(), Listener::ALL.len() * Cause::ALL.len());
+        let mut seen: Vec<_> = totals
+            .refusals
+            .into_iter()
+            .filter(|(.., count)| *count > 0)
+            .collect();
+        seen.sort_by_key(|(at, ..)| at.index());
+        assert_eq!(
+            seen,
+            [
+                (Listener::Inbound, Cause::Timeout, 1),
+                (Listener::Upstream, Cause::Timeout, 1)
+            ]
+        );
+        assert_eq!(table.refusals(Cause::Timeout), 2);
+        let cut: Vec<_> = totals.cuts.into_iter().filter(|(_, count)| *count > 0).collect();
+        assert_eq!(cut, [(Cause::IntentionDenied, 1)]);
     }
 }

@@ -135,3 +135,36 @@ fn sidecar_of(local: &LocalInstance, uid: u32) -> Result<(), Refusal> {
         local.instance.id, local.uid
     )))
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+    use crate::mesh::{Instance, Protocol};
+    use crate::proxy::local::Secret;
+
+    #[test]
+    fn only_a_user_who_may_run_the_sidecar_comes_through_it() {
+        let local = LocalInstance {
+            instance: Instance {
+                id: "cart@h2".into(),
+                service: "cart".parse().unwrap(),
+                node: Some("cart@h2".into()),
+                agent: "a".into(),
+                address: "127.0.0.1:1".parse().unwrap(),
+                protocol: Protocol::Connect,
+            },
+            secret: Secret::generate().unwrap(),
+            endpoint: Endpoint::NodeSocket("/x".into()),
+            owner: 1,
+            uid: 4242,
+            sidecar: None,
+        };
+        for uid in [0, rustix::process::geteuid().as_raw(), 4242] {
+            assert!(sidecar_of(&local, uid).is_ok(), "{uid}");
+        }
+        let refusal = sidecar_of(&local, 4243).unwrap_err();
+        assert_eq!(refusal.cause, Cause::NotPermitted);
+        assert!(refusal.text.contains("4243"), "{refusal}");
+    }
+}

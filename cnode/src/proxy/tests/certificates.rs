@@ -2,9 +2,10 @@
 use rcgen::string::Ia5String;
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, SanType};
 use rustls::client::ResolvesClientCert;
-use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime};
 use rustls::sign::CertifiedKey;
-use rustls::{ClientConfig, RootCertStore, SignatureScheme};
+use rustls::{ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 use time::{Duration as Span, OffsetDateTime};
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
@@ -31,7 +32,7 @@ impl Forger {
     }
 
     /// With a key of its own, believing what the mesh believes.
-    async fn stranger(host: &Host) -> Self {
+    pub(super) async fn stranger(host: &Host) -> Self {
         let key = KeyPair::generate().unwrap();
         let mut params = CertificateParams::default();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
@@ -84,18 +85,18 @@ impl Forger {
 }
 
 /// A leaf that proves nothing.
-struct BadLeaf {
+pub(super) struct BadLeaf {
     /// What is wrong with it.
-    what: &'static str,
-    leaf: Identity,
+    pub(super) what: &'static str,
+    pub(super) leaf: Identity,
     /// The refusal of whoever sees it.
-    cause: Cause,
+    pub(super) cause: Cause,
     /// What an alert tells of that to whoever showed it.
-    told: Cause,
+    pub(super) told: Cause,
 }
 
 /// Leaves of `service` that prove nothing.
-async fn bad_leaves(world: &World, host: &Host, service: &str) -> Vec<BadLeaf> {
+pub(super) async fn bad_leaves(world: &World, host: &Host, service: &str) -> Vec<BadLeaf> {
     let mesh = Forger::of_mesh(world, host).await;
     let right = host.spiffe(service).to_string();
     let other = host.spiffe("other").to_string();
@@ -238,7 +239,7 @@ async fn a_client_must_prove_one_service_of_this_mesh() {
 }
 
 #[derive(Debug)]
-struct Nobody;
+pub(super) struct Nobody;
 
 impl ResolvesClientCert for Nobody {
     fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
@@ -247,6 +248,56 @@ impl ResolvesClientCert for Nobody {
 
     fn has_certs(&self) -> bool {
         false
+    }
+}
+
+/// A client that speaks TLS 1.2 and nothing newer, as Envoy does by default, and believes everybody.
+pub(super) fn only_tls12(identity: &Identity) -> ClientConfig {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&rustls::version::TLS12])
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(Credulous))
+        .with_client_auth_cert(identity.chain.clone(), identity.key.clone_key())
+        .unwrap()
+}
+
+#[derive(Debug)]
+struct Credulous;
+
+impl ServerCertVerifier for Credulous {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        vec![SignatureScheme::ECDSA_NISTP256_SHA256]
     }
 }
 
@@ -278,17 +329,14 @@ async fn a_client_needs_a_certificate_and_the_protocol() {
     assert_eq!(tls::refusal(&error).cause, Cause::VersionMismatch, "{error}");
     until("the log", || h2.refusals(Cause::VersionMismatch) == 1).await;
 
-    // An agent that would speak an older TLS.
-    let mut old = (*tls::client_config(&*h2.identity("shop").await, target.clone(), Protocol::Connect)
-        .unwrap())
-    .clone();
+    // An agent with an older TLS.
+    let mut old = only_tls12(&*h2.identity("shop").await);
     old.alpn_protocols = vec![tls::ALPN.to_vec()];
-    let newest = handshake(&h2, Arc::new(old), target.server_name()).await.unwrap();
-    assert_eq!(
-        newest.get_ref().1.protocol_version(),
-        Some(rustls::ProtocolVersion::TLSv1_3)
-    );
-    drop(newest);
+    let error = handshake(&h2, Arc::new(old), target.server_name())
+        .await
+        .unwrap_err();
+    assert_eq!(tls::refusal(&error).cause, Cause::VersionMismatch, "{error}");
+    until("the log", || h2.refusals(Cause::VersionMismatch) == 2).await;
 
     // A service that is not here, and the right service in another trust domain.
     for name in [

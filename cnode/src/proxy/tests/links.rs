@@ -2,6 +2,7 @@
 use meshx_dist::name_frame::refusal_status;
 
 use super::*;
+use crate::proxy::totals::{Handshakes, PairTotals};
 
 async fn pair(world: &World) -> (Host, Host, Node, Node) {
     let (h1, h2) = (
@@ -73,6 +74,32 @@ async fn nodes_meet_through_mutual_tls() {
     })
     .await;
     assert_eq!(h1.all_refusals() + h2.all_refusals(), 0);
+    let (dialler, acceptor) = (h1.links.totals(), h2.links.totals());
+    let one = Handshakes { done: 1, failed: 0 };
+    assert_eq!((dialler.dialled, dialler.accepted), (one, Handshakes::default()));
+    assert_eq!(
+        (acceptor.dialled, acceptor.accepted),
+        (Handshakes::default(), one)
+    );
+    let services = Some((
+        h1.spiffe("shop").service().clone(),
+        h1.spiffe("cart").service().clone(),
+    ));
+    for (totals, direction, carried) in [
+        (dialler, Direction::Outbound, (15, 12)),
+        (acceptor, Direction::Inbound, (12, 15)),
+    ] {
+        let wanted = PairTotals {
+            services: services.clone(),
+            direction,
+            purpose: Purpose::Dist,
+            opened: 1,
+            live: 0,
+            bytes_in: carried.0,
+            bytes_out: carried.1,
+        };
+        assert_eq!(totals.pairs, [wanted]);
+    }
 }
 
 #[tokio::test]
@@ -101,6 +128,10 @@ async fn each_direction_can_be_denied() {
         Cause::IntentionDenied
     );
     assert_eq!(h1.links.refusal_of_target("cart@h2").unwrap().refusal, refusal);
+    assert!(
+        h2.links.totals().pairs.is_empty(),
+        "who is refused is named in no metric"
+    );
     let refusal = cart.dial("shop@h1").await.unwrap_err();
     assert!(refusal.text.contains("shop -> cart"), "{refusal}");
 

@@ -2,9 +2,12 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod certificates;
+mod connect;
+mod foreign;
 mod hostile;
 mod links;
 mod services;
+mod sidecars;
 mod spoofing;
 mod why;
 
@@ -186,6 +189,22 @@ impl Host {
         };
         self.local.insert(local).unwrap();
         self.mesh.register(&Entry::plain(instance.clone())).await.unwrap();
+    }
+
+    /// Serves a port of its own for an instance.
+    async fn port_of(&mut self, instance: &str) -> SocketAddr {
+        let listener = TcpListener::bind((self.address.ip(), 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let serve = self.proxy.clone().serve_instance(listener, instance.to_owned());
+        self.tasks.push(tokio::spawn(serve).abort_handle());
+        address
+    }
+
+    /// Replaces what is registered.
+    fn change(&self, id: &str, change: impl FnOnce(&mut LocalInstance)) {
+        let mut local = LocalInstance::clone(&*self.local.remove(id).unwrap());
+        change(&mut local);
+        self.local.insert(local).unwrap();
     }
 
     async fn identity(&self, service: &str) -> Arc<crate::mesh::Identity> {

@@ -5,7 +5,7 @@ use super::certificates::{ask, request, secure};
 use super::*;
 
 /// A service that says its name, then repeats what it hears.
-fn echo(listener: TcpListener, name: &'static str) -> AbortHandle {
+pub(super) fn echo(listener: TcpListener, name: &'static str) -> AbortHandle {
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
             let (mut reader, mut writer) = stream.into_split();
@@ -18,14 +18,14 @@ fn echo(listener: TcpListener, name: &'static str) -> AbortHandle {
     .abort_handle()
 }
 
-async fn tcp(host: &Host, id: &'static str) -> (SocketAddr, AbortHandle) {
+pub(super) async fn tcp(host: &Host, id: &'static str) -> (SocketAddr, AbortHandle) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     host.service(id, "echo", Endpoint::Tcp(address)).await;
     (address, echo(listener, id))
 }
 
-fn upstream(host: &Host, instance: Option<&str>) -> Upstream {
+pub(super) fn upstream(host: &Host, instance: Option<&str>) -> Upstream {
     Upstream {
         source: ServiceName::new("web").unwrap(),
         target: ServiceName::new("echo").unwrap(),
@@ -38,7 +38,7 @@ fn upstream(host: &Host, instance: Option<&str>) -> Upstream {
     }
 }
 
-async fn greeting(host: &Host) -> String {
+pub(super) async fn greeting(host: &Host) -> String {
     let mut stream = UnixStream::connect(host.dir.join("up.sock")).await.unwrap();
     let _ = stream.shutdown().await;
     String::from_utf8(rest(&mut stream).await).unwrap()
@@ -194,4 +194,147 @@ async fn a_unix_service_and_a_claimed_node() {
         .await
         .unwrap();
     assert_eq!(refusal.unwrap_err().cause, Cause::IdentityMismatch);
+}
+
+fn on_port(host: &Host) -> Upstream {
+    Upstream {
+        listen: Listen::Tcp("127.0.0.1:0".parse().unwrap()),
+        ..upstream(host, None)
+    }
+}
+
+fn port(handle: &UpstreamHandle) -> SocketAddr {
+    match handle.address() {
+        Listen::Tcp(address) => *address,
+        other => panic!("{other:?}"),
+    }
+}
+
+async fn echoed(stream: &mut TcpStream) {
+    stream.write_all(b"hello").await.unwrap();
+    let mut seen = [0; 5];
+    soon("an echo", stream.read_exact(&mut seen)).await.unwrap();
+    assert_eq!(&seen, b"hello");
+}
+
+async fn greeted(address: SocketAddr) -> TcpStream {
+    let mut stream = TcpStream::connect(address).await.unwrap();
+    let mut seen = [0; 6];
+    soon("a greeting", stream.read_exact(&mut seen)).await.unwrap();
+    assert_eq!(&seen, b"echo-a");
+    stream
+}
+
+#[tokio::test]
+async fn an_upstream_can_be_a_loopback_port() {
+    let world = World::new();
+    let (h1, h2) = (
+        world.host("h1", "127.0.0.2").await,
+        world.host("h2", "127.0.0.3").await,
+    );
+    tcp(&h2, "echo-a").await;
+    for ip in ["127.0.0.1:0", "[::1]:0"] {
+        let upstream = Upstream {
+            listen: Listen::Tcp(ip.parse().unwrap()),
+            ..on_port(&h1)
+        };
+        let handle = h1.proxy.upstream(upstream).unwrap();
+        assert_ne!(port(&handle).port(), 0);
+        let mut stream = greeted(port(&handle)).await;
+        echoed(&mut stream).await;
+        assert_eq!(h1.links.snapshot()[0].info.local, "web");
+        drop(handle);
+        assert!(rest(&mut stream).await.is_empty());
+        until("no links", || h1.links.snapshot().is_empty()).await;
+    }
+    let everywhere = Upstream {
+        listen: Listen::Tcp("0.0.0.0:0".parse().unwrap()),
+        ..on_port(&h1)
+    };
+    assert_eq!(
+        h1.proxy.upstream(everywhere).unwrap_err().kind(),
+        io::ErrorKind::InvalidInput
+    );
+}
+
+/// As another user, when this one may become that.
+fn dial_as(uid: u32, address: SocketAddr) -> Vec<u8> {
+    use std::os::unix::process::CommandExt;
+    let script = format!("exec 3<>/dev/tcp/{}/{}; cat <&3", address.ip(), address.port());
+    let output = std::process::Command::new("bash")
+        .args(["-c", &script])
+        .uid(uid)
+        .output();
+    output.unwrap().stdout
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_loopback_port_serves_its_user_and_root_alone() {
+    let world = World::new();
+    let (h1, h2) = (
+        world.host("h1", "127.0.0.2").await,
+        world.host("h2", "127.0.0.3").await,
+    );
+    tcp(&h2, "echo-a").await;
+    let own = rustix::process::geteuid().as_raw();
+    let of_another = Upstream {
+        uid: own + 4242,
+        ..on_port(&h1)
+    };
+    let handle = h1.proxy.upstream(of_another).unwrap();
+    if own == 0 {
+        // Root may use every port, so somebody else has to be refused.
+        greeted(port(&handle)).await;
+        let strangers = h1.proxy.upstream(on_port(&h1)).unwrap();
+        let address = port(&strangers);
+        let heard = tokio::task::spawn_blocking(move || dial_as(4242, address))
+            .await
+            .unwrap();
+        assert_eq!(heard, b"");
+    } else {
+        let mut stream = TcpStream::connect(port(&handle)).await.unwrap();
+        assert!(rest(&mut stream).await.is_empty());
+    }
+    until("the log", || h1.refusals(Cause::NotPermitted) == 1).await;
+}
+
+#[tokio::test]
+async fn an_upstream_can_be_closed_without_its_links() {
+    let world = World::new();
+    let (h1, h2) = (
+        world.host("h1", "127.0.0.2").await,
+        world.host("h2", "127.0.0.3").await,
+    );
+    tcp(&h2, "echo-a").await;
+    let handle = h1.proxy.upstream(on_port(&h1)).unwrap();
+    let address = port(&handle);
+    let mut stream = greeted(address).await;
+    let links = handle.close(false).expect("links that go on");
+    until("a closed port", || std::net::TcpStream::connect(address).is_err()).await;
+    echoed(&mut stream).await;
+    assert_eq!(h1.links.snapshot()[0].info.owners, [2], "owned as before");
+    assert!(!links.is_finished());
+    // Under the rules as before.
+    world.rule("web", "echo", Action::Deny);
+    assert_eq!(h1.proxy.reauthorize().await, 1);
+    assert!(rest(&mut stream).await.is_empty());
+    until("the end of all", || links.is_finished()).await;
+    world.rule("web", "echo", Action::Allow);
+
+    // And until its owner lets go of them.
+    let handle = h1.proxy.upstream(on_port(&h1)).unwrap();
+    let mut stream = greeted(port(&handle)).await;
+    let links = handle.close(false);
+    echoed(&mut stream).await;
+    drop(links);
+    assert!(rest(&mut stream).await.is_empty());
+
+    // With a cut they end at once; a Unix socket goes with its file.
+    let handle = h1.proxy.upstream(upstream(&h1, None)).unwrap();
+    let mut stream = UnixStream::connect(h1.dir.join("up.sock")).await.unwrap();
+    stream.read_u8().await.unwrap();
+    assert!(handle.close(true).is_none());
+    assert!(!h1.dir.join("up.sock").exists());
+    rest(&mut stream).await;
+    until("no links", || h1.links.snapshot().is_empty()).await;
 }

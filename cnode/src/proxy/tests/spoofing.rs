@@ -4,7 +4,7 @@ use std::sync::Mutex;
 
 use meshx_dist::name_frame::refusal_status;
 
-use super::certificates::{ask, request, secure};
+use super::certificates::{Forger, ask, request, secure};
 use super::*;
 
 struct Scene {
@@ -71,6 +71,32 @@ async fn a_node_of_this_agent_does_not_come_in_from_outside() {
     .await
     .unwrap();
     assert_eq!(refusal.unwrap_err().cause, Cause::IdentityMismatch);
+}
+
+/// Consul's data centres share a trust domain when they are federated, and a service of the same name in another one is
+/// somebody else's.
+#[tokio::test]
+async fn a_certificate_of_another_data_centre_proves_no_node_of_this_one() {
+    let world = World::new();
+    let Scene {
+        h1, h2, shop, search, ..
+    } = scene(&world).await;
+    let forger = Forger::of_mesh(&world, &h1).await;
+    let domain = h1.mesh.trust_domain();
+    let elsewhere = [
+        format!("spiffe://{domain}/ns/default/dc/dc2/svc/shop"),
+        format!("spiffe://{domain}/ns/other/dc/dc1/svc/shop"),
+    ];
+    for (i, uri) in elsewhere.iter().enumerate() {
+        let leaf = forger.leaf(&h1, std::slice::from_ref(uri), 60);
+        let mut stream = secure(&h2, &leaf, "search").await.unwrap();
+        let asked = request(Purpose::Dist, "search", "search@h2", "shop@h1");
+        let refusal = ask(&mut stream, &asked).await.unwrap().expect_err(uri);
+        assert_eq!(refusal.cause, Cause::IdentityMismatch, "{refusal}");
+        assert!(refusal.text.contains("dc/dc1/svc/shop"), "{refusal}");
+        assert_eq!(h2.refusals(Cause::IdentityMismatch), i as u64 + 1);
+    }
+    shop.link(&search).await;
 }
 
 #[tokio::test]
@@ -144,11 +170,7 @@ async fn a_registration_belongs_to_its_uid() {
     let Scene {
         h1, h2, shop, cart, ..
     } = scene(&world).await;
-    let give_away = |host: &Host, name: &str| {
-        let mut local = LocalInstance::clone(&*host.local.remove(name).unwrap());
-        local.uid += 1;
-        host.local.insert(local).unwrap();
-    };
+    let give_away = |host: &Host, name: &str| host.change(name, |local| local.uid += 1);
     // Somebody else listens where the node should.
     give_away(&h2, "cart@h2");
     assert_eq!(shop.dial("cart@h2").await.unwrap_err().cause, Cause::NotPermitted);

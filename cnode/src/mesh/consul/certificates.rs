@@ -190,7 +190,12 @@ impl Certificates {
             }
         }
         leaves.remove(service);
-        let slot = self.slots.take("a certificate")?;
+        let slot = self.slots.take().ok_or_else(|| {
+            MeshError::Unavailable(format!(
+                "the certificates of {} services are in use, that of {service} is not taken (CERTIFICATES_MAX)",
+                self.slots.count
+            ))
+        })?;
         let now = Instant::now();
         let identity = self.start(service, slot);
         leaves.insert(

@@ -44,7 +44,10 @@ pub(super) fn run(args: &LinksArgs) -> Result<ExitCode, Failure> {
                 "bytes_in",
                 "bytes_out",
             ]
-            .map(|key| text(link, key))
+            .map(|key| match key {
+                "remote_spiffe" => identity(link),
+                key => text(link, key),
+            })
         })
         .collect();
     print(&table(
@@ -60,6 +63,15 @@ pub(super) fn run(args: &LinksArgs) -> Result<ExitCode, Failure> {
         &rows,
     ))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Who is at the other end, and whether the agent knows it or has been told.
+fn identity(link: &Term) -> String {
+    let identity = text(link, "remote_spiffe");
+    match link.map_get("verified").and_then(Term::as_bool) {
+        Some(false) => format!("{identity} (unverified)"),
+        _ => identity,
+    }
 }
 
 /// A value of the flat map that a link is, for people.
@@ -80,9 +92,28 @@ fn json(link: &Term) -> Value {
 fn json_value(value: &Term) -> Value {
     match value {
         Term::Int(number) => (*number).into(),
-        Term::Atom(atom) => atom.as_str().into(),
+        Term::Atom(atom) => value.as_bool().map_or_else(|| atom.as_str().into(), Value::Bool),
         other => other
             .as_str()
             .map_or_else(|| other.to_string().into(), Into::into),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+
+    #[test]
+    fn an_identity_that_nothing_proves_is_marked() {
+        let link = |verified| {
+            map([
+                ("remote_spiffe", Term::binary("spiffe://x")),
+                ("verified", Term::from(verified)),
+            ])
+        };
+        assert_eq!(identity(&link(true)), "spiffe://x");
+        assert_eq!(identity(&link(false)), "spiffe://x (unverified)");
+        assert_eq!(json(&link(false))["verified"], Value::Bool(false));
     }
 }

@@ -57,13 +57,14 @@ impl Fault {
         }
     }
 
-    /// Whether there is no such service or check: 404, in 1.8 a 500 that says so.
+    /// Whether there is no such service or check: 404, in 1.8 a 500 that says so, with ACLs in other words.
     pub(super) fn is_missing(&self) -> bool {
         match self {
             Self::Status { code: 404, .. } => true,
             Self::Status { code: 500, text } => {
                 let text = text.to_ascii_lowercase();
-                text.contains("unknown check") || text.contains("unknown service")
+                let words = ["unknown check", "does not have associated ttl", "unknown service"];
+                words.iter().any(|words| text.contains(words))
             }
             _ => false,
         }
@@ -176,6 +177,14 @@ impl Request {
         self.limit = LARGE;
         self
     }
+}
+
+/// Whose token went with a request.
+#[derive(Clone, Copy)]
+enum Whose {
+    Client,
+    Agent,
+    Nobody,
 }
 
 /// The way to one Consul.
@@ -306,9 +315,15 @@ impl Client {
             .request(request.method.clone(), url)
             .query(&request.query)
             .query(query)
-            .query(&self.scope());
-        // Behind a header, not in the URL, which servers log.
-        if let Some(token) = request.token.clone().or_else(|| self.token()) {
+            .query(&self.scope(&request.path));
+        let own = self.token();
+        let whose = match (&request.token, &own) {
+            (Some(token), own) if own.as_ref() != Some(token) => Whose::Client,
+            (_, Some(_)) => Whose::Agent,
+            (_, None) => Whose::Nobody,
+        };
+        // In a header, not in the URL, which servers log.
+        if let Some(token) = request.token.as_ref().or(own.as_ref()) {
             sent = sent.header("X-Consul-Token", token.expose());
         }
         if let Some(body) = &request.body {
@@ -333,12 +348,38 @@ impl Client {
             body.extend_from_slice(&chunk);
         }
         if !status.is_success() {
-            return Err(refusal(status, &body, request, &self.settings));
+            return Err(self.refusal(status, &body, request, whose));
         }
         let index = index.map(|text| text.parse().map_err(|_| text)).transpose();
         let index =
             index.map_err(|_| Fault::Away("X-Consul-Index of Consul's answer is no number".to_owned()))?;
         Ok(Reply { index, date, body })
+    }
+
+    fn refusal(&self, status: StatusCode, body: &[u8], request: &Request, whose: Whose) -> Fault {
+        let said = shorten(&String::from_utf8_lossy(body));
+        if status != StatusCode::FORBIDDEN {
+            return Fault::Status {
+                code: status.as_u16(),
+                text: said,
+            };
+        }
+        if said.contains("ACL not found") {
+            let token = match (whose, &self.settings.token) {
+                (Whose::Client, _) => "the client's token".to_owned(),
+                (_, TokenSource::File(path)) => format!("the agent's token in {}", path.display()),
+                _ => "the agent's token".to_owned(),
+            };
+            return Fault::UnknownToken(format!(
+                "Consul does not know {token} ({said}): it was deleted or has expired, supply a new one"
+            ));
+        }
+        let token = match whose {
+            Whose::Client => "the client's token",
+            Whose::Agent => "the agent's token",
+            Whose::Nobody => "no token was given, and the anonymous one",
+        };
+        Fault::Forbidden(format!("{token} lacks {} (Consul: {said})", request.right))
     }
 
     fn url(&self, path: &[String]) -> Result<Url, Fault> {
@@ -356,8 +397,8 @@ impl Client {
         Ok(url)
     }
 
-    /// Sent only when set: Consul without Enterprise refuses namespaces.
-    fn scope(&self) -> Vec<(&'static str, &str)> {
+    /// Sent only when set: Consul without Enterprise refuses namespaces. An agent knows only its own data centre.
+    fn scope(&self, path: &[String]) -> Vec<(&'static str, &str)> {
         let ConsulSettings {
             namespace,
             partition,
@@ -366,6 +407,7 @@ impl Client {
         } = &self.settings;
         [("ns", namespace), ("partition", partition), ("dc", datacenter)]
             .into_iter()
+            .filter(|(name, _)| *name != "dc" || path.first().is_none_or(|first| first != "agent"))
             .filter_map(|(name, value)| Some((name, value.as_deref()?)))
             .collect()
     }
@@ -470,32 +512,6 @@ impl Resolve for Behind {
             Ok(Box::new(found.into_iter()) as Addrs)
         })
     }
-}
-
-fn refusal(status: StatusCode, body: &[u8], request: &Request, settings: &ConsulSettings) -> Fault {
-    let said = shorten(&String::from_utf8_lossy(body));
-    if status != StatusCode::FORBIDDEN {
-        return Fault::Status {
-            code: status.as_u16(),
-            text: said,
-        };
-    }
-    if said.contains("ACL not found") {
-        let whose = match (&request.token, &settings.token) {
-            (Some(_), _) => "the client's token".to_owned(),
-            (None, TokenSource::File(path)) => format!("the token in {}", path.display()),
-            (None, _) => "the agent's token".to_owned(),
-        };
-        return Fault::UnknownToken(format!(
-            "Consul does not know {whose} ({said}): it was deleted or has expired, supply a new one"
-        ));
-    }
-    let whose = match (&request.token, &settings.token) {
-        (Some(_), _) => "the client's token",
-        (None, TokenSource::None) => "no token was given, and the anonymous one",
-        (None, _) => "the agent's token",
-    };
-    Fault::Forbidden(format!("{whose} lacks {} (Consul: {said})", request.right))
 }
 
 /// What may be shown of a text that came from Consul or from other services through it.

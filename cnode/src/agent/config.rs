@@ -64,6 +64,12 @@ pub struct AgentArgs {
     /// Give each instance an inbound port of its own out of this range, for foreign proxies that send no SNI [default: none, all share one]
     #[arg(long, value_name = "FIRST-LAST")]
     pub instance_ports: Option<String>,
+    /// The consul program, for sidecars of the kind connect_proxy [default: consul, out of PATH]
+    #[arg(long, value_name = "PROGRAM")]
+    pub consul_program: Option<PathBuf>,
+    /// The Envoy program, for sidecars of the kind envoy [default: envoy, out of PATH]
+    #[arg(long, value_name = "PROGRAM")]
+    pub envoy_program: Option<PathBuf>,
     /// Let nodes behind foreign sidecars in, whose names nobody has proved
     #[arg(long)]
     pub allow_unverified_peers: bool,
@@ -103,6 +109,10 @@ pub struct AgentConfig {
     pub node_service: NodeService,
     /// What carries the traffic of what does not say.
     pub data_plane: SidecarKind,
+    /// The consul program: a name for PATH, or a path.
+    pub consul_program: PathBuf,
+    /// The Envoy program, likewise.
+    pub envoy_program: PathBuf,
     /// Ports that instances have of their own.
     pub instance_ports: Option<RangeInclusive<u16>>,
     /// Links of nodes behind foreign sidecars are taken.
@@ -198,6 +208,8 @@ struct FileSettings {
     node_service: Option<String>,
     data_plane: Option<String>,
     instance_ports: Option<String>,
+    consul_program: Option<PathBuf>,
+    envoy_program: Option<PathBuf>,
     #[serde(default)]
     allow_unverified_peers: bool,
     #[serde(default)]
@@ -290,6 +302,14 @@ impl AgentConfig {
                 Ok(Self {
                     node_service: node_service.unwrap_or_default(),
                     data_plane: data_plane.unwrap_or(SidecarKind::Native),
+                    consul_program: args
+                        .consul_program
+                        .or(file.consul_program)
+                        .unwrap_or_else(|| "consul".into()),
+                    envoy_program: args
+                        .envoy_program
+                        .or(file.envoy_program)
+                        .unwrap_or_else(|| "envoy".into()),
                     instance_ports,
                     allow_unverified_peers: args.allow_unverified_peers || file.allow_unverified_peers,
                     mesh,

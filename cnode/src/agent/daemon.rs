@@ -21,7 +21,8 @@ use super::{
     },
     dir::AgentDir,
     paths::{CONTROL_SOCKET, DIST_SOCKET, DirError},
-    registry::{Place, Registry},
+    registry::{Place, Registry, carrier::Carriers},
+    sidecar::{self, ConsulProgram, SidecarError, Sidecars},
 };
 use crate::{
     http::{self, Sources},
@@ -59,6 +60,9 @@ pub enum StartError {
         /// What the system said.
         source: io::Error,
     },
+    /// The directory of sidecars cannot be used.
+    #[error(transparent)]
+    Sidecars(#[from] SidecarError),
     /// The mesh cannot be joined.
     #[error(transparent)]
     Mesh(#[from] MeshError),
@@ -111,6 +115,7 @@ impl Agent {
             MeshKind::Consul(_) => ConsulMesh::agent_id(&config.dir),
         };
         let kind = config.mesh.name();
+        let programs = programs(&config);
         let http = match config.http {
             Some(address) => Some(listen_http(address).await?),
             None => None,
@@ -127,24 +132,25 @@ impl Agent {
             up: dir.up(),
             node_service: config.node_service,
         };
-        let registry = Arc::new(Registry::new(
-            mesh.clone(),
-            local.clone(),
-            links.clone(),
-            config.trust,
-            place,
-        )?);
-
         let settings = Settings {
             allow_unverified_peers: config.allow_unverified_peers,
             ..Settings::default()
         };
-        let proxy = Proxy::new(mesh.clone(), local, links.clone(), settings);
+        let proxy = Proxy::new(mesh.clone(), local.clone(), links.clone(), settings);
+        let carriers = Carriers {
+            proxy: proxy.clone(),
+            sidecars: Sidecars::new(mesh.clone(), dir.sidecars(), programs)?,
+            bind: config.bind.ip(),
+            ports: config.instance_ports,
+            default: config.data_plane,
+        };
+        let registry = Registry::new(mesh.clone(), local, links.clone(), config.trust, place, carriers)?;
+        let registry = Arc::new(registry);
         let dist = UnixListener::from_std(dir.bind(DIST_SOCKET)?)?;
         let mut data = JoinSet::new();
         data.spawn(proxy.clone().serve_inbound(port));
         data.spawn(proxy.clone().serve_dist(dist));
-        data.spawn(police(mesh.clone(), proxy.clone()));
+        data.spawn(police(mesh.clone(), proxy.clone(), registry.clone()));
         let http_at = http.as_ref().map(TcpListener::local_addr).transpose()?;
         if let Some(listener) = http {
             let sources = Sources {
@@ -235,10 +241,13 @@ async fn listen_http(address: SocketAddr) -> Result<TcpListener, StartError> {
 }
 
 /// Holds live links against the rules whenever these change.
-async fn police(mesh: Arc<dyn Mesh>, proxy: Arc<Proxy>) {
+async fn police(mesh: Arc<dyn Mesh>, proxy: Arc<Proxy>, registry: Arc<Registry>) {
     loop {
         match mesh.changed().await {
-            Ok(()) => recheck(&proxy).await,
+            Ok(()) => {
+                registry.carriers().rules_changed();
+                recheck(&proxy).await;
+            }
             Err(error) => {
                 warn!(%error, "changes of the rules cannot be seen now");
                 sleep(POLICE_RETRY).await;
@@ -269,6 +278,23 @@ async fn recheck(proxy: &Proxy) {
             warned = true;
         }
         sleep(POLICE_RETRY).await;
+    }
+}
+
+/// How sidecars are started.
+fn programs(config: &AgentConfig) -> sidecar::Settings {
+    let consul = match &config.mesh {
+        MeshKind::Embedded { .. } => None,
+        MeshKind::Consul(settings) => Some(ConsulProgram {
+            program: config.consul_program.clone(),
+            environment: settings.environment(),
+            token: settings.given_token(),
+        }),
+    };
+    sidecar::Settings {
+        consul,
+        envoy: config.envoy_program.clone(),
+        ..sidecar::Settings::default()
     }
 }
 

@@ -9,15 +9,15 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use super::Proxy;
 use super::cause::{Cause, Refusal};
 use super::frames::{Duplex, read_frame, silent, write_all};
-use super::keepalive;
 use super::links::{Direction, LinkId, LinkInfo, Purpose, unix_now};
-use super::local::SidecarUpstreams;
+use super::local::{LocalInstance, SidecarUpstreams};
 use super::tls::{self, Peer};
+use super::unverified::sidecar_of;
 use super::why::{AGENT, CERTIFICATE, TLS, Trail, span};
 use super::wire::{MAX_MESH_FRAME, Request, decode_reply};
+use super::{Proxy, keepalive, peer_uid};
 use crate::mesh::{Identity, Instance, Protocol, ServiceName};
 
 /// A connection that the other side has accepted, as far as it tells.
@@ -176,10 +176,11 @@ impl Proxy {
         Ok(secured.into())
     }
 
-    /// Dials `target` through the proxy beside an instance of this agent. That proxy shows the certificate and verifies
-    /// the other end; this agent has its word for it.
+    /// Dials `target` through the proxy beside `local`. That proxy shows the certificate and verifies the other end; this
+    /// agent has its word for it.
     pub(super) async fn dial_sidecar(
         &self,
+        local: &LocalInstance,
         sidecar: &dyn SidecarUpstreams,
         target: &ServiceName,
     ) -> Result<Dialled, Refusal> {
@@ -194,11 +195,19 @@ impl Proxy {
             Cause::Unreachable.because(format!("the sidecar's port for {target} at {address}: {why}"))
         };
         let deadline = self.settings.connect_timeout;
-        let stream = match timeout(deadline, TcpStream::connect(address)).await {
-            Ok(connected) => connected.map_err(|error| unreachable(&error))?,
+        let connect = async {
+            let stream = TcpStream::connect(address)
+                .await
+                .map_err(|error| unreachable(&error))?;
+            stream.set_nodelay(true).map_err(|error| unreachable(&error))?;
+            // While the sidecar is down anybody on this host can have its port.
+            sidecar_of(local, peer_uid::of_server(&stream).await?)?;
+            Ok::<_, Refusal>(stream)
+        };
+        let stream = match timeout(deadline, connect).await {
+            Ok(connected) => connected?,
             Err(_) => return Err(unreachable(&format!("no answer for {deadline:?}"))),
         };
-        stream.set_nodelay(true).map_err(|error| unreachable(&error))?;
         Ok(Dialled {
             stream: Box::new(stream),
             address,

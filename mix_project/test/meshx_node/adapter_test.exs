@@ -151,6 +151,8 @@ defmodule MeshxNode.AdapterTest do
     for _ <- 1..64, do: {:ok, _socket} = open.()
     assert_receive {:tcp_closed, ^later}, 5_000
     assert TestNode.call(b, :erpc, :call, [:a@h, :erlang, :node, []]) == :a@h
+    # By the link that was there.
+    assert b |> TestNode.output() |> String.split("asked: {:connect") |> length() == 2
   end
 
   test "over the agent it is the carrier that proves identities", %{dir: dir} = context do

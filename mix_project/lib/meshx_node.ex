@@ -144,8 +144,7 @@ defmodule MeshxNode do
         :ok
 
       :ignored ->
-        {:error,
-         {:not_ready, "this VM is not distributed: start it with -proto_dist meshx and a name"}}
+        {:error, not_distributed()}
 
       false ->
         case :meshx_links.refusal(node) do
@@ -187,6 +186,44 @@ defmodule MeshxNode do
         :error
     end
   end
+
+  # Rules, two connections and two handshakes, each with up to 5 s of its own.
+  @why_timeout 30_000
+
+  @doc """
+  Says step by step why this node may reach another, or may not and what to do.
+
+  The agent makes the decision as for a link, other agent and certificates included, and stops at the first no;
+  no link is made. `to_string/1` of the answer is what `meshx why` prints.
+
+      {:ok, why} = MeshxNode.why(:"cart@h2")
+      IO.puts(why)
+      # ok  source  shop@h1 is registered with this agent
+      # ok  target  cart@h2 is registered with the agent at 10.0.0.3:7070
+      # no  rule    cart -> shop is denied by rule cart -> shop deny; to allow it: meshx allow cart shop
+      # shop@h1 -> cart@h2: refused with intention_denied
+
+  The error is about the question: the agent can't be asked, or this VM is not distributed.
+  """
+  @spec why(node) :: {:ok, MeshxNode.Why.t()} | {:error, refusal}
+  def why(node) when is_atom(node) do
+    question = %{from: Atom.to_string(node()), to: Atom.to_string(node)}
+
+    with :ok <- distributed(),
+         {:ok, answer} <- :meshx_agent.call(:why, question, @why_timeout) do
+      case MeshxNode.Why.read(node(), node, answer) do
+        nil -> {:error, {:invalid_request, "the agent's answer to why has no decision and steps"}}
+        why -> {:ok, why}
+      end
+    end
+  end
+
+  defp distributed() do
+    if Node.alive?(), do: :ok, else: {:error, not_distributed()}
+  end
+
+  defp not_distributed(),
+    do: {:not_ready, "this VM is not distributed: start it with -proto_dist meshx and a name"}
 
   @doc "The verified other end of the link to a connected node."
   @spec peer(node) :: {:ok, peer} | {:error, refusal}

@@ -250,6 +250,9 @@ greet(Kernel, Socket) ->
                     exit(unsupported_protocol)
             after ?ACCEPT_TIMEOUT -> exit(timeout)
             end;
+        closed ->
+            %% The agent wanted to know whether somebody listens (`meshx why', `meshx doctor').
+            gen_tcp:close(Socket);
         {error, Text} ->
             gen_tcp:close(Socket),
             ?LOG_WARNING("meshx: closed a connection to this node's socket: ~ts", [Text])
@@ -268,6 +271,8 @@ proven(Socket) ->
                 {error, {_, Text}} ->
                     {error, Text}
             end;
+        {error, closed} ->
+            closed;
         {error, timeout} ->
             {error, text("no whole ACCEPT within ~b ms", [?ACCEPT_TIMEOUT])};
         {error, emsgsize} ->

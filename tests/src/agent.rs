@@ -1,5 +1,7 @@
 //! Agents of one embedded mesh, each a "host" on its own loopback address.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::time::Duration;
@@ -77,6 +79,7 @@ pub struct Agent {
     dir: PathBuf,
     environment: Vec<(String, String)>,
     inbound: String,
+    http: Option<String>,
 }
 
 impl Agent {
@@ -104,19 +107,16 @@ impl Agent {
         let mut process = Process::start(&format!("agent {name}"), program("meshx")?, arguments, |c| {
             c.env("RUST_LOG", "info").envs(environment.iter().cloned());
         })?;
-        let inbound = process.wait_for(START, |line| {
-            line.starts_with("meshx agent ready").then(|| {
-                line.split(' ')
-                    .find_map(|field| field.strip_prefix("inbound="))
-                    .unwrap_or_default()
-                    .to_owned()
-            })
+        let ready = process.wait_for(START, |line| {
+            line.starts_with("meshx agent ready").then(|| line.to_owned())
         })?;
+        let field = |name: &str| ready.split(' ').find_map(|field| field.strip_prefix(name));
         Ok(Self {
             process,
             dir: dir.to_owned(),
             environment: environment.to_vec(),
-            inbound,
+            inbound: field("inbound=").unwrap_or_default().to_owned(),
+            http: field("http=").map(str::to_owned),
         })
     }
 
@@ -128,6 +128,26 @@ impl Agent {
     /// Address and port where other agents dial it.
     pub fn inbound(&self) -> &str {
         &self.inbound
+    }
+
+    /// Its figures, in Prometheus' text form. It must have been started with `--http`.
+    ///
+    /// # Errors
+    /// When it does not give them.
+    pub fn metrics(&self) -> Result<String> {
+        let address = self.http.as_ref().ok_or("this agent has no --http")?;
+        let mut stream = TcpStream::connect(address).context("connect to the agent's HTTP")?;
+        let request = format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+        let mut answer = String::new();
+        stream
+            .write_all(request.as_bytes())
+            .and_then(|()| stream.read_to_string(&mut answer))
+            .context("ask for metrics")?;
+        if answer.starts_with("HTTP/1.1 200 ") {
+            Ok(answer)
+        } else {
+            Err(format!("no metrics: {answer}"))
+        }
     }
 
     /// Runs `meshx` with these arguments against this agent.

@@ -12,6 +12,7 @@ mod echo;
 pub mod envoy;
 pub mod fuzz;
 mod process;
+pub mod tls;
 
 pub use agent::{Agent, Mesh};
 pub use beam::{Beam, BeamBuilder, COOKIE, ebin};

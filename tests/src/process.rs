@@ -161,9 +161,17 @@ impl Process {
     /// # Errors
     /// When it does not within `timeout`.
     pub fn wait_log(&self, text: &str, timeout: Duration) -> Result<()> {
-        wait_until(timeout, || self.log().contains(text)).map_err(|()| {
+        self.wait_log_count(text, 1, timeout)
+    }
+
+    /// Waits until its output holds `text` at least so many times.
+    ///
+    /// # Errors
+    /// When it does not within `timeout`.
+    pub fn wait_log_count(&self, text: &str, count: usize, timeout: Duration) -> Result<()> {
+        wait_until(timeout, || self.log().matches(text).count() >= count).map_err(|()| {
             format!(
-                "{}: {text:?} not in its log within {timeout:?}\n{}",
+                "{}: {text:?} not {count} times in its log within {timeout:?}\n{}",
                 self.name,
                 self.tail()
             )

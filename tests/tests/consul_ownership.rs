@@ -54,18 +54,13 @@ fn a_killed_agent_comes_back_to_its_nodes_and_forgets_those_that_ended() {
 }
 
 #[test]
-fn a_killed_agent_that_stays_away_is_critical_and_then_forgotten() {
+fn nobody_is_sent_to_a_killed_agent_that_stays_away() {
     let consul = Consul::start().unwrap();
     let mut h1 = consul.agent("a", "127.0.0.2", &["h1"]).unwrap();
     let h2 = consul.agent("b", "127.0.0.3", &["h2"]).unwrap();
     let _shop = Beam::start(&h1, "shop@h1").unwrap();
     let mut cart = Beam::start(&h2, "cart@h2").unwrap();
     consul.wait_passing("shop", 1, FREED).unwrap();
-    let entry = consul.get("/v1/agent/checks").unwrap().to_string();
-    assert!(
-        entry.contains("1m0s"),
-        "no time after which Consul forgets it: {entry}"
-    );
     h1.process.kill();
     // TTL 10 s; nobody is sent there any more.
     let took = consul.wait_passing("shop", 0, Duration::from_secs(30)).unwrap();

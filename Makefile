@@ -47,6 +47,7 @@ lint:
 	$(MIX) format --check-formatted
 	cd examples/shop && mix format --check-formatted
 	cd examples/rpc && mix format --check-formatted
+	cd examples/adapter && mix format --check-formatted
 
 # The crate meshx-tests holds the end-to-end tests, which need both halves built: they come last.
 test-rust:
@@ -96,4 +97,4 @@ fuzz:
 
 clean:
 	cargo clean
-	rm -rf mix_project/_build mix_project/deps examples/{shop,rpc}/{_build,deps}
+	rm -rf mix_project/_build mix_project/deps examples/{shop,rpc,adapter}/{_build,deps}

@@ -1,4 +1,4 @@
 [
-  inputs: ["{mix,native,.formatter}.exs", "{config,lib,test}/**/*.{ex,exs}"],
+  inputs: ["{mix,native,.formatter}.exs", "{config,contract,lib,test}/**/*.{ex,exs}"],
   line_length: 100
 ]

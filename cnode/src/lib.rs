@@ -3,11 +3,13 @@
 //! - [`node`]: a node in Rust that joins an Erlang cluster through an agent.
 //! - [`mesh`]: what a service mesh must answer, and the embedded mesh.
 //! - [`proxy`]: the data plane: mutual TLS between agents, and the checks on every link.
+//! - [`http`]: health and metrics.
 //! - [`agent`]: the daemon that ties them together, one per host.
 //! - [`way`]: whether others could swap a directory that is trusted.
 
 pub mod agent;
 pub mod cli;
+pub mod http;
 mod log_limit;
 pub mod mesh;
 pub mod node;

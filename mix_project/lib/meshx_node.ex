@@ -1,4 +1,6 @@
 defmodule MeshxNode do
+  require Logger
+
   @moduledoc """
   Erlang distribution over the mesh: connecting nodes, and knowing who is at the other end.
 
@@ -19,7 +21,22 @@ defmodule MeshxNode do
   `:unreachable`, `:intention_denied`, `:identity_mismatch`, `:not_ready`, `:timeout` ...), or `:handshake_failed`
   when the agents let the link through and the nodes themselves did not agree, most often because of different
   cookies. The text is for people and names the rule, limit or address.
+
+  ## Over a mesh adapter
+
+  A VM with `-proto_dist Elixir.MeshxNode -no_epmd` and without a name is made a node by `start/4` or `Node.start/3`
+  when it runs, as in Meshx 0.1. `config :meshx_node` says how:
+
+  #{Meshx.Options.docs(MeshxNode.Adapter.schema())}
+
+  With `Meshx.Agent` or `MeshxConsul` it is the carrier above, with all that it proves; the other options have no
+  effect then. With any other adapter it is ordinary distribution between the addresses that the adapter gives, where
+  nothing but the cookie tells friend from foe: `peer/1` and `peers/0` know no such links. docs/adapters.md has more.
   """
+
+  # How long `start/4` waits for the application of the adapter, in steps.
+  @adapter_steps 100
+  @adapter_step 100
 
   @typedoc "Why a link was refused."
   @type refusal :: {cause :: atom, text :: String.t()}
@@ -55,6 +72,62 @@ defmodule MeshxNode do
   @unknown %{certificate_expires_at: nil, since: nil, bytes_in: nil, bytes_out: nil}
 
   @doc """
+  Makes this VM a node, and sets its cookie.
+
+  Waits up to 10 s for the application of `mesh_adapter`, when it belongs to one. The VM must have been started with
+  `-proto_dist Elixir.MeshxNode` or `-proto_dist meshx`: with any other carrier the node would be open to the
+  network.
+  """
+  @spec start(node, cookie :: atom, :longnames | :shortnames, tick_time :: pos_integer) ::
+          {:ok, pid} | {:error, term}
+  def start(node, cookie, type \\ :longnames, tick_time \\ 15_000)
+      when is_atom(node) and is_atom(cookie) do
+    with :ok <- carried(),
+         :ok <- adapter_started(Application.get_env(:meshx_node, :mesh_adapter), @adapter_steps),
+         {:ok, pid} <- Node.start(node, type, tick_time) do
+      Node.set_cookie(cookie)
+      {:ok, pid}
+    end
+  end
+
+  @doc "The same in a process of its own, whose result is only to be seen in the log."
+  @spec spawn_start(node, cookie :: atom, :longnames | :shortnames, pos_integer) :: pid
+  def spawn_start(node, cookie, type \\ :longnames, tick_time \\ 15_000) do
+    spawn(fn ->
+      with {:error, reason} <- start(node, cookie, type, tick_time),
+           do: Logger.error("MeshxNode: cannot start #{node}: #{inspect(reason)}")
+    end)
+  end
+
+  defp carried do
+    case :init.get_argument(:proto_dist) do
+      {:ok, [[carrier]]} when carrier in [~c"Elixir.MeshxNode", ~c"meshx"] ->
+        :ok
+
+      _other ->
+        {:error,
+         {:unsupported,
+          "the VM has another carrier: start it with -proto_dist Elixir.MeshxNode, or -proto_dist meshx"}}
+    end
+  end
+
+  defp adapter_started(adapter, left) do
+    app = adapter && Application.get_application(adapter)
+
+    cond do
+      app == nil or List.keymember?(Application.started_applications(), app, 0) ->
+        :ok
+
+      left == 0 ->
+        {:error, {:not_ready, "the application #{app} of #{inspect(adapter)} is not started"}}
+
+      true ->
+        Process.sleep(@adapter_step)
+        adapter_started(adapter, left - 1)
+    end
+  end
+
+  @doc """
   Connects to a node, and says why when that fails.
 
   `:ok` also when the nodes are connected already. Without distribution the cause is `:not_ready`.
@@ -71,8 +144,7 @@ defmodule MeshxNode do
         :ok
 
       :ignored ->
-        {:error,
-         {:not_ready, "this VM is not distributed: start it with -proto_dist meshx and a name"}}
+        {:error, not_distributed()}
 
       false ->
         case :meshx_links.refusal(node) do
@@ -114,6 +186,44 @@ defmodule MeshxNode do
         :error
     end
   end
+
+  # Rules, two connections and two handshakes, each with up to 5 s of its own.
+  @why_timeout 30_000
+
+  @doc """
+  Says step by step why this node may reach another, or may not and what to do.
+
+  The agent makes the decision as for a link, other agent and certificates included, and stops at the first no;
+  no link is made. `to_string/1` of the answer is what `meshx why` prints.
+
+      {:ok, why} = MeshxNode.why(:"cart@h2")
+      IO.puts(why)
+      # ok  source  shop@h1 is registered with this agent
+      # ok  target  cart@h2 is registered with the agent at 10.0.0.3:7070
+      # no  rule    cart -> shop is denied by rule cart -> shop deny; to allow it: meshx allow cart shop
+      # shop@h1 -> cart@h2: refused with intention_denied
+
+  The error is about the question: the agent can't be asked, or this VM is not distributed.
+  """
+  @spec why(node) :: {:ok, MeshxNode.Why.t()} | {:error, refusal}
+  def why(node) when is_atom(node) do
+    question = %{from: Atom.to_string(node()), to: Atom.to_string(node)}
+
+    with :ok <- distributed(),
+         {:ok, answer} <- :meshx_agent.call(:why, question, @why_timeout) do
+      case MeshxNode.Why.read(node(), node, answer) do
+        nil -> {:error, {:invalid_request, "the agent's answer to why has no decision and steps"}}
+        why -> {:ok, why}
+      end
+    end
+  end
+
+  defp distributed() do
+    if Node.alive?(), do: :ok, else: {:error, not_distributed()}
+  end
+
+  defp not_distributed(),
+    do: {:not_ready, "this VM is not distributed: start it with -proto_dist meshx and a name"}
 
   @doc "The verified other end of the link to a connected node."
   @spec peer(node) :: {:ok, peer} | {:error, refusal}

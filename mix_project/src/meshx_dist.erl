@@ -12,6 +12,8 @@
 -export([address/0, is_node_name/1, setopts/2, getopts/2]).
 -export([accept_loop/2, greet/2, accepted/4, connecting/5]).
 -export([tick/1, getstat/1]).
+%% For `meshx_adapter_dist'.
+-export([hs_data/3, up/0, failed/2, boot_error/3]).
 
 -include_lib("kernel/include/dist_util.hrl").
 -include_lib("kernel/include/net_address.hrl").
@@ -248,6 +250,9 @@ greet(Kernel, Socket) ->
                     exit(unsupported_protocol)
             after ?ACCEPT_TIMEOUT -> exit(timeout)
             end;
+        closed ->
+            %% The agent wanted to know whether somebody listens (`meshx why', `meshx doctor').
+            gen_tcp:close(Socket);
         {error, Text} ->
             gen_tcp:close(Socket),
             ?LOG_WARNING("meshx: closed a connection to this node's socket: ~ts", [Text])
@@ -266,6 +271,8 @@ proven(Socket) ->
                 {error, {_, Text}} ->
                     {error, Text}
             end;
+        {error, closed} ->
+            closed;
         {error, timeout} ->
             {error, text("no whole ACCEPT within ~b ms", [?ACCEPT_TIMEOUT])};
         {error, emsgsize} ->
@@ -358,6 +365,9 @@ connecting(Kernel, Node, Type, MyNode, SetupTime) ->
     end.
 
 %% The handshake leaves by `exit'; so does a link that was up.
+up() ->
+    put(meshx_up, true).
+
 failed(Node, Reason) ->
     case get(meshx_up) of
         true -> ok;
@@ -413,6 +423,14 @@ handshake_options(Socket) ->
     ok = inet:setopts(Socket, [{packet_size, 0}, {send_timeout, infinity}]).
 
 with_socket(Socket, Link, Handshake) ->
+    Up = fun() ->
+        up(),
+        meshx_links:up(Link)
+    end,
+    hs_data(Socket, Up, Handshake).
+
+%% An ordinary port-driver connection; `Up' is called in its process when the nodes' handshake is done.
+hs_data(Socket, Up, Handshake) ->
     Handshake#hs_data{
         socket = Socket,
         this_flags = 0,
@@ -420,8 +438,7 @@ with_socket(Socket, Link, Handshake) ->
         f_recv = fun gen_tcp:recv/3,
         f_setopts_pre_nodeup = fun(S) -> inet:setopts(S, [{active, false}, {packet, 4}]) end,
         f_setopts_post_nodeup = fun(S) ->
-            put(meshx_up, true),
-            meshx_links:up(Link),
+            Up(),
             inet:setopts(S, [
                 {active, true}, {deliver, port}, {packet, 4}, binary, {sndbuf, ?BUFFER}, {recbuf, ?BUFFER}, {buffer, ?BUFFER}
             ])

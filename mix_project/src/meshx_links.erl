@@ -15,7 +15,11 @@
 
 -spec new() -> ok.
 new() ->
-    ?TABLE = ets:new(?TABLE, [named_table, public, set, {read_concurrency, true}]),
+    case ets:whereis(?TABLE) of
+        undefined -> ?TABLE = ets:new(?TABLE, [named_table, public, set, {read_concurrency, true}]);
+        %% Nodes over a mesh adapter have it without the agent's client.
+        _ -> ?TABLE
+    end,
     ok.
 
 %% Notes a link before its handshake: from here on it can be cut.
@@ -34,8 +38,11 @@ up(Link) ->
 %% Forgets the links of a process that ended.
 -spec down(pid()) -> ok.
 down(Owner) ->
-    true = ets:match_delete(?TABLE, {{link, '_'}, '_', Owner, '_'}),
-    ok.
+    try ets:match_delete(?TABLE, {{link, '_'}, '_', Owner, '_'}) of
+        true -> ok
+    catch
+        error:badarg -> ok
+    end.
 
 -spec port(meshx_frame:link_id()) -> {ok, port()} | error.
 port(Link) ->

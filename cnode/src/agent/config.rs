@@ -43,6 +43,9 @@ pub struct AgentArgs {
     /// The address that other agents are told; port 0 stands for the bound one [default: the bound address]
     #[arg(long, value_name = "IP:PORT")]
     pub advertise: Option<String>,
+    /// Serve /metrics, /health and /ready there over plain HTTP [default: off]
+    #[arg(long, value_name = "IP:PORT")]
+    pub http: Option<String>,
     /// Which services another user may be, as uid:1000=shop*,cart or gid:50=search; may be given more than once [default: the agent's own user alone]
     #[arg(long, value_name = "RULE")]
     pub allow_register: Vec<String>,
@@ -61,6 +64,12 @@ pub struct AgentArgs {
     /// Give each instance an inbound port of its own out of this range, for foreign proxies that send no SNI [default: none, all share one]
     #[arg(long, value_name = "FIRST-LAST")]
     pub instance_ports: Option<String>,
+    /// The consul program, for sidecars of the kind connect_proxy [default: consul, out of PATH]
+    #[arg(long, value_name = "PROGRAM")]
+    pub consul_program: Option<PathBuf>,
+    /// The Envoy program, for sidecars of the kind envoy [default: envoy, out of PATH]
+    #[arg(long, value_name = "PROGRAM")]
+    pub envoy_program: Option<PathBuf>,
     /// Let nodes behind foreign sidecars in, whose names nobody has proved
     #[arg(long)]
     pub allow_unverified_peers: bool,
@@ -88,6 +97,8 @@ pub struct AgentConfig {
     pub bind: SocketAddr,
     /// What they are told instead of the bound address; port 0 stands for the bound one.
     pub advertise: Option<SocketAddr>,
+    /// Where metrics and health are served, if at all.
+    pub http: Option<SocketAddr>,
     /// Which user may be which service.
     pub trust: Trust,
     /// Who may open the sockets.
@@ -98,6 +109,10 @@ pub struct AgentConfig {
     pub node_service: NodeService,
     /// What carries the traffic of what does not say.
     pub data_plane: SidecarKind,
+    /// The consul program: a name for PATH, or a path.
+    pub consul_program: PathBuf,
+    /// The Envoy program, likewise.
+    pub envoy_program: PathBuf,
     /// Ports that instances have of their own.
     pub instance_ports: Option<RangeInclusive<u16>>,
     /// Links of nodes behind foreign sidecars are taken.
@@ -184,6 +199,7 @@ struct FileSettings {
     host: Vec<String>,
     bind: Option<String>,
     advertise: Option<String>,
+    http: Option<String>,
     #[serde(default)]
     allow_register: Vec<String>,
     socket_mode: Option<String>,
@@ -192,6 +208,8 @@ struct FileSettings {
     node_service: Option<String>,
     data_plane: Option<String>,
     instance_ports: Option<String>,
+    consul_program: Option<PathBuf>,
+    envoy_program: Option<PathBuf>,
     #[serde(default)]
     allow_unverified_peers: bool,
     #[serde(default)]
@@ -234,6 +252,8 @@ impl AgentConfig {
         let bind = faults.check(address("bind", &bind));
         let advertise = args.advertise.or(file.advertise);
         let advertise = advertise.and_then(|text| faults.check(address("advertise", &text)));
+        let http = args.http.or(file.http);
+        let http = http.and_then(|text| faults.check(address("http", &text)));
         if let Some(MeshKind::Embedded { .. }) = mesh {
             for (option, address) in [("bind", bind), ("advertise", advertise)] {
                 faults.check(address.map_or(Ok(()), |address| loopback(option, address)));
@@ -282,6 +302,14 @@ impl AgentConfig {
                 Ok(Self {
                     node_service: node_service.unwrap_or_default(),
                     data_plane: data_plane.unwrap_or(SidecarKind::Native),
+                    consul_program: args
+                        .consul_program
+                        .or(file.consul_program)
+                        .unwrap_or_else(|| "consul".into()),
+                    envoy_program: args
+                        .envoy_program
+                        .or(file.envoy_program)
+                        .unwrap_or_else(|| "envoy".into()),
                     instance_ports,
                     allow_unverified_peers: args.allow_unverified_peers || file.allow_unverified_peers,
                     mesh,
@@ -291,6 +319,7 @@ impl AgentConfig {
                     hosts,
                     bind,
                     advertise,
+                    http,
                     trust: Trust::new(paths::uid(), rules),
                     access: Access { socket_mode, group },
                     log_format,
@@ -448,6 +477,7 @@ mod tests {
             host: vec!["h1".into(), "a@b".into()],
             bind: Some("localhost".into()),
             advertise: Some("h1:x".into()),
+            http: Some("9465".into()),
             allow_register: vec!["uid:1000=shop".into(), "bob=shop".into()],
             socket_mode: Some("0777".into()),
             socket_group: Some("no-such-group".into()),
@@ -464,6 +494,7 @@ mod tests {
             "a@b",
             "localhost",
             "h1:x",
+            "http \"9465\"",
             "bob=shop",
             "0777",
             "no-such-group",
@@ -475,7 +506,7 @@ mod tests {
         ] {
             assert!(text.contains(seen), "{seen} not in {text}");
         }
-        assert_eq!(text.lines().count(), 12, "{text}");
+        assert_eq!(text.lines().count(), 13, "{text}");
     }
 
     #[test]
@@ -508,7 +539,7 @@ mod tests {
         let path = temp.path().join("agent.toml");
         fs::write(
             &path,
-            "mesh = \"embedded\"\nhost = [\"h1\", \"h2\"]\nbind = \"127.0.0.2:7\"\n\
+            "mesh = \"embedded\"\nhost = [\"h1\", \"h2\"]\nbind = \"127.0.0.2:7\"\nhttp = \"127.0.0.1:9\"\n\
              allow_register = [\"uid:1=a\"]\nsocket_mode = \"0660\"\nsocket_group = \"root\"\n\
              log_format = \"json\"\n",
         )
@@ -522,6 +553,7 @@ mod tests {
         let config = AgentConfig::from_args(args).unwrap();
         assert_eq!(config.hosts, ["h1", "h2"]);
         assert_eq!(config.bind, "127.0.0.3:0".parse().unwrap());
+        assert_eq!(config.http, Some("127.0.0.1:9".parse().unwrap()));
         assert_eq!(
             config.access,
             Access {

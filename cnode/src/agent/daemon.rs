@@ -15,16 +15,19 @@ use super::{
     config::{AgentConfig, MeshKind},
     control::{
         commands::{Context, QUESTIONS_MAX},
+        diagnosis::PROBES_MAX,
         server,
         upstreams::Budget,
     },
     dir::AgentDir,
     paths::{CONTROL_SOCKET, DIST_SOCKET, DirError},
-    registry::{Place, Registry},
+    registry::{Place, Registry, carrier::Carriers},
+    sidecar::{self, ConsulProgram, SidecarError, Sidecars},
 };
 use crate::{
+    http::{self, Sources},
     log_limit::LogLimit,
-    mesh::{Mesh, MeshError, consul::ConsulMesh, embedded::EmbeddedMesh},
+    mesh::{Mesh, MeshError, consul::ConsulMesh, embedded::EmbeddedMesh, observed::Observed},
     proxy::{Proxy, Settings, links::LinkTable, local::LocalTable},
 };
 
@@ -49,6 +52,17 @@ pub enum StartError {
         /// What the system said.
         source: io::Error,
     },
+    /// The port for metrics and health cannot be opened.
+    #[error("cannot listen on {address}: {source}; choose another one with --http")]
+    Http {
+        /// What was asked for.
+        address: SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The directory of sidecars cannot be used.
+    #[error(transparent)]
+    Sidecars(#[from] SidecarError),
     /// The mesh cannot be joined.
     #[error(transparent)]
     Mesh(#[from] MeshError),
@@ -63,6 +77,7 @@ pub struct Agent {
     inbound: SocketAddr,
     hosts: Vec<String>,
     mesh: &'static str,
+    http: Option<SocketAddr>,
     stop: CancellationToken,
     control: JoinHandle<()>,
     /// The data plane; its links end when this is dropped.
@@ -100,7 +115,14 @@ impl Agent {
             MeshKind::Consul(_) => ConsulMesh::agent_id(&config.dir),
         };
         let kind = config.mesh.name();
+        let programs = programs(&config);
+        let http = match config.http {
+            Some(address) => Some(listen_http(address).await?),
+            None => None,
+        };
         let mesh = join(config.mesh, &id, config.hosts.clone(), advertise).await?;
+        let mesh = Arc::new(Observed::new(mesh));
+        let answers = mesh.answers();
         let (local, links) = (LocalTable::default(), LinkTable::default());
         let place = Place {
             agent: id,
@@ -110,24 +132,35 @@ impl Agent {
             up: dir.up(),
             node_service: config.node_service,
         };
-        let registry = Arc::new(Registry::new(
-            mesh.clone(),
-            local.clone(),
-            links.clone(),
-            config.trust,
-            place,
-        )?);
-
         let settings = Settings {
             allow_unverified_peers: config.allow_unverified_peers,
             ..Settings::default()
         };
-        let proxy = Proxy::new(mesh.clone(), local, links.clone(), settings);
+        let proxy = Proxy::new(mesh.clone(), local.clone(), links.clone(), settings);
+        let carriers = Carriers {
+            proxy: proxy.clone(),
+            sidecars: Sidecars::new(mesh.clone(), dir.sidecars(), programs)?,
+            bind: config.bind.ip(),
+            ports: config.instance_ports,
+            default: config.data_plane,
+        };
+        let registry = Registry::new(mesh.clone(), local, links.clone(), config.trust, place, carriers)?;
+        let registry = Arc::new(registry);
         let dist = UnixListener::from_std(dir.bind(DIST_SOCKET)?)?;
         let mut data = JoinSet::new();
         data.spawn(proxy.clone().serve_inbound(port));
         data.spawn(proxy.clone().serve_dist(dist));
-        data.spawn(police(mesh, proxy.clone()));
+        data.spawn(police(mesh.clone(), proxy.clone(), registry.clone()));
+        let http_at = http.as_ref().map(TcpListener::local_addr).transpose()?;
+        if let Some(listener) = http {
+            let sources = Sources {
+                mesh,
+                answers,
+                proxy: proxy.clone(),
+                links: links.clone(),
+            };
+            data.spawn(http::serve(listener, sources));
+        }
 
         let stop = CancellationToken::new();
         let upstreams = Budget::default();
@@ -139,6 +172,7 @@ impl Agent {
             mesh: kind,
             upstreams,
             questions: Semaphore::new(QUESTIONS_MAX),
+            probes: Semaphore::new(PROBES_MAX),
             log: LogLimit::new("refused clients and requests"),
         };
         // Last: who finds the control socket finds an agent that is whole.
@@ -149,6 +183,7 @@ impl Agent {
             inbound: advertise,
             hosts: config.hosts,
             mesh: kind,
+            http: http_at,
             stop,
             control,
             data,
@@ -157,16 +192,17 @@ impl Agent {
         Ok(agent)
     }
 
-    /// One line for programs: `meshx agent ready dir=... inbound=IP:PORT hosts=A,B mesh=embedded`. A
-    /// directory with blanks is quoted as in JSON.
+    /// One line for programs: `meshx agent ready dir=... inbound=IP:PORT hosts=A,B mesh=embedded`, and `http=IP:PORT`
+    /// where that is served. A directory with blanks is quoted as in JSON.
     pub fn ready_line(&self) -> String {
         let dir = self.dir.path().to_string_lossy();
         let dir = match dir.contains(|c: char| c.is_whitespace() || c == '"') {
             true => serde_json::Value::from(dir).to_string(),
             false => dir.into_owned(),
         };
+        let http = self.http.map(|http| format!(" http={http}")).unwrap_or_default();
         format!(
-            "meshx agent ready dir={dir} inbound={} hosts={} mesh={}",
+            "meshx agent ready dir={dir} inbound={} hosts={} mesh={}{http}",
             self.inbound,
             self.hosts.join(","),
             self.mesh
@@ -196,11 +232,22 @@ impl Agent {
     }
 }
 
+async fn listen_http(address: SocketAddr) -> Result<TcpListener, StartError> {
+    if !address.ip().is_loopback() {
+        warn!(%address, "metrics and health are served beyond this host, to whoever reaches the port");
+    }
+    let listener = TcpListener::bind(address).await;
+    listener.map_err(|source| StartError::Http { address, source })
+}
+
 /// Holds live links against the rules whenever these change.
-async fn police(mesh: Arc<dyn Mesh>, proxy: Arc<Proxy>) {
+async fn police(mesh: Arc<dyn Mesh>, proxy: Arc<Proxy>, registry: Arc<Registry>) {
     loop {
         match mesh.changed().await {
-            Ok(()) => recheck(&proxy).await,
+            Ok(()) => {
+                registry.carriers().rules_changed();
+                recheck(&proxy).await;
+            }
             Err(error) => {
                 warn!(%error, "changes of the rules cannot be seen now");
                 sleep(POLICE_RETRY).await;
@@ -231,6 +278,23 @@ async fn recheck(proxy: &Proxy) {
             warned = true;
         }
         sleep(POLICE_RETRY).await;
+    }
+}
+
+/// How sidecars are started.
+fn programs(config: &AgentConfig) -> sidecar::Settings {
+    let consul = match &config.mesh {
+        MeshKind::Embedded { .. } => None,
+        MeshKind::Consul(settings) => Some(ConsulProgram {
+            program: config.consul_program.clone(),
+            environment: settings.environment(),
+            token: settings.given_token(),
+        }),
+    };
+    sidecar::Settings {
+        consul,
+        envoy: config.envoy_program.clone(),
+        ..sidecar::Settings::default()
     }
 }
 

@@ -23,7 +23,7 @@ use rustix::{
 };
 use tracing::{debug, warn};
 
-use super::paths::{self, CONTROL_SOCKET, DIST_SOCKET, DirError, UP_DIR, VM_DIR};
+use super::paths::{self, CONTROL_SOCKET, DIST_SOCKET, DirError, SIDECAR_DIR, UP_DIR, VM_DIR};
 
 const LOCK: &str = "agent.lock";
 /// A younger socket is left alone by [`AgentDir::sweep`]: its owner may be between making the file and
@@ -150,6 +150,11 @@ impl AgentDir {
         self.path.join(UP_DIR)
     }
 
+    /// Where the files of sidecars lie.
+    pub fn sidecars(&self) -> PathBuf {
+        self.path.join(SIDECAR_DIR)
+    }
+
     /// The dist socket's path.
     pub fn dist_socket(&self) -> PathBuf {
         self.path.join(DIST_SOCKET)
@@ -216,6 +221,7 @@ impl AgentDir {
         }
         let _ = fs::remove_dir(self.vm());
         let _ = fs::remove_dir(self.up());
+        let _ = fs::remove_dir(self.sidecars());
         if self.made {
             let _ = fs::remove_dir(&self.path);
         }

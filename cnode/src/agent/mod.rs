@@ -1,13 +1,16 @@
 //! The daemon, one per host: directory, control socket, local trust, registrations.
 
+mod certificate;
 pub mod client;
 pub mod config;
 pub mod control;
 mod daemon;
 pub mod dir;
+mod doctor;
 pub mod hosts;
 pub mod paths;
 pub mod registry;
+pub mod sidecar;
 pub mod trust;
 
 pub use daemon::{Agent, STOP_TIME, StartError};

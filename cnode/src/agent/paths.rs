@@ -22,6 +22,8 @@ pub const DIST_SOCKET: &str = "dist.sock";
 pub const VM_DIR: &str = "vm";
 /// Directory below the agent's for the sockets of services and upstreams.
 pub const UP_DIR: &str = "up";
+/// Below it: the files of sidecars, for the agent alone.
+pub const SIDECAR_DIR: &str = "sidecar";
 
 /// Longest path that a Unix socket can have on Linux: `sun_path` is 108 bytes with the final zero
 /// (unix(7)).

@@ -4,7 +4,8 @@ use std::process::ExitCode;
 
 use meshx_etf::Term;
 
-use super::{AgentOption, EX_SOFTWARE, Failure, block_on, connect, print};
+use super::answer::{ask, json, print_json};
+use super::{AgentOption, EX_SOFTWARE, Failure, print};
 use crate::agent::control::message::{map, text};
 
 /// Say whether one service or node may talk to another, and why
@@ -18,17 +19,24 @@ pub(super) struct CheckArgs {
     to: String,
     #[command(flatten)]
     agent: AgentOption,
+    /// Print a JSON object with the decision
+    #[arg(long)]
+    json: bool,
 }
 
 pub(super) fn run(args: &CheckArgs) -> Result<ExitCode, Failure> {
-    let answer = block_on(async {
-        let client = connect(args.agent.dir.as_deref()).await?;
-        Ok(client
-            .request("check", map([("from", text(&args.from)), ("to", text(&args.to))]))
-            .await?)
-    })?;
+    let pair = map([("from", text(&args.from)), ("to", text(&args.to))]);
+    let answer = ask(&args.agent, "check", pair)?;
     let allowed = answer.map_get("allowed").and_then(Term::as_bool);
     let allowed = allowed.ok_or_else(|| Failure::new(EX_SOFTWARE, "the agent's answer has no decision"))?;
+    if args.json {
+        print_json(&json(&answer))?;
+        return Ok(if allowed {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        });
+    }
     let why = answer.map_get("text").and_then(Term::as_str).unwrap_or_default();
     let (from, to) = (&args.from, &args.to);
     if allowed {

@@ -3,9 +3,10 @@
 use std::process::ExitCode;
 
 use meshx_etf::Term;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
-use super::{AgentOption, EX_SOFTWARE, Failure, block_on, connect, print, table};
+use super::answer::{ask, json, list, print_json, text};
+use super::{AgentOption, Failure, print, table};
 use crate::agent::control::message::map;
 
 /// List the live links of the agent, with the identities proven at both ends
@@ -19,18 +20,11 @@ pub(super) struct LinksArgs {
 }
 
 pub(super) fn run(args: &LinksArgs) -> Result<ExitCode, Failure> {
-    let answer = block_on(async {
-        let client = connect(args.agent.dir.as_deref()).await?;
-        Ok(client.request("links", map([])).await?)
-    })?;
-    let links = answer.map_get("links").and_then(Term::as_list);
-    let links = links.ok_or_else(|| Failure::new(EX_SOFTWARE, "the agent's answer has no links"))?;
-    let mut links: Vec<&Term> = links.iter().collect();
+    let answer = ask(&args.agent, "links", map([]))?;
+    let mut links: Vec<&Term> = list(&answer, "links")?;
     links.sort_by_key(|link| ["local", "remote", "id"].map(|key| text(link, key)));
     if args.json {
-        let all = Value::Array(links.into_iter().map(json).collect());
-        print(&format!("{all:#}\n"))?;
-        return Ok(ExitCode::SUCCESS);
+        return print_json(&links.into_iter().map(json).collect::<Value>());
     }
     let rows: Vec<[String; 7]> = links
         .into_iter()
@@ -60,29 +54,4 @@ pub(super) fn run(args: &LinksArgs) -> Result<ExitCode, Failure> {
         &rows,
     ))?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// A value of the flat map that a link is, for people.
-fn text(link: &Term, key: &str) -> String {
-    match link.map_get(key) {
-        Some(Term::Atom(atom)) => atom.as_str().to_owned(),
-        Some(term) => term.as_str().map_or_else(|| term.to_string(), str::to_owned),
-        None => String::new(),
-    }
-}
-
-fn json(link: &Term) -> Value {
-    let pairs = link.as_map().into_iter().flat_map(|map| map.iter());
-    let pairs = pairs.filter_map(|(key, value)| Some((key.as_atom()?.to_owned(), json_value(value))));
-    Value::Object(pairs.collect::<Map<_, _>>())
-}
-
-fn json_value(value: &Term) -> Value {
-    match value {
-        Term::Int(number) => (*number).into(),
-        Term::Atom(atom) => atom.as_str().into(),
-        other => other
-            .as_str()
-            .map_or_else(|| other.to_string().into(), Into::into),
-    }
 }

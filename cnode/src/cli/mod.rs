@@ -1,15 +1,21 @@
 //! The command line of `meshx`.
 
 mod agent;
+mod answer;
 mod call;
 mod caller;
 mod check;
+mod doctor;
 mod json;
 mod links;
+mod listeners;
+mod mesh;
 mod names;
 mod node;
+mod report;
 mod rules;
 mod run;
+mod why;
 
 use std::{
     fmt,
@@ -44,6 +50,11 @@ enum Command {
     Names(names::NamesArgs),
     Links(links::LinksArgs),
     Check(check::CheckArgs),
+    Why(why::WhyArgs),
+    Doctor(doctor::DoctorArgs),
+    Services(mesh::ServicesArgs),
+    Intentions(mesh::IntentionsArgs),
+    Certs(mesh::CertsArgs),
     Allow(rules::PairArgs),
     Deny(rules::PairArgs),
     Rules(rules::RulesArgs),
@@ -85,6 +96,11 @@ pub fn main() -> ExitCode {
         Command::Names(args) => names::run(&args),
         Command::Links(args) => links::run(&args),
         Command::Check(args) => check::run(&args),
+        Command::Why(args) => why::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+        Command::Services(args) => mesh::services(&args),
+        Command::Intentions(args) => mesh::intentions(&args),
+        Command::Certs(args) => mesh::certs(&args),
         Command::Allow(args) => rules::allow(&args),
         Command::Deny(args) => rules::deny(&args),
         Command::Rules(args) => rules::run(&args),

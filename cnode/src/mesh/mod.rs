@@ -8,6 +8,7 @@ mod identity;
 
 pub mod consul;
 pub mod embedded;
+pub mod observed;
 
 use std::net::SocketAddr;
 
@@ -16,6 +17,7 @@ use futures::future::BoxFuture;
 pub use identity::{
     Identity, MAX_NODE_NAME, MAX_SERVICE_NAME, MAX_SPIFFE_ID, NameError, ServiceName, SpiffeId, split_node,
 };
+use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
 
 /// Answer of one mesh question.
@@ -136,6 +138,11 @@ pub trait Certificates: Send + Sync {
     /// # Errors
     /// [`MeshError::Unavailable`] before the mesh has told its trust domain.
     fn spiffe(&self, service: &ServiceName) -> Result<SpiffeId, MeshError>;
+
+    /// The certificates of the authorities that are believed, for people; none where the mesh does not show them.
+    fn roots(&self) -> Answer<'_, Vec<CertificateDer<'static>>> {
+        Box::pin(std::future::ready(Ok(Vec::new())))
+    }
 
     /// A client's own token for a service: from now on that service's certificate, registration and watches are
     /// asked for with it, until the last instance of it is deregistered.

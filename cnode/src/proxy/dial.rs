@@ -9,15 +9,15 @@ use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
-use super::Proxy;
 use super::cause::{Cause, Refusal};
 use super::frames::{Duplex, read_frame, silent, write_all};
-use super::keepalive;
 use super::links::{Direction, LinkId, LinkInfo, Purpose, unix_now};
-use super::local::SidecarUpstreams;
+use super::local::{LocalInstance, SidecarUpstreams};
 use super::tls::{self, Peer};
+use super::unverified::sidecar_of;
 use super::why::{AGENT, CERTIFICATE, TLS, Trail, span};
 use super::wire::{MAX_MESH_FRAME, Request, decode_reply};
+use super::{Proxy, keepalive, peer_uid};
 use crate::mesh::{Identity, Instance, Protocol, ServiceName};
 
 /// A connection that the other side has accepted, as far as it tells.
@@ -34,13 +34,6 @@ struct Proof {
     peer: Peer,
 }
 
-/// A connection whose ends have proven who they are, before anything is asked for.
-pub(super) struct Secured {
-    pub(super) stream: TlsStream<TcpStream>,
-    pub(super) address: SocketAddr,
-    proof: Proof,
-}
-
 impl Dialled {
     /// Completes what is known of the link.
     pub(super) fn describe(&self, info: &mut LinkInfo) {
@@ -55,8 +48,25 @@ impl Dialled {
     }
 }
 
+/// A connection whose two ends have proven who they are.
+pub(super) struct Secured {
+    pub(super) stream: TlsStream<TcpStream>,
+    pub(super) address: SocketAddr,
+    proof: Proof,
+}
+
+impl From<Secured> for Dialled {
+    fn from(secured: Secured) -> Self {
+        Self {
+            stream: Box::new(secured.stream),
+            address: secured.address,
+            proof: Some(secured.proof),
+        }
+    }
+}
+
 impl Proxy {
-    /// Connects to where `target` is served, shows the certificate of `source` and holds the other one against the
+    /// Connects to the agent of `target`, shows the certificate of `source` and holds the other one against the
     /// target's identity.
     ///
     /// What is spoken is the catalogue's word alone. An agent that does not speak `meshx/1` is not taken for something
@@ -121,7 +131,7 @@ impl Proxy {
         }
         trail.pass(|| match target.protocol {
             Protocol::Meshx => format!("meshx/1 with {}", peer.id),
-            Protocol::Connect => format!("a proxy of another make, for {}", peer.id),
+            Protocol::Connect => format!("plain mutual TLS with {}", peer.id),
         });
         Ok(Secured {
             stream,
@@ -142,20 +152,11 @@ impl Proxy {
         node: &str,
     ) -> Result<Dialled, Refusal> {
         let settings = &self.settings;
-        let secured = self.handshake(source, target, &mut Trail::none()).await?;
-        let Secured {
-            mut stream,
-            address,
-            proof,
-        } = secured;
-        let dialled = |stream| Dialled {
-            stream: Box::new(stream),
-            address,
-            proof: Some(proof),
-        };
+        let mut secured = self.handshake(source, target, &mut Trail::none()).await?;
         if target.protocol == Protocol::Connect {
-            return Ok(dialled(stream));
+            return Ok(secured.into());
         }
+        let (stream, address) = (&mut secured.stream, secured.address);
         let mut request = Vec::new();
         Request {
             purpose,
@@ -166,19 +167,20 @@ impl Proxy {
         }
         .encode(&mut request);
         let exchange = async {
-            write_all(&mut stream, &request, settings.frame_timeout).await?;
+            write_all(stream, &request, settings.frame_timeout).await?;
             // The other agent may need all of its own time to decide.
-            let reply = read_frame(&mut stream, MAX_MESH_FRAME, settings.setup_timeout).await?;
+            let reply = read_frame(stream, MAX_MESH_FRAME, settings.setup_timeout).await?;
             decode_reply(&reply).map_err(Refusal::from)?
         };
         exchange.await.map_err(|refusal| at(address, refusal))?;
-        Ok(dialled(stream))
+        Ok(secured.into())
     }
 
-    /// Dials `target` through the proxy beside an instance of this agent. That proxy shows the certificate and verifies
-    /// the other end; this agent has its word for it.
+    /// Dials `target` through the proxy beside `local`. That proxy shows the certificate and verifies the other end; this
+    /// agent has its word for it.
     pub(super) async fn dial_sidecar(
         &self,
+        local: &LocalInstance,
         sidecar: &dyn SidecarUpstreams,
         target: &ServiceName,
     ) -> Result<Dialled, Refusal> {
@@ -193,11 +195,19 @@ impl Proxy {
             Cause::Unreachable.because(format!("the sidecar's port for {target} at {address}: {why}"))
         };
         let deadline = self.settings.connect_timeout;
-        let stream = match timeout(deadline, TcpStream::connect(address)).await {
-            Ok(connected) => connected.map_err(|error| unreachable(&error))?,
+        let connect = async {
+            let stream = TcpStream::connect(address)
+                .await
+                .map_err(|error| unreachable(&error))?;
+            stream.set_nodelay(true).map_err(|error| unreachable(&error))?;
+            // While the sidecar is down anybody on this host can have its port.
+            sidecar_of(local, peer_uid::of_server(&stream).await?)?;
+            Ok::<_, Refusal>(stream)
+        };
+        let stream = match timeout(deadline, connect).await {
+            Ok(connected) => connected?,
             Err(_) => return Err(unreachable(&format!("no answer for {deadline:?}"))),
         };
-        stream.set_nodelay(true).map_err(|error| unreachable(&error))?;
         Ok(Dialled {
             stream: Box::new(stream),
             address,

@@ -114,8 +114,10 @@ impl Proxy {
         let deadline = self.settings.handshake_timeout;
         let secured = timeout(deadline, self.secure(stream, address, only, attempt)).await;
         let secured = secured.unwrap_or_else(|_| Err(silent("a TLS handshake", deadline).into()));
-        self.links
-            .count_accepted(secured.as_ref().is_ok_and(|secured| secured.peer.is_ok()));
+        if !attempt.is_probe {
+            self.links
+                .count_accepted(secured.as_ref().is_ok_and(|secured| secured.peer.is_ok()));
+        }
         let Secured {
             stream,
             protocol,

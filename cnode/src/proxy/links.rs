@@ -102,6 +102,10 @@ impl Purpose {
     }
 }
 
+/// A service, and whether it has proven to be that: whoever only says so takes no links from who is.
+#[derive(PartialEq, Eq, Hash)]
+struct Dialler(SpiffeId, bool);
+
 /// What is known of a link from its start.
 #[derive(Debug, Clone)]
 pub struct LinkInfo {
@@ -135,10 +139,10 @@ pub struct LinkInfo {
 
 impl LinkInfo {
     /// Who made the link.
-    fn dialler(&self) -> &SpiffeId {
+    fn dialler(&self) -> Dialler {
         match self.direction {
-            Direction::Inbound => &self.remote_spiffe,
-            Direction::Outbound | Direction::Local => &self.local_spiffe,
+            Direction::Inbound => Dialler(self.remote_spiffe.clone(), self.verified),
+            Direction::Outbound | Direction::Local => Dialler(self.local_spiffe.clone(), true),
         }
     }
 
@@ -231,7 +235,7 @@ impl HandshakeCounts {
 struct LiveLinks {
     by_id: HashMap<LinkId, Arc<Live>>,
     /// How many each service has dialled.
-    dialled: HashMap<SpiffeId, usize>,
+    dialled: HashMap<Dialler, usize>,
     pairs: Pairs,
 }
 
@@ -286,11 +290,11 @@ impl LinkTable {
                 "{LINKS_MAX} links are live, more are not taken (LINKS_MAX)"
             )));
         }
-        let dialled = links.dialled.entry(live.info.dialler().clone()).or_default();
+        let dialled = links.dialled.entry(live.info.dialler()).or_default();
         if *dialled >= LINKS_PER_SERVICE_MAX {
             return Err(Cause::Limit.because(format!(
                 "{} has dialled {LINKS_PER_SERVICE_MAX} live links, more are not taken (LINKS_PER_SERVICE_MAX)",
-                live.info.dialler()
+                live.info.dialler().0
             )));
         }
         *dialled += 1;
@@ -500,10 +504,10 @@ impl Drop for LinkGuard {
             links.pairs.closed(pair, self.live.counters.both());
         }
         let dialler = self.live.info.dialler();
-        if let Some(dialled) = links.dialled.get_mut(dialler) {
+        if let Some(dialled) = links.dialled.get_mut(&dialler) {
             *dialled = dialled.saturating_sub(1);
             if *dialled == 0 {
-                links.dialled.remove(dialler);
+                links.dialled.remove(&dialler);
             }
         }
     }
@@ -584,6 +588,13 @@ mod tests {
             refusal.cause == Cause::Limit && refusal.text.contains("svc/hostile"),
             "{refusal}"
         );
+        let unverified = LinkInfo {
+            verified: false,
+            direction: Direction::Inbound,
+            remote_spiffe: SpiffeId::new("td", ServiceName::new("hostile").unwrap()),
+            ..info(255, 1)
+        };
+        assert!(table.insert(unverified).is_ok(), "another one of that name");
         held.extend((held.len()..LINKS_MAX).map(|number| {
             let service = format!("s{}", number / LINKS_PER_SERVICE_MAX);
             dialled_by(&service, number).unwrap()

@@ -153,7 +153,10 @@ impl Proxy {
         }
         let dialled = match &dialler.sidecar {
             None => self.dial(source, &found, Purpose::Dist, link, &node).await?,
-            Some(sidecar) => self.dial_sidecar(sidecar.as_ref(), &found.service).await?,
+            Some(sidecar) => {
+                self.dial_sidecar(&dialler, sidecar.as_ref(), &found.service)
+                    .await?
+            }
         };
         dialled.describe(&mut info);
         let proven = info.verified.then(|| info.remote_spiffe.to_string());

@@ -15,6 +15,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use rustix::net::netlink::{SOCK_DIAG, SocketAddrNetlink};
 use rustix::net::{
@@ -23,6 +24,9 @@ use rustix::net::{
 use tokio::net::TcpStream;
 
 use super::cause::{Cause, Refusal};
+
+/// Between looks whether a connection is accepted.
+const ACCEPT_POLL: Duration = Duration::from_millis(1);
 
 /// Bytes of `struct nlmsghdr`.
 const HEADER: usize = 16;
@@ -51,6 +55,22 @@ pub(super) fn of(stream: &TcpStream) -> Result<u32, Refusal> {
     }
     let answer = ask(client, here).map_err(|error| untold(&error))?;
     uid(&answer, client, here).map_err(|why| untold(&why))
+}
+
+/// The uid of the process that accepts a connection that was made on loopback: waits until it has. The caller sets the
+/// deadline.
+///
+/// # Errors
+/// As [`of`], when the other end is gone.
+pub(super) async fn of_server(stream: &TcpStream) -> Result<u32, Refusal> {
+    loop {
+        let told = of(stream);
+        // Until then the socket is nobody's, and the kernel tells nobody when it no longer is.
+        match told {
+            Err(_) if stream.peer_addr().is_ok() => tokio::time::sleep(ACCEPT_POLL).await,
+            told => return told,
+        }
+    }
 }
 
 /// Asks the kernel for the socket of `client` whose other end is `here`.
@@ -164,6 +184,19 @@ mod tests {
         drop(client);
         let refusal = of(&stream).unwrap_err();
         assert_eq!(refusal.cause, Cause::NotPermitted, "{refusal}");
+    }
+
+    #[tokio::test]
+    async fn a_server_is_known_when_it_accepts() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        assert!(of(&client).is_err(), "not accepted yet");
+        let accept = async {
+            tokio::time::sleep(ACCEPT_POLL * 3).await;
+            listener.accept().await.unwrap()
+        };
+        let (told, _accepted) = tokio::join!(of_server(&client), accept);
+        assert_eq!(told, Ok(rustix::process::geteuid().as_raw()));
     }
 
     /// With nothing connected, the kernel finds who listens at the client's address.

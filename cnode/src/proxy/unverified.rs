@@ -124,14 +124,14 @@ impl Proxy {
 }
 
 /// A sidecar runs as root, as the agent that started it, or as the user whose node it is; anybody else on this host has
-/// passed no proxy at all.
-fn sidecar_of(local: &LocalInstance, uid: u32) -> Result<(), Refusal> {
+/// no business at its ports.
+pub(super) fn sidecar_of(local: &LocalInstance, uid: u32) -> Result<(), Refusal> {
     let agent = rustix::process::geteuid().as_raw();
     if [0, agent, local.uid].contains(&uid) {
         return Ok(());
     }
     Err(Cause::NotPermitted.because(format!(
-        "uid {uid} uses the port of the sidecar of {}, wanted uid 0, {agent} or {}",
+        "uid {uid} has the other end of a port of the sidecar of {}, wanted uid 0, {agent} or {}",
         local.instance.id, local.uid
     )))
 }

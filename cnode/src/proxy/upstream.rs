@@ -283,7 +283,9 @@ impl Proxy {
             .ok_or_else(|| Cause::InvalidRequest.because(format!("{via} has no sidecar")))?;
         let mut info = self.upstream_info(upstream, link, upstream.target.to_string())?;
         info.instances.push(local.instance.id.clone());
-        let dialled = self.dial_sidecar(sidecar.as_ref(), &upstream.target).await?;
+        let dialled = self
+            .dial_sidecar(&local, sidecar.as_ref(), &upstream.target)
+            .await?;
         dialled.describe(&mut info);
         let link = self.links.insert(info)?;
         self.still_here(&local)?;

@@ -139,6 +139,8 @@ struct Source {
     service: ServiceName,
     /// None when this agent is the one that would dial.
     elsewhere: Option<Instance>,
+    /// A proxy beside it dials.
+    has_sidecar: bool,
 }
 
 impl Proxy {
@@ -245,6 +247,10 @@ impl Proxy {
                     elsewhere.address
                 )
             });
+        } else if source.has_sidecar && here.is_none() {
+            trail.look(AGENT);
+            trail
+                .pass(|| "not tried: the sidecar of the source dials, and verifies the other end".to_owned());
         } else if here.is_none() {
             let secured = self.handshake(&source.service, target, trail).await?;
             trail.look(CERTIFICATE);
@@ -272,15 +278,34 @@ impl Proxy {
             stream.read(&mut [0]).await
         };
         match (timeout(deadline, answer).await, protocol) {
-            (Ok(Err(error)), _) if error.get_ref().is_some_and(|inner| inner.is::<rustls::Error>()) => {
-                let refusal = tls::refusal(&error);
-                Err(refusal
-                    .cause
-                    .because(format!("agent at {address}: {}", refusal.text)))
-            }
+            (Ok(Err(error)), _) => match tls::late_refusal(&error) {
+                Some(refusal) => {
+                    let text = format!("agent at {address}: {}", refusal.text);
+                    Err(refusal.cause.because(text))
+                }
+                None => Ok(()),
+            },
             (Err(_), Protocol::Meshx) => Err(silent("the end of a connection", deadline)),
             _ => Ok(()),
         }
+    }
+
+    /// The instances that are registered with this agent, by id.
+    pub(crate) fn local_instances(&self) -> Vec<Arc<LocalInstance>> {
+        let mut all = self.local.all();
+        all.sort_by(|a, b| a.instance.id.cmp(&b.instance.id));
+        all
+    }
+
+    /// Whether an instance of this agent takes connections from it.
+    pub(crate) async fn takes_connections(&self, local: &LocalInstance) -> Result<(), Refusal> {
+        self.reach(local).await.map(drop)
+    }
+
+    /// Whether this agent answers for one of its instances where the others are told to dial it.
+    pub(crate) async fn answers(&self, own: &Instance) -> Result<(), Refusal> {
+        let secured = self.handshake(&own.service, own, &mut Trail::none()).await?;
+        self.accepted(secured, own.protocol).await
     }
 
     /// A distribution link's target, and the rule that lets its service dial the source's. Either end can do anything
@@ -342,6 +367,7 @@ impl Proxy {
                         return Ok(Source {
                             service,
                             elsewhere: None,
+                            has_sidecar: false,
                         });
                     }
                     None => {
@@ -354,7 +380,8 @@ impl Proxy {
                 }
             }
         };
-        let elsewhere = self.local.by_id(&found.id).is_none();
+        let local = self.local.by_id(&found.id);
+        let elsewhere = local.is_none();
         trail.pass(|| match elsewhere {
             true => format!("{from} is registered with the agent at {}", found.address),
             false => format!("{from} is registered with this agent"),
@@ -362,6 +389,7 @@ impl Proxy {
         Ok(Source {
             service: found.service.clone(),
             elsewhere: elsewhere.then_some(found),
+            has_sidecar: local.is_some_and(|local| local.sidecar.is_some()),
         })
     }
 

@@ -1,6 +1,7 @@
 //! The real agent, spoken to over its real control socket.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod diagnosis;
 mod hostile;
 mod library;
 mod lifecycle;

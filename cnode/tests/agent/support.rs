@@ -346,6 +346,13 @@ fn helper_process() {
             map([("name", text("shop-web")), ("address", elsewhere)]),
         ));
         say(client.ask("register_service", map([("name", text("web"))])));
+        let why = client.ask("why", map([("from", text("mail")), ("to", text("echo"))]));
+        say(
+            why.and_then(|why| match why.map_get("allowed").and_then(Term::as_bool) {
+                Some(true) => Ok(why),
+                _ => Err((why.map_get("cause").unwrap().to_string(), why.to_string())),
+            }),
+        );
     }
     // Until it is killed, or the test is gone.
     let _ = std::io::stdin().read(&mut [0]);

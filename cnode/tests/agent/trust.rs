@@ -95,6 +95,9 @@ fn a_user_who_is_one_service_cannot_act_as_another_nor_on_links_that_are_not_his
         println!("{attempt}: {answer}");
         assert!(answer.starts_with("not_permitted: "), "{attempt}: {answer}");
     }
+    // Nobody is registered as mail, and this user may not be it: the agent does not dial in its name.
+    let answer = helper.answer();
+    assert!(answer.starts_with("no_such_service: "), "{answer}");
     let links = client.ask("links", map([])).unwrap();
     assert_eq!(
         links.map_get("links").unwrap().as_list().unwrap().len(),

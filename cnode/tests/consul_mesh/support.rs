@@ -15,6 +15,9 @@ use tempfile::TempDir;
 
 /// For what has no promise. The machine may be busy.
 pub(crate) const LONG: Duration = Duration::from_secs(60);
+/// What Consul lost is there again when the next refresh of its check (after 5 s, 2 s while Consul is away) has
+/// failed, and is waited for three times as long.
+pub(crate) const PROMISED_AGAIN: Duration = Duration::from_secs(3 * 6);
 /// The token that may do all.
 pub(crate) const MASTER: &str = "11111111-2222-3333-4444-555555555555";
 

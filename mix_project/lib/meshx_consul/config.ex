@@ -98,8 +98,8 @@ defmodule MeshxConsul.Config do
 
       names ->
         Logger.warning(
-          "config :meshx_consul: #{Enum.map_join(names, ", ", &inspect/1)} have no effect: the agent talks to Consul, " <>
-            "and `meshx agent` says where that is"
+          "config :meshx_consul: not used any more: #{Enum.map_join(names, ", ", &inspect/1)}; the agent talks to " <>
+            "Consul, and `meshx agent` says where that is"
         )
     end
   end

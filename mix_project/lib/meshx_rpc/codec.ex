@@ -125,6 +125,15 @@ defmodule MeshxRpc.Codec do
               :ok | {:error, {name :: atom(), text :: String.t()}}
 
   @doc """
+  The term, when its guard lets it pass. Raises `ArgumentError` when it has atoms that this VM does not have.
+
+  `:erlang.binary_to_term/2` holds its scheduler for milliseconds when a term has some thousand atoms or pairs of maps:
+  the NIF decodes such terms, and all that are as large, on a dirty scheduler.
+  """
+  @callback decode(binary(), policy :: map() | term()) ::
+              {:ok, term()} | {:error, {name :: atom(), text :: String.t()}}
+
+  @doc """
   The codec that this VM uses: `config :meshx, rpc_codec: module` when that is set, else the NIF, else plain
   Elixir. That the NIF is not there is logged once, with the reason.
   """

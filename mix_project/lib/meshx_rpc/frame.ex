@@ -18,6 +18,8 @@ defmodule MeshxRpc.Frame do
   @type_cancel 0x13
   @type_ping 0x21
 
+  @call 1
+
   @doc "Largest payload of a frame without its head, whatever the hello agreed on, in bytes."
   @spec max_block() :: pos_integer()
   def max_block, do: 65_536 - 512
@@ -49,10 +51,10 @@ defmodule MeshxRpc.Frame do
   @spec goaway(non_neg_integer(), MeshxRpc.Codec.cause(), String.t()) :: iodata()
   defdelegate goaway(last, cause, text), to: Wire
 
-  @doc "The head of a REQUEST; `deadline` is the time that is left, in milliseconds."
-  @spec request_head(:call | :cast, timeout(), non_neg_integer(), byte(), binary()) :: binary()
-  def request_head(kind, deadline, total, term_flag, fun) do
-    <<kind(kind), deadline(deadline)::32, total::64, term_flag, byte_size(fun), fun::binary>>
+  @doc "The head of the REQUEST of a call; `deadline` is the time that is left, in milliseconds."
+  @spec request_head(timeout(), non_neg_integer(), byte(), binary()) :: binary()
+  def request_head(deadline, total, term_flag, fun) do
+    <<@call, deadline(deadline)::32, total::64, term_flag, byte_size(fun), fun::binary>>
   end
 
   @doc "The head of a RESPONSE."
@@ -98,9 +100,6 @@ defmodule MeshxRpc.Frame do
   defp type(:request), do: @type_request
   defp type(:response), do: @type_response
   defp type(:data), do: @type_data
-
-  defp kind(:call), do: 1
-  defp kind(:cast), do: 2
 
   defp status(:result), do: 0
   defp status(:error), do: 1

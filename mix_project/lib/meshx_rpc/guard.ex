@@ -18,8 +18,10 @@ defmodule MeshxRpc.Guard do
   | `allow_pids`, `allow_ports`, `allow_references` | `true` | |
 
   A VM builds the maps of a term in one go, without yielding, and hashes or compares all that is in their keys: about
-  0.2 us for each pair and 1 us for each KiB of keys. An identifier of a node with a creation that the VM has not met
-  takes a place in its table of nodes, for a minute at least.
+  0.2 us for each pair and 1 us for each KiB of keys. So a term of 2,048 terms or more, or with more than 256 KiB of keys,
+  is decoded on a dirty scheduler; without the NIF there is only the scheduler of the process, and these limits bound how
+  long it is held. An identifier of a node with a creation that the VM has not met takes a place in its table of nodes,
+  for a minute at least.
 
   A compressed term is always refused: what it holds shows only after inflating it. Whether an atom exists is left to
   `:erlang.binary_to_term(binary, [:safe])`.

@@ -28,7 +28,7 @@ defmodule MeshxRpc.Term do
   def decode(_codec, @raw, binary, _policy), do: {:ok, binary}
 
   def decode(codec, @external, binary, policy) do
-    with :ok <- codec.guard(binary, policy), do: {:ok, :erlang.binary_to_term(binary, [:safe])}
+    codec.decode(binary, policy)
   rescue
     ArgumentError -> {:error, "it has atoms that this VM does not know, or is malformed"}
   end

@@ -43,6 +43,16 @@ defmodule MeshxNode.AcceptTest do
     refute TestNode.output(cart) =~ inspect(secret)
   end
 
+  test "who leaves without a word only looked whether somebody listens", context do
+    for _ <- 1..3, do: :ok = :gen_tcp.close(dial(context.agent, "cart@h2"))
+    socket = dial(context.agent, "cart@h2")
+    :ok = :gen_tcp.send(socket, "x")
+    assert {:error, _} = :gen_tcp.recv(socket, 0, 10_000)
+    told = "closed a connection to this node's socket"
+    :ok = TestNode.await_output(context.cart, told)
+    assert context.cart |> TestNode.output() |> String.split(told) |> length() == 2
+  end
+
   test "another node's secret is a wrong one", %{agent: agent} do
     %{secret: secret} = ScriptedAgent.nodes(agent)["shop@h1"]
     socket = dial(agent, "cart@h2")

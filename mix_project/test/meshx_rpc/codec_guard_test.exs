@@ -208,6 +208,68 @@ defmodule MeshxRpc.CodecGuardTest do
     end
   end
 
+  test "what takes long to decode is decoded on a dirty scheduler, and only that" do
+    keys = fn n, size -> Map.new(1..n, &{:binary.copy(<<&1>>, size), &1}) end
+
+    for {term, aside?} <- [
+          {{:ok, %{id: 1}}, false},
+          {List.duplicate(:a, 2_000), false},
+          {List.duplicate(:a, 2_100), true},
+          {Map.new(1..1_000, &{&1, &1}), false},
+          {Map.new(1..1_100, &{&1, &1}), true},
+          {Map.new(1..262_144, &{&1, &1}), true},
+          {keys.(3, 80_000), false},
+          {keys.(4, 80_000), true},
+          {{:ok, :binary.copy("x", 10_000_000)}, false}
+        ] do
+      binary = :erlang.term_to_binary(term)
+      assert decoded(Codec.Nif, binary) == {{:ok, term}, aside?}
+      assert decoded(Codec.Elixir, binary) == {{:ok, term}, false}
+    end
+
+    # There as here: no new atoms, and the guard first.
+    names = for n <- 1..3_000, do: "known_to_nobody_but_codec_guard_test_#{n}"
+    atoms = for name <- names, do: <<119, byte_size(name), name::binary>>
+    list = <<131, 108, 3_000::32, IO.iodata_to_binary(atoms)::binary, 106>>
+    assert {{:error, text}, true} = decoded(Codec.Nif, list)
+    assert text =~ "atoms that this VM does not know"
+    pairs = :erlang.term_to_binary(Map.new(1..3_000, &{&1, &1}))
+
+    refused =
+      {{:error,
+        {:too_many_map_pairs, "3000 pairs in maps by offset 1, the limit is 2999 (max_map_pairs)"}},
+       false}
+
+    assert decoded(Codec.Nif, pairs, %{max_map_pairs: 2_999}) == refused
+  end
+
+  # What `MeshxRpc.Term` makes of it, and whether a dirty scheduler did.
+  defp decoded(codec, binary, policy \\ %{}) do
+    native = Codec.Nif.Native
+    test = self()
+
+    pid =
+      spawn_link(fn ->
+        receive do
+          :go -> send(test, {:decoded, MeshxRpc.Term.decode(codec, 1, binary, policy)})
+        end
+      end)
+
+    1 = :erlang.trace_pattern({native, :binary_to_term, 1}, true, [:local])
+    1 = :erlang.trace(pid, true, [:call])
+    send(pid, :go)
+    assert_receive {:decoded, result}, 60_000
+    # The process may be gone, and what it did is still told.
+    delivered = :erlang.trace_delivered(pid)
+    assert_receive {:trace_delivered, ^pid, ^delivered}, 60_000
+
+    receive do
+      {:trace, ^pid, :call, {^native, :binary_to_term, [^binary]}} -> {result, true}
+    after
+      0 -> {result, false}
+    end
+  end
+
   test "both guards say the same of damaged terms, and never more than binary_to_term" do
     seed = ExUnit.configuration()[:seed]
     binaries = Enum.map(terms(), &:erlang.term_to_binary/1)

@@ -373,4 +373,19 @@ defmodule MeshxRpc.HostileTest do
       assert Client.Pool.call(deceived, :echo, 1, 1_000, 0) == {:error_rpc, :closed}
     end
   end
+
+  test "a cast of the wire's own kind, which our clients do not send, is answered when its function starts" do
+    {_server, address} = server()
+    socket = TestPeer.connect(address)
+    argument = :erlang.term_to_binary({registered(), 1})
+    frames = TestPeer.request(1, "wait", 1, argument)
+    <<header::binary-size(12), 1, rest::binary>> = IO.iodata_to_binary(frames)
+    :ok = :gen_tcp.send(socket, [header, 2, rest])
+    assert {0x11, 1, <<2, 0, 0::64>>} = TestPeer.frame(socket)
+    assert_receive {:running, pid, 1}, 20_000
+    send(pid, {:answer, :ok})
+    # Nothing follows when it ends.
+    :ok = :gen_tcp.send(socket, TestPeer.request(2, "echo", 0, "x"))
+    assert {0x11, 2, <<0, 0, 1::64, "x">>} = TestPeer.frame(socket)
+  end
 end

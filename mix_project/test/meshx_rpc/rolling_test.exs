@@ -58,8 +58,7 @@ defmodule MeshxRpc.RollingTest do
   # New calls go through a new pool; the old one ends when its calls are done.
   defp roll_clients(pools, servers, options) do
     for {{_id, address}, n} <- Enum.with_index(servers) do
-      # `echo` may run twice: what a server that stops had begun is made again.
-      new = client(address, [retry_unsafe: true] ++ options)
+      new = client(address, options)
       old = :ets.lookup(pools, n)
       :ets.insert(pools, {n, new})
 

@@ -3,6 +3,12 @@ defmodule Meshx.MeshCase do
   use ExUnit.CaseTemplate
   alias Meshx.ScriptedAgent
 
+  using do
+    quote do
+      import Meshx.MeshCase
+    end
+  end
+
   setup do
     directory = Path.join(System.tmp_dir!(), "mxm#{System.unique_integer([:positive])}")
     File.mkdir!(directory)

@@ -170,7 +170,7 @@ defmodule MeshxRpc.TestPeer do
 
   @doc "One whole request."
   def request(stream, fun, term_flag, bytes) do
-    head = Frame.request_head(:call, :infinity, byte_size(bytes), term_flag, fun)
+    head = Frame.request_head(:infinity, byte_size(bytes), term_flag, fun)
     Frame.block(:request, true, 0, stream, [head, bytes], byte_size(head) + byte_size(bytes), nil)
   end
 

@@ -5,7 +5,8 @@ defmodule Meshx.ScriptedAgent do
 
   Links between its nodes are plain copies. `set/3` scripts what it does wrong:
 
-    * `:control`: `fn id, command, args -> :default | {:reply, term} | {:raw, binary} | :silent | :close end`
+    * `:control`: `fn id, command, args -> :default | {:reply, term} | {:raw, binary} | :silent | :close end`; with a
+      fourth argument it gets the connection's process, for `answer/3`
     * `:dist`: `fn source, target -> :ok | {:refuse, cause, text} | {:raw, binary} | :silent | :close |
       {:accept, keyword} end`; the keywords replace fields of ACCEPT (`:secret`, `:node`) or all of it (`:raw`)
   """
@@ -16,6 +17,10 @@ defmodule Meshx.ScriptedAgent do
 
   def child_spec(opts),
     do: %{id: make_ref(), start: {__MODULE__, :start_link, [opts]}, restart: :temporary}
+
+  @doc "Answers a request that a script left `:silent`."
+  def answer(connection, id, reply),
+    do: send(connection, {:push, :erlang.term_to_binary({:reply, id, reply})})
 
   @doc "Replaces a script, see the module."
   def set(agent, key, fun), do: GenServer.call(agent, {:set, key, fun})
@@ -231,7 +236,10 @@ defmodule Meshx.ScriptedAgent do
   def handle_call({:control, owner, id, command, args}, _from, state) do
     script = state.scripts[:control] || fn _, _, _ -> :default end
 
-    case script.(id, command, args) do
+    case if(is_function(script, 4),
+           do: script.(id, command, args, owner),
+           else: script.(id, command, args)
+         ) do
       :default ->
         {reply, state} = default(command, args, owner, state)
         {:reply, {:reply, {:reply, id, reply}}, tell(state)}

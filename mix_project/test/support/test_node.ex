@@ -9,7 +9,7 @@ defmodule Meshx.TestNode do
 
   @boot_timeout 20_000
 
-  @doc "Starts a BEAM: `args` follow `erl`'s own; `env` is a map of strings."
+  @doc "Starts a BEAM: `args` follow `erl`'s own; `env` is a map of strings, `carrier` another one than `meshx`."
   def start_link(opts), do: GenServer.start_link(__MODULE__, opts)
 
   def child_spec(opts),
@@ -63,7 +63,14 @@ defmodule Meshx.TestNode do
         {:line, 100_000},
         {:env, [{~c"ERL_CRASH_DUMP_BYTES", ~c"0"} | env]},
         {:args,
-         ["-noshell", "-proto_dist", "meshx", "-no_epmd", "-setcookie", "meshxtest"] ++
+         [
+           "-noshell",
+           "-proto_dist",
+           Keyword.get(opts, :carrier, "meshx"),
+           "-no_epmd",
+           "-setcookie",
+           "meshxtest"
+         ] ++
            List.flatten(paths) ++ args ++ ["-s", "meshx_test_node"]}
       ])
 

@@ -1,6 +1,11 @@
 //! The commands of the control socket.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use meshx_etf::Term;
 use tokio::sync::Semaphore;
@@ -8,7 +13,7 @@ use tokio::sync::Semaphore;
 use super::{
     args::{Args, missing, wrong},
     message::{map, text},
-    options::options,
+    options::{options, token},
     upstreams::{Budget, Upstreams},
 };
 use crate::{
@@ -28,7 +33,7 @@ use crate::{
 };
 
 /// Name and version of this program, as clients are told.
-pub(super) const PROGRAM: &str = concat!("meshx ", env!("CARGO_PKG_VERSION"));
+pub const PROGRAM: &str = concat!("meshx ", env!("CARGO_PKG_VERSION"));
 /// Questions of clients that the mesh is asked at a time; one of each connection. Others wait, so that whoever
 /// asks much does not keep links and registrations from their answers.
 pub(in crate::agent) const QUESTIONS_MAX: usize = 8;
@@ -46,6 +51,8 @@ pub(in crate::agent) struct Context {
     pub(in crate::agent) upstreams: Budget,
     /// [`QUESTIONS_MAX`] permits.
     pub(in crate::agent) questions: Semaphore,
+    /// [`super::diagnosis::PROBES_MAX`] permits.
+    pub(in crate::agent) probes: Semaphore,
     /// For the log lines that clients cause.
     pub(in crate::agent) log: LogLimit,
 }
@@ -102,11 +109,17 @@ impl Context {
             }
             "connect" => self.connect(client, &args),
             "disconnect" => {
-                let existed = client.upstreams.close(args.text("upstream")?);
+                let cut = args.optional_bool("cut")?.unwrap_or(true);
+                let existed = client.upstreams.close(args.text("upstream")?, cut);
                 Ok(map([("existed", Term::from(existed))]))
             }
-            "check" => self.in_turn(client, self.check(&args)).await,
-            "names" => self.in_turn(client, self.names()).await,
+            "check" => self.in_turn(client, &self.questions, self.check(&args)).await,
+            "names" => self.in_turn(client, &self.questions, self.names()).await,
+            "services" => self.in_turn(client, &self.questions, self.services()).await,
+            "intentions" => self.in_turn(client, &self.questions, self.intentions()).await,
+            "certs" => self.in_turn(client, &self.questions, self.certs()).await,
+            "why" => self.in_turn(client, &self.probes, self.why(client, &args)).await,
+            "doctor" => self.in_turn(client, &self.probes, self.doctor()).await,
             "links" => Ok(map([(
                 "links",
                 Term::list(self.links.snapshot().iter().map(link_term)),
@@ -124,11 +137,12 @@ impl Context {
     async fn in_turn<T>(
         &self,
         client: &Client,
+        turns: &Semaphore,
         question: impl Future<Output = Result<T, Refusal>>,
     ) -> Result<T, Refusal> {
         let gone = |_| Cause::InvalidRequest.because("the connection that asked has ended");
         let _own = client.asking.acquire().await.map_err(gone)?;
-        let _one = self.questions.acquire().await.map_err(gone)?;
+        let _one = turns.acquire().await.map_err(gone)?;
         question.await
     }
 
@@ -178,7 +192,7 @@ impl Context {
         ]))
     }
 
-    /// A socket in `up/` for this client's user alone.
+    /// A socket in `up/`, or a loopback port, for this client's user alone.
     fn connect(&self, client: &Client, args: &Args<'_>) -> Result<Term, Refusal> {
         let peer = client.owner.peer;
         let name = |key| {
@@ -196,6 +210,16 @@ impl Context {
             Some(Some("tcp")) => Purpose::Tcp,
             Some(_) => return Err(wrong("purpose", "rpc or tcp")),
         };
+        if let Some(token) = token(args)? {
+            self.registry.mesh().present_token(&source, token)?;
+        }
+        let via = args.optional_text("via")?;
+        if let Some(via) = via
+            && !self.registry.is_live(client.owner.id, via)
+        {
+            let text = format!("via {via:?} is not registered through this connection");
+            return Err(Cause::InvalidRequest.because(text));
+        }
         let path = chosen_socket(&self.registry.place().up)?;
         let id = path
             .file_name()
@@ -205,20 +229,24 @@ impl Context {
             source,
             target,
             instance: args.optional_text("instance")?.map(str::to_owned),
-            via: None,
+            via: via.map(str::to_owned),
             purpose,
-            listen: Listen::Uds(path.clone()),
+            listen: match args.term("address") {
+                None => Listen::Uds(path.clone()),
+                Some(term) => listen(term, path.clone())?,
+            },
             uid: peer.uid,
             owner: client.owner.id,
         };
-        client.upstreams.open(&id, &self.upstreams, || {
+        let is_socket = matches!(upstream.listen, Listen::Uds(_));
+        let address = client.upstreams.open(&id, &self.upstreams, || {
             let fault = |error: String| Cause::NotReady.because(format!("no socket can be made: {error}"));
             let handle = self
                 .proxy
                 .upstream(upstream)
                 .map_err(|error| fault(error.to_string()))?;
             // The socket belongs to the agent's user; whoever connects is checked by the proxy.
-            if peer.uid != paths::uid() {
+            if is_socket && peer.uid != paths::uid() {
                 self.dir
                     .open_to_clients(&path)
                     .map_err(|error| fault(error.to_string()))?;
@@ -227,7 +255,13 @@ impl Context {
         })?;
         Ok(map([
             ("upstream", text(id)),
-            ("address", endpoint_term(&Endpoint::Uds(path))),
+            (
+                "address",
+                endpoint_term(&match address {
+                    Listen::Uds(path) => Endpoint::Uds(path),
+                    Listen::Tcp(address) => Endpoint::Tcp(address),
+                }),
+            ),
         ]))
     }
 
@@ -318,6 +352,23 @@ fn endpoint(term: &Term) -> Result<Endpoint, Refusal> {
         _ => None,
     };
     endpoint.ok_or_else(|| wrong("address", "{tcp, Ip :: binary, Port} or {uds, Path :: binary}"))
+}
+
+/// Where an upstream is to listen: `uds` (at `path`), `tcp` (a port of 127.0.0.1 that the system chooses) or
+/// `{tcp, Ip, Port}`.
+fn listen(term: &Term, path: PathBuf) -> Result<Listen, Refusal> {
+    match term.as_atom() {
+        Some("uds") => return Ok(Listen::Uds(path)),
+        Some("tcp") => return Ok(Listen::Tcp(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))),
+        _ => {}
+    }
+    match endpoint(term) {
+        Ok(Endpoint::Tcp(address)) if address.ip().is_loopback() => Ok(Listen::Tcp(address)),
+        _ => Err(wrong(
+            "address",
+            "uds, tcp or {tcp, Ip :: binary, Port} on loopback",
+        )),
+    }
 }
 
 fn endpoint_term(endpoint: &Endpoint) -> Term {

@@ -2,6 +2,7 @@
 
 mod args;
 pub(in crate::agent) mod commands;
+pub(in crate::agent) mod diagnosis;
 pub mod frame;
 pub mod message;
 mod options;
@@ -11,6 +12,7 @@ mod session;
 mod slots;
 pub(in crate::agent) mod upstreams;
 
+pub use commands::PROGRAM;
 pub use outbox::{QUEUE_BYTES_MAX, QUEUE_FRAMES_MAX, WRITE_TIME};
 pub use session::HELLO_TIME;
 pub use slots::{CLIENTS_MAX, CLIENTS_PER_USER_MAX};

@@ -59,6 +59,12 @@ impl Outbox {
         )
     }
 
+    /// Whether half of the room is taken: what can be left out should be.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.frames.capacity() < QUEUE_FRAMES_MAX / 2
+            || self.waiting.load(Ordering::Relaxed) > QUEUE_BYTES_MAX / 2
+    }
+
     /// Queues a frame, or gives the client up.
     pub(super) fn send(&self, frame: Vec<u8>) {
         let len = frame.len();

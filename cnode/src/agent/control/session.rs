@@ -11,6 +11,7 @@ use std::{
 use meshx_etf::Term;
 use tokio::{
     net::{UnixStream, unix::OwnedReadHalf},
+    sync::mpsc,
     time::timeout,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -25,7 +26,10 @@ use super::{
     outbox::Outbox,
 };
 use crate::{
-    agent::registry::Owner,
+    agent::{
+        registry::Owner,
+        sidecar::{SidecarEvent, SidecarEventKind, Stream},
+    },
     proxy::{
         cause::{Cause, Refusal},
         links::CutEvent,
@@ -49,8 +53,8 @@ pub(super) async fn run(stream: UnixStream, owner: Owner, context: Arc<Context>,
         unanswered: Arc::default(),
         commands: TaskTracker::new(),
     };
-    session.context.registry.enter(owner.id);
-    let events = tokio::spawn(session.forward_cuts());
+    let sidecars = session.context.registry.enter(owner.id);
+    let events = tokio::spawn(session.forward_events(sidecars));
     tokio::select! {
         () = session.converse(reader) => {}
         () = stop.cancelled() => {}
@@ -187,22 +191,27 @@ impl Session {
         });
     }
 
-    fn forward_cuts(&self) -> impl Future<Output = ()> + Send + 'static {
+    fn forward_events(
+        &self,
+        mut sidecars: mpsc::Receiver<SidecarEvent>,
+    ) -> impl Future<Output = ()> + Send + 'static {
         let mut cuts = self.context.links.subscribe(self.client.owner.id);
         let outbox = self.outbox.clone();
         async move {
-            while let Some(CutEvent {
-                link,
-                cause,
-                text: reason,
-            }) = cuts.recv().await
-            {
-                let args = map([
-                    ("link", Term::binary(link.0)),
-                    ("cause", Term::atom(cause.as_str())),
-                    ("text", text(reason)),
-                ]);
-                send(&outbox, event("cut", args));
+            loop {
+                let frame = tokio::select! {
+                    biased;
+                    Some(cut) = cuts.recv() => cut_event(cut),
+                    Some(sidecar) = sidecars.recv() => {
+                        // A proxy that talks much must not cost its client the connection.
+                        if outbox.is_crowded() && matches!(sidecar.kind, SidecarEventKind::Output { .. }) {
+                            continue;
+                        }
+                        sidecar_event(sidecar)
+                    }
+                    else => return,
+                };
+                send(&outbox, frame);
             }
         }
     }
@@ -227,6 +236,40 @@ impl Session {
 
     fn log_refusal(&self, command: &str, refusal: &Refusal) {
         log_refusal(&self.context, self.client.owner, command, refusal);
+    }
+}
+
+fn cut_event(cut: CutEvent) -> Result<Vec<u8>, String> {
+    let args = map([
+        ("link", Term::binary(cut.link.0)),
+        ("cause", Term::atom(cut.cause.as_str())),
+        ("text", text(cut.text)),
+    ]);
+    event("cut", args)
+}
+
+fn sidecar_event(SidecarEvent { id, kind }: SidecarEvent) -> Result<Vec<u8>, String> {
+    match kind {
+        SidecarEventKind::Output { stream, line } => {
+            let stream = match stream {
+                Stream::Stdout => "stdout",
+                Stream::Stderr => "stderr",
+            };
+            let args = map([
+                ("id", text(id)),
+                ("stream", Term::atom(stream)),
+                ("line", Term::binary(line)),
+            ]);
+            event("proxy_output", args)
+        }
+        SidecarEventKind::Down { text: why, final_ } => {
+            let args = map([
+                ("id", text(id)),
+                ("text", text(why)),
+                ("final", Term::from(final_)),
+            ]);
+            event("proxy_down", args)
+        }
     }
 }
 

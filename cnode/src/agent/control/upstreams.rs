@@ -8,7 +8,7 @@ use std::{
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::proxy::{
-    UpstreamHandle,
+    Listen, UpstreamHandle, UpstreamLinks,
     cause::{Cause, Refusal},
 };
 
@@ -37,8 +37,15 @@ pub(super) struct Upstreams {
 
 #[derive(Debug)]
 struct Open {
-    _handle: UpstreamHandle,
+    state: Listening,
     _permit: OwnedSemaphorePermit,
+}
+
+#[derive(Debug)]
+enum Listening {
+    Yes(UpstreamHandle),
+    /// Closed by its client, whose live links go on.
+    No(UpstreamLinks),
 }
 
 impl Upstreams {
@@ -48,17 +55,18 @@ impl Upstreams {
         }
     }
 
-    /// Opens one under this id.
+    /// Opens one under this id, and says where it takes connections.
     pub(super) fn open(
         &self,
         id: &str,
         budget: &Budget,
         open: impl FnOnce() -> Result<UpstreamHandle, Refusal>,
-    ) -> Result<(), Refusal> {
+    ) -> Result<Listen, Refusal> {
         let mut guard = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(upstreams) = guard.as_mut() else {
             return Err(Cause::InvalidRequest.because("the connection that asked for it has ended"));
         };
+        upstreams.retain(|_, open| !matches!(&open.state, Listening::No(links) if links.is_finished()));
         if upstreams.len() >= UPSTREAMS_PER_CLIENT_MAX {
             return Err(Cause::Limit.because(format!(
                 "{UPSTREAMS_PER_CLIENT_MAX} upstreams of this connection, more are not opened \
@@ -70,20 +78,44 @@ impl Upstreams {
                 "{UPSTREAMS_MAX} upstreams are open, more are not opened (UPSTREAMS_MAX)"
             ))
         })?;
+        let handle = open()?;
+        let address = handle.address().clone();
         upstreams.insert(
             id.to_owned(),
             Open {
-                _handle: open()?,
+                state: Listening::Yes(handle),
                 _permit: permit,
             },
         );
-        Ok(())
+        Ok(address)
     }
 
-    /// False when there is none of this id.
-    pub(super) fn close(&self, id: &str) -> bool {
+    /// Takes no more connections at it; its live links end with `cut`. False when none of this id takes any.
+    pub(super) fn close(&self, id: &str, cut: bool) -> bool {
         let mut guard = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        guard.as_mut().and_then(|open| open.remove(id)).is_some()
+        let Some(upstreams) = guard.as_mut() else {
+            return false;
+        };
+        match upstreams.remove(id) {
+            Some(Open {
+                state: Listening::Yes(handle),
+                _permit,
+            }) => {
+                // They keep their place until they have ended.
+                if let Some(links) = handle.close(cut) {
+                    let state = Listening::No(links);
+                    upstreams.insert(id.to_owned(), Open { state, _permit });
+                }
+                true
+            }
+            Some(closed) => {
+                if !cut {
+                    upstreams.insert(id.to_owned(), closed);
+                }
+                false
+            }
+            None => false,
+        }
     }
 
     pub(super) fn close_all(&self) -> usize {

@@ -4,6 +4,7 @@
 //! the mesh, its name not yet free). So two clients can never hold one name, whatever the mesh takes to
 //! answer, and a late answer never touches a successor's registration.
 
+pub mod carrier;
 mod checks;
 mod creation;
 pub mod options;
@@ -17,16 +18,18 @@ use std::{
     time::Duration,
 };
 
+use carrier::{Carried, Carriers, Told};
 pub(super) use checks::chosen_socket;
 use creation::Creations;
 use futures::future::join_all;
-use options::Options;
+use options::{Options, SidecarKind};
 use pending::Pending;
-use tokio::time::timeout;
+use tokio::{sync::mpsc, time::timeout};
 use tracing::{info, warn};
 
 use super::{
     config::NodeService,
+    sidecar::SidecarEvent,
     trust::{Peer, Trust},
 };
 use crate::{
@@ -45,6 +48,9 @@ pub const INSTANCES_PER_CLIENT_MAX: usize = 256;
 pub const INSTANCES_MAX: usize = 4096;
 /// How long the mesh may take to answer one question of a registration.
 pub const MESH_TIME: Duration = Duration::from_secs(5);
+
+/// Events of sidecars that may wait for one control connection.
+pub const SIDECAR_EVENTS_MAX: usize = 128;
 
 /// How long links outlive the control connection of their end, so that a VM which lost it can register again; links
 /// of what was deregistered by a command end at once.
@@ -66,6 +72,7 @@ pub struct Registry {
     links: LinkTable,
     trust: Trust,
     place: Place,
+    carriers: Carriers,
     /// [`RECLAIM_TIME`], but in tests.
     reclaim: Duration,
     // Held for a look-up or a change, never across an await.
@@ -145,16 +152,26 @@ pub struct Service {
 
 #[derive(Debug)]
 struct State {
-    owners: HashMap<u64, usize>,
+    owners: HashMap<u64, Client>,
     ids: HashMap<String, Entry>,
     creations: Creations,
     services: u64,
+}
+
+/// A control connection.
+#[derive(Debug)]
+struct Client {
+    registrations: usize,
+    /// What its sidecars do.
+    events: mpsc::Sender<SidecarEvent>,
 }
 
 #[derive(Debug)]
 struct Entry {
     owner: u64,
     phase: Phase,
+    /// Ends with the entry, or before.
+    carried: Option<Carried>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -175,6 +192,7 @@ impl Registry {
         links: LinkTable,
         trust: Trust,
         place: Place,
+        carriers: Carriers,
     ) -> std::io::Result<Self> {
         let state = State {
             owners: HashMap::new(),
@@ -188,6 +206,7 @@ impl Registry {
             links,
             trust,
             place,
+            carriers,
             reclaim: RECLAIM_TIME,
             state: Mutex::new(state),
         })
@@ -208,9 +227,20 @@ impl Registry {
         &self.place
     }
 
-    /// A control connection begins.
-    pub fn enter(&self, owner: u64) {
-        self.lock().owners.insert(owner, 0);
+    /// What carries the traffic of instances.
+    pub fn carriers(&self) -> &Carriers {
+        &self.carriers
+    }
+
+    /// A control connection begins. What its sidecars do is told here; lines are left out when nobody reads.
+    pub fn enter(&self, owner: u64) -> mpsc::Receiver<SidecarEvent> {
+        let (events, told) = mpsc::channel(SIDECAR_EVENTS_MAX);
+        let client = Client {
+            registrations: 0,
+            events,
+        };
+        self.lock().owners.insert(owner, client);
+        told
     }
 
     /// Registers a node: it is in the mesh when this returns.
@@ -317,6 +347,15 @@ impl Registry {
         })
     }
 
+    /// Whether this connection has this instance registered.
+    pub fn is_live(&self, owner: u64, id: &str) -> bool {
+        let state = self.lock();
+        state
+            .ids
+            .get(id)
+            .is_some_and(|entry| entry.owner == owner && entry.phase == Phase::Live)
+    }
+
     /// Takes away one registration of this connection.
     ///
     /// # Errors
@@ -325,6 +364,7 @@ impl Registry {
         let leaving = match self.lock().ids.get_mut(id) {
             Some(entry) if entry.owner == owner.id && entry.phase == Phase::Live => {
                 entry.phase = Phase::Leaving;
+                entry.carried.take();
                 true
             }
             _ => false,
@@ -348,6 +388,7 @@ impl Registry {
             let live = state.ids.iter_mut().filter(|(_, entry)| of_owner(entry));
             live.map(|(id, entry)| {
                 entry.phase = Phase::Leaving;
+                entry.carried.take();
                 id.clone()
             })
             .collect()
@@ -392,7 +433,8 @@ impl Registry {
             let text = format!("{INSTANCES_MAX} registrations, more are not taken (INSTANCES_MAX)");
             return Err(Cause::Limit.because(text));
         }
-        let count = state.owners.get_mut(&owner.id).ok_or_else(owner_gone)?;
+        let client = state.owners.get_mut(&owner.id).ok_or_else(owner_gone)?;
+        let count = &mut client.registrations;
         if *count >= INSTANCES_PER_CLIENT_MAX {
             return Err(Cause::Limit.because(format!(
                 "{count} registrations of this connection, more are not taken (INSTANCES_PER_CLIENT_MAX)"
@@ -404,6 +446,7 @@ impl Registry {
             Entry {
                 owner: owner.id,
                 phase: Phase::Pending,
+                carried: None,
             },
         );
         Ok(Pending::new(self.clone(), id.to_owned()))
@@ -423,28 +466,36 @@ impl Registry {
         let identity = answer(self.mesh.identity(&instance.service)).await?;
         let secret = Secret::generate()
             .map_err(|error| Cause::NotReady.because(format!("the system gave no random bytes: {error}")))?;
+        let kind = options.sidecar.as_ref().unwrap_or(&self.carriers.default).clone();
+        let mut entry = options.entry(instance, DataPlane::Native);
+        let carried = self
+            .carriers
+            .prepare(&self.mesh, &kind, &mut entry, &endpoint)
+            .await?;
         self.local.insert(LocalInstance {
-            instance: instance.clone(),
+            instance: entry.instance.clone(),
             secret: secret.clone(),
             endpoint,
             owner: owner.id,
             uid: owner.peer.uid,
-            sidecar: None,
+            sidecar: carried.upstreams(),
         })?;
-        let id = instance.id.clone();
+        let id = entry.instance.id.clone();
         let mesh = self.mesh.clone();
-        let entry = options.entry(instance, DataPlane::Native);
         let mut registering = tokio::spawn(async move { mesh.register(&entry).await });
         match timeout(MESH_TIME, &mut registering).await {
             Ok(Ok(Ok(()))) => {
-                let live = match self.wait_passing(&id, options.wait).await {
-                    Ok(()) if pending.to_live(owner.id) => return Ok((secret, identity.id.clone())),
-                    Ok(()) => Err(owner_gone()),
-                    late => late,
+                let started = self.start(&id, owner, kind, &options, &carried).await;
+                let live = match started {
+                    Ok(()) if pending.to_live(owner.id, carried) => {
+                        return Ok((secret, identity.id.clone()));
+                    }
+                    Ok(()) => owner_gone(),
+                    Err(refusal) => refusal,
                 };
                 self.drop_local(&id);
                 tokio::spawn(pending.withdraw());
-                Err(live.err().unwrap_or_else(owner_gone))
+                Err(live)
             }
             Ok(Ok(Err(error))) => {
                 self.drop_local(&id);
@@ -464,6 +515,26 @@ impl Registry {
                 Err(silent())
             }
         }
+    }
+
+    /// The mesh knows it: its sidecar starts, and it is waited for.
+    async fn start(
+        &self,
+        id: &str,
+        owner: Owner,
+        kind: SidecarKind,
+        options: &Options,
+        carried: &Carried,
+    ) -> Result<(), Refusal> {
+        let client = |state: &State| state.owners.get(&owner.id).map(|client| client.events.clone());
+        let told = Told {
+            events: client(&self.lock()).ok_or_else(owner_gone)?,
+            output: options.proxy_output,
+            max_restarts: options.max_proxy_restarts,
+            token: options.token.clone(),
+        };
+        self.carriers.start(carried, kind, told).await?;
+        self.wait_passing(id, options.wait).await
     }
 
     /// For as long as the client asked to, which may be not at all.
@@ -545,9 +616,9 @@ impl Registry {
 impl State {
     fn forget(&mut self, id: &str) {
         if let Some(entry) = self.ids.remove(id)
-            && let Some(count) = self.owners.get_mut(&entry.owner)
+            && let Some(client) = self.owners.get_mut(&entry.owner)
         {
-            *count = count.saturating_sub(1);
+            client.registrations = client.registrations.saturating_sub(1);
         }
     }
 }

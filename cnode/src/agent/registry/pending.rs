@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Phase, Registry};
+use super::{Phase, Registry, carrier::Carried};
 
 /// A reserved id; free again when dropped before it is live.
 pub(super) struct Pending {
@@ -15,13 +15,14 @@ impl Pending {
         Self { registry, id }
     }
 
-    /// False when the owner has gone meanwhile.
-    pub(super) fn to_live(&self, owner: u64) -> bool {
+    /// False when the owner has gone meanwhile; what the instance has for itself ends then.
+    pub(super) fn to_live(&self, owner: u64, carried: Carried) -> bool {
         let mut guard = self.registry.lock();
         let state = &mut *guard;
         match state.ids.get_mut(&self.id) {
             Some(entry) if state.owners.contains_key(&owner) => {
                 entry.phase = Phase::Live;
+                entry.carried = Some(carried);
                 true
             }
             _ => false,

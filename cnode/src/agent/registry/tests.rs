@@ -2,11 +2,13 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use super::*;
+use crate::agent::sidecar::{self, Sidecars};
 use crate::mesh::embedded::EmbeddedMesh;
 use crate::proxy::links::{Direction, LinkGuard, LinkId, LinkInfo, Purpose};
+use crate::proxy::{Proxy, Settings};
 
 fn registry(temp: &tempfile::TempDir) -> (Arc<Registry>, LinkTable) {
-    let address = "127.0.0.1:1".parse().unwrap();
+    let address: SocketAddr = "127.0.0.1:1".parse().unwrap();
     let dir = temp.path().join("mesh");
     let mesh = EmbeddedMesh::open(&dir, "a", vec!["h1".to_owned()], address).unwrap();
     let place = Place {
@@ -19,8 +21,20 @@ fn registry(temp: &tempfile::TempDir) -> (Arc<Registry>, LinkTable) {
     };
     let trust = Trust::new(0, vec![]);
     let links = LinkTable::default();
-    let mut registry =
-        Registry::new(Arc::new(mesh), LocalTable::default(), links.clone(), trust, place).unwrap();
+    let (mesh, local): (Arc<dyn Mesh>, _) = (Arc::new(mesh), LocalTable::default());
+    let carriers = Carriers {
+        proxy: Proxy::new(mesh.clone(), local.clone(), links.clone(), Settings::default()),
+        sidecars: Sidecars::new(
+            mesh.clone(),
+            temp.path().join("sidecar"),
+            sidecar::Settings::default(),
+        )
+        .unwrap(),
+        bind: address.ip(),
+        ports: None,
+        default: SidecarKind::Native,
+    };
+    let mut registry = Registry::new(mesh, local, links.clone(), trust, place, carriers).unwrap();
     registry.reclaim = Duration::from_millis(200);
     (Arc::new(registry), links)
 }

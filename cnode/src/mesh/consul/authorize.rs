@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, sleep_until};
 
 use super::client::{Client, Fault, Request, shorten};
 use super::watch::{Seen, watch};
@@ -114,7 +114,7 @@ impl Authorizer {
         let request = Request::get(&["connect", "intentions"])
             .large()
             .right(intentions_read("*"));
-        let changes = watch(client.clone(), request, None, |_| Ok(()));
+        let changes = watch(client.clone(), request, None, None, |_| Ok(()));
         Self {
             client,
             tokens,
@@ -138,7 +138,7 @@ impl Authorizer {
                 self.remember(pair, decision.clone());
                 Ok(decision)
             }
-            Err(fault) if fault.is_away() => self.recall(&pair, fault),
+            Err(fault) if fault.is_away() => self.recall(&pair, fault, Instant::now()),
             Err(fault) => {
                 lock(&self.answered).remove(&pair);
                 Err(fault.into())
@@ -149,6 +149,7 @@ impl Authorizer {
     /// Resolves when answers may differ from before.
     pub(super) async fn changed(&self) {
         let mut changes = self.changes.clone();
+        let poll = Instant::now() + POLL;
         loop {
             let (version, blind) = {
                 let seen = changes.borrow_and_update();
@@ -173,10 +174,12 @@ impl Authorizer {
                     again => again,
                 }
             };
-            let pause = again.unwrap_or_else(|| Instant::now() + POLL);
+            if blind && poll <= Instant::now() {
+                return;
+            }
             tokio::select! {
                 changed = changes.changed() => if changed.is_err() { sleep(POLL).await },
-                () = tokio::time::sleep_until(pause) => if again.is_none() && blind { return },
+                () = sleep_until(again.unwrap_or(poll)), if blind || again.is_some() => {}
             }
         }
     }
@@ -308,7 +311,7 @@ impl Authorizer {
         }
     }
 
-    fn remember(&self, pair: (SpiffeId, ServiceName), decision: Decision) {
+    pub(super) fn remember(&self, pair: (SpiffeId, ServiceName), decision: Decision) {
         let mut answered = lock(&self.answered);
         if answered.len() >= PAIRS_MAX {
             answered.retain(|_, (at, _)| at.elapsed() < STALE_MAX);
@@ -318,14 +321,20 @@ impl Authorizer {
         }
     }
 
-    fn recall(&self, pair: &(SpiffeId, ServiceName), fault: Fault) -> Result<Decision, MeshError> {
+    /// The last answer, unless it is too old `now`.
+    pub(super) fn recall(
+        &self,
+        pair: &(SpiffeId, ServiceName),
+        fault: Fault,
+        now: Instant,
+    ) -> Result<Decision, MeshError> {
         match lock(&self.answered).get(pair) {
-            Some((at, decision)) if at.elapsed() < STALE_MAX => Ok(Decision {
+            Some((at, decision)) if now.duration_since(*at) < STALE_MAX => Ok(Decision {
                 allowed: decision.allowed,
                 rule: format!(
                     "{}, as of {} s ago: {fault}",
                     decision.rule,
-                    at.elapsed().as_secs()
+                    now.duration_since(*at).as_secs()
                 ),
             }),
             _ => Err(fault.into()),

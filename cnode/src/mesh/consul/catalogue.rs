@@ -8,12 +8,12 @@ use std::time::Duration;
 use futures::StreamExt;
 use futures::stream;
 use serde::Deserialize;
-use tokio::sync::watch;
+use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::Instant;
 
 use super::client::{Client, Fault, Reply, Request, shorten};
 use super::watch::{Seen, watch};
-use super::{IDLE, META_AGENT, META_NODE, META_PROTOCOL, PROTOCOL_MESHX, RETRY, Slots, Tokens, read};
+use super::{IDLE, META_AGENT, META_NODE, META_PROTOCOL, PROTOCOL_MESHX, RETRY, Slots, read};
 use crate::mesh::{Instance, Listed, MeshError, Protocol, ServiceName, split_node};
 
 /// Instances of one service that are taken; the rest are left out.
@@ -31,10 +31,9 @@ const LOOKUPS_PER_SECOND: u32 = 100;
 /// The note on the checks of our instances, by which one request finds all nodes of all agents.
 pub(super) const NOTE: &str = "meshx agent ";
 
-/// The catalogue as this agent sees it.
+/// The catalogue, as the agent's own token shows it: whose question it is cannot be told from a name.
 pub(super) struct Catalogue {
     client: Arc<Client>,
-    tokens: Arc<Tokens>,
     slots: Slots,
     // Each is held for a look or a change, never across an await.
     warm: Mutex<HashMap<ServiceName, Arc<Warm>>>,
@@ -63,10 +62,9 @@ pub(super) struct NodeCheck {
 }
 
 impl Catalogue {
-    pub(super) fn new(client: Arc<Client>, tokens: Arc<Tokens>, slots: Slots) -> Self {
+    pub(super) fn new(client: Arc<Client>, slots: Slots) -> Self {
         Self {
             client,
-            tokens,
             slots,
             warm: Mutex::default(),
             rate: Mutex::new((Instant::now(), 0)),
@@ -84,8 +82,14 @@ impl Catalogue {
 
     /// All instances of a service, straight from Consul's leader.
     pub(super) async fn fresh(&self, service: &ServiceName) -> Result<Known, MeshError> {
+        Ok(self.fresh_at(service).await?.0)
+    }
+
+    /// The same, and at which index.
+    async fn fresh_at(&self, service: &ServiceName) -> Result<(Known, Option<u64>), MeshError> {
         let request = self.health(service).query("consistent", "");
-        Ok(read_health(&self.client.send(&request).await?, service)?)
+        let reply = self.client.send(&request).await?;
+        Ok((read_health(&reply, service)?, reply.index))
     }
 
     /// The passing instance that runs this node.
@@ -164,7 +168,7 @@ impl Catalogue {
     /// Resolves when this instance passes, sidecar included.
     pub(super) async fn wait_passing(&self, service: &ServiceName, id: &str) -> Result<(), MeshError> {
         let slot = self.slots.take("a wait for an instance")?;
-        let mut seen = self.watch(service, Some(slot));
+        let mut seen = self.watch(service, slot, None);
         let passes = |seen: &Seen<Known>| {
             let known = seen.value.iter().flat_map(|known| known.iter());
             known
@@ -197,7 +201,6 @@ impl Catalogue {
 
     fn health(&self, service: &ServiceName) -> Request {
         Request::get(&["health", "connect", service.as_ref()])
-            .token(self.tokens.of(service))
             .large()
             .right(read(service.as_ref()))
     }
@@ -205,12 +208,17 @@ impl Catalogue {
     fn watch(
         &self,
         service: &ServiceName,
-        slot: Option<tokio::sync::OwnedSemaphorePermit>,
+        slot: OwnedSemaphorePermit,
+        known: Option<(Known, u64)>,
     ) -> watch::Receiver<Seen<Known>> {
         let of = service.clone();
-        watch(self.client.clone(), self.health(service), slot, move |reply| {
-            read_health(reply, &of)
-        })
+        watch(
+            self.client.clone(),
+            self.health(service),
+            Some(slot),
+            known,
+            move |reply| read_health(reply, &of),
+        )
     }
 
     /// The warm copy, once it is there; none for a service that is not known.
@@ -230,16 +238,13 @@ impl Catalogue {
             return Ok(known.clone());
         }
         self.admit()?;
-        let known = self.fresh(service).await?;
+        let (known, index) = self.fresh_at(service).await?;
         *last = Some((Instant::now(), known.clone()));
         let mut copy = lock(&warm.copy);
         if copy.is_none() && !known.is_empty() {
             // Without a free slot every question is a look-up.
-            *copy = self
-                .slots
-                .take("")
-                .ok()
-                .map(|slot| self.watch(service, Some(slot)));
+            let slot = self.slots.take("").ok();
+            *copy = slot.map(|slot| self.watch(service, slot, index.map(|index| (known.clone(), index))));
         }
         Ok(known)
     }

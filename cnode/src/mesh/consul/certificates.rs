@@ -98,7 +98,7 @@ impl Certificates {
     /// Begins to watch the roots.
     pub(super) fn new(client: Arc<Client>, tokens: Arc<Tokens>, slots: Slots) -> Self {
         let request = Request::get(&["agent", "connect", "ca", "roots"]);
-        let roots = watch(client.clone(), request, None, read_roots);
+        let roots = watch(client.clone(), request, None, None, read_roots);
         Self {
             client,
             tokens,
@@ -212,7 +212,7 @@ impl Certificates {
         let request = Request::get(&["agent", "connect", "ca", "leaf", service.as_ref()])
             .token(self.tokens.of(service))
             .right(write(service.as_ref()));
-        let leaf = watch(self.client.clone(), request, Some(slot), read_leaf);
+        let leaf = watch(self.client.clone(), request, Some(slot), None, read_leaf);
         let (sender, receiver) = watch::channel(Seen {
             value: None,
             fault: None,
@@ -269,8 +269,8 @@ async fn publish(
                 tracing::warn!(%service, %fault, "a certificate was refused");
                 sender.send_modify(|seen| {
                     // The one before holds as long as it was checked against the roots of now.
-                    let roots = roots_now.value.as_ref().map(|roots| &roots.store);
-                    let holds = |old: &Arc<Identity>| roots.is_some_and(|now| Arc::ptr_eq(&old.roots, now));
+                    let roots = roots_now.value.as_ref().map(|now| &now.store.roots);
+                    let holds = |old: &Arc<Identity>| roots == Some(&old.roots.roots);
                     seen.value = seen.value.take().filter(holds);
                     seen.fault = Some(fault);
                 });
@@ -364,9 +364,8 @@ fn check(leaf: &RawLeaf, roots: &Roots, service: &ServiceName) -> Result<(Identi
         provider.signature_verification_algorithms.all,
     )
     .map_err(|error| error.to_string())?;
-    let certified = CertifiedKey::from_der(chain.clone(), key.clone_key(), &provider);
-    let certified = certified.map_err(|error| error.to_string())?;
-    certified.keys_match().map_err(|error| error.to_string())?;
+    // It holds the key against the leaf.
+    CertifiedKey::from_der(chain.clone(), key.clone_key(), &provider).map_err(|error| error.to_string())?;
     let identity = Identity {
         id,
         chain: chain.clone(),

@@ -178,6 +178,14 @@ impl Request {
     }
 }
 
+/// Whose token went with a request.
+#[derive(Clone, Copy)]
+enum Whose {
+    Client,
+    Agent,
+    Nobody,
+}
+
 /// The way to one Consul.
 pub(super) struct Client {
     settings: ConsulSettings,
@@ -307,8 +315,14 @@ impl Client {
             .query(&request.query)
             .query(query)
             .query(&self.scope());
-        // Behind a header, not in the URL, which servers log.
-        if let Some(token) = request.token.clone().or_else(|| self.token()) {
+        let own = self.token();
+        let whose = match (&request.token, &own) {
+            (Some(token), own) if own.as_ref() != Some(token) => Whose::Client,
+            (_, Some(_)) => Whose::Agent,
+            (_, None) => Whose::Nobody,
+        };
+        // In a header, not in the URL, which servers log.
+        if let Some(token) = request.token.as_ref().or(own.as_ref()) {
             sent = sent.header("X-Consul-Token", token.expose());
         }
         if let Some(body) = &request.body {
@@ -333,12 +347,38 @@ impl Client {
             body.extend_from_slice(&chunk);
         }
         if !status.is_success() {
-            return Err(refusal(status, &body, request, &self.settings));
+            return Err(self.refusal(status, &body, request, whose));
         }
         let index = index.map(|text| text.parse().map_err(|_| text)).transpose();
         let index =
             index.map_err(|_| Fault::Away("X-Consul-Index of Consul's answer is no number".to_owned()))?;
         Ok(Reply { index, date, body })
+    }
+
+    fn refusal(&self, status: StatusCode, body: &[u8], request: &Request, whose: Whose) -> Fault {
+        let said = shorten(&String::from_utf8_lossy(body));
+        if status != StatusCode::FORBIDDEN {
+            return Fault::Status {
+                code: status.as_u16(),
+                text: said,
+            };
+        }
+        if said.contains("ACL not found") {
+            let token = match (whose, &self.settings.token) {
+                (Whose::Client, _) => "the client's token".to_owned(),
+                (_, TokenSource::File(path)) => format!("the agent's token in {}", path.display()),
+                _ => "the agent's token".to_owned(),
+            };
+            return Fault::UnknownToken(format!(
+                "Consul does not know {token} ({said}): it was deleted or has expired, supply a new one"
+            ));
+        }
+        let token = match whose {
+            Whose::Client => "the client's token",
+            Whose::Agent => "the agent's token",
+            Whose::Nobody => "no token was given, and the anonymous one",
+        };
+        Fault::Forbidden(format!("{token} lacks {} (Consul: {said})", request.right))
     }
 
     fn url(&self, path: &[String]) -> Result<Url, Fault> {
@@ -470,32 +510,6 @@ impl Resolve for Behind {
             Ok(Box::new(found.into_iter()) as Addrs)
         })
     }
-}
-
-fn refusal(status: StatusCode, body: &[u8], request: &Request, settings: &ConsulSettings) -> Fault {
-    let said = shorten(&String::from_utf8_lossy(body));
-    if status != StatusCode::FORBIDDEN {
-        return Fault::Status {
-            code: status.as_u16(),
-            text: said,
-        };
-    }
-    if said.contains("ACL not found") {
-        let whose = match (&request.token, &settings.token) {
-            (Some(_), _) => "the client's token".to_owned(),
-            (None, TokenSource::File(path)) => format!("the token in {}", path.display()),
-            (None, _) => "the agent's token".to_owned(),
-        };
-        return Fault::UnknownToken(format!(
-            "Consul does not know {whose} ({said}): it was deleted or has expired, supply a new one"
-        ));
-    }
-    let whose = match (&request.token, &settings.token) {
-        (Some(_), _) => "the client's token",
-        (None, TokenSource::None) => "no token was given, and the anonymous one",
-        (None, _) => "the agent's token",
-    };
-    Fault::Forbidden(format!("{whose} lacks {} (Consul: {said})", request.right))
 }
 
 /// What may be shown of a text that came from Consul or from other services through it.

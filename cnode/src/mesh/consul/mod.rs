@@ -95,7 +95,7 @@ impl ConsulMesh {
             tokens.clone(),
             slots.clone(),
         ));
-        let catalogue = Arc::new(catalogue::Catalogue::new(client.clone(), tokens.clone(), slots));
+        let catalogue = Arc::new(catalogue::Catalogue::new(client.clone(), slots));
         let registrar = Registrar::new(
             client.clone(),
             tokens.clone(),
@@ -342,3 +342,6 @@ impl Diagnosis for ConsulMesh {
         Box::pin(diagnosis::findings(self))
     }
 }
+
+#[cfg(test)]
+mod tests;

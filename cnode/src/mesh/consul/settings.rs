@@ -257,6 +257,48 @@ impl ConsulSettings {
         }
     }
 
+    /// The same settings as the `consul` program reads them from its environment, without a token that was given
+    /// by value ([`ConsulSettings::given_token`]).
+    pub fn environment(&self) -> Vec<(String, String)> {
+        let path = |path: &Path| path.to_string_lossy().into_owned();
+        let mut variables = vec![("CONSUL_HTTP_ADDR", self.address.to_string())];
+        let optional = [
+            ("CONSUL_NAMESPACE", self.namespace.clone()),
+            ("CONSUL_PARTITION", self.partition.clone()),
+            ("CONSUL_CACERT", self.tls.ca_file.as_deref().map(path)),
+            ("CONSUL_CAPATH", self.tls.ca_path.as_deref().map(path)),
+            (
+                "CONSUL_CLIENT_CERT",
+                self.tls.client.as_ref().map(|(file, _)| path(file)),
+            ),
+            (
+                "CONSUL_CLIENT_KEY",
+                self.tls.client.as_ref().map(|(_, file)| path(file)),
+            ),
+            ("CONSUL_TLS_SERVER_NAME", self.tls.server_name.clone()),
+        ];
+        variables.extend(
+            optional
+                .into_iter()
+                .filter_map(|(name, value)| Some((name, value?))),
+        );
+        if let TokenSource::File(file) = &self.token {
+            variables.push(("CONSUL_HTTP_TOKEN_FILE", path(file)));
+        }
+        variables
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect()
+    }
+
+    /// The token, when it was given by value and not by a file.
+    pub fn given_token(&self) -> Option<Token> {
+        match &self.token {
+            TokenSource::Given(token) => Some(token.clone()),
+            TokenSource::None | TokenSource::File(_) => None,
+        }
+    }
+
     /// For tests and programs that have a plain HTTP address and at most a token.
     ///
     /// # Errors
@@ -360,4 +402,197 @@ fn check_token(name: &str, token: &str) -> Result<Token, String> {
     Err(format!(
         "{name}: it holds no token of 1 to {TOKEN_MAX} visible characters"
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+
+    fn read_with(args: ConsulArgs, file: &str, env: &[(&str, &str)]) -> Result<ConsulSettings, Vec<String>> {
+        let file = toml::from_str(file).unwrap();
+        let env: Vec<_> = env
+            .iter()
+            .map(|(name, value)| (name.to_string(), value.to_string()))
+            .collect();
+        ConsulSettings::read(args, file, move |wanted| {
+            let found = env.iter().find(|(name, _)| name == wanted);
+            found.map(|(_, value)| OsString::from(value))
+        })
+    }
+
+    fn at(address: &str, env: &[(&str, &str)]) -> Result<String, Vec<String>> {
+        let args = ConsulArgs {
+            consul_addr: Some(address.to_owned()),
+            ..ConsulArgs::default()
+        };
+        read_with(args, "", env).map(|settings| settings.address.to_string())
+    }
+
+    #[test]
+    fn addresses_are_those_of_the_consul_program() {
+        for (text, env, wanted) in [
+            ("127.0.0.1:8500", None, "http://127.0.0.1:8500"),
+            ("consul.lan:8500", None, "http://consul.lan:8500"),
+            ("[::1]:8500", None, "http://[::1]:8500"),
+            ("http://h:1", None, "http://h:1"),
+            ("http://h", None, "http://h"),
+            ("https://h:8501", None, "https://h:8501"),
+            ("https://h", None, "https://h"),
+            ("h:8501", Some("true"), "https://h:8501"),
+            ("http://h:8501", Some("1"), "https://h:8501"),
+            ("http://h:8501", Some("false"), "http://h:8501"),
+            ("unix:///run/consul.sock", None, "unix:///run/consul.sock"),
+            ("unix:///run/consul.sock", Some("true"), "unix:///run/consul.sock"),
+        ] {
+            let env: Vec<_> = env.iter().map(|ssl| ("CONSUL_HTTP_SSL", *ssl)).collect();
+            assert_eq!(at(text, &env).as_deref(), Ok(wanted), "{text}");
+        }
+        let long = format!("unix:///{}", "x".repeat(SUN_PATH_MAX));
+        for bad in [
+            "",
+            "h",
+            "h:99999",
+            "ftp://h:1",
+            "http://h:1/prefix",
+            "http://h:1?x",
+            "http://u:p@h:1",
+            "unix://run/consul.sock",
+            &long,
+        ] {
+            let faults = at(bad, &[]).unwrap_err().join("\n");
+            assert!(
+                faults.contains("wanted") && !faults.contains("u:p"),
+                "{bad}: {faults}"
+            );
+        }
+    }
+
+    #[test]
+    fn options_come_before_the_environment_and_that_before_the_file() {
+        let file = "addr = \"file:1\"\nnamespace = \"file\"\npartition = \"file\"\ndatacenter = \"file\"\n";
+        let env = [
+            ("CONSUL_HTTP_ADDR", "env:1"),
+            ("CONSUL_NAMESPACE", "env"),
+            ("CONSUL_PARTITION", ""),
+        ];
+        let args = ConsulArgs {
+            consul_addr: Some("option:1".into()),
+            ..ConsulArgs::default()
+        };
+        let settings = read_with(args, file, &env).unwrap();
+        assert_eq!(settings.address.to_string(), "http://option:1");
+        assert_eq!(settings.namespace.as_deref(), Some("env"));
+        assert_eq!(
+            settings.partition.as_deref(),
+            Some("file"),
+            "an empty variable is none"
+        );
+        assert_eq!(settings.datacenter.as_deref(), Some("file"));
+        let settings = read_with(ConsulArgs::default(), file, &env).unwrap();
+        assert_eq!(settings.address.to_string(), "http://env:1");
+        let settings = read_with(ConsulArgs::default(), "", &[]).unwrap();
+        assert_eq!(settings.address.to_string(), "http://127.0.0.1:8500");
+        assert!(matches!(settings.token, TokenSource::None));
+        assert!(
+            toml::from_str::<ConsulFile>("token = \"x\"\n").is_err(),
+            "no token lies in the file"
+        );
+    }
+
+    #[test]
+    fn tokens_come_from_a_file_or_the_environment() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("token");
+        std::fs::write(&path, " in-file\n").unwrap();
+        let in_file = format!("token_file = {path:?}\n");
+        let given = [("CONSUL_HTTP_TOKEN", "in-env")];
+        let by_file = [
+            ("CONSUL_HTTP_TOKEN", "in-env"),
+            ("CONSUL_HTTP_TOKEN_FILE", path.to_str().unwrap()),
+        ];
+        for (file, env, wanted) in [
+            ("", &given[..], "in-env"),
+            (in_file.as_str(), &[], "in-file"),
+            (in_file.as_str(), &given, "in-env"),
+            ("", &by_file, "in-file"),
+        ] {
+            let settings = read_with(ConsulArgs::default(), file, env).unwrap();
+            let token = match settings.token {
+                TokenSource::Given(token) => token,
+                TokenSource::File(path) => read_token(&path).unwrap(),
+                TokenSource::None => panic!("no token"),
+            };
+            assert_eq!(token.expose(), wanted);
+        }
+    }
+
+    #[test]
+    fn every_bad_value_is_told_at_once_and_no_token_shown() {
+        let temp = tempfile::tempdir().unwrap();
+        let empty = temp.path().join("empty");
+        std::fs::write(&empty, "\n").unwrap();
+        let args = ConsulArgs {
+            consul_addr: Some("https://h:1".into()),
+            consul_token_file: Some(empty.clone()),
+            consul_ca_file: Some("/no/such/ca.pem".into()),
+            consul_client_key: Some("/no/such/key.pem".into()),
+            consul_tls_server_name: Some("127.0.0.1".into()),
+            consul_namespace: Some("a/b".into()),
+            consul_partition: Some("ä".into()),
+            consul_datacenter: Some(String::new()),
+            ..ConsulArgs::default()
+        };
+        let env = [("CONSUL_HTTP_SSL", "maybe"), ("CONSUL_HTTP_SSL_VERIFY", "false")];
+        let faults = read_with(args, "", &env).unwrap_err();
+        for seen in [
+            empty.to_str().unwrap(),
+            "/no/such/ca.pem",
+            "without its certificate",
+            "consul-tls-server-name",
+            "consul-namespace",
+            "consul-partition",
+            "consul-datacenter",
+            "CONSUL_HTTP_SSL \"maybe\"",
+            "verification cannot be off",
+        ] {
+            assert!(
+                faults.iter().any(|fault| fault.contains(seen)),
+                "{seen} not in {faults:?}"
+            );
+        }
+        assert_eq!(faults.len(), 9, "{faults:?}");
+        let secret = [("CONSUL_HTTP_TOKEN", "s3cret s3cret")];
+        let faults = read_with(ConsulArgs::default(), "", &secret)
+            .unwrap_err()
+            .join("\n");
+        assert!(
+            faults.contains("CONSUL_HTTP_TOKEN") && !faults.contains("s3cret"),
+            "{faults}"
+        );
+    }
+
+    #[test]
+    fn verification_may_be_asked_for() {
+        assert!(read_with(ConsulArgs::default(), "", &[("CONSUL_HTTP_SSL_VERIFY", "true")]).is_ok());
+    }
+
+    #[test]
+    fn addresses_that_are_open_to_others() {
+        for (address, open) in [
+            ("http://127.0.0.1:1", false),
+            ("http://[::1]:1", false),
+            ("http://localhost:1", false),
+            ("unix:///s", false),
+            ("http://10.0.0.1:1", true),
+            ("http://localhost.example:1", true),
+        ] {
+            assert_eq!(
+                parse_address(address, false).unwrap().is_open(),
+                open,
+                "{address}"
+            );
+        }
+        assert!(!parse_address("10.0.0.1:1", true).unwrap().is_open());
+    }
 }

@@ -37,33 +37,33 @@ pub(super) struct Seen<T> {
 }
 
 impl<T> Seen<T> {
-    fn nothing() -> Self {
-        Self {
-            value: None,
-            fault: None,
-            version: 0,
-        }
-    }
-
     /// Whether there is an answer, or a reason why there is none.
     pub(super) fn is_known(&self) -> bool {
         self.value.is_some() || self.fault.is_some()
     }
 }
 
-/// Keeps asking, until every receiver is dropped. `slot` is held as long.
+/// Keeps asking, until every receiver is dropped. `slot` is held as long, `known` is what was seen already, and
+/// at which index.
 pub(super) fn watch<T: Clone + Send + Sync + 'static>(
     client: Arc<Client>,
     request: Request,
     slot: Option<OwnedSemaphorePermit>,
+    known: Option<(T, u64)>,
     read: impl Fn(&Reply) -> Result<T, Fault> + Send + 'static,
 ) -> watch::Receiver<Seen<T>> {
-    let (sender, receiver) = watch::channel(Seen::nothing());
+    let index = known.as_ref().map_or(0, |(_, index)| *index);
+    let seen = Seen {
+        version: u64::from(known.is_some()),
+        value: known.map(|(value, _)| value),
+        fault: None,
+    };
+    let (sender, receiver) = watch::channel(seen);
     tokio::spawn(async move {
         let _slot = slot;
         tokio::select! {
             () = sender.closed() => {}
-            () = follow(&client, &request, &sender, read) => {}
+            () = follow(&client, &request, index, &sender, read) => {}
         }
     });
     receiver
@@ -72,10 +72,10 @@ pub(super) fn watch<T: Clone + Send + Sync + 'static>(
 async fn follow<T>(
     client: &Client,
     request: &Request,
+    mut index: u64,
     sender: &watch::Sender<Seen<T>>,
     read: impl Fn(&Reply) -> Result<T, Fault>,
 ) {
-    let mut index = 0;
     let mut attempts = Attempts::new(BACKOFF);
     loop {
         let began = Instant::now();

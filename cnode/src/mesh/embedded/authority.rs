@@ -38,6 +38,7 @@ struct MeshFile {
 pub(super) struct Authority {
     trust_domain: String,
     issuer: Issuer<'static, KeyPair>,
+    root: CertificateDer<'static>,
     roots: Arc<RootCertStore>,
 }
 
@@ -72,16 +73,22 @@ impl Authority {
         let root =
             CertificateDer::from_pem_slice(cert.as_bytes()).map_err(|error| broken("ca.pem", error))?;
         let mut roots = RootCertStore::empty();
-        roots.add(root).map_err(|error| broken("ca.pem", error))?;
+        roots.add(root.clone()).map_err(|error| broken("ca.pem", error))?;
         Ok(Self {
             trust_domain: mesh.trust_domain,
             issuer,
+            root,
             roots: Arc::new(roots),
         })
     }
 
     pub(super) fn trust_domain(&self) -> &str {
         &self.trust_domain
+    }
+
+    /// The authority's own certificate.
+    pub(super) fn root(&self) -> &CertificateDer<'static> {
+        &self.root
     }
 
     /// Makes a key and a leaf for a service.

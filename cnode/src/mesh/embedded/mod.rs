@@ -25,6 +25,7 @@ pub use rules::{Action, Pattern, Rule, Rules};
 use self::authority::Authority;
 use self::catalogue::{AgentEntry, OwnEntry};
 use futures::future::BoxFuture;
+use rustls::pki_types::CertificateDer;
 
 use super::{
     Answer, Authorization, Catalogue, Certificates, Decision, Diagnosis, Entry, Finding, Identity, Instance,
@@ -152,6 +153,10 @@ impl Certificates for EmbeddedMesh {
 
     fn spiffe(&self, service: &ServiceName) -> Result<SpiffeId, MeshError> {
         Ok(SpiffeId::new(self.trust_domain(), service.clone()))
+    }
+
+    fn roots(&self) -> Answer<'_, Vec<CertificateDer<'static>>> {
+        Box::pin(std::future::ready(Ok(vec![self.inner.authority.root().clone()])))
     }
 
     fn present_token(&self, service: &ServiceName, _: Token) -> Result<(), MeshError> {

@@ -261,6 +261,29 @@ async fn a_node_dials_through_its_own_sidecar() {
     assert!(refusal.text.contains("on loopback"), "{refusal}");
 }
 
+/// Whose the port is can be told when its process accepts, and nothing is sent before.
+#[tokio::test]
+async fn a_port_that_nobody_answers_at_is_no_sidecar() {
+    let world = World::new();
+    let impatient = Settings {
+        connect_timeout: Duration::from_millis(100),
+        ..settings()
+    };
+    let (h1, h2) = (
+        world.host_with("h1", "127.0.0.2", impatient).await,
+        world.host("h2", "127.0.0.3").await,
+    );
+    let (shop, _cart) = (h1.node("shop@h1").await, h2.node("cart@h2").await);
+    // The kernel takes the connection.
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let port = listener.local_addr().unwrap();
+    let sidecar = Arc::new(Ports { target: "cart", port });
+    h1.change("shop@h1", |local| local.sidecar = Some(sidecar));
+    assert_eq!(shop.dial("cart@h2").await.unwrap_err().cause, Cause::Unreachable);
+    let (mut taken, _) = listener.accept().await.unwrap();
+    assert!(rest(&mut taken).await.is_empty());
+}
+
 #[tokio::test]
 async fn an_upstream_can_go_by_a_sidecar() {
     let world = World::new();

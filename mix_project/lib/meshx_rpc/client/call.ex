@@ -13,34 +13,20 @@ defmodule MeshxRpc.Client.Call do
   @spec call(atom(), atom() | binary(), term(), timeout(), non_neg_integer(), non_neg_integer()) ::
           term()
   def call(pool, fun, argument, timeout, retry, retry_sleep) do
-    run(pool, :call, fun, argument, timeout, retry, retry_sleep)
-  end
-
-  @spec cast(atom(), atom() | binary(), term(), timeout(), non_neg_integer(), non_neg_integer()) ::
-          :ok
-  def cast(pool, fun, argument, timeout, retry, retry_sleep) do
-    case run(pool, :cast, fun, argument, timeout, retry, retry_sleep) do
-      :ok -> :ok
-      {:error_rpc, _reason} -> Client.Pool.cast_failed(pool)
-    end
-  end
-
-  defp run(pool, kind, fun, argument, timeout, retry, retry_sleep) do
     pool = Client.Pool.fetch!(pool)
     fun = name!(fun)
 
     request = %{
       pool: pool,
-      kind: kind,
       fun: fun,
       encoded: nil,
       until: until(timeout),
       sleep: retry_sleep,
-      measured: Telemetry.on?(pool.telemetry, kind)
+      measured: Telemetry.on?(pool.telemetry, :call)
     }
 
     if request.measured,
-      do: Measured.run(pool, kind, fun, fn -> encode(request, argument, retry) end),
+      do: Measured.run(pool, fun, fn -> encode(request, argument, retry) end),
       else: encode(request, argument, retry)
   end
 
@@ -97,7 +83,7 @@ defmodule MeshxRpc.Client.Call do
     alias = :erlang.monitor(:process, pid, alias: :reply_demonitor)
     if request.measured, do: sending(alias, pid, size)
 
-    if request.kind == :call and direct?(direct, request.encoded) do
+    if direct?(direct, request.encoded) do
       case write(request, alias, pid, left, direct) do
         :closed ->
           abandon(alias, pid)
@@ -109,14 +95,13 @@ defmodule MeshxRpc.Client.Call do
           answer
       end
     else
-      send(pid, {request.kind, alias, self(), request.fun, left, request.encoded})
+      send(pid, {:call, alias, self(), request.fun, left, request.encoded})
       wait(request, alias, pid, left)
     end
   end
 
   defp wait(request, alias, pid, left) do
     receive do
-      {^alias, :queued} -> :ok
       {^alias, :result, flag, bytes} -> decoded(request, flag, bytes)
       {^alias, :error, flag, bytes} -> {:error_rpc, reason(request, flag, bytes)}
       {^alias, :failed, reason} -> {:error_rpc, reason}
@@ -136,7 +121,6 @@ defmodule MeshxRpc.Client.Call do
 
     # What came until the end of the alias.
     receive do
-      {^alias, _queued} -> :ok
       {^alias, _failed, _reason} -> :ok
       {^alias, _status, _flag, _bytes} -> :ok
     after
@@ -159,7 +143,7 @@ defmodule MeshxRpc.Client.Call do
 
   defp write(request, alias, pid, left, %{socket: socket, shared: shared, crc: crc}) do
     {flag, iovec, size} = request.encoded
-    head = Frame.request_head(:call, left, size, flag, request.fun)
+    head = Frame.request_head(left, size, flag, request.fun)
     stream = Shared.take_id(shared)
     size = size + byte_size(head)
     frame = Frame.block(:request, true, 0, stream, [head | iovec], size, crc)

@@ -4,36 +4,27 @@ defmodule MeshxRpc.Client.Calls do
   #
   # A call is known by the alias of its caller. It has no stream until its first frame is made.
 
-  alias MeshxRpc.Client.Pool
-
-  @enforce_keys [:pool, :load, :index]
-  defstruct [:pool, :load, :index, keys: %{}, streams: %{}, casts: 0]
+  @enforce_keys [:load, :index]
+  defstruct [:load, :index, keys: %{}, streams: %{}]
 
   @type key :: reference()
   @type t :: %__MODULE__{}
 
   @typedoc "How a call ended."
   @type outcome ::
-          {:result | :error, flag :: byte(), binary()} | {:failed, reason :: atom()} | :started
+          {:result | :error, flag :: byte(), binary()} | {:failed, reason :: atom()}
 
   @doc "`load` at `index` counts the calls, for the choice of a connection."
-  @spec new(atom(), :counters.counters_ref(), pos_integer()) :: t()
-  def new(pool, load, index), do: %__MODULE__{pool: pool, load: load, index: index}
+  @spec new(:counters.counters_ref(), pos_integer()) :: t()
+  def new(load, index), do: %__MODULE__{load: load, index: index}
 
   @doc """
   A call begins, on a stream or not yet: its caller is watched from now on, `{{:caller_down, key}, ...}` comes when it
-  goes. Nobody waits for a cast.
+  goes.
   """
-  @spec add(t(), key(), :call | :cast, pid(), pos_integer() | nil) :: t()
-  def add(%__MODULE__{} = calls, key, :call, caller, stream) do
+  @spec add(t(), key(), pid(), pos_integer() | nil) :: t()
+  def add(%__MODULE__{} = calls, key, caller, stream) do
     monitor = :erlang.monitor(:process, caller, tag: {:caller_down, key})
-    insert(calls, key, monitor, stream)
-  end
-
-  def add(%__MODULE__{} = calls, key, :cast, _caller, stream),
-    do: insert(%{calls | casts: calls.casts + 1}, key, nil, stream)
-
-  defp insert(calls, key, monitor, stream) do
     :counters.add(calls.load, calls.index, 1)
     keys = Map.put(calls.keys, key, {stream, monitor})
 
@@ -70,10 +61,6 @@ defmodule MeshxRpc.Client.Calls do
     for {key, {stream, _monitor}} <- calls.keys, stream == nil or stream > last, do: key
   end
 
-  @doc "How many casts the server has not started yet."
-  @spec casts(t()) :: non_neg_integer()
-  def casts(calls), do: calls.casts
-
   @spec keys(t()) :: [key()]
   def keys(calls), do: Map.keys(calls.keys)
 
@@ -87,15 +74,8 @@ defmodule MeshxRpc.Client.Calls do
   @doc "Ends a call and tells its caller how."
   @spec finish(t(), key(), outcome()) :: t()
   def finish(calls, key, outcome) do
-    {kind, calls} = pop(calls, key)
-
-    case {kind, outcome} do
-      {:call, outcome} -> reply(key, outcome)
-      {:cast, :started} -> :ok
-      {:cast, _failure} -> Pool.cast_failed(calls.pool)
-    end
-
-    calls
+    reply(key, outcome)
+    forget(calls, key)
   end
 
   @doc "Tells a caller how its call ended."
@@ -104,7 +84,6 @@ defmodule MeshxRpc.Client.Calls do
     case outcome do
       {:failed, reason} -> send(key, {key, :failed, reason})
       {status, flag, bytes} -> send(key, {key, status, flag, bytes})
-      :started -> send(key, {key, :failed, :invalid_state})
     end
 
     :ok
@@ -112,20 +91,12 @@ defmodule MeshxRpc.Client.Calls do
 
   @doc "Ends a call that nobody waits for any more."
   @spec forget(t(), key()) :: t()
-  def forget(calls, key), do: calls |> pop(key) |> elem(1)
-
-  defp pop(calls, key) do
+  def forget(calls, key) do
     {{stream, monitor}, keys} = Map.pop!(calls.keys, key)
     :counters.sub(calls.load, calls.index, 1)
+    # A late message of it names a key that is not known.
+    _ = :erlang.demonitor(monitor)
     streams = if stream, do: Map.delete(calls.streams, stream), else: calls.streams
-    calls = %{calls | keys: keys, streams: streams}
-
-    if monitor do
-      # A late message of it names a key that is not known.
-      _ = :erlang.demonitor(monitor)
-      {:call, calls}
-    else
-      {:cast, %{calls | casts: calls.casts - 1}}
-    end
+    %{calls | keys: keys, streams: streams}
   end
 end

@@ -13,9 +13,6 @@ defmodule MeshxRpc.Client.Connection do
   alias MeshxRpc.{Address, Frame, Hello, Link, Options, Reason, Refs, Shared, Telemetry, Writer}
   alias MeshxRpc.Client.{Backoff, Calls, Growth, Upstream}
 
-  # What a cast costs here until the server has started it, beside its argument: nobody waits for it, so only
-  # this keeps casts to a server that does not answer from filling the memory.
-  @cast_overhead 1_024
   # Messages that are collected for one write.
   @collect 256
   # How long one that was replaced waits for callers that have just found it.
@@ -74,7 +71,7 @@ defmodule MeshxRpc.Client.Connection do
         do: :ets.delete(table, {:metadata, pid})
 
     unless before && Process.alive?(before), do: :counters.put(load, index, 0)
-    calls = Calls.new(config.id, load, index)
+    calls = Calls.new(load, index)
 
     state = %__MODULE__{
       config: config,
@@ -92,8 +89,8 @@ defmodule MeshxRpc.Client.Connection do
   def handle_continue(:connect, state), do: connect(state)
 
   @impl true
-  def handle_info({kind, key, caller, fun, deadline, encoded}, state) when kind in [:call, :cast],
-    do: state |> ask(kind, key, caller, fun, deadline, encoded) |> continue()
+  def handle_info({:call, key, caller, fun, deadline, encoded}, state),
+    do: state |> ask(key, caller, fun, deadline, encoded) |> continue()
 
   def handle_info({:direct, socket, key, caller, stream}, state),
     do: state |> asked(socket, key, caller, stream) |> continue()
@@ -167,11 +164,6 @@ defmodule MeshxRpc.Client.Connection do
   def handle_info(:leave, state), do: state |> unlist() |> replaced() |> continue()
 
   def handle_info(_of_a_connection_that_is_gone, state), do: continue(state)
-
-  defp queued(:call, state), do: Link.queued(state.link)
-
-  defp queued(:cast, state),
-    do: Link.queued(state.link) + @cast_overhead * Calls.casts(state.calls)
 
   defp read(state, bytes) do
     case Link.feed(state.link, bytes) do
@@ -444,7 +436,9 @@ defmodule MeshxRpc.Client.Connection do
 
   defp event({:refused, cause, text}, state), do: lost(state, {cause, Link.printable(text)})
 
-  defp event({:response, stream, :started, _flag, _bytes}, state), do: done(state, stream, :started)
+  # We ask for no such answer.
+  defp event({:response, stream, :started, _flag, _bytes}, state),
+    do: done(state, stream, {:failed, :invalid_state})
 
   defp event({:response, stream, status, flag, bytes}, state),
     do: done(state, stream, {status, flag, bytes})
@@ -514,22 +508,21 @@ defmodule MeshxRpc.Client.Connection do
 
   # Calls
 
-  defp ask(%{phase: :up} = state, kind, key, caller, fun, deadline, {flag, iovec, size}) do
-    queued = queued(kind, state)
+  defp ask(%{phase: :up} = state, key, caller, fun, deadline, {flag, iovec, size}) do
+    queued = Link.queued(state.link)
 
     if queued > 0 and queued + size > state.config.max_queue do
       send(key, {key, :failed, :full})
       state
     else
-      head = Frame.request_head(kind, deadline, size, flag, fun)
-      if kind == :cast, do: send(key, {key, :queued})
+      head = Frame.request_head(deadline, size, flag, fun)
       {stream, link} = Link.request(state.link, key, head, iovec, size)
       link = if stream, do: Link.open(link, stream), else: link
-      %{state | calls: Calls.add(state.calls, key, kind, caller, stream), link: link}
+      %{state | calls: Calls.add(state.calls, key, caller, stream), link: link}
     end
   end
 
-  defp ask(state, _kind, key, _caller, _fun, _deadline, _encoded) do
+  defp ask(state, key, _caller, _fun, _deadline, _encoded) do
     send(key, {key, :failed, :closed})
     state
   end
@@ -538,7 +531,7 @@ defmodule MeshxRpc.Client.Connection do
   defp asked(%{link: %{socket: socket}, goaway: goaway} = state, socket, key, caller, stream)
        when goaway != socket do
     link = Link.open(state.link, stream)
-    %{state | calls: Calls.add(state.calls, key, :call, caller, stream), link: link}
+    %{state | calls: Calls.add(state.calls, key, caller, stream), link: link}
   end
 
   # The server had said GOAWAY before this was written, and runs it not; the socket of another connection may have
@@ -615,8 +608,8 @@ defmodule MeshxRpc.Client.Connection do
       write(state)
     else
       receive do
-        {kind, key, caller, fun, deadline, encoded} when kind in [:call, :cast] ->
-          state |> ask(kind, key, caller, fun, deadline, encoded) |> collect(left - 1)
+        {:call, key, caller, fun, deadline, encoded} ->
+          state |> ask(key, caller, fun, deadline, encoded) |> collect(left - 1)
 
         {:direct, socket, key, caller, stream} ->
           state |> asked(socket, key, caller, stream) |> collect(left - 1)
@@ -717,7 +710,7 @@ defmodule MeshxRpc.Client.Connection do
 
   defp refuse_late(state) do
     receive do
-      {kind, key, _caller, _fun, _deadline, _encoded} when kind in [:call, :cast] ->
+      {:call, key, _caller, _fun, _deadline, _encoded} ->
         Calls.reply(key, {:failed, :closed})
         refuse_late(state)
     after

@@ -6,16 +6,16 @@ defmodule MeshxRpc.Client.Measured do
 
   @key :"$meshx_rpc_measured"
 
-  @doc "Runs a call of `kind`, and tells how it went. `fun` is the function of the server."
-  @spec run(map(), :call, binary(), (() -> term())) :: term()
-  def run(pool, kind, fun, call) do
+  @doc "Runs a call, and tells how it went. `fun` is the function of the server."
+  @spec run(map(), binary(), (() -> term())) :: term()
+  def run(pool, fun, call) do
     # A function that serialises may itself call.
     outer = Process.put(@key, %{})
     began = Telemetry.now()
 
     try do
       result = call.()
-      emit(pool, kind, fun, result, Telemetry.now() - began, Process.get(@key))
+      emit(pool, fun, result, Telemetry.now() - began, Process.get(@key))
       result
     after
       if outer, do: Process.put(@key, outer), else: Process.delete(@key)
@@ -65,7 +65,7 @@ defmodule MeshxRpc.Client.Measured do
     :ok
   end
 
-  defp emit(%{telemetry: telemetry} = pool, kind, fun, result, total, noted) do
+  defp emit(%{telemetry: telemetry} = pool, fun, result, total, noted) do
     connection = if noted[:pid], do: Client.Pool.metadata(pool, noted.pid), else: %{}
     block = Map.get(connection, :block, 65_536)
     {sent, received} = {Map.get(noted, :sent, 0), Map.get(noted, :received, 0)}
@@ -85,13 +85,13 @@ defmodule MeshxRpc.Client.Measured do
       |> Map.delete(:block)
       |> Map.merge(%{
         fun_name: fun,
-        fun_req: kind,
+        fun_req: :call,
         req_ref: noted[:ref],
         traceparent: noted[:traceparent],
         result: Telemetry.result(result),
         state: :reply
       })
 
-    Telemetry.emit(telemetry, kind, measurements, metadata)
+    Telemetry.emit(telemetry, :call, measurements, metadata)
   end
 end

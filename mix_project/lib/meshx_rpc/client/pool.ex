@@ -231,9 +231,4 @@ defmodule MeshxRpc.Client.Pool do
       [] -> %{}
     end
   end
-
-  @doc false
-  def cast_failed(pool) do
-    :atomics.add(fetch!(pool).casts, 3, 1)
-  end
 end

@@ -133,22 +133,40 @@ defmodule MeshxRpc.Codec.Nif do
   end
 
   @impl true
-  def guard(binary, policy) when is_map(policy), do: guard(binary, policy(policy))
-
-  def guard(binary, {prepared, policy}) do
-    first =
-      try do
-        Native.guard(prepared, binary)
-      rescue
-        # Of a library that was loaded before this one.
-        ArgumentError ->
-          policy |> :erlang.binary_to_term() |> Native.guard_policy() |> Native.guard(binary)
-      end
-
-    case first do
+  def guard(binary, policy) do
+    case first(binary, policy) do
       {:more, guard} -> step(guard, binary)
+      :aside -> :ok
       done -> done
     end
+  end
+
+  # What takes long to decode goes to a dirty scheduler.
+  @impl true
+  def decode(binary, policy) do
+    case first(binary, policy) do
+      :ok ->
+        {:ok, :erlang.binary_to_term(binary, [:safe])}
+
+      :aside ->
+        {:ok, Native.binary_to_term(binary)}
+
+      {:more, guard} ->
+        with :ok <- step(guard, binary), do: {:ok, Native.binary_to_term(binary)}
+
+      refused ->
+        refused
+    end
+  end
+
+  defp first(binary, policy) when is_map(policy), do: first(binary, policy(policy))
+
+  defp first(binary, {prepared, policy}) do
+    Native.guard(prepared, binary)
+  rescue
+    # Of a library that was loaded before this one.
+    ArgumentError ->
+      policy |> :erlang.binary_to_term() |> Native.guard_policy() |> Native.guard(binary)
   end
 
   defp step(guard, binary) do

@@ -76,15 +76,18 @@ defmodule Meshx.ServiceMesh.Contract.Peer do
     end
   end
 
-  @doc "Asks until there is an answer: a mesh may take a moment to tell everybody of a service."
-  def ask_until(address, wanted, left \\ 500) do
-    answer = ask(address)
+  @doc "Asks until there is the answer: a mesh may take a moment to tell everybody of a service."
+  def ask_until(address, wanted), do: until(fn -> ask(address) end, wanted)
 
-    if wanted.(answer) or left == 0 do
-      answer
+  @doc "The first wanted value of a function, or its last one."
+  def until(fun, wanted, left \\ 500) do
+    value = fun.()
+
+    if wanted.(value) or left == 0 do
+      value
     else
       Process.sleep(20)
-      ask_until(address, wanted, left - 1)
+      until(fun, wanted, left - 1)
     end
   end
 

@@ -40,6 +40,7 @@ pub(super) struct Roots {
 /// One of them, for people.
 #[derive(Debug)]
 pub(super) struct Root {
+    pub(super) certificate: CertificateDer<'static>,
     pub(super) name: String,
     pub(super) active: bool,
     /// End of its validity, unix seconds.
@@ -314,6 +315,7 @@ fn read_roots(reply: &Reply) -> Result<Arc<Roots>, Fault> {
             let (_, parsed) =
                 X509Certificate::from_der(&certificate).map_err(|error| broken(error.to_string()))?;
             list.push(Root {
+                certificate: certificate.clone(),
                 name: super::client::shorten(&root.name),
                 active: root.active,
                 not_after: parsed.validity().not_after.timestamp(),

@@ -252,6 +252,15 @@ impl Certificates for ConsulMesh {
         self.certificates.spiffe(service)
     }
 
+    fn roots(&self) -> Answer<'_, Vec<rustls::pki_types::CertificateDer<'static>>> {
+        let seen = self.certificates.roots();
+        let shown = match (seen.value, seen.fault) {
+            (Some(roots), _) => Ok(roots.list.iter().map(|root| root.certificate.clone()).collect()),
+            (None, fault) => Err(MeshError::Unavailable(format!("no roots of Consul yet: {fault:?}"))),
+        };
+        Box::pin(std::future::ready(shown))
+    }
+
     fn present_token(&self, service: &ServiceName, token: Token) -> Result<(), MeshError> {
         if self.tokens.set(service, token)? {
             self.certificates.forget(service);

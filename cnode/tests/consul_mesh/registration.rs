@@ -317,6 +317,7 @@ async fn a_sidecar_passes_when_its_port_answers() {
     let mut entry = plain("a", "web", "web-1");
     entry.instance.address = public;
     entry.data_plane = DataPlane::Sidecar(Sidecar {
+        bind: [127, 0, 0, 1].into(),
         local: address(9000),
         upstreams: vec![SidecarUpstream {
             target: service("shop"),

@@ -50,6 +50,7 @@ async fn a_built_in_proxy_needs_the_right_token() {
             )
         };
         let sidecar = Sidecar {
+            bind: [127, 0, 0, 1].into(),
             local,
             upstreams: Vec::new(),
         };

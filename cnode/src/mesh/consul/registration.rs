@@ -54,6 +54,9 @@ const OURS: [&str; 10] = [
     "name", "id", "address", "port", "token", "check", "connect", "meta", "tags", "weights",
 ];
 
+/// Fields of a sidecar's proxy that a registration may give (Consul, "Sidecar Service Registration").
+const SIDECARS_OWN: [&str; 3] = ["Config", "Expose", "MeshGateway"];
+
 /// Registers and keeps.
 pub(super) struct Registrar {
     client: Arc<Client>,
@@ -743,15 +746,25 @@ fn sidecar_body(entry: &Entry, sidecar: &Sidecar, meta: &Map<String, Value>) -> 
             })
         })
         .collect();
-    let mut body = json!({
-        "Address": address.ip(),
-        "Meta": meta,
-        "Proxy": {
-            "LocalServiceAddress": sidecar.local.ip(),
-            "LocalServicePort": sidecar.local.port(),
-            "Upstreams": upstreams,
-        },
-    });
+    let given = entry.extra.get("Connect");
+    let given = given.and_then(|connect| connect.get("SidecarService")?.get("Proxy")?.as_object());
+    let mut proxy: Map<String, Value> = given
+        .into_iter()
+        .flatten()
+        .map(|(key, value)| (key.clone(), value.clone()))
+        .collect();
+    proxy.retain(|key, _| SIDECARS_OWN.contains(&key.as_str()));
+    let config = proxy.entry("Config").or_insert_with(|| json!({}));
+    if let Some(config) = config.as_object_mut() {
+        // Consul's built-in proxy and the Envoy that it drives would listen on all addresses.
+        config.insert("bind_address".to_owned(), json!(sidecar.bind));
+    }
+    proxy.extend([
+        ("LocalServiceAddress".to_owned(), json!(sidecar.local.ip())),
+        ("LocalServicePort".to_owned(), json!(sidecar.local.port())),
+        ("Upstreams".to_owned(), json!(upstreams)),
+    ]);
+    let mut body = json!({ "Address": address.ip(), "Meta": meta, "Proxy": proxy });
     // Port 0: Consul chooses one of its range, and its own checks.
     if address.port() != 0
         && let Some(fields) = body.as_object_mut()

@@ -308,7 +308,7 @@ impl Registrar {
         node: Option<&str>,
     ) -> Option<MeshError> {
         let NodeCheck { id: taken, agent, .. } = other;
-        if taken == id && (node.is_some() || other.service == service.as_ref()) {
+        if taken == id && other.service == service.as_ref() {
             return Some(MeshError::NameTaken(format!(
                 "{id} is registered by agent {agent}"
             )));

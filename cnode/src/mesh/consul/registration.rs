@@ -29,6 +29,11 @@ const BACKOFF: Backoff = Backoff {
     min: Duration::from_millis(500),
     max: Duration::from_secs(2),
 };
+/// Between attempts to tell Consul the end of an entry.
+const LEAVING: Backoff = Backoff {
+    min: Duration::from_secs(1),
+    max: COMPARE,
+};
 const TTL_MIN: Duration = Duration::from_secs(1);
 const TTL_MAX: Duration = Duration::from_secs(86_400);
 /// After this long as critical Consul forgets an entry, unless it says otherwise. Consul takes no less.
@@ -198,6 +203,7 @@ impl Registrar {
             Ok(()) => Ok(()),
             Err(fault) => {
                 self.lock().leaving.insert(id.to_owned(), held.token);
+                self.compare.notify_one();
                 Err(MeshError::from(fault))
             }
         }
@@ -205,12 +211,19 @@ impl Registrar {
 
     /// Compares what is held with what Consul has, until the mesh ends.
     pub(super) async fn keep_all(self: Arc<Self>) {
+        let mut attempts = Attempts::new(LEAVING);
         loop {
-            let next = Instant::now() + COMPARE;
+            let left = !self.lock().leaving.is_empty();
+            let pause = if left {
+                attempts.wait()
+            } else {
+                attempts = Attempts::new(LEAVING);
+                COMPARE
+            };
             tokio::select! {
                 () = self.stop.cancelled() => return,
                 () = self.compare.notified() => {}
-                () = sleep_until(next) => {}
+                () = sleep(pause) => {}
                 () = sleep_until(self.began + RECLAIM), if self.began.elapsed() < RECLAIM => {}
             }
             if let Err(fault) = self.compare().await {
@@ -298,7 +311,7 @@ impl Registrar {
         node: Option<&str>,
     ) -> Option<MeshError> {
         let NodeCheck { id: taken, agent, .. } = other;
-        if taken == id && (node.is_some() || other.service == service.as_ref()) {
+        if taken == id && other.service == service.as_ref() {
             return Some(MeshError::NameTaken(format!(
                 "{id} is registered by agent {agent}"
             )));

@@ -108,7 +108,9 @@ defmodule MeshxConsul do
          {:ok, address} <- address(params, config, config.address, :up),
          params = Template.with_address(params, address),
          {:ok, service} <- Template.registration(template, params, address, config) do
-      args = if force_registration?, do: Map.put(service.args, :force, true), else: service.args
+      args =
+        if force_registration? == true, do: Map.put(service.args, :force, true), else: service.args
+
       args = if wait > 0, do: Map.put(args, :wait, wait), else: args
 
       __MODULE__
@@ -116,7 +118,7 @@ defmodule MeshxConsul do
         Map.merge(service, %{
           args: args,
           owner: nil,
-          force?: force_registration?,
+          force?: force_registration? == true,
           deadline: if(wait > 0, do: wait + @margin, else: @registered),
           lane: {:service, service.id}
         })
@@ -138,9 +140,8 @@ defmodule MeshxConsul do
           :ok | {:error, :service_not_owned | {atom(), String.t()}}
   @impl Meshx.ServiceMesh
   def stop(service_id) do
-    id = to_string(service_id)
-
-    with {:ok, upstreams} <- owned_upstreams(id),
+    with {:ok, id} <- Template.text(service_id, "service id"),
+         {:ok, upstreams} <- owned_upstreams(id),
          answers when is_list(answers) <-
            Server.disconnect(__MODULE__, Enum.map(upstreams, &elem(&1, 0)), true),
          :unknown <- Server.deregister(__MODULE__, id),
@@ -230,7 +231,7 @@ defmodule MeshxConsul do
             do: key
 
       with answers when is_list(answers) <-
-             Server.disconnect(__MODULE__, keys, restart_proxy?),
+             Server.disconnect(__MODULE__, keys, restart_proxy? == true),
            do: {:ok, for({{_proxy, name, _id}, :ok} <- Enum.zip(keys, answers), do: name)}
     end
   end
@@ -241,9 +242,8 @@ defmodule MeshxConsul do
   """
   @spec info(service_id :: atom() | String.t()) :: {:ok, map()} | {:error, {atom(), String.t()}}
   def info(service_id) do
-    id = to_string(service_id)
-
-    with services when is_map(services) <- Server.services(__MODULE__),
+    with {:ok, id} <- Template.text(service_id, "service id"),
+         services when is_map(services) <- Server.services(__MODULE__),
          {:ok, all} <- catalogue(services[id]) do
       case {services[id], Enum.find(all, &match?(%{id: ^id}, &1))} do
         {nil, nil} ->
@@ -318,9 +318,8 @@ defmodule MeshxConsul do
   end
 
   defp owned_upstreams(proxy_id) do
-    proxy_id = to_string(proxy_id)
-
-    with services when is_map(services) <- Server.services(__MODULE__),
+    with {:ok, proxy_id} <- Template.text(proxy_id, "proxy id"),
+         services when is_map(services) <- Server.services(__MODULE__),
          upstreams when is_map(upstreams) <- Server.upstreams(__MODULE__) do
       if Map.has_key?(services, proxy_id),
         do: {:ok, Enum.filter(upstreams, &match?({{^proxy_id, _, _}, _}, &1))},

@@ -160,7 +160,7 @@ fn why_says_what_the_link_and_the_log_say() {
     shop.expect(connect, ":intention_denied").unwrap();
     shop.process.wait_log(&format!("text: {said}"), PATIENCE).unwrap();
     h1.process.wait_log(said, PATIENCE).unwrap();
-    let printed = "{:ok, why} = MeshxNode.why(:cart@h2); IO.puts(why); why.cause";
+    let printed = "{:ok, why} = MeshxNode.why(:cart@h2); IO.puts([\"printed\\n \", String.replace(to_string(why), \"\\n\", \"\\n \")]); why.cause";
     shop.expect(printed, ":intention_denied").unwrap();
     shop.process.wait_log(no.trim(), PATIENCE).unwrap();
     // What the text says is what helps.

@@ -38,7 +38,10 @@ pub(super) fn run(args: &LinksArgs) -> Result<ExitCode, Failure> {
                 "bytes_in",
                 "bytes_out",
             ]
-            .map(|key| text(link, key))
+            .map(|key| match key {
+                "remote_spiffe" => identity(link),
+                key => text(link, key),
+            })
         })
         .collect();
     print(&table(
@@ -54,4 +57,31 @@ pub(super) fn run(args: &LinksArgs) -> Result<ExitCode, Failure> {
         &rows,
     ))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Who is at the other end, and whether the agent knows it or has been told.
+fn identity(link: &Term) -> String {
+    let identity = text(link, "remote_spiffe");
+    match link.map_get("verified").and_then(Term::as_bool) {
+        Some(false) => format!("{identity} (unverified)"),
+        _ => identity,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_identity_that_nothing_proves_is_marked() {
+        let link = |verified| {
+            map([
+                ("remote_spiffe", Term::binary("spiffe://x")),
+                ("verified", Term::from(verified)),
+            ])
+        };
+        assert_eq!(identity(&link(true)), "spiffe://x");
+        assert_eq!(identity(&link(false)), "spiffe://x (unverified)");
+        assert_eq!(json(&link(false))["verified"], Value::Bool(false));
+    }
 }

@@ -52,6 +52,8 @@ impl Proxy {
                     answers.insert(pair.clone(), self.authorize(source, target).await);
                 }
                 match answers.get(&pair) {
+                    // The mesh was set up anew between the words and the answer: that says nothing of the services.
+                    Some(Err(_)) if self.is_of_yesterday(source) => answered = false,
                     Some(Err(refusal)) if refusal.cause == Cause::IntentionDenied => {
                         result.cut += usize::from(self.links.cut(info.id, refusal.cause, &refusal.text));
                         answered = true;
@@ -64,5 +66,10 @@ impl Proxy {
             result.unanswered += usize::from(!answered);
         }
         result
+    }
+
+    fn is_of_yesterday(&self, id: &SpiffeId) -> bool {
+        let today = self.spiffe(id.service());
+        today.is_ok_and(|today| today.trust_domain() != id.trust_domain())
     }
 }

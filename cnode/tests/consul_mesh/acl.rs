@@ -233,7 +233,7 @@ async fn a_rotated_token_takes_over_without_a_gap() {
     consul.call(Method::DELETE, &doomed, Value::Null).await;
     // Consul's own copy of the entry is kept by the new token, too: it survives longer than its check would.
     let began = std::time::Instant::now();
-    while began.elapsed() < Duration::from_secs(13) {
+    while began.elapsed() < Duration::from_secs(7) {
         let checks = consul.get("health/checks/shop").await;
         assert_eq!(checks[0]["Status"], "passing");
         tokio::time::sleep(Duration::from_millis(500)).await;

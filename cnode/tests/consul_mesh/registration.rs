@@ -109,7 +109,7 @@ async fn while_consul_hangs_the_last_answers_hold_and_nothing_is_lost() {
         Err(MeshError::Unavailable(_))
     ));
     // Long enough for the check to become critical once Consul looks at its clock again.
-    tokio::time::sleep(Duration::from_secs(12)).await;
+    tokio::time::sleep(Duration::from_secs(6)).await;
     consul.signal(Signal::CONT);
     until("passing again", || async {
         let checks = consul.get("health/checks/shop").await;

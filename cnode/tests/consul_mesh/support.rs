@@ -15,9 +15,10 @@ use tempfile::TempDir;
 
 /// For what has no promise. The machine may be busy.
 pub(crate) const LONG: Duration = Duration::from_secs(60);
-/// What Consul lost is there again when the next refresh of its check (after 5 s, 2 s while Consul is away) has
-/// failed, and is waited for three times as long.
-pub(crate) const PROMISED_AGAIN: Duration = Duration::from_secs(3 * 6);
+/// What Consul lost is there again when the next refresh of its check has failed: at half its time to live, after at
+/// most 2 s while Consul is away. It is waited for three times as long, and less than until entries are compared.
+pub(crate) const PROMISED_AGAIN: Duration = Duration::from_secs(3 * 3);
+const TTL: Duration = Duration::from_secs(4);
 /// The token that may do all.
 pub(crate) const MASTER: &str = "11111111-2222-3333-4444-555555555555";
 
@@ -238,7 +239,7 @@ pub(crate) fn service(name: &str) -> ServiceName {
 }
 
 pub(crate) fn node(agent: &str, node: &str) -> Entry {
-    Entry::plain(Instance {
+    entry(Instance {
         id: node.to_owned(),
         service: ServiceName::from_node(node).unwrap(),
         node: Some(node.to_owned()),
@@ -249,7 +250,7 @@ pub(crate) fn node(agent: &str, node: &str) -> Entry {
 }
 
 pub(crate) fn plain(agent: &str, name: &str, id: &str) -> Entry {
-    Entry::plain(Instance {
+    entry(Instance {
         id: id.to_owned(),
         service: service(name),
         node: None,
@@ -257,6 +258,13 @@ pub(crate) fn plain(agent: &str, name: &str, id: &str) -> Entry {
         address: address(7000),
         protocol: Protocol::Meshx,
     })
+}
+
+fn entry(instance: Instance) -> Entry {
+    Entry {
+        ttl: Some(TTL),
+        ..Entry::plain(instance)
+    }
 }
 
 /// Asks until the answer is as wanted.

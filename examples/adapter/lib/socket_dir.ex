@@ -27,7 +27,8 @@ defmodule SocketDir do
   end
 
   @impl Meshx.ServiceMesh
-  def stop(service_id), do: ask({:stop, to_string(service_id)})
+  def stop(service_id),
+    do: with({:ok, known} <- params(service_id), do: ask({:stop, elem(known, 0)}))
 
   @impl Meshx.ServiceMesh
   def connect(upstreams, _template \\ nil, _proxy \\ nil) when is_list(upstreams) do

@@ -49,7 +49,7 @@ defmodule Meshx.Agent do
           id: id,
           args: Map.merge(args, if(id, do: %{name: name, id: id}, else: %{name: name})),
           owner: self(),
-          force?: force_registration?,
+          force?: force_registration? == true,
           deadline: if(wait?, do: timeout + @margin, else: timeout),
           lane: {:service, name}
         })
@@ -60,16 +60,17 @@ defmodule Meshx.Agent do
   end
 
   @impl Meshx.ServiceMesh
-  def stop(service_id) do
+  def stop(service_id) when is_binary(service_id) or is_atom(service_id) do
     with :unknown <- Server.deregister(__MODULE__, to_string(service_id)),
          do: invalid("service #{service_id} was not started by this VM")
   end
 
+  def stop(other), do: invalid("service id is #{inspect(other)}, wanted an atom or a binary")
+
   @impl Meshx.ServiceMesh
   def connect(upstreams, template \\ nil, proxy \\ nil) when is_list(upstreams) do
-    with {:ok, args} <- Options.arguments(Options.upstream(), template) do
-      as = source(proxy)
-
+    with {:ok, args} <- Options.arguments(Options.upstream(), template),
+         {:ok, as} <- source(proxy) do
       Meshx.ServiceMesh.each(upstreams, &upstream(&1, args, as), fn requests ->
         Server.connect(__MODULE__, requests)
       end)
@@ -80,7 +81,8 @@ defmodule Meshx.Agent do
   def disconnect(upstreams, _proxy_id \\ nil, restart_proxy? \\ false) when is_list(upstreams) do
     keys = for upstream <- upstreams, {:ok, name, id} <- [params(upstream)], do: {self(), name, id}
 
-    with answers when is_list(answers) <- Server.disconnect(__MODULE__, keys, restart_proxy?),
+    with answers when is_list(answers) <-
+           Server.disconnect(__MODULE__, keys, restart_proxy? == true),
          do: {:ok, for({{_owner, name, _id}, :ok} <- Enum.zip(keys, answers), do: name)}
   end
 
@@ -102,9 +104,11 @@ defmodule Meshx.Agent do
     end
   end
 
-  defp source(nil), do: nil
-  defp source({name, _id}), do: to_string(name)
-  defp source(name), do: to_string(name)
+  defp source(nil), do: {:ok, nil}
+
+  defp source(proxy) do
+    with {:ok, name, _id} <- params(proxy), do: {:ok, name}
+  end
 
   defp own(nil) do
     me = Atom.to_string(node())
@@ -124,10 +128,13 @@ defmodule Meshx.Agent do
 
   defp own(as), do: {:ok, as}
 
-  defp params({name, id}) when (is_binary(id) or is_atom(id)) and id != nil,
+  defp params({name, nil}), do: params(name)
+
+  defp params({name, id}) when is_binary(id) or is_atom(id),
     do: params(name, to_string(id))
 
-  defp params(%{name: name} = params), do: params(name, params[:id] && to_string(params[:id]))
+  defp params(%{name: name, id: id}), do: params({name, id})
+  defp params(%{name: name}), do: params(name)
   defp params(name) when is_binary(name) or is_atom(name), do: params(name, nil)
 
   defp params(other),

@@ -80,12 +80,13 @@ defmodule MeshxConsul.Template do
 
   defp map_params(params), do: unknown_params(params)
 
-  defp text(text, what) when (is_atom(text) or is_binary(text)) and text not in [nil, ""] do
+  @doc "An atom or a binary as a binary; `what` is named when it is neither."
+  def text(text, what) when (is_atom(text) or is_binary(text)) and text not in [nil, ""] do
     text = to_string(text)
     if String.valid?(text), do: {:ok, text}, else: invalid("#{what} is not UTF-8")
   end
 
-  defp text(other, what),
+  def text(other, what),
     do: invalid("#{what} is #{inspect(other, limit: 5)}, wanted an atom or a binary")
 
   @doc "Where parameters say that the service or upstream listens: an address, `:agent` for a socket that the agent names, or `:any`."

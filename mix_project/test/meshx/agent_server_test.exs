@@ -217,6 +217,28 @@ defmodule Meshx.AgentServerTest do
     end
   end
 
+  test "answers that are not whole are errors, and the server lives on", %{agent: agent} do
+    assert {:ok, "kept", _address} = Meshx.Agent.start({"kept", "kept"}, nil, false, 5_000)
+
+    for answer <- [%{}, %{id: 7, address: {:uds, "/a"}}, %{id: "a", upstream: "a", address: :b}] do
+      ScriptedAgent.set(agent, :control, fn
+        id, command, _args when command in [:register_service, :connect] ->
+          {:reply, {:reply, id, {:ok, answer}}}
+
+        _id, _command, _args ->
+          :default
+      end)
+
+      assert {:error, {:invalid_request, _}} = Meshx.Agent.start({"a", "a"}, nil, :maybe, 5_000)
+
+      assert {:ok, [{:error, {:invalid_request, _}}]} =
+               Meshx.Agent.connect(["cart"], nil, {"shop", "shop-1"})
+    end
+
+    assert {:ok, :already_started} = Meshx.Agent.start({"kept", "kept"}, nil, :maybe, 5_000)
+    assert {:error, {:invalid_request, _}} = Meshx.Agent.connect(["cart"], nil, 7)
+  end
+
   test "a crash tells owners, and leaves nothing at the agent", %{agent: agent} do
     assert {:ok, "cart-1", _address} = Meshx.Agent.start({"cart", "cart-1"}, nil, false, 5_000)
     server = Process.whereis(Meshx.Agent)

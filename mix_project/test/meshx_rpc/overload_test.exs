@@ -17,7 +17,7 @@ defmodule MeshxRpc.OverloadTest do
     argument = :erlang.term_to_binary({name, 1})
     size = byte_size(argument)
     {first, rest} = :erlang.split_binary(argument, 3)
-    head = Frame.request_head(:call, :infinity, size, 1, "wait")
+    head = Frame.request_head(:infinity, size, 1, "wait")
 
     # Request 1 begins, request 2 runs, then request 1 becomes whole and runs too.
     part = Frame.block(:request, false, 0, 1, [head, first], byte_size(head) + 3, nil)

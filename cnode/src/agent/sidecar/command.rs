@@ -83,8 +83,9 @@ pub(super) async fn consul_envoy(
     })?;
     let mut arguments: Vec<OsString> = vec!["connect".into(), "envoy".into()];
     arguments.push(format!("-sidecar-for={}", spec.id).into());
-    arguments.push("-envoy-binary".into());
-    arguments.push(envoy.into());
+    let mut binary = OsString::from("-envoy-binary=");
+    binary.push(envoy);
+    arguments.push(binary);
     arguments.push(format!("-admin-bind={admin}").into());
     arguments.extend([
         "--".into(),

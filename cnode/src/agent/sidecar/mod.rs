@@ -54,8 +54,8 @@ pub const START_TIME: Duration = Duration::from_secs(5);
 pub const SIDECARS_MAX: usize = 256;
 /// Upstreams that one sidecar may have.
 pub const UPSTREAMS_PER_SIDECAR_MAX: usize = 256;
-/// How long a predecessor of the same id may take to end: its grace, and what is left to the kernel.
-const PREDECESSOR_TIME: Duration = Duration::from_secs(STOP_GRACE.as_secs() + 3);
+/// How long a predecessor of the same id may take to end beyond its grace.
+const PREDECESSOR_TIME: Duration = Duration::from_secs(3);
 
 /// What all sidecars of an agent share.
 #[derive(Debug, Clone)]
@@ -71,12 +71,14 @@ pub struct Settings {
     pub environment: Vec<(OsString, OsString)>,
     /// Waits before restarts.
     pub backoff: Backoff,
+    /// How long the mesh may take to give what a sidecar needs before it can start.
+    pub start_time: Duration,
     /// How long a sidecar may take to end after SIGTERM.
     pub grace: Duration,
 }
 
 impl Default for Settings {
-    /// `envoy` from `PATH` with 2 workers, no Consul, waits from 200 ms to 10 s, [`STOP_GRACE`].
+    /// `envoy` from `PATH` with 2 workers, no Consul, waits from 200 ms to 10 s, [`START_TIME`], [`STOP_GRACE`].
     fn default() -> Self {
         Self {
             consul: None,
@@ -87,6 +89,7 @@ impl Default for Settings {
                 min: Duration::from_millis(200),
                 max: Duration::from_secs(10),
             },
+            start_time: START_TIME,
             grace: STOP_GRACE,
         }
     }
@@ -341,11 +344,13 @@ impl Sidecars {
             }
             places.entry(name.to_owned()).or_default().clone()
         };
-        timeout(PREDECESSOR_TIME, place.lock_owned()).await.map_err(|_| {
-            SidecarError::Invalid(format!(
-                "a sidecar of {id} runs already: stop it first, or choose another id"
-            ))
-        })
+        timeout(self.settings.grace + PREDECESSOR_TIME, place.lock_owned())
+            .await
+            .map_err(|_| {
+                SidecarError::Invalid(format!(
+                    "a sidecar of {id} runs already: stop it first, or choose another id"
+                ))
+            })
     }
 }
 

@@ -10,8 +10,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::{
-    START_TIME, Settings, SidecarError, SidecarEvent, SidecarEventKind, SidecarKind, SidecarSpec, command,
-    envoy,
+    Settings, SidecarError, SidecarEvent, SidecarEventKind, SidecarKind, SidecarSpec, command, envoy,
     files::Files,
     output::Sink,
     process::{Program, Run},
@@ -94,13 +93,13 @@ async fn prepare(parts: &Parts, files: &mut Files) -> Result<(Program, Option<Ke
         spec: spec.clone(),
     };
     let wanted = parts.upstreams.borrow().clone();
-    let view = timeout(START_TIME, keeper.viewer.look(&wanted, Instant::now()))
+    let view = timeout(settings.start_time, keeper.viewer.look(&wanted, Instant::now()))
         .await
         .map_err(|_| {
             MeshError::Unavailable(format!(
                 "no certificate and roots for {} within {} s",
                 spec.service,
-                START_TIME.as_secs()
+                settings.start_time.as_secs()
             ))
         })??;
     keeper.write(files, &view)?;

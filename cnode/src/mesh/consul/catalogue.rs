@@ -9,7 +9,7 @@ use futures::StreamExt;
 use futures::stream;
 use serde::Deserialize;
 use tokio::sync::{OwnedSemaphorePermit, watch};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 
 use super::client::{Client, Fault, Reply, Request, shorten};
 use super::watch::{Seen, watch};
@@ -166,19 +166,26 @@ impl Catalogue {
     }
 
     /// Resolves when this instance passes, sidecar included.
-    pub(super) async fn wait_passing(&self, service: &ServiceName, id: &str) -> Result<(), MeshError> {
-        let slot = self.slots.take("a wait for an instance")?;
-        let mut seen = self.watch(service, slot, None);
-        let passes = |seen: &Seen<Known>| {
-            let known = seen.value.iter().flat_map(|known| known.iter());
-            known
-                .into_iter()
-                .any(|listed| listed.instance.id == id && listed.is_passing())
+    pub(super) async fn wait_passing(&self, service: &ServiceName, id: &str) {
+        let passes = |known: &Known| {
+            let mut all = known.iter();
+            all.any(|listed| listed.instance.id == id && listed.is_passing())
         };
-        let waited = seen.wait_for(passes).await;
-        waited
-            .map(|_| ())
-            .map_err(|_| MeshError::Unavailable("the watch has ended".to_owned()))
+        let warm = self.warm(service);
+        loop {
+            let copy = lock(&warm.copy).clone();
+            if let Some(mut copy) = copy {
+                let seen = copy.wait_for(|seen| seen.value.as_ref().is_some_and(passes));
+                if seen.await.is_ok() {
+                    return;
+                }
+            }
+            // Found by this, it is watched; if there is no place for a watch, it is looked up.
+            if self.look_up(service, &warm).await.as_ref().is_ok_and(passes) {
+                return;
+            }
+            sleep(LOOKUP_HOLDS).await;
+        }
     }
 
     /// Ends the watches of services that nobody has asked about for long.
@@ -243,7 +250,7 @@ impl Catalogue {
         let mut copy = lock(&warm.copy);
         if copy.is_none() && !known.is_empty() {
             // Without a free slot every question is a look-up.
-            let slot = self.slots.take("").ok();
+            let slot = self.slots.take();
             *copy = slot.map(|slot| self.watch(service, slot, index.map(|index| (known.clone(), index))));
         }
         Ok(known)

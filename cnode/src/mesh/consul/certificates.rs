@@ -40,6 +40,7 @@ pub(super) struct Roots {
 /// One of them, for people.
 #[derive(Debug)]
 pub(super) struct Root {
+    pub(super) certificate: CertificateDer<'static>,
     pub(super) name: String,
     pub(super) active: bool,
     /// End of its validity, unix seconds.
@@ -190,7 +191,12 @@ impl Certificates {
             }
         }
         leaves.remove(service);
-        let slot = self.slots.take("a certificate")?;
+        let slot = self.slots.take().ok_or_else(|| {
+            MeshError::Unavailable(format!(
+                "the certificates of {} services are in use, that of {service} is not taken (CERTIFICATES_MAX)",
+                self.slots.count
+            ))
+        })?;
         let now = Instant::now();
         let identity = self.start(service, slot);
         leaves.insert(
@@ -309,6 +315,7 @@ fn read_roots(reply: &Reply) -> Result<Arc<Roots>, Fault> {
             let (_, parsed) =
                 X509Certificate::from_der(&certificate).map_err(|error| broken(error.to_string()))?;
             list.push(Root {
+                certificate: certificate.clone(),
                 name: super::client::shorten(&root.name),
                 active: root.active,
                 not_after: parsed.validity().not_after.timestamp(),

@@ -57,13 +57,14 @@ impl Fault {
         }
     }
 
-    /// Whether there is no such service or check: 404, in 1.8 a 500 that says so.
+    /// Whether there is no such service or check: 404, in 1.8 a 500 that says so, with ACLs in other words.
     pub(super) fn is_missing(&self) -> bool {
         match self {
             Self::Status { code: 404, .. } => true,
             Self::Status { code: 500, text } => {
                 let text = text.to_ascii_lowercase();
-                text.contains("unknown check") || text.contains("unknown service")
+                let words = ["unknown check", "does not have associated ttl", "unknown service"];
+                words.iter().any(|words| text.contains(words))
             }
             _ => false,
         }
@@ -314,7 +315,7 @@ impl Client {
             .request(request.method.clone(), url)
             .query(&request.query)
             .query(query)
-            .query(&self.scope());
+            .query(&self.scope(&request.path));
         let own = self.token();
         let whose = match (&request.token, &own) {
             (Some(token), own) if own.as_ref() != Some(token) => Whose::Client,
@@ -396,8 +397,8 @@ impl Client {
         Ok(url)
     }
 
-    /// Sent only when set: Consul without Enterprise refuses namespaces.
-    fn scope(&self) -> Vec<(&'static str, &str)> {
+    /// Sent only when set: Consul without Enterprise refuses namespaces. An agent knows only its own data centre.
+    fn scope(&self, path: &[String]) -> Vec<(&'static str, &str)> {
         let ConsulSettings {
             namespace,
             partition,
@@ -406,6 +407,7 @@ impl Client {
         } = &self.settings;
         [("ns", namespace), ("partition", partition), ("dc", datacenter)]
             .into_iter()
+            .filter(|(name, _)| *name != "dc" || path.first().is_none_or(|first| first != "agent"))
             .filter_map(|(name, value)| Some((name, value.as_deref()?)))
             .collect()
     }

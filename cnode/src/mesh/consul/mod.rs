@@ -40,8 +40,12 @@ const META_PROTOCOL: &str = "meshx-protocol";
 const PROTOCOL_MESHX: &str = "meshx/1";
 const PROTOCOL_CONNECT: &str = "connect";
 
-/// Watches of one agent. Each is a connection, of which Consul takes 200 from one address.
-const WATCHES_MAX: usize = 128;
+/// Certificates and services that one agent watches. Each watch is a connection, of which Consul takes 200 from
+/// one address (`http_max_conns_per_client`). They are counted apart: whose node names are asked for, peers say.
+const CERTIFICATES_MAX: usize = 80;
+const SERVICES_MAX: usize = 48;
+/// Clients' own tokens that are kept.
+const TOKENS_MAX: usize = 1024;
 /// A watch that nobody has asked for so long ends.
 const IDLE: Duration = Duration::from_secs(600);
 /// How often idle watches are looked for.
@@ -88,14 +92,16 @@ impl ConsulMesh {
     ) -> Result<Arc<Self>, MeshError> {
         let client = Arc::new(Client::new(settings)?);
         let tokens = Arc::<Tokens>::default();
-        let slots = Slots::new();
         let stop = CancellationToken::new();
         let certificates = Arc::new(certificates::Certificates::new(
             client.clone(),
             tokens.clone(),
-            slots.clone(),
+            Slots::new(CERTIFICATES_MAX),
         ));
-        let catalogue = Arc::new(catalogue::Catalogue::new(client.clone(), slots));
+        let catalogue = Arc::new(catalogue::Catalogue::new(
+            client.clone(),
+            Slots::new(SERVICES_MAX),
+        ));
         let registrar = Registrar::new(
             client.clone(),
             tokens.clone(),
@@ -182,8 +188,14 @@ impl Tokens {
     }
 
     /// Whether it is another one than before.
-    fn set(&self, service: &ServiceName, token: Token) -> bool {
-        self.lock().insert(service.clone(), token.clone()) != Some(token)
+    fn set(&self, service: &ServiceName, token: Token) -> Result<bool, MeshError> {
+        let mut tokens = self.lock();
+        if tokens.len() >= TOKENS_MAX && !tokens.contains_key(service) {
+            return Err(MeshError::Refused(format!(
+                "{TOKENS_MAX} clients' tokens are kept, the one for {service} is not (TOKENS_MAX)"
+            )));
+        }
+        Ok(tokens.insert(service.clone(), token.clone()) != Some(token))
     }
 
     /// Whether there was one.
@@ -197,20 +209,21 @@ impl Tokens {
 }
 
 /// Places for watches.
-#[derive(Clone)]
-struct Slots(Arc<Semaphore>);
+struct Slots {
+    free: Arc<Semaphore>,
+    count: usize,
+}
 
 impl Slots {
-    fn new() -> Self {
-        Self(Arc::new(Semaphore::new(WATCHES_MAX)))
+    fn new(count: usize) -> Self {
+        Self {
+            free: Arc::new(Semaphore::new(count)),
+            count,
+        }
     }
 
-    fn take(&self, what: &str) -> Result<OwnedSemaphorePermit, MeshError> {
-        self.0.clone().try_acquire_owned().map_err(|_| {
-            MeshError::Unavailable(format!(
-                "{WATCHES_MAX} things are watched in Consul, {what} is not (WATCHES_MAX)"
-            ))
-        })
+    fn take(&self) -> Option<OwnedSemaphorePermit> {
+        self.free.clone().try_acquire_owned().ok()
     }
 }
 
@@ -239,8 +252,17 @@ impl Certificates for ConsulMesh {
         self.certificates.spiffe(service)
     }
 
+    fn roots(&self) -> Answer<'_, Vec<rustls::pki_types::CertificateDer<'static>>> {
+        let seen = self.certificates.roots();
+        let shown = match (seen.value, seen.fault) {
+            (Some(roots), _) => Ok(roots.list.iter().map(|root| root.certificate.clone()).collect()),
+            (None, fault) => Err(MeshError::Unavailable(format!("no roots of Consul yet: {fault:?}"))),
+        };
+        Box::pin(std::future::ready(shown))
+    }
+
     fn present_token(&self, service: &ServiceName, token: Token) -> Result<(), MeshError> {
-        if self.tokens.set(service, token) {
+        if self.tokens.set(service, token)? {
             self.certificates.forget(service);
         }
         Ok(())
@@ -332,7 +354,8 @@ impl Registration for ConsulMesh {
             let service = self.registrar.service_of(&id).ok_or_else(|| {
                 MeshError::Refused(format!("{id} is no instance of this agent: register it first"))
             })?;
-            self.catalogue.wait_passing(&service, &id).await
+            self.catalogue.wait_passing(&service, &id).await;
+            Ok(())
         })
     }
 }

@@ -6,6 +6,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -18,9 +19,16 @@ use super::catalogue::{Catalogue, NOTE, NodeCheck, ServiceAnswer};
 use super::client::{Client, Fault, Request};
 use super::{META_AGENT, META_NODE, META_PROTOCOL, PROTOCOL_CONNECT, PROTOCOL_MESHX, Tokens, read, write};
 use crate::mesh::{DataPlane, Entry, Instance, MeshError, Protocol, ServiceName, Sidecar, Token, split_node};
+use crate::node::Backoff;
+use crate::node::backoff::Attempts;
 
 /// Time to live of a check, unless the entry says otherwise.
 pub(super) const TTL: Duration = Duration::from_secs(10);
+/// Between refreshes that failed.
+const BACKOFF: Backoff = Backoff {
+    min: Duration::from_millis(500),
+    max: Duration::from_secs(2),
+};
 const TTL_MIN: Duration = Duration::from_secs(1);
 const TTL_MAX: Duration = Duration::from_secs(86_400);
 /// After this long as critical Consul forgets an entry, unless it says otherwise. Consul takes no less.
@@ -56,6 +64,8 @@ pub(super) struct Registrar {
     began: Instant,
     stop: CancellationToken,
     compare: Notify,
+    /// Whether the last refresh of any check found no Consul.
+    away: AtomicBool,
     // Held for a look or a change, never across an await.
     state: Mutex<State>,
     order: [tokio::sync::Mutex<()>; LOCKS],
@@ -96,6 +106,7 @@ impl Registrar {
             began: Instant::now(),
             stop,
             compare: Notify::new(),
+            away: AtomicBool::new(false),
             state: Mutex::default(),
             order: std::array::from_fn(|_| tokio::sync::Mutex::default()),
         })
@@ -466,42 +477,43 @@ impl Registrar {
 
     /// Refreshes one entry's check for as long as it is held.
     async fn keep(&self, id: &str) {
-        let mut away = false;
+        let mut attempts = Attempts::new(BACKOFF);
+        let mut failing = false;
         loop {
-            let Some((pause, adopted)) = self.lock().held.get(id).map(|held| {
-                let half = ttl(&held.entry) / 2;
-                // While Consul is away it is asked more often, so that it knows us soon after.
-                (
-                    if away {
-                        half.min(Duration::from_secs(2))
-                    } else {
-                        half
-                    },
-                    held.entry.adopt,
-                )
-            }) else {
-                return;
-            };
-            sleep(pause).await;
+            let held = self
+                .lock()
+                .held
+                .get(id)
+                .map(|held| (ttl(&held.entry) / 2, held.entry.adopt));
+            let Some((half, adopted)) = held else { return };
+            // A Consul that is back is to know us soon.
+            sleep(if failing { attempts.wait().min(half) } else { half }).await;
             let result = if adopted {
                 self.refresh_adopted(id).await
             } else {
                 self.refresh(id).await
             };
+            let failed = result.is_err();
             match result {
-                Ok(()) if away => {
-                    tracing::info!(id, "Consul is back");
-                    away = false;
-                    self.compare.notify_one();
-                }
-                Ok(()) => {}
-                Err(fault) => {
-                    if !away {
-                        tracing::warn!(id, %fault, "the check in Consul cannot be refreshed, trying on");
+                Ok(()) => {
+                    attempts = Attempts::new(BACKOFF);
+                    if self.away.swap(false, Ordering::Relaxed) {
+                        tracing::info!("Consul is back");
+                        self.compare.notify_one();
                     }
-                    away = true;
                 }
+                // One line for all entries.
+                Err(fault) if fault.is_away() => {
+                    if !self.away.swap(true, Ordering::Relaxed) {
+                        tracing::warn!(%fault, "checks in Consul cannot be refreshed, trying on");
+                    }
+                }
+                Err(fault) if !failing => {
+                    tracing::warn!(id, %fault, "its check in Consul cannot be refreshed, trying on");
+                }
+                Err(_) => {}
             }
+            failing = failed;
         }
     }
 
@@ -593,12 +605,11 @@ impl Registrar {
             if self.lock().held.contains_key(&id) {
                 continue;
             }
-            let service = there
-                .get(&id)
-                .map(|answer| answer.service.as_str())
-                .unwrap_or_default();
+            let service = there.get(&id).map(|answer| answer.service.as_str());
+            let service = service.unwrap_or_default();
+            let presented = || self.tokens.of(&ServiceName::new(service).ok()?);
             let request = Request::put(&["agent", "service", "deregister", &id])
-                .token(token)
+                .token(token.or_else(presented))
                 .right(write(service));
             match self.client.send(&request).await {
                 Err(fault) if !fault.is_missing() => {

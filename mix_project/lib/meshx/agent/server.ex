@@ -473,33 +473,27 @@ defmodule Meshx.Agent.Server do
 
   ## What is finished: its reply
 
-  defp finish(%{do: :register} = request, {:ok, %{id: id, address: wire}}, state) do
-    case address(wire) do
-      {:ok, address} ->
-        service =
-          request
-          |> Map.drop([:do, :from, :force?, :deadline, :epoch])
-          |> Map.merge(%{
-            id: id,
-            args: Map.merge(request.args, %{id: id, address: wire}),
-            address: address,
-            registered?: current?(request, state)
-          })
+  defp finish(%{do: :register} = request, {:ok, %{id: id} = made}, state) do
+    service =
+      request
+      |> Map.drop([:do, :from, :force?, :deadline, :epoch])
+      |> Map.merge(%{
+        id: id,
+        args: Map.merge(request.args, %{id: id, address: made.wire}),
+        address: made.address,
+        registered?: current?(request, state)
+      })
 
-        state = put_in(state.services[id], service)
+    state = put_in(state.services[id], service)
 
-        state =
-          cond do
-            unwanted?(request, state) -> enqueue(state, deregistration(id, request.lane))
-            service.registered? -> state
-            true -> enqueue(state, again(id, request.lane, %{anew?: true}))
-          end
+    state =
+      cond do
+        unwanted?(request, state) -> enqueue(state, deregistration(id, request.lane))
+        service.registered? -> state
+        true -> enqueue(state, again(id, request.lane, %{anew?: true}))
+      end
 
-        {{:ok, id, address}, state}
-
-      {:error, _reason} = error ->
-        {error, state}
-    end
+    {{:ok, id, made.address}, state}
   end
 
   defp finish(%{do: :again, id: id} = request, result, state) do
@@ -522,40 +516,31 @@ defmodule Meshx.Agent.Server do
        when doing in [:connect, :reconnect] do
     known = state.upstreams[key]
 
-    with {:ok, %{upstream: id, address: wire, args: args}} <- result,
-         {:ok, address} <- address(wire) do
-      upstream =
-        (known || Map.drop(request, [:do, :lane, :from, :key, :reuse?, :epoch]))
-        |> Map.drop([:tries, :failure, :timer])
-        |> Map.merge(%{
-          id: id,
-          args: args,
-          address: address,
-          connected?: current?(request, state)
-        })
+    case result do
+      {:ok, made} ->
+        upstream =
+          (known || Map.drop(request, [:do, :lane, :from, :key, :reuse?, :epoch]))
+          |> Map.drop([:tries, :failure, :timer])
+          |> Map.merge(made)
+          |> Map.put(:connected?, current?(request, state))
 
-      cond do
-        unwanted?(request, state) ->
-          state = put_in(state.upstreams[key], upstream)
-          {{:ok, address}, enqueue(state, disconnection(key))}
+        cond do
+          unwanted?(request, state) ->
+            state = put_in(state.upstreams[key], upstream)
+            {{:ok, made.address}, enqueue(state, disconnection(key))}
 
-        upstream.connected? ->
-          {{:ok, address}, put_in(state.upstreams[key], upstream)}
+          upstream.connected? ->
+            {{:ok, made.address}, put_in(state.upstreams[key], upstream)}
 
-        fixed?(upstream) ->
-          {{:ok, address}, reconnect(put_in(state.upstreams[key], upstream), key)}
+          fixed?(upstream) ->
+            {{:ok, made.address}, reconnect(put_in(state.upstreams[key], upstream), key)}
 
-        true ->
-          {{:error, {:unreachable, "the agent went away"}}, state}
-      end
-    else
-      {:error, reason} when known != nil ->
-        state =
-          if doing == :reconnect,
-            do: retry(state, :upstreams, key, reason, request),
-            else: state
+          true ->
+            {{:error, {:unreachable, "the agent went away"}}, state}
+        end
 
-        {{:error, reason}, state}
+      {:error, reason} when known != nil and doing == :reconnect ->
+        {{:error, reason}, retry(state, :upstreams, key, reason, request)}
 
       {:error, reason} ->
         {{:error, reason}, state}
@@ -720,14 +705,33 @@ defmodule Meshx.Agent.Server do
 
   ## In a job: asking the agent
 
-  defp ask_register(args), do: ask(:register_service, args, Map.get(args, :wait, 0) + @answer)
+  defp ask_register(args) do
+    with {:ok, made} <- ask(:register_service, args, Map.get(args, :wait, 0) + @answer) do
+      case made do
+        %{id: id, address: wire} when is_binary(id) ->
+          with {:ok, address} <- address(wire),
+               do: {:ok, %{id: id, wire: wire, address: address}}
+
+        _incomplete ->
+          {:error, {:invalid_request, "the agent's answer to register_service is incomplete"}}
+      end
+    end
+  end
 
   defp ask_connect(fun) when is_function(fun) do
     with {:ok, args} <- fun.(), do: ask_connect(args)
   end
 
   defp ask_connect(args) do
-    with {:ok, upstream} <- ask(:connect, args), do: {:ok, Map.put(upstream, :args, args)}
+    with {:ok, made} <- ask(:connect, args) do
+      case made do
+        %{upstream: id, address: wire} when is_binary(id) ->
+          with {:ok, address} <- address(wire), do: {:ok, %{id: id, args: args, address: address}}
+
+        _incomplete ->
+          {:error, {:invalid_request, "the agent's answer to connect is incomplete"}}
+      end
+    end
   end
 
   @doc """

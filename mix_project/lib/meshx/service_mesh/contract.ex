@@ -363,6 +363,7 @@ defmodule Meshx.ServiceMesh.Contract do
 
         assert {:error, _reason} = contract_start(Peer.name(), false, -1)
         assert {:error, _reason} = @contract.adapter.stop(Peer.name())
+        assert {:error, _reason} = @contract.adapter.stop({"a", "b"})
         assert {:error, _reason} = @contract.adapter.stop(:"contract-nobody")
       end
 

@@ -117,7 +117,7 @@ defmodule MeshxRpc.Client.Call do
 
   defp abandon(alias, pid) do
     :erlang.demonitor(alias, [:flush])
-    send(pid, {:cancel, alias})
+    send(pid, {:cancel, self(), alias})
 
     # What came until the end of the alias.
     receive do

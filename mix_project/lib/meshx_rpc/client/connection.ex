@@ -99,10 +99,11 @@ defmodule MeshxRpc.Client.Connection do
   def handle_info({:frame, socket, frame, size}, %{link: %{socket: socket}} = state),
     do: continue(%{state | link: Link.frame(state.link, frame, size)})
 
-  def handle_info({:cancel, key}, state), do: state |> give_up(key) |> continue()
+  def handle_info({:cancel, caller, key}, state),
+    do: state |> give_up({caller, key}) |> continue()
 
-  def handle_info({{:caller_down, key}, _monitor, :process, _pid, _reason}, state),
-    do: state |> give_up(key) |> continue()
+  def handle_info({:DOWN, _monitor, :process, caller, _reason}, state),
+    do: state |> caller_gone(caller) |> continue()
 
   def handle_info({:tcp, socket, bytes}, %{link: %{socket: socket}} = state),
     do: state |> read(bytes) |> continue()
@@ -245,12 +246,12 @@ defmodule MeshxRpc.Client.Connection do
         do: :erlang.cancel_timer(timer)
 
     # What was not wholly sent has not run.
-    outcome = fn key ->
-      {how_far, _writer} = if state.agreed, do: drop(state, key), else: {:unsent, nil}
+    outcome = fn call ->
+      {how_far, _writer} = if state.agreed, do: drop(state, call), else: {:unsent, nil}
       {:failed, if(how_far == :sent, do: :tcp_closed, else: :closed)}
     end
 
-    calls = Enum.reduce(Calls.keys(state.calls), state.calls, &Calls.finish(&2, &1, outcome.(&1)))
+    calls = Enum.reduce(Calls.all(state.calls), state.calls, &Calls.finish(&2, &1, outcome.(&1)))
     was_up = state.phase in [:up, :draining]
 
     # A mesh takes the connection, and closes or resets it when there is nobody behind: no hello has failed then.
@@ -480,9 +481,9 @@ defmodule MeshxRpc.Client.Connection do
 
   # Ends the calls that have not run and will not.
   defp unsent(state, last) do
-    Enum.reduce(Calls.above(state.calls, last), state, fn key, state ->
-      {_how_far, state} = drop(state, key)
-      %{state | calls: Calls.finish(state.calls, key, {:failed, :closed})}
+    Enum.reduce(Calls.above(state.calls, last), state, fn call, state ->
+      {_how_far, state} = drop(state, call)
+      %{state | calls: Calls.finish(state.calls, call, {:failed, :closed})}
     end)
   end
 
@@ -516,9 +517,10 @@ defmodule MeshxRpc.Client.Connection do
       state
     else
       head = Frame.request_head(deadline, size, flag, fun)
-      {stream, link} = Link.request(state.link, key, head, iovec, size)
+      call = {caller, key}
+      {stream, link} = Link.request(state.link, call, head, iovec, size)
       link = if stream, do: Link.open(link, stream), else: link
-      %{state | calls: Calls.add(state.calls, key, caller, stream), link: link}
+      %{state | calls: Calls.add(state.calls, call, stream), link: link}
     end
   end
 
@@ -531,7 +533,7 @@ defmodule MeshxRpc.Client.Connection do
   defp asked(%{link: %{socket: socket}, goaway: goaway} = state, socket, key, caller, stream)
        when goaway != socket do
     link = Link.open(state.link, stream)
-    %{state | calls: Calls.add(state.calls, key, caller, stream), link: link}
+    %{state | calls: Calls.add(state.calls, {caller, key}, stream), link: link}
   end
 
   # The server had said GOAWAY before this was written, and runs it not; the socket of another connection may have
@@ -545,11 +547,11 @@ defmodule MeshxRpc.Client.Connection do
   # A stream has ended at the server, perhaps before all was sent.
   defp done(state, stream, outcome) do
     case Calls.on_stream(state.calls, stream) do
-      {:ok, key} ->
-        state = answered(state, stream, key, outcome)
+      {:ok, call} ->
+        state = answered(state, stream, call, outcome)
         # Before its caller can ask again.
         if Calls.last?(state.calls), do: Shared.idle(state.link.shared)
-        state = %{state | calls: Calls.finish(state.calls, key, outcome)}
+        state = %{state | calls: Calls.finish(state.calls, call, outcome)}
         if state.phase == :draining, do: drain(state, :drained), else: state
 
       :error ->
@@ -558,23 +560,28 @@ defmodule MeshxRpc.Client.Connection do
   end
 
   # What arrived whole is no longer known to the codec, and its request mostly not to the writer.
-  defp answered(%{link: %{writer: %{messages: none}}} = state, _stream, _key, {_, _, _})
+  defp answered(%{link: %{writer: %{messages: none}}} = state, _stream, _call, {_, _, _})
        when none == %{},
        do: state
 
-  defp answered(state, stream, key, _outcome) do
-    {_how_far, state} = drop(state, key)
+  defp answered(state, stream, call, _outcome) do
+    {_how_far, state} = drop(state, call)
     release(state, stream)
   end
 
   defp release(state, stream), do: %{state | link: Link.release(state.link, stream)}
 
+  defp caller_gone(state, caller) do
+    state = state.calls |> Calls.of(caller) |> Enum.reduce(state, &give_up(&2, &1))
+    %{state | calls: Calls.gone(state.calls, caller)}
+  end
+
   # The caller is dead or has given up.
-  defp give_up(state, key) do
-    case Calls.stream(state.calls, key) do
+  defp give_up(state, call) do
+    case Calls.stream(state.calls, call) do
       {:ok, stream} ->
-        {_how_far, state} = drop(state, key)
-        state = %{state | calls: Calls.forget(state.calls, key)}
+        {_how_far, state} = drop(state, call)
+        state = %{state | calls: Calls.forget(state.calls, call)}
         state = if stream, do: cancel(state, stream), else: state
         if state.phase == :draining, do: drain(state, :drained), else: state
 
@@ -587,8 +594,8 @@ defmodule MeshxRpc.Client.Connection do
     do: %{state | link: state.link |> Link.release(stream) |> Link.queue(Frame.cancel(stream))}
 
   # What of it is not yet sent stays here.
-  defp drop(state, key) do
-    {how_far, writer} = Writer.drop(state.link.writer, key)
+  defp drop(state, call) do
+    {how_far, writer} = Writer.drop(state.link.writer, call)
     {how_far, %{state | link: %{state.link | writer: writer}}}
   end
 
@@ -651,11 +658,11 @@ defmodule MeshxRpc.Client.Connection do
 
   defp sent(state, notes) do
     Enum.reduce(notes, state, fn
-      {:opened, key, stream}, state ->
-        calls = Calls.opened(state.calls, key, stream)
+      {:opened, call, stream}, state ->
+        calls = Calls.opened(state.calls, call, stream)
         %{state | calls: calls, link: Link.open(state.link, stream)}
 
-      {:sent, _key}, state ->
+      {:sent, _call}, state ->
         state
     end)
   end

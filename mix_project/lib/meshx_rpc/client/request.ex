@@ -46,7 +46,7 @@ defmodule MeshxRpc.Client.Request do
       {^request, :failed, _reason} -> :ok
       {^request, _status, _flag, _bytes} -> :ok
     after
-      0 -> if connection, do: send(connection, {:cancel, request})
+      0 -> if connection, do: send(connection, {:cancel, self(), request})
     end
 
     :ok

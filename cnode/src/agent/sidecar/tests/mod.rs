@@ -66,6 +66,7 @@ impl World {
                 min: Duration::from_millis(10),
                 max: Duration::from_millis(20),
             },
+            start_time: PATIENCE,
             ..Settings::default()
         }
     }

@@ -330,3 +330,108 @@ async fn a_successor_waits_for_its_predecessors_end() {
     );
     second.stop().await;
 }
+
+/// A program that says that it is this Consul, and then how it was started.
+fn consul(world: &World, version: &str) -> ConsulProgram {
+    use std::os::unix::fs::PermissionsExt;
+    let path = world.temp.path().join("consul");
+    let text = format!(
+        "#!/bin/sh\n[ \"$1\" = version ] && {{ echo Consul {version}; exit; }}\n\
+         for word; do echo \"$word\"; done; env | grep ^CONSUL; echo done; exec sleep 600\n"
+    );
+    fs::write(&path, text).unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+    ConsulProgram {
+        program: path,
+        environment: vec![("CONSUL_HTTP_ADDR".into(), "127.0.0.1:1".into())],
+        token: Some(Token::new("agents-own")),
+    }
+}
+
+async fn said(spec: SidecarSpec, world: &World, consul: ConsulProgram) -> Vec<String> {
+    let settings = Settings {
+        consul: Some(consul),
+        envoy: "/bin/true".into(),
+        ..world.settings()
+    };
+    let sidecars = world.sidecars(settings);
+    let (sender, mut events) = events();
+    let spec = SidecarSpec {
+        log_level: Some("debug".into()),
+        output: true,
+        ..spec
+    };
+    let handle = sidecars.start(spec, sender).await.unwrap();
+    let mut lines = Vec::new();
+    while lines.last().is_none_or(|last| last != "done") {
+        lines.push(events.line().await);
+    }
+    handle.stop().await;
+    lines
+}
+
+#[tokio::test]
+async fn consuls_commands_get_their_instance_and_the_token_by_environment() {
+    let world = World::new();
+    let proxy = SidecarSpec {
+        kind: SidecarKind::ConnectProxy,
+        ..script("")
+    };
+    let said = said(proxy, &world, consul(&world, "v1.8.7")).await;
+    assert_eq!(
+        said[..4],
+        ["connect", "proxy", "-sidecar-for=shop-1", "-log-level=debug"]
+    );
+    assert!(
+        said.contains(&"CONSUL_HTTP_ADDR=127.0.0.1:1".to_owned()),
+        "{said:?}"
+    );
+    // It is there, but what it prints of it is not handed on.
+    assert!(said.contains(&"CONSUL_HTTP_TOKEN=(token)".to_owned()), "{said:?}");
+}
+
+#[tokio::test]
+async fn a_consul_that_speaks_xds_v3_drives_envoy_itself() {
+    let world = World::new();
+    let envoy = SidecarSpec {
+        kind: SidecarKind::Envoy,
+        token: Some(Token::new("clients-own")),
+        ..script("")
+    };
+    let said = said(envoy, &world, consul(&world, "v1.11.0")).await;
+    let (words, admin) = (
+        [
+            "connect",
+            "envoy",
+            "-sidecar-for=shop-1",
+            "-envoy-binary=/bin/true",
+        ],
+        &said[4],
+    );
+    assert_eq!(said[..4], words);
+    assert!(
+        admin.starts_with("-admin-bind=127.0.0.1:") && !admin.ends_with(":0"),
+        "{admin}"
+    );
+    assert_eq!(said[5..8], ["--", "-l", "debug"]);
+    assert!(said.contains(&"CONSUL_HTTP_TOKEN=(token)".to_owned()), "{said:?}");
+}
+
+#[tokio::test]
+async fn an_older_consul_leaves_envoy_to_us() {
+    let world = World::new();
+    let settings = Settings {
+        consul: Some(consul(&world, "v1.8.7")),
+        envoy: "/bin/false".into(),
+        ..world.settings()
+    };
+    let sidecars = world.sidecars(settings);
+    let (sender, mut events) = events();
+    let spec = SidecarSpec {
+        kind: SidecarKind::Envoy,
+        ..script("")
+    };
+    let handle = sidecars.start(spec, sender).await.unwrap();
+    assert!(events.down().await.0.starts_with("/bin/false ended"));
+    handle.stop().await;
+}

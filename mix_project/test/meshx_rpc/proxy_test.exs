@@ -206,7 +206,7 @@ defmodule MeshxRpc.ProxyTest do
     assert Task.await(long) == :not_disturbed
     # The old ones go, and leave nothing.
     await(fn -> Server.Pool.info(server).connections == 1 end)
-    await(fn -> length(Supervisor.which_children(id)) == 3 end)
+    await(fn -> length(Supervisor.which_children(id)) == 4 end)
     assert Client.Pool.info(id).in_flight == 0
   end
 end

@@ -8,7 +8,7 @@ defmodule MeshxRpc.Client.Pool do
   use Supervisor
 
   alias MeshxRpc.Client.{Call, Casts, Connection, Growth, Streams, Upstream}
-  alias MeshxRpc.{Options, Stream}
+  alias MeshxRpc.{Entry, Options, Stream}
 
   @typedoc "Why a call has no result: see `MeshxRpc.Client`."
   @type reason :: term()
@@ -141,12 +141,11 @@ defmodule MeshxRpc.Client.Pool do
       |> Map.put(:retry_on, retry_on(config))
       |> Map.put(:guard, config.codec.policy(config.guard))
 
-    :ets.insert(table, {:pool, pool})
-
+    entry = {Entry, {{:client, config.id}, pool}}
     upstream = if config.mesh, do: [upstream(config, table)], else: []
     connections = for index <- 1..size, do: {Connection, {config, index, table, load}}
     others = [{Growth, {config, pool}}, {Casts, pool}]
-    Supervisor.init(upstream ++ connections ++ others, strategy: :one_for_one)
+    Supervisor.init([entry | upstream] ++ connections ++ others, strategy: :one_for_one)
   end
 
   defp retry_on(%{retry_unsafe: true} = config), do: [:tcp_closed | config.exec_retry_on_error]
@@ -166,12 +165,8 @@ defmodule MeshxRpc.Client.Pool do
 
   @doc false
   def fetch!(pool) do
-    :ets.lookup_element(pool, :pool, 2)
-  rescue
-    ArgumentError ->
-      reraise ArgumentError,
-              [message: "no MeshxRpc client #{inspect(pool)} is started"],
-              __STACKTRACE__
+    Entry.get({:client, pool}) ||
+      raise ArgumentError, "no MeshxRpc client #{inspect(pool)} is started"
   end
 
   @doc false

@@ -1,0 +1,29 @@
+defmodule MeshxRpc.Entry do
+  @moduledoc false
+  # What all processes need to know of a client's pool or of a server, where they find it without a copy.
+  #
+  # A copy for each call is dear: it holds references to counters and to memory of the NIF, whose own counts all
+  # schedulers then change.
+
+  use GenServer
+
+  @type key :: {:client | :server, atom()}
+
+  @doc "Holds a value until its supervisor ends: the first to be started, so the last to go."
+  @spec start_link({key(), map()}) :: GenServer.on_start()
+  def start_link({key, value}), do: GenServer.start_link(__MODULE__, {key, value})
+
+  @doc "The value, nil when there is none."
+  @spec get(key()) :: map() | nil
+  def get(key), do: :persistent_term.get({__MODULE__, key}, nil)
+
+  @impl true
+  def init({key, value}) do
+    Process.flag(:trap_exit, true)
+    :persistent_term.put({__MODULE__, key}, value)
+    {:ok, key}
+  end
+
+  @impl true
+  def terminate(_reason, key), do: :persistent_term.erase({__MODULE__, key})
+end

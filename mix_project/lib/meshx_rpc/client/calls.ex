@@ -107,11 +107,12 @@ defmodule MeshxRpc.Client.Calls do
   @spec last?(t()) :: boolean()
   def last?(calls), do: calls.count == 1
 
-  @doc "Ends a call and tells its caller how."
+  @doc "Ends a call and tells its caller how: who asks again finds it ended."
   @spec finish(t(), call(), outcome()) :: t()
   def finish(calls, {_caller, key} = call, outcome) do
+    calls = forget(calls, call)
     reply(key, outcome)
-    forget(calls, call)
+    calls
   end
 
   @doc "Tells a caller how its call ended."

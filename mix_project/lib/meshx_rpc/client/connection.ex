@@ -64,13 +64,16 @@ defmodule MeshxRpc.Client.Connection do
   @impl true
   def init({{config, index, table, load}, id, before}) do
     # What a connection that crashed has left.
-    unless before && Process.alive?(before), do: :ets.delete(table, index)
+    unless before && Process.alive?(before) do
+      :ets.delete(table, index)
+      :ets.delete(table, {:direct, index})
+      :counters.put(load, index, 0)
+    end
 
     for [pid] <- :ets.match(table, {{:metadata, :"$1"}, :_}),
         not Process.alive?(pid),
         do: :ets.delete(table, {:metadata, pid})
 
-    unless before && Process.alive?(before), do: :counters.put(load, index, 0)
     calls = Calls.new(load, index)
 
     state = %__MODULE__{
@@ -337,7 +340,8 @@ defmodule MeshxRpc.Client.Connection do
 
   # Calls are not to come here any more. Another connection may have taken the place.
   defp unlist(%{table: table, index: index} = state) do
-    :ets.match_delete(table, {index, self(), :_, :_, :_})
+    :ets.match_delete(table, {index, self(), :_, :_})
+    :ets.match_delete(table, {{:direct, index}, self(), :_})
     state
   end
 
@@ -427,8 +431,8 @@ defmodule MeshxRpc.Client.Connection do
       crc: link.writer.crc
     }
 
-    row = {state.index, self(), agreed.peer_max_message, agreed.trace, direct}
-    :ets.insert(state.table, row)
+    row = {state.index, self(), agreed.peer_max_message, agreed.trace}
+    :ets.insert(state.table, [row, {{:direct, state.index}, self(), direct}])
     Growth.up(state.table, state.index)
     if state.before, do: send(state.before, :replaced)
     state = listening(%{state | before: nil}, false, 0)

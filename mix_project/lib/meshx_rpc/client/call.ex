@@ -78,8 +78,14 @@ defmodule MeshxRpc.Client.Call do
     %{request | encoded: Traceparent.append(request.encoded, text)}
   end
 
-  defp ask(%{encoded: {_flag, _iovec, size}} = request, pid, direct) do
-    left = left(request.until)
+  defp ask(request, pid, direct) do
+    case left(request.until) do
+      0 -> {:error_rpc, :timeout}
+      left -> ask(request, pid, direct, left)
+    end
+  end
+
+  defp ask(%{encoded: {_flag, _iovec, size}} = request, pid, direct, left) do
     alias = :erlang.monitor(:process, pid, alias: :reply_demonitor)
     if request.measured, do: sending(alias, pid, size)
 

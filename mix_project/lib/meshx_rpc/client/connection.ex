@@ -14,7 +14,7 @@ defmodule MeshxRpc.Client.Connection do
   alias MeshxRpc.Client.{Backoff, Calls, Growth, Upstream}
 
   # Messages that are collected for one write.
-  @collect 256
+  @collect 32
   # How long one that was replaced waits for callers that have just found it.
   @linger 1_000
 

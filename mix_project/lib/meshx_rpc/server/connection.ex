@@ -16,7 +16,7 @@ defmodule MeshxRpc.Server.Connection do
   # How often a connection that drains looks whether it has.
   @drained 20
   # Messages that are collected for one write.
-  @collect 256
+  @collect 32
 
   @enforce_keys [:config, :listener, :held, :offered]
   defstruct [

@@ -15,6 +15,8 @@ defmodule MeshxRpc.Client.Connection do
 
   # Messages that are collected for one write.
   @collect 32
+  # Stream ids that callers took and did not tell of, since they were killed at that moment: the server takes 1,024.
+  @left_out 512
   # How long one that was replaced waits for callers that have just found it.
   @linger 1_000
 
@@ -419,7 +421,19 @@ defmodule MeshxRpc.Client.Connection do
     :erlang.cancel_timer(state.timer)
     link = Link.agree(state.link, agreed, Map.get(state.config, :writer, []))
     :ets.delete(state.table, {:down, state.index})
-    state = %{state | link: link, phase: :up, attempt: 0, timer: nil, failed: nil, logged: nil}
+    calls = Calls.renew(state.calls, Shared.taken(link.shared))
+
+    state = %{
+      state
+      | calls: calls,
+        link: link,
+        phase: :up,
+        attempt: 0,
+        timer: nil,
+        failed: nil,
+        logged: nil
+    }
+
     tell(state, :hsk, :ok)
     # Calls ask for it, and only measured ones.
     :ets.insert(state.table, {{:metadata, self()}, metadata(state)})
@@ -636,14 +650,13 @@ defmodule MeshxRpc.Client.Connection do
     end
   end
 
-  defp write(%{link: %{dirty: false}} = state), do: {:noreply, idle(state)}
+  defp write(%{link: %{dirty: false}} = state), do: {:noreply, state |> renew() |> idle()}
   defp write(%{link: %{blocked: true}} = state), do: {:noreply, state}
 
   defp write(state) do
     case Link.write(state.link) do
       {:ok, link, notes} ->
-        state = %{state | link: link} |> sent(notes) |> watch()
-        state = if Shared.retiring?(link.shared), do: retire(state), else: state
+        state = %{state | link: link} |> sent(notes) |> watch() |> renew()
 
         if state.link != nil and Link.dirty?(state.link),
           do: {:noreply, state, 0},
@@ -671,9 +684,22 @@ defmodule MeshxRpc.Client.Connection do
     end)
   end
 
-  # The stream ids are nearly used up. Another connection is made beside this one, which takes calls until that one is
+  defp renew(%{link: %{shared: shared}, calls: calls} = state) do
+    if Shared.retiring?(shared) or Shared.taken(shared) - calls.ids >= @left_out,
+      do: retire(state),
+      else: state
+  end
+
+  # The stream ids are nearly used up, or too many were left out. Another connection is made beside this one, which takes calls until that one is
   # up; the ids that are left are many more than can be asked for meanwhile.
   defp retire(%{phase: :up, replaced: nil} = state) do
+    if extra?(state), do: Growth.drains(state.table, state.index), else: start_another(state)
+    %{state | replaced: :asked}
+  end
+
+  defp retire(state), do: used_up(state)
+
+  defp start_another(state) do
     %{config: config, index: index, table: table, calls: calls} = state
     {name, index_or_more} = state.id || {config.id, index}
     {place, generation} = if is_tuple(index_or_more), do: index_or_more, else: {index_or_more, 0}
@@ -681,10 +707,7 @@ defmodule MeshxRpc.Client.Connection do
     spec = child_spec({config, index, table, calls.load}, id, self())
     # The supervisor may be waiting for us.
     spawn(fn -> Supervisor.start_child(config.id, spec) end)
-    %{state | replaced: :asked}
   end
-
-  defp retire(state), do: used_up(state)
 
   # It is not needed any more. Callers that have found it just before may still ask it.
   defp replaced(%{phase: phase} = state) do

@@ -150,7 +150,7 @@ impl fmt::Display for Failure {
 impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
         let code = match &error {
-            ClientError::Refused { .. } => EX_NOPERM,
+            ClientError::Refused { .. } | ClientError::NotAllowed { .. } => EX_NOPERM,
             ClientError::Protocol(_) | ClientError::Request(_) => EX_SOFTWARE,
             _ => EX_UNAVAILABLE,
         };

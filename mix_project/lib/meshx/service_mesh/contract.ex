@@ -87,8 +87,7 @@ defmodule Meshx.ServiceMesh.Contract do
       end
 
       defp contract_disconnect(upstreams, restart? \\ false) do
-        proxy_id = if is_tuple(@contract.proxy), do: elem(@contract.proxy, 1)
-        @contract.adapter.disconnect(upstreams, proxy_id, restart?)
+        @contract.adapter.disconnect(upstreams, Peer.proxy_id(@contract.proxy), restart?)
       end
 
       defp contract_reached(address, label),

@@ -104,6 +104,10 @@ defmodule Meshx.ServiceMesh.Contract.Peer do
     end
   end
 
+  @doc "The id of a proxy. Not inline, where the compiler knows which it is."
+  def proxy_id(nil), do: nil
+  def proxy_id({_name, id}), do: id
+
   @doc "A service name that no other test has, of letters, digits and dashes."
   def name(prefix \\ "contract") do
     random = Base.encode16(:crypto.strong_rand_bytes(6), case: :lower)

@@ -1,5 +1,6 @@
 //! Tokens of least rights: what each may, and how what it may not is told.
 
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use meshx::mesh::consul::{ConsulArgs, ConsulFile, ConsulSettings};
@@ -209,6 +210,15 @@ async fn a_rotated_token_takes_over_without_a_gap() {
     let settings = ConsulSettings::read(args, ConsulFile::default(), |_| None).unwrap();
     let mesh = open(settings, "a", &["h1"]);
     mesh.register(&node("a", "shop@h1")).await.unwrap();
+    for (mode, open) in [(0o644, true), (0o640, false)] {
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+        let findings = mesh.findings().await;
+        assert_eq!(
+            findings.iter().any(|finding| finding.what == "secret"),
+            open,
+            "{findings:?}"
+        );
+    }
 
     let new = consul.token_of("all").await["SecretID"]
         .as_str()

@@ -345,7 +345,8 @@ impl Registration for ConsulMesh {
             let service = self.registrar.service_of(&id).ok_or_else(|| {
                 MeshError::Refused(format!("{id} is no instance of this agent: register it first"))
             })?;
-            self.catalogue.wait_passing(&service, &id).await;
+            let passes = |listed: &Listed| listed.instance.id == id && listed.is_passing();
+            self.catalogue.wait(&service, passes).await;
             Ok(())
         })
     }

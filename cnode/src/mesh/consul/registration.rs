@@ -15,7 +15,7 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use super::catalogue::{Catalogue, NOTE, NodeCheck, ServiceAnswer};
+use super::catalogue::{AgentCheck, Catalogue, NOTE, ServiceAnswer};
 use super::client::{Client, Fault, Request};
 use super::{META_AGENT, META_NODE, META_PROTOCOL, PROTOCOL_CONNECT, PROTOCOL_MESHX, Tokens, read, write};
 use crate::mesh::{DataPlane, Entry, Instance, MeshError, Protocol, ServiceName, Sidecar, Token, split_node};
@@ -44,7 +44,6 @@ const COMPARE: Duration = Duration::from_secs(30);
 const RECLAIM: Duration = Duration::from_secs(15);
 /// How long a registration waits for the catalogue to show it; it follows within moments.
 const SHOWN: Duration = Duration::from_millis(1500);
-const SHOWN_POLL: Duration = Duration::from_millis(25);
 /// How often the check of a sidecar's port runs. Consul's own would be 10 s, and as long until it first passes.
 const SIDECAR_CHECK: &str = "2s";
 /// Entries of one agent.
@@ -287,7 +286,14 @@ impl Registrar {
                 "{who} has registered {id} with this host's Consul agent: stop it, or register with force"
             )));
         }
-        let checks = self.catalogue.node_checks().await?;
+        // Hosts are found by what their nodes' names end in, and then looked at again.
+        let mut asked = format!("ServiceID == {id:?}");
+        for host in self.hosts.iter().filter(|_| node.is_some()) {
+            asked.push_str(&format!(" or ServiceID contains {:?}", format!("@{host}")));
+        }
+        let own = format!("{NOTE}{}", self.agent);
+        let only = format!(" and Status == \"passing\" and Notes != {own:?} and ({asked})");
+        let checks = self.catalogue.checks(&only).await?;
         let others = checks
             .iter()
             .filter(|check| check.passing && check.agent != self.agent);
@@ -302,12 +308,12 @@ impl Registrar {
     /// What another meshx agent has that keeps us from registering.
     fn conflict(
         &self,
-        other: &NodeCheck,
+        other: &AgentCheck,
         id: &str,
         service: &ServiceName,
         node: Option<&str>,
     ) -> Option<MeshError> {
-        let NodeCheck { id: taken, agent, .. } = other;
+        let AgentCheck { id: taken, agent, .. } = other;
         if taken == id && other.service == service.as_ref() {
             return Some(MeshError::NameTaken(format!(
                 "{id} is registered by agent {agent}"
@@ -369,15 +375,9 @@ impl Registrar {
 
     /// The catalogue follows the Consul agent; whoever is told that it is registered should find it there.
     async fn wait_shown(&self, instance: &Instance) {
-        let shown = async {
-            loop {
-                let known = self.catalogue.fresh(&instance.service).await;
-                if known.is_ok_and(|known| known.iter().any(|listed| listed.instance.id == instance.id)) {
-                    return;
-                }
-                sleep(SHOWN_POLL).await;
-            }
-        };
+        let shown = self
+            .catalogue
+            .wait(&instance.service, |listed| listed.instance.id == instance.id);
         if tokio::time::timeout(SHOWN, shown).await.is_err() {
             tracing::debug!(id = instance.id, "the catalogue does not show it yet");
         }

@@ -258,3 +258,19 @@ async fn a_rotated_token_takes_over_without_a_gap() {
     mesh.deregister("shop@h1").await.unwrap();
     assert!(consul.entry("shop@h1").await.is_none());
 }
+
+#[tokio::test]
+async fn a_worse_token_brings_less_than_the_one_before() {
+    let consul = Consul::with_acl().await;
+    let agent = consul.policy("agent", AGENT).await;
+    let shop_token = consul.policy("shop", &being("shop")).await;
+    let mesh = open(consul.settings(Some(&agent)), "a", &["h1"]);
+    let shop = service("shop");
+    mesh.present_token(&shop, Token::new(shop_token)).unwrap();
+    mesh.identity(&shop).await.unwrap();
+    // What the token before brought is not given to whoever brings a worse one.
+    let other = consul.policy("other", &being("other")).await;
+    mesh.present_token(&shop, Token::new(other)).unwrap();
+    let error = mesh.identity(&shop).await.unwrap_err();
+    assert!(matches!(error, MeshError::Forbidden(_)), "{error:?}");
+}

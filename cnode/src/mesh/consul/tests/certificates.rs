@@ -213,3 +213,14 @@ async fn so_many_certificates_are_watched_and_no_more() {
     mesh.certificates.forget(&service("s1"));
     until(async || identity_of(&mesh, "more").await.ok()).await;
 }
+
+#[tokio::test]
+async fn a_leaf_that_ends_is_given_out_no_more() {
+    let authority = Authority::new("td.consul");
+    let leaf = authority.leaf_valid(&[SHOP], -60, 3);
+    let mock = Mock::new(certifies(authority.roots(), leaf, 5)).await;
+    let mesh = mock.mesh();
+    identity_of(&mesh, "shop").await.unwrap();
+    let error = until(async || identity_of(&mesh, "shop").await.err()).await;
+    assert!(error.to_string().contains("expired"), "{error}");
+}

@@ -42,7 +42,7 @@ pub(super) struct Catalogue {
 
 /// What is known of one service.
 struct Warm {
-    /// Only for a service that was found at all.
+    /// Only for a service of our own, or that was found.
     copy: Mutex<Option<watch::Receiver<Seen<Known>>>>,
     used: Mutex<Instant>,
     /// The last look-up. Held while one is under way, so that all who wait share it.

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use time::{Date, Month, OffsetDateTime, Time};
 
 use super::client::{Fault, Reply, Request, shorten};
-use super::registration::TTL;
+use super::form::TTL;
 use super::settings::TokenSource;
 use super::{ConsulMesh, ConsulSettings, intentions_read, read, write};
 use crate::mesh::{Finding, Level, ServiceName, Token, split_node};

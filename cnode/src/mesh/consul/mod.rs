@@ -9,6 +9,8 @@ mod catalogue;
 mod certificates;
 mod client;
 mod diagnosis;
+mod form;
+mod keeping;
 mod registration;
 mod settings;
 mod tls;

@@ -108,7 +108,7 @@ impl Certificates for Late {
         self.mesh.spiffe(service)
     }
 
-    fn present_token(&self, service: &ServiceName, token: Token) -> Result<(), MeshError> {
+    fn present_token(&self, service: &ServiceName, token: Token) -> Answer<'_, ()> {
         self.mesh.present_token(service, token)
     }
 }

@@ -145,11 +145,9 @@ pub trait Certificates: Send + Sync {
     }
 
     /// A client's own token for a service: from now on that service's certificate, registration and watches are
-    /// asked for with it, until the last instance of it is deregistered.
-    ///
-    /// # Errors
-    /// [`MeshError::Unsupported`] where the mesh has no tokens.
-    fn present_token(&self, service: &ServiceName, token: Token) -> Result<(), MeshError>;
+    /// asked for with it, until the last instance of it is deregistered. One that may not be the service is refused,
+    /// and takes the place of none that may.
+    fn present_token(&self, service: &ServiceName, token: Token) -> Answer<'_, ()>;
 }
 
 /// Which instances there are.

@@ -129,7 +129,7 @@ impl Certificates for Observed {
         self.recall(self.mesh.roots())
     }
 
-    fn present_token(&self, service: &ServiceName, token: Token) -> Result<(), MeshError> {
+    fn present_token(&self, service: &ServiceName, token: Token) -> Answer<'_, ()> {
         self.mesh.present_token(service, token)
     }
 }

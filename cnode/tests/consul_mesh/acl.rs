@@ -1,5 +1,6 @@
 //! Tokens of least rights: what each may, and how what it may not is told.
 
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use meshx::mesh::consul::{ConsulArgs, ConsulFile, ConsulSettings};
@@ -27,8 +28,8 @@ async fn two_services_with_their_own_tokens_live_on_one_host() {
     consul.intention("cart", "shop", "allow").await;
 
     let mesh = open(consul.settings(Some(&agent)), "a", &["h1"]);
-    mesh.present_token(&shop, shop_token).unwrap();
-    mesh.present_token(&cart, cart_token).unwrap();
+    mesh.present_token(&shop, shop_token).await.unwrap();
+    mesh.present_token(&cart, cart_token).await.unwrap();
     let identity = ready(|| mesh.identity(&shop)).await;
     ready(|| mesh.identity(&cart)).await;
     mesh.register(&node("a", "shop@h1")).await.unwrap();
@@ -89,8 +90,15 @@ async fn a_token_brings_no_other_services_certificate() {
     };
     refused("the agent's token").await;
     let text = format!("{:?}", mesh.findings().await);
-    mesh.present_token(&shop, Token::new(cart_token.clone())).unwrap();
-    refused("the client's token").await;
+    let error = mesh.present_token(&shop, Token::new(cart_token.clone())).await;
+    let MeshError::Forbidden(refusal) = &error.unwrap_err() else {
+        panic!("it took a token of another service")
+    };
+    assert!(
+        refusal.contains("the client's token") && refusal.contains("service:write on \"shop\""),
+        "{refusal}"
+    );
+    refused("the agent's token").await;
     assert!(consul.entry("shop@h1").await.is_none());
     assert!(!text.contains(&agent), "a finding shows a token");
 
@@ -112,6 +120,12 @@ async fn a_token_brings_no_other_services_certificate() {
             json!({ "ID": id, "Name": "cart", "Rules": both }),
         )
         .await;
+    let again = || async {
+        mesh.present_token(&shop, Token::new(cart_token.clone()))
+            .await
+            .ok()
+    };
+    until("the token's new right", again).await;
     until("the certificate", || async { mesh.identity(&shop).await.ok() }).await;
 }
 
@@ -175,9 +189,9 @@ async fn whoever_only_dials_needs_no_right_to_be_the_target() {
         open(consul.settings(Some(&agent)), "a", &["h1"]),
         open(consul.settings(Some(&agent)), "b", &["h2"]),
     );
-    here.present_token(&service("cart"), cart_token).unwrap();
+    here.present_token(&service("cart"), cart_token).await.unwrap();
     ready(|| here.identity(&service("cart"))).await;
-    there.present_token(&service("shop"), shop_token).unwrap();
+    there.present_token(&service("shop"), shop_token).await.unwrap();
     there.register(&node("b", "shop@h2")).await.unwrap();
     let source = here.spiffe(&service("cart")).unwrap();
     let decision = here.authorize(&source, &service("shop")).await.unwrap();
@@ -209,6 +223,15 @@ async fn a_rotated_token_takes_over_without_a_gap() {
     let settings = ConsulSettings::read(args, ConsulFile::default(), |_| None).unwrap();
     let mesh = open(settings, "a", &["h1"]);
     mesh.register(&node("a", "shop@h1")).await.unwrap();
+    for (mode, open) in [(0o644, true), (0o640, false)] {
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+        let findings = mesh.findings().await;
+        assert_eq!(
+            findings.iter().any(|finding| finding.what == "secret"),
+            open,
+            "{findings:?}"
+        );
+    }
 
     let new = consul.token_of("all").await["SecretID"]
         .as_str()
@@ -247,4 +270,21 @@ async fn a_rotated_token_takes_over_without_a_gap() {
     .await;
     mesh.deregister("shop@h1").await.unwrap();
     assert!(consul.entry("shop@h1").await.is_none());
+}
+
+#[tokio::test]
+async fn a_worse_token_is_refused_and_takes_the_place_of_none() {
+    let consul = Consul::with_acl().await;
+    let agent = consul.policy("agent", AGENT).await;
+    let shop_token = consul.policy("shop", &being("shop")).await;
+    let mesh = open(consul.settings(Some(&agent)), "a", &["h1"]);
+    let shop = service("shop");
+    mesh.present_token(&shop, Token::new(shop_token)).await.unwrap();
+    mesh.identity(&shop).await.unwrap();
+    let other = consul.policy("other", &being("other")).await;
+    let error = mesh.present_token(&shop, Token::new(other)).await.unwrap_err();
+    assert!(matches!(error, MeshError::Forbidden(_)), "{error:?}");
+    // A client that lacks the right must not take it from one that has it.
+    mesh.register(&plain("a", "shop", "shop-1")).await.unwrap();
+    assert!(mesh.identity(&shop).await.is_ok());
 }

@@ -125,3 +125,26 @@ async fn a_healthy_mesh_has_no_errors() {
         );
     }
 }
+
+#[tokio::test]
+async fn many_at_once() {
+    const MANY: usize = 150;
+    let consul = Consul::dev().await;
+    let (a, b) = (consul.mesh("a", &["h1"]), consul.mesh("b", &["h2"]));
+    let entries: Vec<_> = (0..MANY)
+        .map(|i| plain("a", "echo", &format!("echo-{i}")))
+        .collect();
+    let registered = futures::future::join_all(entries.iter().map(|entry| a.register(entry))).await;
+    assert!(registered.iter().all(Result::is_ok), "{registered:?}");
+    assert_eq!(b.instances(&service("echo")).await.unwrap().len(), MANY);
+    let gone = futures::future::join_all(entries.iter().map(|entry| a.deregister(&entry.instance.id))).await;
+    assert!(gone.iter().all(Result::is_ok), "{gone:?}");
+    until("their end", || async {
+        b.instances(&service("echo"))
+            .await
+            .unwrap()
+            .is_empty()
+            .then_some(())
+    })
+    .await;
+}

@@ -107,7 +107,7 @@ impl Context {
                 self.registry.deregister(owner, args.text("id")?).await?;
                 Ok(map([]))
             }
-            "connect" => self.connect(client, &args),
+            "connect" => self.connect(client, &args).await,
             "disconnect" => {
                 let cut = args.optional_bool("cut")?.unwrap_or(true);
                 let existed = client.upstreams.close(args.text("upstream")?, cut);
@@ -193,7 +193,7 @@ impl Context {
     }
 
     /// A socket in `up/`, or a loopback port, for this client's user alone.
-    fn connect(&self, client: &Client, args: &Args<'_>) -> Result<Term, Refusal> {
+    async fn connect(&self, client: &Client, args: &Args<'_>) -> Result<Term, Refusal> {
         let peer = client.owner.peer;
         let name = |key| {
             let text = args.text(key)?;
@@ -211,7 +211,7 @@ impl Context {
             Some(_) => return Err(wrong("purpose", "rpc or tcp")),
         };
         if let Some(token) = token(args)? {
-            self.registry.mesh().present_token(&source, token)?;
+            answer(self.registry.mesh().present_token(&source, token)).await?;
         }
         let via = args.optional_text("via")?;
         if let Some(via) = via

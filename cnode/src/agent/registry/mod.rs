@@ -461,7 +461,7 @@ impl Registry {
             options,
         } = wish;
         if let Some(token) = options.token.clone() {
-            self.mesh.present_token(&instance.service, token)?;
+            answer(self.mesh.present_token(&instance.service, token)).await?;
         }
         let identity = answer(self.mesh.identity(&instance.service)).await?;
         let secret = Secret::generate()

@@ -42,7 +42,7 @@ pub(super) struct Catalogue {
 
 /// What is known of one service.
 struct Warm {
-    /// Only for a service that was found at all.
+    /// Only for a service of our own, or that was found.
     copy: Mutex<Option<watch::Receiver<Seen<Known>>>>,
     used: Mutex<Instant>,
     /// The last look-up. Held while one is under way, so that all who wait share it.
@@ -52,9 +52,8 @@ struct Warm {
 /// All instances of a service.
 type Known = Arc<Vec<Listed>>;
 
-/// A node of some agent, as its check shows it.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct NodeCheck {
+/// An instance of some agent, as its check shows it.
+pub(super) struct AgentCheck {
     pub(super) id: String,
     pub(super) service: String,
     pub(super) agent: String,
@@ -80,13 +79,8 @@ impl Catalogue {
         }
     }
 
-    /// All instances of a service, straight from Consul's leader.
-    pub(super) async fn fresh(&self, service: &ServiceName) -> Result<Known, MeshError> {
-        Ok(self.fresh_at(service).await?.0)
-    }
-
-    /// The same, and at which index.
-    async fn fresh_at(&self, service: &ServiceName) -> Result<(Known, Option<u64>), MeshError> {
+    /// All instances of a service, straight from Consul's leader, and at which index.
+    async fn fresh(&self, service: &ServiceName) -> Result<(Known, Option<u64>), MeshError> {
         let request = self.health(service).query("consistent", "");
         let reply = self.client.send(&request).await?;
         Ok((read_health(&reply, service)?, reply.index))
@@ -132,7 +126,7 @@ impl Catalogue {
 
     /// All passing nodes of agents.
     pub(super) async fn nodes(&self) -> Result<Vec<Instance>, MeshError> {
-        let checks = self.node_checks().await?;
+        let checks = self.checks("").await?;
         let mut names: Vec<_> = checks
             .iter()
             .filter_map(|check| ServiceName::new(&check.service).ok())
@@ -147,43 +141,44 @@ impl Catalogue {
         Ok(nodes.map(|listed| listed.instance).collect())
     }
 
-    /// The nodes of all agents, by the notes on their checks: one request.
-    pub(super) async fn node_checks(&self) -> Result<Vec<NodeCheck>, MeshError> {
+    /// Nodes and other instances of all agents, by the notes on their checks: one request. `only` narrows the
+    /// question (Consul, "Filtering"): whoever asks about a name need not read all of them.
+    pub(super) async fn checks(&self, only: &str) -> Result<Vec<AgentCheck>, MeshError> {
         let request = Request::get(&["health", "state", "any"])
-            .query("filter", format!("Notes contains {NOTE:?}"))
+            .query("filter", format!("Notes contains {NOTE:?}{only}"))
             .large()
             .right("node:read and service:read");
         let checks: Vec<CheckAnswer> = self.client.send(&request).await?.json()?;
-        let node = |check: CheckAnswer| {
-            Some(NodeCheck {
+        let of_agent = |check: CheckAnswer| {
+            Some(AgentCheck {
                 agent: check.notes.strip_prefix(NOTE)?.to_owned(),
                 passing: check.status == "passing",
                 id: check.service_id,
                 service: check.service_name,
             })
         };
-        Ok(checks.into_iter().filter_map(node).collect())
+        Ok(checks.into_iter().filter_map(of_agent).collect())
     }
 
-    /// Resolves when this instance passes, sidecar included.
-    pub(super) async fn wait_passing(&self, service: &ServiceName, id: &str) {
-        let passes = |known: &Known| {
-            let mut all = known.iter();
-            all.any(|listed| listed.instance.id == id && listed.is_passing())
-        };
+    /// Resolves when one of the instances of a service of our own is `as_wanted`.
+    pub(super) async fn wait(&self, service: &ServiceName, as_wanted: impl Fn(&Listed) -> bool) {
+        let wanted = |known: &Known| known.iter().any(&as_wanted);
         let warm = self.warm(service);
-        loop {
-            let copy = lock(&warm.copy).clone();
-            if let Some(mut copy) = copy {
-                let seen = copy.wait_for(|seen| seen.value.as_ref().is_some_and(passes));
-                if seen.await.is_ok() {
-                    return;
-                }
+        let copy = {
+            let mut copy = lock(&warm.copy);
+            if copy.is_none() {
+                *copy = self.slots.take().map(|slot| self.watch(service, slot, None));
             }
-            // Found by this, it is watched; if there is no place for a watch, it is looked up.
-            if self.look_up(service, &warm).await.as_ref().is_ok_and(passes) {
+            copy.clone()
+        };
+        if let Some(mut copy) = copy {
+            let seen = copy.wait_for(|seen| seen.value.as_ref().is_some_and(wanted));
+            if seen.await.is_ok() {
                 return;
             }
+        }
+        // There is no place for a watch.
+        while !self.look_up(service, &warm).await.as_ref().is_ok_and(wanted) {
             sleep(LOOKUP_HOLDS).await;
         }
     }
@@ -245,7 +240,7 @@ impl Catalogue {
             return Ok(known.clone());
         }
         self.admit()?;
-        let (known, index) = self.fresh_at(service).await?;
+        let (known, index) = self.fresh(service).await?;
         *last = Some((Instant::now(), known.clone()));
         let mut copy = lock(&warm.copy);
         if copy.is_none() && !known.is_empty() {

@@ -22,7 +22,7 @@ use x509_parser::prelude::{FromDer, X509Certificate};
 use super::client::{Client, Fault, Reply, Request};
 use super::watch::{Seen, watch};
 use super::{IDLE, RETRY, Slots, Tokens, write};
-use crate::mesh::{Identity, MeshError, ServiceName, SpiffeId};
+use crate::mesh::{Identity, MeshError, ServiceName, SpiffeId, Token};
 use crate::proxy::links::unix_now;
 
 /// Most roots that are taken, and most certificates of a chain: rotations leave a few behind.
@@ -108,6 +108,13 @@ impl Certificates {
             leaves: Mutex::default(),
             scope: Arc::default(),
         }
+    }
+
+    /// Whether this token may be the service.
+    pub(super) async fn try_token(&self, service: &ServiceName, token: &Token) -> Result<(), MeshError> {
+        let request = leaf_of(service, Some(token.clone()));
+        self.client.send(&request).await?;
+        Ok(())
     }
 
     /// What is known of the roots, for people.
@@ -215,9 +222,7 @@ impl Certificates {
         service: &ServiceName,
         slot: OwnedSemaphorePermit,
     ) -> watch::Receiver<Seen<Arc<Identity>>> {
-        let request = Request::get(&["agent", "connect", "ca", "leaf", service.as_ref()])
-            .token(self.tokens.of(service))
-            .right(write(service.as_ref()));
+        let request = leaf_of(service, self.tokens.of(service));
         let leaf = watch(self.client.clone(), request, Some(slot), None, read_leaf);
         let (sender, receiver) = watch::channel(Seen {
             value: None,
@@ -412,4 +417,9 @@ fn named(leaf: &CertificateDer<'_>) -> Result<(SpiffeId, i64, Scope), String> {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Nothing that can panic runs under these locks.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+fn leaf_of(service: &ServiceName, token: Option<Token>) -> Request {
+    Request::get(&["agent", "connect", "ca", "leaf", service.as_ref()])
+        .token(token)
+        .right(write(service.as_ref()))
 }

@@ -1,12 +1,16 @@
 //! What `meshx doctor` tells of Consul.
 
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+
 use serde::Deserialize;
 use serde_json::{Value, json};
 use time::{Date, Month, OffsetDateTime, Time};
 
 use super::client::{Fault, Reply, Request, shorten};
-use super::registration::TTL;
-use super::{ConsulMesh, intentions_read, read, write};
+use super::form::TTL;
+use super::settings::TokenSource;
+use super::{ConsulMesh, ConsulSettings, intentions_read, read, write};
 use crate::mesh::{Finding, Level, ServiceName, Token, split_node};
 use crate::proxy::links::unix_now;
 
@@ -25,6 +29,7 @@ const SERVICES_MAX: usize = 64;
 /// Looks at everything that can be seen from here.
 pub(super) async fn findings(mesh: &ConsulMesh) -> Vec<Finding> {
     let mut all = vec![way(mesh), advertised(mesh)];
+    all.extend(secrets(mesh.client.settings()));
     let leader = Request::get(&["status", "leader"]);
     match mesh.client.send(&leader).await {
         Err(fault) => all.push(Finding {
@@ -76,6 +81,25 @@ fn way(mesh: &ConsulMesh) -> Finding {
         };
     }
     ok("address", address.to_string())
+}
+
+/// Files with secrets that every user of this host may read.
+fn secrets(settings: &ConsulSettings) -> Vec<Finding> {
+    let token = match &settings.token {
+        TokenSource::File(path) => Some(path),
+        _ => None,
+    };
+    let files = token
+        .into_iter()
+        .chain(settings.tls.client.iter().map(|(_, key)| key));
+    let open = files.filter(|path| std::fs::metadata(path).is_ok_and(|meta| meta.mode() & 0o004 != 0));
+    let finding = |path: &PathBuf| Finding {
+        level: Level::Warning,
+        what: "secret".into(),
+        text: format!("every user of this host may read {}", path.display()),
+        fix: format!("chmod o-rwx {}", path.display()),
+    };
+    open.map(finding).collect()
 }
 
 fn advertised(mesh: &ConsulMesh) -> Finding {
@@ -367,7 +391,7 @@ async fn registrations(mesh: &ConsulMesh) -> Vec<Finding> {
 
 /// Other agents with nodes of this one's hosts.
 async fn hosts(mesh: &ConsulMesh) -> Vec<Finding> {
-    let checks = match mesh.catalogue.node_checks().await {
+    let checks = match mesh.catalogue.checks("").await {
         Ok(checks) => checks,
         Err(error) => {
             return vec![Finding {

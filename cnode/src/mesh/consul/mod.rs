@@ -9,6 +9,8 @@ mod catalogue;
 mod certificates;
 mod client;
 mod diagnosis;
+mod form;
+mod keeping;
 mod registration;
 mod settings;
 mod tls;
@@ -263,11 +265,18 @@ impl Certificates for ConsulMesh {
         Box::pin(std::future::ready(shown))
     }
 
-    fn present_token(&self, service: &ServiceName, token: Token) -> Result<(), MeshError> {
-        if self.tokens.set(service, token)? {
-            self.certificates.forget(service);
-        }
-        Ok(())
+    fn present_token(&self, service: &ServiceName, token: Token) -> Answer<'_, ()> {
+        let service = service.clone();
+        Box::pin(async move {
+            if self.tokens.of(&service).as_ref() == Some(&token) {
+                return Ok(());
+            }
+            self.certificates.try_token(&service, &token).await?;
+            if self.tokens.set(&service, token)? {
+                self.certificates.forget(&service);
+            }
+            Ok(())
+        })
     }
 }
 
@@ -356,7 +365,8 @@ impl Registration for ConsulMesh {
             let service = self.registrar.service_of(&id).ok_or_else(|| {
                 MeshError::Refused(format!("{id} is no instance of this agent: register it first"))
             })?;
-            self.catalogue.wait_passing(&service, &id).await;
+            let passes = |listed: &Listed| listed.instance.id == id && listed.is_passing();
+            self.catalogue.wait(&service, passes).await;
             Ok(())
         })
     }

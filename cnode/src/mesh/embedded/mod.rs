@@ -159,10 +159,10 @@ impl Certificates for EmbeddedMesh {
         Box::pin(std::future::ready(Ok(vec![self.inner.authority.root().clone()])))
     }
 
-    fn present_token(&self, service: &ServiceName, _: Token) -> Result<(), MeshError> {
-        Err(MeshError::Unsupported(format!(
+    fn present_token(&self, service: &ServiceName, _: Token) -> Answer<'_, ()> {
+        Box::pin(std::future::ready(Err(MeshError::Unsupported(format!(
             "a token for {service}: the embedded mesh has none, leave it out or use Consul"
-        )))
+        )))))
     }
 }
 

@@ -234,7 +234,7 @@ impl crate::mesh::Certificates for Stale {
         self.0.spiffe(service)
     }
 
-    fn present_token(&self, service: &ServiceName, token: Token) -> Result<(), MeshError> {
+    fn present_token(&self, service: &ServiceName, token: Token) -> Answer<'_, ()> {
         self.0.present_token(service, token)
     }
 }

@@ -67,7 +67,7 @@ impl Certificates for Shaky {
         }
     }
 
-    fn present_token(&self, service: &ServiceName, token: Token) -> Result<(), MeshError> {
+    fn present_token(&self, service: &ServiceName, token: Token) -> Answer<'_, ()> {
         self.mesh.present_token(service, token)
     }
 }

@@ -129,3 +129,21 @@ async fn a_missing_name_is_looked_up_once_and_not_for_everybody_at_once() {
         }));
     }
 }
+
+#[tokio::test]
+async fn services_beyond_the_watches_are_looked_up() {
+    let mock = Mock::new(|uri, _| {
+        let name = uri.path().strip_prefix("/v1/health/connect/")?.to_owned();
+        let id = format!("{name}@h2");
+        (index_of(uri) == 0).then(|| answer(5, json!([health(&name, &id)]).to_string()))?
+    })
+    .await;
+    let mesh = mock.mesh();
+    for i in 0..SERVICES_MAX + 10 {
+        // More than LOOKUPS_PER_SECOND may be asked for in a second; whoever is refused asks again.
+        let name = service(&format!("s{i}"));
+        until(async || mesh.instances(&name).await.ok().filter(|found| found.len() == 1)).await;
+    }
+    let watched = || mock.asked().iter().filter(|uri| uri.contains("index=5")).count();
+    until(async || (watched() == SERVICES_MAX).then_some(())).await;
+}

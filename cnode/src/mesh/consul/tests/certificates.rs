@@ -187,3 +187,40 @@ async fn another_trust_domain_is_followed() {
         "two.consul"
     );
 }
+
+#[tokio::test]
+async fn so_many_certificates_are_watched_and_no_more() {
+    let authority = Authority::new("td.consul");
+    let mock = Mock::new(move |uri, _| {
+        if index_of(uri) == 5 {
+            return None;
+        }
+        let leaf = |name| authority.leaf(&format!("spiffe://td.consul/ns/default/dc/dc1/svc/{name}"));
+        match uri.path().strip_prefix("/v1/agent/connect/ca/leaf/") {
+            Some(name) => answer(5, leaf(name).to_string()),
+            None if uri.path().ends_with("/roots") => answer(5, authority.roots().to_string()),
+            None => None,
+        }
+    })
+    .await;
+    let mesh = mock.mesh();
+    for i in 0..CERTIFICATES_MAX {
+        identity_of(&mesh, &format!("s{i}")).await.unwrap();
+    }
+    let error = identity_of(&mesh, "more").await.unwrap_err();
+    assert!(error.to_string().contains("CERTIFICATES_MAX"), "{error}");
+    assert!(identity_of(&mesh, "s0").await.is_ok());
+    mesh.certificates.forget(&service("s1"));
+    until(async || identity_of(&mesh, "more").await.ok()).await;
+}
+
+#[tokio::test]
+async fn a_leaf_that_ends_is_given_out_no_more() {
+    let authority = Authority::new("td.consul");
+    let leaf = authority.leaf_valid(&[SHOP], -60, 3);
+    let mock = Mock::new(certifies(authority.roots(), leaf, 5)).await;
+    let mesh = mock.mesh();
+    identity_of(&mesh, "shop").await.unwrap();
+    let error = until(async || identity_of(&mesh, "shop").await.err()).await;
+    assert!(error.to_string().contains("expired"), "{error}");
+}

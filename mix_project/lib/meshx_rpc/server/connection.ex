@@ -55,6 +55,9 @@ defmodule MeshxRpc.Server.Connection do
   @impl true
   def init(state) do
     Process.flag(:trap_exit, true)
+
+    # Requests that end on several schedulers then need not wait for one another to tell us (OTP 25).
+    Process.flag(:message_queue_data, :off_heap)
     state = %{state | hsk_ref: System.unique_integer([:positive]), since: Telemetry.now()}
     _ = :erlang.start_timer(state.config.timeout_hsk, self(), :hello)
     {:ok, state}

@@ -44,6 +44,8 @@ struct Late {
     links: LinkTable,
     /// The instance that is gone after the first answer to this pair.
     gone: Mutex<Option<(&'static str, &'static str, &'static str)>>,
+    /// The instance that is gone after this node was looked up.
+    gone_after_look_up: Mutex<Option<(&'static str, &'static str)>>,
 }
 
 impl Late {
@@ -69,9 +71,13 @@ impl Late {
         let mut gone = self.gone.lock().unwrap();
         let now = gone.take_if(|gone| (gone.0, gone.1) == (source.service().as_ref(), target.as_ref()));
         if let Some((_, _, id)) = now {
-            assert!(self.local.remove(id).is_some());
-            self.links.cut_instance(id, Cause::NoSuchNode, "gone");
+            self.leave(id);
         }
+    }
+
+    fn leave(&self, id: &str) {
+        assert!(self.local.remove(id).is_some());
+        self.links.cut_instance(id, Cause::NoSuchNode, "gone");
     }
 }
 
@@ -115,7 +121,19 @@ impl Certificates for Late {
 
 impl Catalogue for Late {
     fn node(&self, node: &str) -> Answer<'_, Option<Instance>> {
-        self.mesh.node(node)
+        let node = node.to_owned();
+        Box::pin(async move {
+            let answer = self.mesh.node(&node).await;
+            let gone = self
+                .gone_after_look_up
+                .lock()
+                .unwrap()
+                .take_if(|gone| gone.0 == node);
+            if let Some((_, id)) = gone {
+                self.leave(id);
+            }
+            answer
+        })
     }
 
     fn instances(&self, service: &ServiceName) -> Answer<'_, Vec<Instance>> {
@@ -183,6 +201,7 @@ impl Host {
             local: local.clone(),
             links: links.clone(),
             gone: Mutex::new(None),
+            gone_after_look_up: Mutex::new(None),
         });
         let proxy = Proxy::new(mesh.clone(), local.clone(), links, Settings::default());
         assert!(mesh.proxy.set(proxy.clone()).is_ok());
@@ -334,6 +353,21 @@ async fn an_end_that_is_deregistered_behind_the_answer_ends_the_link() {
         h1.dial_in_vain(&secret, "shop@h1", target).await;
         assert!(h1.mesh.gone.lock().unwrap().is_none());
     }
+}
+
+/// The accepting agent looks the dialler up between finding the target and entering the link.
+#[tokio::test]
+async fn a_target_that_is_deregistered_behind_the_look_up_ends_the_link() {
+    let root = tempfile::tempdir().unwrap();
+    let (h1, h2) = (
+        Host::start(root.path(), "h1").await,
+        Host::start(root.path(), "h2").await,
+    );
+    let ((secret, _shop), (_, cart)) = (h1.register("shop@h1").await, h2.register("cart@h2").await);
+    keep_open(cart);
+    *h2.mesh.gone_after_look_up.lock().unwrap() = Some(("shop@h1", "cart@h2"));
+    h1.dial_in_vain(&secret, "shop@h1", "cart@h2").await;
+    assert!(h2.mesh.gone_after_look_up.lock().unwrap().is_none());
 }
 
 #[tokio::test]

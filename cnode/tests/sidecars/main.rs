@@ -21,20 +21,22 @@ use meshx::agent::sidecar::{
 };
 use meshx::mesh::consul::ConsulMesh;
 use meshx::mesh::{
-    Certificates, DataPlane, Entry, Instance, Protocol, Registration, Sidecar, SidecarUpstream,
+    Authorization, Certificates, DataPlane, Entry, Instance, Protocol, Registration, Sidecar, SidecarUpstream,
 };
 use support::{Consul, LONG, ready, service};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 /// One agent with its sidecars, and its Consul.
 struct World {
     consul: Consul,
     mesh: Arc<ConsulMesh>,
-    sidecars: Sidecars,
+    sidecars: Arc<Sidecars>,
+    police: JoinHandle<()>,
     _temp: TempDir,
 }
 
@@ -58,7 +60,18 @@ impl World {
             ..Settings::default()
         };
         let sidecars = Sidecars::new(mesh.clone(), temp.path().join("sidecars"), settings).unwrap();
+        let sidecars = Arc::new(sidecars);
+        // As the agent does.
+        let police = tokio::spawn({
+            let (mesh, sidecars) = (mesh.clone(), sidecars.clone());
+            async move {
+                while mesh.changed().await.is_ok() {
+                    sidecars.rules_changed();
+                }
+            }
+        });
         Self {
+            police,
             consul,
             mesh,
             sidecars,
@@ -98,6 +111,12 @@ impl World {
             .expect("the sidecar passes")
             .unwrap();
         Side { handle, events }
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.police.abort();
     }
 }
 

@@ -181,6 +181,13 @@ async fn envoy_follows_a_new_authority() {
 
 #[tokio::test]
 async fn haproxy_as_an_own_command_lets_in_who_is_allowed() {
+    let search = format!("{}:/usr/sbin", std::env::var("PATH").unwrap());
+    assert!(
+        search
+            .split(':')
+            .any(|dir| std::path::Path::new(dir).join("haproxy").is_file()),
+        "there is no haproxy in {search}: apt-get install haproxy"
+    );
     let world = World::new().await;
     let run = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()

@@ -4,14 +4,14 @@
 //! |---|---|---|
 //! | [`SidecarKind::ConnectProxy`] | `consul connect proxy` | Consul |
 //! | [`SidecarKind::Envoy`] | `consul connect envoy`, when that Consul speaks xDS v3 | Consul |
-//! | [`SidecarKind::Envoy`] | `envoy` | this agent, by files ([`envoy`]) |
-//! | [`SidecarKind::Command`] | the user's own program | this agent, by PEM files ([`command`]) |
+//! | [`SidecarKind::Envoy`] | `envoy` | this agent, by files (`envoy`) |
+//! | [`SidecarKind::Command`] | the user's own program | this agent, by PEM files (`command`) |
 //!
 //! Each sidecar has a directory (0700) below that of [`Sidecars::new`]; everything in it goes with the sidecar.
 //!
 //! **No orphans.** The program runs in a process group that a guard leads: a shell that waits for the end of a pipe
-//! whose other end only the agent holds ([`process`]). However the agent ends, the guard kills the group. What left
-//! the group is found by a variable in its environment, at the sidecar's end or by the next agent ([`orphans`]).
+//! whose other end only the agent holds (`process`). However the agent ends, the guard kills the group. What left
+//! the group is found by a variable in its environment, at the sidecar's end or by the next agent (`orphans`).
 
 mod command;
 mod envoy;
@@ -57,8 +57,8 @@ pub const UPSTREAMS_PER_SIDECAR_MAX: usize = 256;
 /// How long a predecessor of the same id may take to end beyond its grace.
 const PREDECESSOR_TIME: Duration = Duration::from_secs(3);
 
-/// What all sidecars of an agent share.
-#[derive(Debug, Clone)]
+/// What all sidecars of an agent share. No `Debug`: environments may hold secrets.
+#[derive(Clone)]
 pub struct Settings {
     /// Consul's program and how it reaches its agent; without it only [`SidecarKind::Command`] and Envoys that
     /// this agent drives can be had.
@@ -255,6 +255,7 @@ pub struct Sidecars {
     mesh: Arc<dyn Mesh>,
     dir: PathBuf,
     settings: Settings,
+    sources: Arc<view::Sources>,
     /// One lock for each sidecar's directory, held while it lives: a successor waits for its predecessor's end.
     // The outer lock is held for a look-up, never across an await.
     places: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
@@ -272,6 +273,7 @@ impl Sidecars {
         let dir = files::private_dir(&dir)?;
         orphans::end_all(&dir);
         Ok(Self {
+            sources: Arc::new(view::Sources::new(mesh.clone())),
             mesh,
             dir,
             settings,
@@ -292,42 +294,37 @@ impl Sidecars {
     ) -> Result<SidecarHandle, SidecarError> {
         check(&spec)?;
         let name = files::dir_name(&spec.id);
-        let place = self.occupy(&spec.id, &name).await?;
+        let place = Place {
+            _lock: self.occupy(&spec.id, &name).await?,
+            dir: self.dir.join(name),
+        };
         let (upstreams, offered) = watch::channel(spec.upstreams.clone());
         let stop = CancellationToken::new();
-        let dir = self.dir.join(name);
         let parts = supervisor::Parts {
             mesh: self.mesh.clone(),
+            sources: self.sources.clone(),
             settings: self.settings.clone(),
-            dir: dir.clone(),
+            dir: place.dir.clone(),
             spec,
             events,
             upstreams: offered,
             wake: self.wake.subscribe(),
             stop: stop.clone(),
         };
-        match supervisor::start(parts).await {
-            Ok(running) => {
-                let task = tokio::spawn(async move {
-                    running.await;
-                    files::remove_dir(&dir);
-                    drop(place);
-                });
-                Ok(SidecarHandle {
-                    upstreams,
-                    stop,
-                    task,
-                })
-            }
-            Err(error) => {
-                files::remove_dir(&dir);
-                Err(error)
-            }
-        }
+        let running = supervisor::start(parts).await?;
+        let task = tokio::spawn(async move {
+            running.await;
+            drop(place);
+        });
+        Ok(SidecarHandle {
+            upstreams,
+            stop,
+            task,
+        })
     }
 
-    /// To be called when the rules may have changed, so that a denial counts at once. Without it, it counts after
-    /// [`view::POLL`].
+    /// To be called when the rules may have changed, so that a denial counts at once. Without it, it is seen within
+    /// half a minute.
     pub fn rules_changed(&self) {
         self.wake.send_modify(|count| *count = count.wrapping_add(1));
     }
@@ -351,6 +348,18 @@ impl Sidecars {
                     "a sidecar of {id} runs already: stop it first, or choose another id"
                 ))
             })
+    }
+}
+
+/// One sidecar's directory, its own as long as this lives.
+struct Place {
+    dir: PathBuf,
+    _lock: OwnedMutexGuard<()>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        files::remove_dir(&self.dir);
     }
 }
 

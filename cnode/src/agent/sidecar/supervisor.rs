@@ -14,7 +14,7 @@ use super::{
     files::Files,
     output::Sink,
     process::{Program, Run},
-    view::{POLL, View, Viewer},
+    view::{POLL, Sources, View, Viewer},
 };
 use crate::{
     mesh::{Mesh, MeshError, SidecarUpstream},
@@ -27,6 +27,7 @@ const RESTART_WINDOW: Duration = Duration::from_secs(60);
 /// Everything that a sidecar is made of.
 pub(super) struct Parts {
     pub(super) mesh: Arc<dyn Mesh>,
+    pub(super) sources: Arc<Sources>,
     pub(super) settings: Settings,
     pub(super) dir: PathBuf,
     pub(super) spec: SidecarSpec,
@@ -89,7 +90,7 @@ async fn prepare(parts: &Parts, files: &mut Files) -> Result<(Program, Option<Ke
         return Ok((program, None));
     }
     let mut keeper = Keeper {
-        viewer: Viewer::new(parts.mesh.clone(), spec.service.clone()),
+        viewer: Viewer::new(parts.mesh.clone(), parts.sources.clone(), spec.service.clone()),
         spec: spec.clone(),
     };
     let wanted = parts.upstreams.borrow().clone();
@@ -137,7 +138,7 @@ impl Keeper {
                 () = sleep(POLL) => {}
                 // Senders that are gone tell nothing more; the poll goes on.
                 Ok(()) = upstreams.changed() => {}
-                Ok(()) = wake.changed() => self.viewer.rules_changed(),
+                Ok(()) = wake.changed() => self.viewer.rules_changed(Instant::now()),
             }
             let wanted = upstreams.borrow_and_update().clone();
             let written = match self.viewer.look(&wanted, Instant::now()).await {

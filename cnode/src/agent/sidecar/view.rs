@@ -1,8 +1,9 @@
 //! What one sidecar must know of the mesh: its certificate, who may connect, and where its upstreams are.
 //!
 //! The mesh's traits tell of changes of the rules to one caller only, which is the agent, and of other changes to
-//! none: so they are asked every [`POLL`], which meshes answer from what they hold. `authorize` is asked only when
-//! something changed that it may depend on, and at least every [`RECHECK`].
+//! none. So certificates and instances are asked for every [`POLL`], which meshes answer from what they hold; all services
+//! and rules every [`SOURCES_AGE`], or when the agent says that rules have changed; and `authorize` when one of these
+//! changed, and at least every [`RECHECK`].
 
 use std::{
     collections::{BTreeSet, HashMap},
@@ -13,13 +14,18 @@ use std::{
 
 use futures::{StreamExt, stream};
 use rustls::pki_types::CertificateDer;
-use tokio::time::{Instant, timeout};
+use tokio::{
+    sync::Mutex,
+    time::{Instant, timeout},
+};
 use tracing::warn;
 
 use crate::mesh::{Answer, Identity, Intentions, Mesh, MeshError, ServiceName, SidecarUpstream, SpiffeId};
 
 /// How often the mesh is asked.
 pub(super) const POLL: Duration = Duration::from_secs(2);
+/// How old a look at all services and rules may be.
+const SOURCES_AGE: Duration = Duration::from_secs(10);
 /// How often `authorize` is asked although nothing that can be seen has changed.
 const RECHECK: Duration = Duration::from_secs(30);
 /// How long a yes holds while the mesh gives no answer.
@@ -62,8 +68,11 @@ struct Verdict {
 pub(super) struct Viewer {
     mesh: Arc<dyn Mesh>,
     service: ServiceName,
-    sources: BTreeSet<ServiceName>,
-    rules: Option<Intentions>,
+    sources: Arc<Sources>,
+    /// When the rules were last said to have changed.
+    woken: Option<Instant>,
+    seen: Option<Arc<Seen>>,
+    candidates: BTreeSet<ServiceName>,
     verdicts: HashMap<ServiceName, Verdict>,
     /// When all were asked about with an answer for each; none: they are to be asked about.
     asked: Option<Instant>,
@@ -71,20 +80,23 @@ pub(super) struct Viewer {
 }
 
 impl Viewer {
-    pub(super) fn new(mesh: Arc<dyn Mesh>, service: ServiceName) -> Self {
+    pub(super) fn new(mesh: Arc<dyn Mesh>, sources: Arc<Sources>, service: ServiceName) -> Self {
         Self {
             mesh,
             service,
-            sources: BTreeSet::new(),
-            rules: None,
+            sources,
+            woken: None,
+            seen: None,
+            candidates: BTreeSet::new(),
             verdicts: HashMap::new(),
             asked: None,
             addresses: HashMap::new(),
         }
     }
 
-    /// The rules may have changed: ask about all sources next time.
-    pub(super) fn rules_changed(&mut self) {
+    /// The rules may have changed: look at all and ask about all sources next time.
+    pub(super) fn rules_changed(&mut self, now: Instant) {
+        self.woken = Some(now);
         self.asked = None;
     }
 
@@ -113,7 +125,7 @@ impl Viewer {
         {
             self.asked = None;
         }
-        self.find_sources().await;
+        self.find_sources(now).await;
         self.authorize(now).await;
         let allowed = self.verdicts.values().filter(|verdict| verdict.holds(now));
         let allowed = allowed.map(|verdict| verdict.spiffe.to_string()).collect();
@@ -127,36 +139,29 @@ impl Viewer {
     }
 
     /// Who might connect: the services of the catalogue, and those that a rule names.
-    async fn find_sources(&mut self) {
-        let (Ok(listed), Ok(rules)) = (
-            answer(self.mesh.services()).await,
-            answer(self.mesh.intentions()).await,
-        ) else {
+    async fn find_sources(&mut self, now: Instant) {
+        let seen = self.sources.seen(self.woken, now).await;
+        if self.seen.as_ref() == Some(&seen) {
             return;
-        };
-        let named = rules
-            .rules
-            .iter()
-            .filter_map(|rule| ServiceName::new(&rule.source).ok());
-        let mut sources: BTreeSet<_> = listed.into_iter().map(|listed| listed.instance.service).collect();
-        sources.extend(named);
+        }
+        let rules = seen.rules.iter().flat_map(|rules| &rules.rules);
+        let mut sources: BTreeSet<_> = rules
+            .filter_map(|rule| ServiceName::new(&rule.source).ok())
+            .collect();
+        sources.extend(seen.services.iter().cloned());
         if sources.len() > SOURCES_MAX {
-            if self.sources.len() < SOURCES_MAX {
-                warn!(
-                    service = %self.service,
-                    sources = sources.len(),
-                    max = SOURCES_MAX,
-                    "more services than a sidecar is told of: the last by name are not let in"
-                );
-            }
+            warn!(
+                service = %self.service,
+                sources = sources.len(),
+                max = SOURCES_MAX,
+                "more services than a sidecar is told of: the last by name are not let in"
+            );
             sources = sources.into_iter().take(SOURCES_MAX).collect();
         }
-        if self.sources != sources || self.rules.as_ref() != Some(&rules) {
-            self.asked = None;
-            self.verdicts.retain(|service, _| sources.contains(service));
-            self.sources = sources;
-            self.rules = Some(rules);
-        }
+        self.verdicts.retain(|service, _| sources.contains(service));
+        self.candidates = sources;
+        self.seen = Some(seen);
+        self.asked = None;
     }
 
     async fn authorize(&mut self, now: Instant) {
@@ -177,7 +182,7 @@ impl Viewer {
                 },
             ))
         };
-        let mut answers = stream::iter(self.sources.iter().cloned().map(ask)).buffer_unordered(CONCURRENT);
+        let mut answers = stream::iter(self.candidates.iter().cloned().map(ask)).buffer_unordered(CONCURRENT);
         let mut whole = true;
         while let Some(answer) = answers.next().await {
             match answer {
@@ -210,6 +215,54 @@ impl Viewer {
             });
         }
         Ok(upstreams)
+    }
+}
+
+/// What of the catalogue and the rules tells who might connect anywhere: one for all sidecars of an agent, since a mesh
+/// may have to ask for each service.
+pub(super) struct Sources {
+    mesh: Arc<dyn Mesh>,
+    /// Held while the mesh is asked, so that those who come meanwhile get the same answer.
+    known: Mutex<(Option<Instant>, Arc<Seen>)>,
+}
+
+/// One look at it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Seen {
+    services: BTreeSet<ServiceName>,
+    rules: Option<Intentions>,
+}
+
+impl Sources {
+    pub(super) fn new(mesh: Arc<dyn Mesh>) -> Self {
+        Self {
+            mesh,
+            known: Mutex::default(),
+        }
+    }
+
+    /// What was seen since `since`, and at most [`SOURCES_AGE`] ago. What is not answered stays as it was: a token may
+    /// not see all rules, and pairs are asked about one by one.
+    async fn seen(&self, since: Option<Instant>, now: Instant) -> Arc<Seen> {
+        let mut known = self.known.lock().await;
+        let (at, seen) = &mut *known;
+        let fresh = at
+            .is_some_and(|at| since.is_none_or(|since| at >= since) && now.duration_since(at) < SOURCES_AGE);
+        if !fresh {
+            let (listed, rules) = tokio::join!(answer(self.mesh.services()), answer(self.mesh.intentions()));
+            let mut next = Seen::clone(seen);
+            if let Ok(listed) = listed {
+                next.services = listed.into_iter().map(|listed| listed.instance.service).collect();
+            }
+            if let Ok(rules) = rules {
+                next.rules = Some(rules);
+            }
+            *at = Some(now);
+            if **seen != next {
+                *seen = Arc::new(next);
+            }
+        }
+        seen.clone()
     }
 }
 

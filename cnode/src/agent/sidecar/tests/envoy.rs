@@ -20,7 +20,11 @@ use tokio::{
 use tokio_rustls::{TlsConnector, client::TlsStream};
 
 use super::{
-    super::{files::Files, view::Viewer, *},
+    super::{
+        files::Files,
+        view::{Sources, Viewer},
+        *,
+    },
     shaky::Shaky,
     *,
 };
@@ -99,6 +103,8 @@ impl Side {
         world.register(name, public).await;
         let (sender, events) = events();
         let handle = sidecars.start(spec, sender).await.unwrap();
+        // Whoever runs already is to let it in.
+        sidecars.rules_changed();
         until("the public listener", || {
             std::net::TcpStream::connect(public).is_ok()
         })
@@ -567,7 +573,11 @@ async fn envoy_itself_accepts_what_is_rendered() {
         envoy: envoy_program(),
         ..world.settings()
     };
-    let mut viewer = Viewer::new(world.mesh.clone(), service("shop"));
+    let mut viewer = Viewer::new(
+        world.mesh.clone(),
+        Arc::new(Sources::new(world.mesh.clone())),
+        service("shop"),
+    );
     let view = viewer.look(&spec.upstreams, Instant::now()).await.unwrap();
     envoy::write(&mut files, &spec, &view).unwrap();
     envoy::program(&settings, &spec, &mut files).unwrap();

@@ -5,7 +5,7 @@ use rustls::pki_types::CertificateDer;
 use tokio::time::Instant;
 
 use super::{
-    super::view::{View, Viewer},
+    super::view::{Sources, View, Viewer},
     *,
 };
 use crate::mesh::{
@@ -19,6 +19,8 @@ pub(super) struct Answers {
     pub(super) identity: HashMap<ServiceName, Arc<Identity>>,
     /// No answers about instances, rules and pairs.
     pub(super) away: bool,
+    /// A token that may not list the rules.
+    pub(super) no_rules: bool,
     /// Pairs that were asked about.
     pub(super) asked: usize,
 }
@@ -101,7 +103,11 @@ impl Authorization for Shaky {
     }
 
     fn intentions(&self) -> Answer<'_, Intentions> {
-        self.unless_away(self.mesh.intentions())
+        let no_rules = self.answers().no_rules;
+        match no_rules {
+            true => Box::pin(ready(Err(MeshError::Forbidden("intention:read".into())))),
+            false => self.unless_away(self.mesh.intentions()),
+        }
     }
 
     fn fix(&self, source: &ServiceName, target: &ServiceName) -> String {
@@ -164,6 +170,14 @@ async fn without_roots_or_with_another_services_certificate_nothing_starts() {
     );
 }
 
+fn viewer(shaky: &Arc<Shaky>) -> Viewer {
+    Viewer::new(
+        shaky.clone(),
+        Arc::new(Sources::new(shaky.clone())),
+        service("shop"),
+    )
+}
+
 async fn look(viewer: &mut Viewer, now: Instant) -> View {
     let wanted = [SidecarUpstream {
         target: service("cart"),
@@ -179,7 +193,7 @@ async fn a_yes_holds_for_ten_minutes_while_the_mesh_is_away() {
         world.register(name, anywhere()).await;
     }
     let shaky = Shaky::new(&world);
-    let mut viewer = Viewer::new(shaky.clone(), service("shop"));
+    let mut viewer = viewer(&shaky);
     let began = Instant::now();
     let mut seen = async |away, seconds| {
         shaky.answers().away = away;
@@ -187,10 +201,32 @@ async fn a_yes_holds_for_ten_minutes_while_the_mesh_is_away() {
         (view.allowed.len(), view.upstreams[0].addresses.len())
     };
     assert_eq!(seen(true, 0).await, (0, 0), "unknown is no");
-    assert_eq!(seen(false, 0).await, (2, 1));
-    assert_eq!(seen(true, 599).await, (2, 1));
-    assert_eq!(seen(true, 600).await, (0, 1));
-    assert_eq!(seen(false, 601).await, (2, 1));
+    assert_eq!(seen(false, 10).await, (2, 1));
+    assert_eq!(seen(true, 609).await, (2, 1));
+    assert_eq!(seen(true, 610).await, (0, 1));
+    assert_eq!(seen(false, 611).await, (2, 1));
+}
+
+#[tokio::test]
+async fn no_more_services_are_let_in_than_a_sidecar_can_be_told_of() {
+    let world = World::new();
+    let rules: Vec<_> = (0..1030)
+        .map(|n| serde_json::json!({"source": format!("s{n}"), "destination": "shop", "action": "allow"}))
+        .collect();
+    let rules = serde_json::json!({"default": "deny", "rules": rules}).to_string();
+    fs::write(world.temp.path().join("mesh/rules.json"), rules).unwrap();
+    let view = look(&mut viewer(&Shaky::new(&world)), Instant::now()).await;
+    assert_eq!(view.allowed.len(), 1024);
+}
+
+#[tokio::test]
+async fn who_may_not_see_the_rules_still_learns_who_may_connect() {
+    let world = World::new();
+    world.register("cart", anywhere()).await;
+    let shaky = Shaky::new(&world);
+    shaky.answers().no_rules = true;
+    let view = look(&mut viewer(&shaky), Instant::now()).await;
+    assert_eq!(view.allowed.len(), 1);
 }
 
 #[tokio::test]
@@ -198,7 +234,7 @@ async fn pairs_are_asked_about_when_something_changed_and_now_and_then() {
     let world = World::new();
     world.register("cart", anywhere()).await;
     let shaky = Shaky::new(&world);
-    let mut viewer = Viewer::new(shaky.clone(), service("shop"));
+    let mut viewer = viewer(&shaky);
     let began = Instant::now();
     let mut asked = async |seconds| {
         look(&mut viewer, began + Duration::from_secs(seconds)).await;
@@ -206,15 +242,17 @@ async fn pairs_are_asked_about_when_something_changed_and_now_and_then() {
     };
     assert_eq!((asked(0).await, asked(2).await), (1, 0));
     world.register("bank", anywhere()).await;
-    assert_eq!((asked(4).await, asked(6).await), (2, 0), "another service");
+    assert_eq!((asked(9).await, asked(10).await), (0, 2), "another service");
     world.rule("ghost", "shop", Action::Allow);
     assert_eq!(
-        (asked(8).await, asked(10).await),
+        (asked(20).await, asked(22).await),
         (3, 0),
         "a rule, and who it names"
     );
-    assert_eq!((asked(38).await, asked(67).await), (3, 0));
-    viewer.rules_changed();
-    look(&mut viewer, began).await;
-    assert_eq!(shaky.answers().asked, 3);
+    assert_eq!((asked(49).await, asked(50).await), (0, 3));
+    world.register("late", anywhere()).await;
+    let now = began + Duration::from_secs(51);
+    viewer.rules_changed(now);
+    look(&mut viewer, now).await;
+    assert_eq!(shaky.answers().asked, 4);
 }

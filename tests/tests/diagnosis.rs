@@ -61,6 +61,22 @@ fn node(agent: &Agent, name: &str) -> Process {
     process
 }
 
+/// The whole answer of an agent that was started with `--http`.
+fn get(agent: &Agent, path: &str) -> String {
+    let log = agent.process.log();
+    let http = log
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix("http="))
+        .unwrap();
+    let mut stream = TcpStream::connect(http).unwrap();
+    stream
+        .write_all(format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes())
+        .unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
+}
+
 #[test]
 fn a_healthy_set_up() {
     let mesh = Mesh::new().unwrap();
@@ -322,7 +338,8 @@ fn a_stray_epmd_is_named_with_its_addresses() {
 #[test]
 fn agents_of_two_authorities_do_not_believe_each_other() {
     let mesh = Mesh::new().unwrap();
-    let h1 = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    let http = ["--http", "127.0.0.1:0"];
+    let h1 = mesh.agent_with("a", "127.0.0.2", &["h1"], &http).unwrap();
     // Somebody has made the authority anew while the first agent ran.
     let anew = Mesh::new().unwrap();
     drop(anew.agent("x", "127.0.0.4", &["h9"]).unwrap());
@@ -342,6 +359,12 @@ fn agents_of_two_authorities_do_not_believe_each_other() {
     let connect = "{:error, {cause, _}} = MeshxNode.connect(:cart@h2); cause";
     shop.expect(connect, ":unknown_authority").unwrap();
     h1.process.wait_log("unknown_authority", PATIENCE).unwrap();
+    let counted = "meshx_refusals_total{listener=\"dist\",cause=\"unknown_authority\"} 1";
+    let page = get(&h1, "/metrics");
+    assert!(
+        page.lines().any(|line| line == counted),
+        "{counted} not in\n{page}"
+    );
 }
 
 #[test]
@@ -351,21 +374,7 @@ fn metrics_count_links_and_refusals_of_a_real_agent() {
         .agent_with("a", "127.0.0.2", &["h1"], &["--http", "127.0.0.1:0"])
         .unwrap();
     let h2 = mesh.agent("b", "127.0.0.3", &["h2"]).unwrap();
-    let log = h1.process.log();
-    let http = log
-        .split_whitespace()
-        .find_map(|word| word.strip_prefix("http="))
-        .unwrap()
-        .to_owned();
-    let get = |path: &str| {
-        let mut stream = TcpStream::connect(&http).unwrap();
-        stream
-            .write_all(format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes())
-            .unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).unwrap();
-        answer
-    };
+    let get = |path: &str| get(&h1, path);
     let mut shop = Beam::start(&h1, "shop@h1").unwrap();
     let _cart = Beam::start(&h2, "cart@h2").unwrap();
     shop.expect("MeshxNode.connect(:cart@h2)", ":ok").unwrap();

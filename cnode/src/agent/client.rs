@@ -52,6 +52,14 @@ pub enum ClientError {
         /// What the system said.
         source: io::Error,
     },
+    /// An agent is there, and this user may not open its control socket.
+    #[error("uid {uid} may not open the agent's socket in {dir} ({source}); run this as the agent's user, or start the agent with --socket-mode 0660 --socket-group GROUP", uid = paths::uid(), dir = dir.display())]
+    NotAllowed {
+        /// The agent's directory.
+        dir: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// The agent said no.
     #[error("{cause}: {text}")]
     Refused {
@@ -161,9 +169,12 @@ impl ControlClient {
             .await
             .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))
             .flatten()
-            .map_err(|source| ClientError::NoAgent {
-                dir: dir.clone(),
-                source,
+            .map_err(|source| {
+                let dir = dir.clone();
+                match source.kind() {
+                    io::ErrorKind::PermissionDenied => ClientError::NotAllowed { dir, source },
+                    _ => ClientError::NoAgent { dir, source },
+                }
             })?;
         let link = Link::start(stream);
         let args = map([

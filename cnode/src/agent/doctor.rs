@@ -45,7 +45,14 @@ pub(super) async fn findings(place: &Place, proxy: &Proxy, mesh: &dyn Mesh) -> V
         services(proxy, mesh, &instances)
     );
     found.extend([inbound, files()]);
-    found.extend(services);
+    // What is well and the mesh has told of is not told twice.
+    let told: Vec<String> = found.iter().map(|finding| finding.what.clone()).collect();
+    let again = |what: &str| told.iter().any(|told| told.starts_with(what));
+    found.extend(
+        services
+            .into_iter()
+            .filter(|finding| finding.level != Level::Ok || !again(&finding.what)),
+    );
     found
 }
 
@@ -151,7 +158,7 @@ async fn services(proxy: &Proxy, mesh: &dyn Mesh, instances: &[Arc<LocalInstance
 }
 
 /// As many answers as there are within [`SERVICES_TIME`], in order.
-async fn some<T>(looks: Vec<BoxFuture<'_, T>>) -> Vec<T> {
+pub(super) async fn some<T>(looks: Vec<BoxFuture<'_, T>>) -> Vec<T> {
     let looks = stream::iter(looks).buffered(AT_ONCE);
     looks.take_until(sleep(SERVICES_TIME)).collect().await
 }

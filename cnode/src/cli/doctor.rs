@@ -105,6 +105,11 @@ async fn agent(dir: Option<&Path>, rows: &mut Vec<Row>) -> Result<(), Failure> {
             ));
             return Ok(());
         }
+        // Its text says what to do.
+        Err(error @ ClientError::NotAllowed { .. }) => {
+            rows.push(row("error", "agent", error.to_string(), ""));
+            return Ok(());
+        }
         Err(error) => {
             rows.push(row(
                 "error",

@@ -45,7 +45,7 @@ enum Command {
     ///
     /// Prints one line when it is ready: meshx agent ready dir=DIR inbound=IP:PORT hosts=NAME,.. mesh=MESH.
     /// Logs go to stderr, RUST_LOG says how much. SIGINT or SIGTERM ends it.
-    Agent(AgentArgs),
+    Agent(Box<AgentArgs>),
     Run(run::RunArgs),
     Names(names::NamesArgs),
     Links(links::LinksArgs),
@@ -91,7 +91,7 @@ pub fn main() -> ExitCode {
         }
     };
     let result = match cli.command {
-        Command::Agent(args) => agent::run(args),
+        Command::Agent(args) => agent::run(*args),
         Command::Run(args) => run::run(args),
         Command::Names(args) => names::run(&args),
         Command::Links(args) => links::run(&args),
@@ -150,7 +150,7 @@ impl fmt::Display for Failure {
 impl From<ClientError> for Failure {
     fn from(error: ClientError) -> Self {
         let code = match &error {
-            ClientError::Refused { .. } => EX_NOPERM,
+            ClientError::Refused { .. } | ClientError::NotAllowed { .. } => EX_NOPERM,
             ClientError::Protocol(_) | ClientError::Request(_) => EX_SOFTWARE,
             _ => EX_UNAVAILABLE,
         };

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use super::{Instance, MeshError, ServiceName};
@@ -98,6 +98,8 @@ pub enum DataPlane {
 pub struct Sidecar {
     /// Where the proxy hands inbound connections to, on loopback.
     pub local: SocketAddr,
+    /// Where the proxy listens for the mesh, at the port of the instance's address.
+    pub bind: IpAddr,
     /// What it offers locally.
     pub upstreams: Vec<SidecarUpstream>,
 }
@@ -155,6 +157,7 @@ mod tests {
         let plain = Entry::plain(instance());
         assert_eq!(plain.only_plain("embedded").unwrap(), &instance());
         let sidecar = DataPlane::Sidecar(Sidecar {
+            bind: [127, 0, 0, 1].into(),
             local: "127.0.0.1:1".parse().unwrap(),
             upstreams: Vec::new(),
         });

@@ -29,22 +29,26 @@ impl Answers {
         self.0.failed.load(Ordering::Relaxed)
     }
 
-    /// How long ago the last answer came; none before the first.
+    /// How long ago the last answer came; none before the first. What a mesh may answer out of its memory does not
+    /// count: certificates, rules for a pair and where an instance is.
     pub fn age(&self) -> Option<Duration> {
         let last = *self.0.last.lock().unwrap_or_else(PoisonError::into_inner);
         last.map(|last| last.elapsed())
     }
 
-    /// A no is an answer, too.
+    /// The mesh was away, or could not be understood. A no is an answer.
+    fn note_failure<T>(&self, answer: &Result<T, MeshError>) -> bool {
+        let failed = matches!(answer, Err(MeshError::Unavailable(_)));
+        if failed {
+            self.0.failed.fetch_add(1, Ordering::Relaxed);
+        }
+        failed
+    }
+
     fn note<T>(&self, answer: &Result<T, MeshError>) {
-        match answer {
-            Err(MeshError::Unavailable(_)) => {
-                self.0.failed.fetch_add(1, Ordering::Relaxed);
-            }
-            _ => {
-                let mut last = self.0.last.lock().unwrap_or_else(PoisonError::into_inner);
-                *last = Some(Instant::now());
-            }
+        if !self.note_failure(answer) {
+            let mut last = self.0.last.lock().unwrap_or_else(PoisonError::into_inner);
+            *last = Some(Instant::now());
         }
     }
 }
@@ -91,11 +95,22 @@ impl Observed {
         })
     }
 
+    /// A question that the mesh may answer out of its memory.
+    fn recall<'a, T: Send + 'a>(&'a self, answer: Answer<'a, T>) -> Answer<'a, T> {
+        Box::pin(async move {
+            let mut asked = Asked(Some(&self.answers));
+            let answer = answer.await;
+            asked.0 = None;
+            self.answers.note_failure(&answer);
+            answer
+        })
+    }
+
     /// One that may wait for ever: who gives it up has not waited in vain.
     fn wait<'a, T: Send + 'a>(&'a self, answer: Answer<'a, T>) -> Answer<'a, T> {
         Box::pin(async move {
             let answer = answer.await;
-            self.answers.note(&answer);
+            self.answers.note_failure(&answer);
             answer
         })
     }
@@ -103,7 +118,7 @@ impl Observed {
 
 impl Certificates for Observed {
     fn identity(&self, service: &ServiceName) -> Answer<'_, Arc<Identity>> {
-        self.ask(self.mesh.identity(service))
+        self.recall(self.mesh.identity(service))
     }
 
     fn spiffe(&self, service: &ServiceName) -> Result<SpiffeId, MeshError> {
@@ -111,7 +126,7 @@ impl Certificates for Observed {
     }
 
     fn roots(&self) -> Answer<'_, Vec<CertificateDer<'static>>> {
-        self.ask(self.mesh.roots())
+        self.recall(self.mesh.roots())
     }
 
     fn present_token(&self, service: &ServiceName, token: Token) -> Result<(), MeshError> {
@@ -121,11 +136,11 @@ impl Certificates for Observed {
 
 impl Catalogue for Observed {
     fn node(&self, node: &str) -> Answer<'_, Option<Instance>> {
-        self.ask(self.mesh.node(node))
+        self.recall(self.mesh.node(node))
     }
 
     fn instances(&self, service: &ServiceName) -> Answer<'_, Vec<Instance>> {
-        self.ask(self.mesh.instances(service))
+        self.recall(self.mesh.instances(service))
     }
 
     fn nodes(&self) -> Answer<'_, Vec<Instance>> {
@@ -139,7 +154,7 @@ impl Catalogue for Observed {
 
 impl Authorization for Observed {
     fn authorize(&self, source: &SpiffeId, target: &ServiceName) -> Answer<'_, Decision> {
-        self.ask(self.mesh.authorize(source, target))
+        self.recall(self.mesh.authorize(source, target))
     }
 
     fn changed(&self) -> Answer<'_, ()> {
@@ -190,6 +205,10 @@ mod tests {
         let mesh = Observed::new(Arc::new(mesh));
         let answers = mesh.answers();
         assert_eq!((answers.failed(), answers.age()), (0, None));
+        // It might be remembered.
+        mesh.identity(&ServiceName::new("shop").unwrap()).await.unwrap();
+        mesh.node("shop@h1").await.unwrap();
+        assert_eq!(answers.age(), None);
         mesh.nodes().await.unwrap();
         assert!(answers.age().unwrap() < Duration::from_secs(60));
         assert_eq!(answers.failed(), 0);

@@ -99,7 +99,9 @@ impl Proxy {
             )));
         };
         attempt.target = local.instance.id.clone();
-        let (name, bytes) = read_name(stream, self.settings.frame_timeout).await?;
+        let named = read_name(stream, self.settings.frame_timeout).await;
+        attempt.is_probe = matches!(&named, Err(left) if left.cause == Cause::Unreachable);
+        let (name, bytes) = named?;
         attempt.source = format!("{name} ({})", peer.id.service());
         self.prove_node(&name, &peer.id).await?;
         let info = self.inbound_info(link, Purpose::Dist, (shown, peer), local, name.clone())?;

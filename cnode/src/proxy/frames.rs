@@ -93,7 +93,7 @@ pub(super) async fn read_name(
                 read => read.map_err(|error| tls::refusal(&error))?,
             };
             if read == 0 {
-                return Err(Cause::InvalidRequest.because("closed before its name message was whole"));
+                return Err(ended(bytes.len()));
             }
             bytes.extend_from_slice(chunk.get(..read).unwrap_or_default());
         }

@@ -51,11 +51,10 @@ impl Proxy {
             () = slot.evicted() => Err(slot.refusal()),
         };
         match prepared {
-            Ok(Some((near, link))) => {
+            Ok((near, link)) => {
                 drop(slot);
                 self.carry(near, Box::new(stream), &link, &attempt).await;
             }
-            Ok(None) => {}
             Err(refusal) => {
                 self.refuse(&attempt, &refusal);
                 tokio::select! {
@@ -66,15 +65,13 @@ impl Proxy {
         }
     }
 
-    /// None when the other side went without a word, as health checks do: Consul's built-in proxy connects here for each
-    /// connection that it takes.
     async fn prepare_unverified(
         &self,
         stream: &mut TcpStream,
         address: SocketAddr,
         instance: &str,
         attempt: &mut Attempt,
-    ) -> Result<Option<(Box<dyn Duplex>, LinkGuard)>, Refusal> {
+    ) -> Result<(Box<dyn Duplex>, LinkGuard), Refusal> {
         let gone = || Cause::NoSuchNode.because(format!("{instance} is not registered here"));
         let local = self.local.by_id(instance).ok_or_else(gone)?;
         if !matches!(local.endpoint, Endpoint::NodeSocket(_)) {
@@ -82,14 +79,10 @@ impl Proxy {
         }
         sidecar_of(&local, peer_uid::of(stream)?)?;
         let deadline = self.settings.frame_timeout;
-        let first = timeout(deadline, stream.peek(&mut [0])).await;
-        match first {
-            Ok(Ok(0)) => return Ok(None),
-            // Reading tells what is wrong.
-            Ok(_) => {}
-            Err(_) => return Err(silent("a distribution name message", deadline)),
-        }
-        let (name, bytes) = read_name(stream, deadline).await?;
+        let named = read_name(stream, deadline).await;
+        // Consul's built-in proxy connects here for each connection that it takes, health checks among them.
+        attempt.is_probe = matches!(&named, Err(left) if left.cause == Cause::Unreachable);
+        let (name, bytes) = named?;
         attempt.source.clone_from(&name);
         if !self.settings.allow_unverified_peers {
             return Err(Cause::IdentityMismatch.because(format!(
@@ -119,7 +112,7 @@ impl Proxy {
         let mut first = accept_frame(&local, link, &name, None, &address.to_string());
         first.extend_from_slice(&bytes);
         write_all(&mut near, &first, deadline).await?;
-        Ok(Some((near, link_guard)))
+        Ok((near, link_guard))
     }
 }
 

@@ -203,6 +203,8 @@ impl Proxy {
         }
         let link = LinkId::generate()?;
         attempt.link = Some(link);
+        // The mesh may tell who is who only with a first certificate.
+        self.ask(self.mesh.identity(&upstream.source)).await?;
         if let Some(via) = &upstream.via {
             return self.reach_via(via, upstream, link).await;
         }

@@ -5,14 +5,17 @@ use std::{
     time::{Duration, Instant},
 };
 
-use meshx::agent::control::{
-    HELLO_TIME, UNANSWERED_MAX,
-    frame::{FRAME_TIME, REQUEST_MAX},
-    message::{Message, map, text},
+use meshx::{
+    agent::control::{
+        HELLO_TIME, UNANSWERED_MAX,
+        frame::{FRAME_TIME, REQUEST_MAX},
+        message::{Message, map, text},
+    },
+    mesh::{Entry, Instance, Protocol, Registration, ServiceName, embedded::EmbeddedMesh},
 };
 use meshx_etf::Term;
 
-use crate::support::{Agent, PATIENCE, cause, hello_args, temp, until};
+use crate::support::{Agent, Client, PATIENCE, cause, hello_args, temp, until};
 
 #[test]
 fn hello_comes_first_with_a_common_version() {
@@ -236,6 +239,55 @@ fn unknown_commands_and_arguments_are_refused_and_the_connection_stays() {
         assert_eq!(cause(client.ask(command, args)), wanted, "{command}");
     }
     agent.wait_log(&["refused", "invalid_request", "dance"]);
+}
+
+/// An agent that takes connections and says nothing makes whoever asks why wait for seconds.
+#[test]
+fn questions_that_dial_keep_nobody_from_the_others() {
+    let root = temp();
+    let agent = Agent::start(root.path(), "a", &["h1"], &[]);
+    let mut good = agent.connect();
+    good.ask("register_service", map([("name", text("echo"))]))
+        .unwrap();
+    let silent = std::net::TcpListener::bind("127.0.0.3:0").unwrap();
+    let address = silent.local_addr().unwrap();
+    let mesh = root.path().join("mesh");
+    let other = EmbeddedMesh::open(&mesh, "silent", vec!["h9".into()], address).unwrap();
+    let instance = Instance {
+        id: "mute-1".into(),
+        service: ServiceName::new("mute").unwrap(),
+        node: None,
+        agent: "silent".into(),
+        address,
+        protocol: Protocol::Meshx,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(other.register(&Entry::plain(instance))).unwrap();
+
+    let pair = || map([("from", text("echo")), ("to", text("mute"))]);
+    let mut crowd: Vec<_> = (0..20).map(|_| agent.connect()).collect();
+    for client in &mut crowd {
+        client.send("why", pair());
+    }
+    // As many dial as may; the connection that this test accepts shows that one does.
+    let _dialled = silent.accept().unwrap();
+    let began = Instant::now();
+    for command in ["names", "services", "intentions", "links"] {
+        good.ask(command, map([])).unwrap();
+    }
+    good.ask("check", pair()).unwrap();
+    assert!(began.elapsed() < PATIENCE, "{:?}", began.elapsed());
+    let refused = |client: &mut Client| match client.receive() {
+        Some(Message::Reply { result: Ok(why), .. }) => why.map_get("cause").unwrap().to_string(),
+        other => panic!("{other:?}"),
+    };
+    // The first have their answer after a handshake's time, and the last of the crowd waits for its turn.
+    assert_eq!(refused(&mut crowd[0]), "timeout");
+    drop(crowd);
+    good.ask("names", map([])).unwrap();
 }
 
 /// Here the mesh answers nothing for as long as it is asked, and a few clients ask all they may: more than there

@@ -2,8 +2,12 @@
 
 use std::{
     fs,
-    os::unix::fs::{MetadataExt, PermissionsExt},
+    os::unix::{
+        fs::{MetadataExt, PermissionsExt},
+        process::CommandExt,
+    },
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use meshx::agent::control::message::map;
@@ -122,4 +126,27 @@ fn a_private_agent_cannot_even_be_reached() {
         Some(STRANGER),
     );
     assert!(!helper.child.wait().unwrap().success(), "its connect fails");
+
+    // Who asks by the program is told what it is, not to start another agent.
+    fs::set_permissions(root.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let meshx = root.path().join("meshx");
+    fs::copy(env!("CARGO_BIN_EXE_meshx"), &meshx).unwrap();
+    for (command, wanted) in [("names", 77), ("doctor", 69)] {
+        let mut asked = Command::new(&meshx);
+        asked
+            .arg(command)
+            .arg("--dir")
+            .arg(&agent.dir)
+            .uid(STRANGER)
+            .gid(STRANGER);
+        let output = asked.output().unwrap();
+        let text = [output.stdout, output.stderr].concat();
+        let text = String::from_utf8(text).unwrap();
+        assert_eq!(output.status.code(), Some(wanted), "{text}");
+        assert!(
+            text.contains("uid 4711 may not open") && text.contains("--socket-group"),
+            "{text}"
+        );
+        assert!(!text.contains("start one"), "{text}");
+    }
 }

@@ -72,6 +72,7 @@ impl World {
         let id = format!("{name}-1");
         let entry = Entry {
             data_plane: DataPlane::Sidecar(Sidecar {
+                bind: [127, 0, 0, 1].into(),
                 local,
                 upstreams: upstreams.to_vec(),
             }),

@@ -12,7 +12,7 @@ defmodule MeshxRpc.Address do
     :binary,
     packet: :raw,
     active: false,
-    buffer: 262_144,
+    buffer: 131_072,
     recbuf: 262_144,
     sndbuf: 262_144,
     high_watermark: @watermark,

@@ -96,7 +96,8 @@ defmodule MeshxRpc.DirectTest do
   test "an idle connection is written to by one caller at a time, without asking it" do
     {_server, address} = server()
     client = client(address)
-    {:ok, {_index, pid, _max, _trace, %{shared: shared}}} = row(client)
+    {:ok, {index, pid, _max, _trace}} = row(client)
+    %{shared: shared} = Client.Pool.direct(Client.Pool.fetch!(client), index, pid)
     await(fn -> not Shared.busy?(shared) end)
     taken = Shared.taken(shared)
     # It cannot be asked now; the request goes out, and runs.

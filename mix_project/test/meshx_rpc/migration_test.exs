@@ -60,6 +60,7 @@ defmodule MeshxRpc.MigrationTest do
         assert {:error_rpc, {:undef, [_ | _]}} = Example1.Client.call(:rm, ["/etc/*"])
         assert {:error_rpc, {:undef, [_ | _]}} = Example1.Client.call(:child_spec)
         Supervisor.stop(supervisor)
+        told()
       end)
 
     for line <- [
@@ -69,6 +70,16 @@ defmodule MeshxRpc.MigrationTest do
           ~s([:example1, #{inspect(Example1.Client)}, :call] rm -> {:error_rpc, :undef})
         ],
         do: assert(log =~ line)
+  end
+
+  # Events of connections are told by processes of their own, which may be late on a busy machine.
+  defp told do
+    teller = {:initial_call, {MeshxRpc.Telemetry, :emit, 4}}
+
+    for pid <- Process.list(), Process.info(pid, :initial_call) == teller do
+      monitor = Process.monitor(pid)
+      assert_receive {:DOWN, ^monitor, :process, ^pid, _reason}, 30_000
+    end
   end
 
   test "the functions that options named are there, with their meaning" do

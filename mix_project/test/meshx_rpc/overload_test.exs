@@ -73,9 +73,11 @@ defmodule MeshxRpc.OverloadTest do
 
     sender = Task.async(flood)
     assert_receive {:DOWN, ^task, :process, ^pid, _killed}, 60_000
-    # Before the sender has said it all.
-    assert Task.await(sender, 60_000) != nil
     await(fn -> Server.Pool.info(server).connections == 0 end)
+
+    # Before the sender has said it all. It may hear of the end only when its system asks for room again: a reset that
+    # lies beyond what its full buffer admits is ignored.
+    refute match?({:ok, nil}, Task.shutdown(sender, :brutal_kill))
   end
 
   test "casts that a server does not answer are bounded" do

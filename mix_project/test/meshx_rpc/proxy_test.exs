@@ -178,6 +178,23 @@ defmodule MeshxRpc.ProxyTest do
     end
   end
 
+  test "a connection whose callers were killed before they could tell their stream ids is replaced in time" do
+    {_server, address} = server()
+    client = client(address)
+    pool = Client.Pool.fetch!(client)
+
+    for round <- 1..4 do
+      {:ok, {index, connection, _max, _trace}} = Client.Pool.row(pool)
+      %{shared: shared} = Client.Pool.direct(pool, index, connection)
+
+      # As callers do that are killed right after. The server ends a connection with more than 1,024 of them.
+      for _ <- 1..600, do: MeshxRpc.Shared.take_id(shared)
+      assert Client.Pool.call(client, :echo, round, 20_000, 0) == round
+      await(fn -> match?({:ok, {_, pid, _, _}} when pid != connection, Client.Pool.row(pool)) end)
+      assert Client.Pool.call(client, :echo, round, 20_000, 0) == round
+    end
+  end
+
   test "a client that runs out of stream ids makes a new connection beside the old one, and no call fails" do
     {server, address} = server()
     id = unique("client")
@@ -206,7 +223,7 @@ defmodule MeshxRpc.ProxyTest do
     assert Task.await(long) == :not_disturbed
     # The old ones go, and leave nothing.
     await(fn -> Server.Pool.info(server).connections == 1 end)
-    await(fn -> length(Supervisor.which_children(id)) == 3 end)
+    await(fn -> length(Supervisor.which_children(id)) == 4 end)
     assert Client.Pool.info(id).in_flight == 0
   end
 end

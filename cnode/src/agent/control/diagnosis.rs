@@ -1,5 +1,6 @@
 //! The commands that show the mesh, and say why it does or does not work.
 
+use futures::FutureExt;
 use meshx_etf::Term;
 
 use super::{
@@ -42,20 +43,27 @@ impl Context {
     /// Certificates of the services that are registered here or dial from here, and the roots of the mesh.
     pub(super) async fn certs(&self) -> Result<Term, Refusal> {
         let mesh = self.registry.mesh();
-        let mut certs = Vec::new();
-        for service in self.certified() {
-            certs.push(match answer(mesh.identity(&service)).await {
-                Ok(identity) => {
+        let services = self.certified();
+        let asked = services
+            .iter()
+            .map(|service| answer(mesh.identity(service)).boxed());
+        let mut answers = doctor::some(asked.collect()).await.into_iter();
+        let certs: Vec<Term> = services
+            .iter()
+            .map(|service| match answers.next() {
+                Some(Ok(identity)) => {
                     let leaf = identity.chain.first();
-                    let id = identity.id.to_string();
                     match leaf.and_then(|leaf| Certificate::read(leaf)) {
-                        Some(leaf) => leaf_term(&service, &id, &leaf, identity.chain.len()),
-                        None => fault_term(&service, "it cannot be read"),
+                        Some(leaf) => {
+                            leaf_term(service, &identity.id.to_string(), &leaf, identity.chain.len())
+                        }
+                        None => fault_term(service, "it cannot be read"),
                     }
                 }
-                Err(refusal) => fault_term(&service, &refusal.text),
-            });
-        }
+                Some(Err(refusal)) => fault_term(service, &refusal.text),
+                None => fault_term(service, "the mesh did not give it in time"),
+            })
+            .collect();
         let roots = answer(mesh.roots()).await?;
         let roots = roots.iter().filter_map(|root| {
             let root = Certificate::read(root)?;

@@ -121,6 +121,7 @@ impl Carriers {
         entry.instance.protocol = Protocol::Connect;
         entry.data_plane = DataPlane::Sidecar(Sidecar {
             local,
+            bind: self.bind,
             upstreams: Vec::new(),
         });
         carried.sidecar = Some(Arc::new(Ports {

@@ -256,7 +256,9 @@ impl Certificates for ConsulMesh {
         let seen = self.certificates.roots();
         let shown = match (seen.value, seen.fault) {
             (Some(roots), _) => Ok(roots.list.iter().map(|root| root.certificate.clone()).collect()),
-            (None, fault) => Err(MeshError::Unavailable(format!("no roots of Consul yet: {fault:?}"))),
+            (None, fault) => Err(MeshError::Unavailable(format!(
+                "no roots of Consul yet: {fault:?}"
+            ))),
         };
         Box::pin(std::future::ready(shown))
     }

@@ -29,6 +29,11 @@ const BACKOFF: Backoff = Backoff {
     min: Duration::from_millis(500),
     max: Duration::from_secs(2),
 };
+/// Between attempts to tell Consul the end of an entry.
+const LEAVING: Backoff = Backoff {
+    min: Duration::from_secs(1),
+    max: COMPARE,
+};
 const TTL_MIN: Duration = Duration::from_secs(1);
 const TTL_MAX: Duration = Duration::from_secs(86_400);
 /// After this long as critical Consul forgets an entry, unless it says otherwise. Consul takes no less.
@@ -53,6 +58,9 @@ const ID_MAX: usize = 512;
 const OURS: [&str; 10] = [
     "name", "id", "address", "port", "token", "check", "connect", "meta", "tags", "weights",
 ];
+
+/// Fields of a sidecar's proxy that a registration may give (Consul, "Sidecar Service Registration").
+const SIDECARS_OWN: [&str; 3] = ["Config", "Expose", "MeshGateway"];
 
 /// Registers and keeps.
 pub(super) struct Registrar {
@@ -195,6 +203,7 @@ impl Registrar {
             Ok(()) => Ok(()),
             Err(fault) => {
                 self.lock().leaving.insert(id.to_owned(), held.token);
+                self.compare.notify_one();
                 Err(MeshError::from(fault))
             }
         }
@@ -202,12 +211,19 @@ impl Registrar {
 
     /// Compares what is held with what Consul has, until the mesh ends.
     pub(super) async fn keep_all(self: Arc<Self>) {
+        let mut attempts = Attempts::new(LEAVING);
         loop {
-            let next = Instant::now() + COMPARE;
+            let left = !self.lock().leaving.is_empty();
+            let pause = if left {
+                attempts.wait()
+            } else {
+                attempts = Attempts::new(LEAVING);
+                COMPARE
+            };
             tokio::select! {
                 () = self.stop.cancelled() => return,
                 () = self.compare.notified() => {}
-                () = sleep_until(next) => {}
+                () = sleep(pause) => {}
                 () = sleep_until(self.began + RECLAIM), if self.began.elapsed() < RECLAIM => {}
             }
             if let Err(fault) = self.compare().await {
@@ -295,7 +311,7 @@ impl Registrar {
         node: Option<&str>,
     ) -> Option<MeshError> {
         let NodeCheck { id: taken, agent, .. } = other;
-        if taken == id && (node.is_some() || other.service == service.as_ref()) {
+        if taken == id && other.service == service.as_ref() {
             return Some(MeshError::NameTaken(format!(
                 "{id} is registered by agent {agent}"
             )));
@@ -743,15 +759,25 @@ fn sidecar_body(entry: &Entry, sidecar: &Sidecar, meta: &Map<String, Value>) -> 
             })
         })
         .collect();
-    let mut body = json!({
-        "Address": address.ip(),
-        "Meta": meta,
-        "Proxy": {
-            "LocalServiceAddress": sidecar.local.ip(),
-            "LocalServicePort": sidecar.local.port(),
-            "Upstreams": upstreams,
-        },
-    });
+    let given = entry.extra.get("Connect");
+    let given = given.and_then(|connect| connect.get("SidecarService")?.get("Proxy")?.as_object());
+    let mut proxy: Map<String, Value> = given
+        .into_iter()
+        .flatten()
+        .map(|(key, value)| (key.clone(), value.clone()))
+        .collect();
+    proxy.retain(|key, _| SIDECARS_OWN.contains(&key.as_str()));
+    let config = proxy.entry("Config").or_insert_with(|| json!({}));
+    if let Some(config) = config.as_object_mut() {
+        // Consul's built-in proxy and the Envoy that it drives would listen on all addresses.
+        config.insert("bind_address".to_owned(), json!(sidecar.bind));
+    }
+    proxy.extend([
+        ("LocalServiceAddress".to_owned(), json!(sidecar.local.ip())),
+        ("LocalServicePort".to_owned(), json!(sidecar.local.port())),
+        ("Upstreams".to_owned(), json!(upstreams)),
+    ]);
+    let mut body = json!({ "Address": address.ip(), "Meta": meta, "Proxy": proxy });
     // Port 0: Consul chooses one of its range, and its own checks.
     if address.port() != 0
         && let Some(fields) = body.as_object_mut()

@@ -325,6 +325,12 @@ async fn a_foreign_client_must_be_the_node_that_it_names() {
         assert!(rest(&mut stream).await.is_empty());
         assert_eq!(h2.refusals(Cause::InvalidRequest), before + 1, "{bytes:?}");
     }
+    // Who only looks whether somebody answers (`meshx why` of another agent) is no refusal.
+    let before = h2.all_refusals();
+    let mut stream = foreign(&h2, h2.address, &leaf, "cart").await.unwrap();
+    stream.shutdown().await.unwrap();
+    assert!(rest(&mut stream).await.is_empty());
+    assert_eq!(h2.all_refusals(), before);
     // Two nodes of one service, and none was named.
     let _second = h2.node("cart@h2-b").await;
     let mut stream = foreign(&h2, h2.address, &leaf, "cart").await.unwrap();

@@ -311,8 +311,12 @@ async fn an_upstream_can_go_by_a_sidecar() {
     assert_eq!(h1.refusals(Cause::InvalidRequest), 1, "it has no sidecar");
     let port = proxy(echo).await;
     let sidecar = Arc::new(Ports { target: "echo", port });
-    h1.change("web-1", |local| local.sidecar = Some(sidecar));
-    for other in ["web-2", "echo-a"] {
+    h1.service("mail-1", "mail", Endpoint::Uds("/nowhere".into()))
+        .await;
+    for id in ["web-1", "mail-1"] {
+        h1.change(id, |local| local.sidecar = Some(sidecar.clone()));
+    }
+    for other in ["web-2", "mail-1"] {
         assert!(call(h1.proxy.upstream(via(other)).unwrap()).await.is_empty());
     }
     assert_eq!(

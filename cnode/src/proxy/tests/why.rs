@@ -1,5 +1,8 @@
 //! Why a link would be refused: as the link itself is, step by step, and without a trace.
 use super::*;
+use crate::mesh::{
+    Answer, Authorization, Catalogue, Decision, Diagnosis, Finding, Identity, Intentions, Listed, Token,
+};
 use crate::proxy::why::{Step, Why};
 
 fn yes(_: &ServiceName) -> bool {
@@ -207,6 +210,110 @@ async fn a_certificate_that_the_other_agent_refuses_is_a_no() {
     let (step, _) = stopped(&why);
     assert_eq!(step.what, "certificate", "{why:?}");
     assert!(step.text.contains("our certificate"), "{step:?}");
+}
+
+/// The embedded mesh, but its certificates are long over.
+struct Stale(Arc<EmbeddedMesh>);
+
+impl crate::mesh::Certificates for Stale {
+    fn identity(&self, service: &ServiceName) -> Answer<'_, Arc<Identity>> {
+        let service = service.clone();
+        Box::pin(async move {
+            let fresh = self.0.identity(&service).await?;
+            Ok(Arc::new(Identity {
+                id: fresh.id.clone(),
+                chain: fresh.chain.clone(),
+                key: fresh.key.clone_key(),
+                roots: fresh.roots.clone(),
+                not_after: unix_now() - 60,
+            }))
+        })
+    }
+
+    fn spiffe(&self, service: &ServiceName) -> Result<SpiffeId, MeshError> {
+        self.0.spiffe(service)
+    }
+
+    fn present_token(&self, service: &ServiceName, token: Token) -> Result<(), MeshError> {
+        self.0.present_token(service, token)
+    }
+}
+
+impl Catalogue for Stale {
+    fn node(&self, node: &str) -> Answer<'_, Option<Instance>> {
+        self.0.node(node)
+    }
+
+    fn instances(&self, service: &ServiceName) -> Answer<'_, Vec<Instance>> {
+        self.0.instances(service)
+    }
+
+    fn nodes(&self) -> Answer<'_, Vec<Instance>> {
+        self.0.nodes()
+    }
+
+    fn services(&self) -> Answer<'_, Vec<Listed>> {
+        self.0.services()
+    }
+}
+
+impl Authorization for Stale {
+    fn authorize(&self, source: &SpiffeId, target: &ServiceName) -> Answer<'_, Decision> {
+        self.0.authorize(source, target)
+    }
+
+    fn changed(&self) -> Answer<'_, ()> {
+        self.0.changed()
+    }
+
+    fn intentions(&self) -> Answer<'_, Intentions> {
+        self.0.intentions()
+    }
+
+    fn fix(&self, source: &ServiceName, target: &ServiceName) -> String {
+        self.0.fix(source, target)
+    }
+}
+
+impl Registration for Stale {
+    fn register(&self, entry: &Entry) -> Answer<'_, ()> {
+        self.0.register(entry)
+    }
+
+    fn deregister(&self, id: &str) -> Answer<'_, ()> {
+        self.0.deregister(id)
+    }
+
+    fn passing(&self, id: &str) -> Answer<'_, ()> {
+        self.0.passing(id)
+    }
+}
+
+impl Diagnosis for Stale {
+    fn findings(&self) -> futures::future::BoxFuture<'_, Vec<Finding>> {
+        self.0.findings()
+    }
+}
+
+#[tokio::test]
+async fn a_certificate_that_is_over_is_not_shown_to_anybody() {
+    let world = World::new();
+    let (h1, h2, _shop, _cart) = pair(&world).await;
+    let stale = Arc::new(Stale(h1.mesh.clone()));
+    let proxy = Proxy::new(stale, h1.local.clone(), h1.links.clone(), settings());
+    let why = proxy.why("shop@h1", "cart@h2", no).await;
+    let (step, refusal) = stopped(&why);
+    assert_eq!(
+        (step.what, refusal.cause),
+        ("certificate", Cause::CertificateExpired)
+    );
+    assert!(step.text.contains("expired 60 s ago"), "{step:?}");
+    let totals = h2.links.totals();
+    assert_eq!(
+        (totals.accepted.done, totals.accepted.failed),
+        (0, 0),
+        "nobody was dialled"
+    );
 }
 
 #[tokio::test]

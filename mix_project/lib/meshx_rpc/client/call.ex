@@ -58,14 +58,14 @@ defmodule MeshxRpc.Client.Call do
 
   defp once(%{encoded: {_flag, _iovec, size}} = request) do
     case Client.Pool.row(request.pool) do
-      {:ok, {_index, _pid, max_message, _trace, _direct}} when size > max_message ->
+      {:ok, {_index, _pid, max_message, _trace}} when size > max_message ->
         {:error_rpc, :error_too_long}
 
-      {:ok, {_index, pid, _max_message, false, direct}} ->
-        ask(request, pid, direct)
+      {:ok, {index, pid, _max_message, false}} ->
+        ask(request, pid, Client.Pool.direct(request.pool, index, pid))
 
-      {:ok, {_index, pid, _max_message, true, direct}} ->
-        request |> traced() |> ask(pid, direct)
+      {:ok, {index, pid, _max_message, true}} ->
+        request |> traced() |> ask(pid, Client.Pool.direct(request.pool, index, pid))
 
       :none ->
         {:error_rpc, :closed}
@@ -78,8 +78,14 @@ defmodule MeshxRpc.Client.Call do
     %{request | encoded: Traceparent.append(request.encoded, text)}
   end
 
-  defp ask(%{encoded: {_flag, _iovec, size}} = request, pid, direct) do
-    left = left(request.until)
+  defp ask(request, pid, direct) do
+    case left(request.until) do
+      0 -> {:error_rpc, :timeout}
+      left -> ask(request, pid, direct, left)
+    end
+  end
+
+  defp ask(%{encoded: {_flag, _iovec, size}} = request, pid, direct, left) do
     alias = :erlang.monitor(:process, pid, alias: :reply_demonitor)
     if request.measured, do: sending(alias, pid, size)
 
@@ -136,6 +142,8 @@ defmodule MeshxRpc.Client.Call do
 
   # While the connection is idle the caller writes the request itself. That saves a process on the way; waiting
   # in the port is the connection's business.
+  defp direct?(nil, _encoded), do: false
+
   defp direct?(%{shared: shared, block: block}, {_flag, _iovec, size}) do
     size <= block and Shared.claim?(shared) and not Shared.retiring?(shared) and
       Shared.take_all?(shared, size)

@@ -10,8 +10,8 @@ defmodule MeshxRpc.Client.Calls do
   @idle 1_024
 
   @enforce_keys [:load, :index]
-  # streams: stream => call. callers: pid => {monitor, %{key => stream or nil}}.
-  defstruct [:load, :index, count: 0, streams: %{}, callers: %{}]
+  # streams: stream => call. callers: pid => {monitor, %{key => stream or nil}}. ids: how many streams there ever were.
+  defstruct [:load, :index, count: 0, ids: 0, streams: %{}, callers: %{}]
 
   @type call :: {caller :: pid(), key :: reference()}
   @type t :: %__MODULE__{}
@@ -39,9 +39,12 @@ defmodule MeshxRpc.Client.Calls do
           calls |> watched() |> Map.put(caller, {monitor, %{key => stream}})
       end
 
-    streams = if stream, do: Map.put(calls.streams, stream, call), else: calls.streams
-    %{calls | count: calls.count + 1, callers: callers, streams: streams}
+    calls = %{calls | count: calls.count + 1, callers: callers}
+    if stream, do: on(calls, stream, call), else: calls
   end
+
+  defp on(calls, stream, call),
+    do: %{calls | ids: calls.ids + 1, streams: Map.put(calls.streams, stream, call)}
 
   # Those that have no call go when they are many.
   defp watched(%{callers: callers, count: count}) when map_size(callers) < @idle + 2 * count,
@@ -58,8 +61,12 @@ defmodule MeshxRpc.Client.Calls do
   def opened(calls, {caller, key} = call, stream) do
     {monitor, open} = Map.fetch!(calls.callers, caller)
     callers = %{calls.callers | caller => {monitor, %{open | key => stream}}}
-    %{calls | callers: callers, streams: Map.put(calls.streams, stream, call)}
+    on(%{calls | callers: callers}, stream, call)
   end
+
+  @doc "A new connection, on which so many stream ids were taken before."
+  @spec renew(t(), non_neg_integer()) :: t()
+  def renew(calls, ids), do: %{calls | ids: ids}
 
   @doc "The call on a stream."
   @spec on_stream(t(), pos_integer()) :: {:ok, call()} | :error
@@ -107,11 +114,12 @@ defmodule MeshxRpc.Client.Calls do
   @spec last?(t()) :: boolean()
   def last?(calls), do: calls.count == 1
 
-  @doc "Ends a call and tells its caller how."
+  @doc "Ends a call and tells its caller how: who asks again finds it ended."
   @spec finish(t(), call(), outcome()) :: t()
   def finish(calls, {_caller, key} = call, outcome) do
+    calls = forget(calls, call)
     reply(key, outcome)
-    forget(calls, call)
+    calls
   end
 
   @doc "Tells a caller how its call ended."

@@ -14,7 +14,9 @@ defmodule MeshxRpc.Client.Connection do
   alias MeshxRpc.Client.{Backoff, Calls, Growth, Upstream}
 
   # Messages that are collected for one write.
-  @collect 256
+  @collect 32
+  # Stream ids that callers took and did not tell of, since they were killed at that moment: the server takes 1,024.
+  @left_out 512
   # How long one that was replaced waits for callers that have just found it.
   @linger 1_000
 
@@ -64,13 +66,16 @@ defmodule MeshxRpc.Client.Connection do
   @impl true
   def init({{config, index, table, load}, id, before}) do
     # What a connection that crashed has left.
-    unless before && Process.alive?(before), do: :ets.delete(table, index)
+    unless before && Process.alive?(before) do
+      :ets.delete(table, index)
+      :ets.delete(table, {:direct, index})
+      :counters.put(load, index, 0)
+    end
 
     for [pid] <- :ets.match(table, {{:metadata, :"$1"}, :_}),
         not Process.alive?(pid),
         do: :ets.delete(table, {:metadata, pid})
 
-    unless before && Process.alive?(before), do: :counters.put(load, index, 0)
     calls = Calls.new(load, index)
 
     state = %__MODULE__{
@@ -337,7 +342,8 @@ defmodule MeshxRpc.Client.Connection do
 
   # Calls are not to come here any more. Another connection may have taken the place.
   defp unlist(%{table: table, index: index} = state) do
-    :ets.match_delete(table, {index, self(), :_, :_, :_})
+    :ets.match_delete(table, {index, self(), :_, :_})
+    :ets.match_delete(table, {{:direct, index}, self(), :_})
     state
   end
 
@@ -415,7 +421,19 @@ defmodule MeshxRpc.Client.Connection do
     :erlang.cancel_timer(state.timer)
     link = Link.agree(state.link, agreed, Map.get(state.config, :writer, []))
     :ets.delete(state.table, {:down, state.index})
-    state = %{state | link: link, phase: :up, attempt: 0, timer: nil, failed: nil, logged: nil}
+    calls = Calls.renew(state.calls, Shared.taken(link.shared))
+
+    state = %{
+      state
+      | calls: calls,
+        link: link,
+        phase: :up,
+        attempt: 0,
+        timer: nil,
+        failed: nil,
+        logged: nil
+    }
+
     tell(state, :hsk, :ok)
     # Calls ask for it, and only measured ones.
     :ets.insert(state.table, {{:metadata, self()}, metadata(state)})
@@ -427,8 +445,8 @@ defmodule MeshxRpc.Client.Connection do
       crc: link.writer.crc
     }
 
-    row = {state.index, self(), agreed.peer_max_message, agreed.trace, direct}
-    :ets.insert(state.table, row)
+    row = {state.index, self(), agreed.peer_max_message, agreed.trace}
+    :ets.insert(state.table, [row, {{:direct, state.index}, self(), direct}])
     Growth.up(state.table, state.index)
     if state.before, do: send(state.before, :replaced)
     state = listening(%{state | before: nil}, false, 0)
@@ -632,14 +650,13 @@ defmodule MeshxRpc.Client.Connection do
     end
   end
 
-  defp write(%{link: %{dirty: false}} = state), do: {:noreply, idle(state)}
+  defp write(%{link: %{dirty: false}} = state), do: {:noreply, state |> renew() |> idle()}
   defp write(%{link: %{blocked: true}} = state), do: {:noreply, state}
 
   defp write(state) do
     case Link.write(state.link) do
       {:ok, link, notes} ->
-        state = %{state | link: link} |> sent(notes) |> watch()
-        state = if Shared.retiring?(link.shared), do: retire(state), else: state
+        state = %{state | link: link} |> sent(notes) |> watch() |> renew()
 
         if state.link != nil and Link.dirty?(state.link),
           do: {:noreply, state, 0},
@@ -667,9 +684,22 @@ defmodule MeshxRpc.Client.Connection do
     end)
   end
 
-  # The stream ids are nearly used up. Another connection is made beside this one, which takes calls until that one is
+  defp renew(%{link: %{shared: shared}, calls: calls} = state) do
+    if Shared.retiring?(shared) or Shared.taken(shared) - calls.ids >= @left_out,
+      do: retire(state),
+      else: state
+  end
+
+  # The stream ids are nearly used up, or too many were left out. Another connection is made beside this one, which takes calls until that one is
   # up; the ids that are left are many more than can be asked for meanwhile.
   defp retire(%{phase: :up, replaced: nil} = state) do
+    if extra?(state), do: Growth.drains(state.table, state.index), else: start_another(state)
+    %{state | replaced: :asked}
+  end
+
+  defp retire(state), do: used_up(state)
+
+  defp start_another(state) do
     %{config: config, index: index, table: table, calls: calls} = state
     {name, index_or_more} = state.id || {config.id, index}
     {place, generation} = if is_tuple(index_or_more), do: index_or_more, else: {index_or_more, 0}
@@ -677,10 +707,7 @@ defmodule MeshxRpc.Client.Connection do
     spec = child_spec({config, index, table, calls.load}, id, self())
     # The supervisor may be waiting for us.
     spawn(fn -> Supervisor.start_child(config.id, spec) end)
-    %{state | replaced: :asked}
   end
-
-  defp retire(state), do: used_up(state)
 
   # It is not needed any more. Callers that have found it just before may still ask it.
   defp replaced(%{phase: phase} = state) do

@@ -148,8 +148,7 @@ defmodule MeshxRpc.Client.Growth do
   end
 
   defp forget(pool, index) do
-    :ets.delete(pool.table, index)
-    :ets.delete(pool.table, {:down, index})
+    for key <- [index, {:direct, index}, {:down, index}], do: :ets.delete(pool.table, key)
     :counters.put(pool.load, index, 0)
   end
 

@@ -178,12 +178,23 @@ defmodule MeshxRpc.Client.Pool do
   @doc false
   # The same, with whether its requests of the server's functions carry a traceparent.
   def route(pool) do
-    with {:ok, {_index, pid, max_message, trace, _direct}} <- row(pool),
-         do: {:ok, pid, max_message, trace}
+    with {:ok, {_index, pid, max_message, trace}} <- row(pool), do: {:ok, pid, max_message, trace}
   end
 
   @doc false
-  # The same as `{index, pid, max_message, trace, direct}`, the last for callers who write to the socket themselves.
+  # What callers need who write to the connection's socket themselves, nil while it has calls. It is in a row of its
+  # own, since it holds a reference whose copies are counted.
+  def direct(%{table: table, load: load}, index, pid) do
+    with 0 <- :counters.get(load, index),
+         [{_key, ^pid, direct}] <- :ets.lookup(table, {:direct, index}) do
+      direct
+    else
+      _busy_or_gone -> nil
+    end
+  end
+
+  @doc false
+  # The same as `{index, pid, max_message, trace}`.
   def row(%{size: size} = pool) do
     case :atomics.get(pool.growth, 1) do
       0 when size == 1 and pool.overflow == 0 -> only(pool)

@@ -11,7 +11,7 @@ defmodule MeshxRpc.Server.Casts do
 
   use GenServer
 
-  alias MeshxRpc.{Message, Telemetry, Term}
+  alias MeshxRpc.{Entry, Message, Telemetry, Term}
   alias MeshxRpc.Server.{Functions, Task}
 
   @max_lanes 65_536
@@ -198,7 +198,8 @@ defmodule MeshxRpc.Server.Casts do
 
       true ->
         answer = if cast.key, do: {:started, state.instance}, else: :started
-        pid = spawn_link(fn -> runner(cast, from, answer, config) end)
+        server = {:server, config.id}
+        pid = spawn_link(fn -> runner(cast, from, answer, Entry.get(server)) end)
         lane = if cast.key, do: elem(cast.key, 0)
         runner = %{lane: lane, size: size, timer: timer(pid, until, config.timeout_execute)}
         runners = Map.put(state.runners, pid, runner)

@@ -16,7 +16,7 @@ defmodule MeshxRpc.Server.Connection do
   # How often a connection that drains looks whether it has.
   @drained 20
   # Messages that are collected for one write.
-  @collect 256
+  @collect 32
 
   @enforce_keys [:config, :listener, :held, :offered]
   defstruct [
@@ -30,6 +30,7 @@ defmodule MeshxRpc.Server.Connection do
     :refs,
     :send_timer,
     :task,
+    :direct,
     :draining,
     phase: :hello,
     proofs: [],
@@ -54,6 +55,9 @@ defmodule MeshxRpc.Server.Connection do
   @impl true
   def init(state) do
     Process.flag(:trap_exit, true)
+
+    # Requests that end on several schedulers then need not wait for one another to tell us (OTP 25).
+    Process.flag(:message_queue_data, :off_heap)
     state = %{state | hsk_ref: System.unique_integer([:positive]), since: Telemetry.now()}
     _ = :erlang.start_timer(state.config.timeout_hsk, self(), :hello)
     {:ok, state}
@@ -309,25 +313,18 @@ defmodule MeshxRpc.Server.Connection do
     %{config: config, agreed: agreed} = state
     link = Link.agree(state.link, agreed, [])
 
-    task = %Task{
-      connection: self(),
-      module: config.module,
-      message: config.message,
-      codec: config.codec,
-      guard: config.guard,
-      telemetry: config.telemetry,
-      traced: agreed.trace,
+    task = %Task{connection: self(), server: config.id, traced: agreed.trace}
+
+    direct = %{
       socket: link.socket,
       shared: link.shared,
       held: state.held,
-      running: config.running,
-      max_concurrency: config.max_concurrency,
       block: min(agreed.block, agreed.peer_stream_window),
       max_message: agreed.peer_max_message,
       crc: link.writer.crc
     }
 
-    %{state | phase: :up, link: link, task: task}
+    %{state | phase: :up, link: link, task: task, direct: direct}
   end
 
   # Ids that were not taken are below `last` and did not run either.
@@ -353,7 +350,11 @@ defmodule MeshxRpc.Server.Connection do
   # Requests
 
   defp start(state, {:internal, name}, {stream, _kind, flag, argument}, _measured),
-    do: Task.internal(state.config, stream, name, flag, argument)
+    do: Task.internal(state.task, stream, name, flag, argument)
+
+  # With others beside it, its result is not for itself to write: so they are spared the copy of what that takes.
+  defp start(%{streams: none} = state, fun, request, measured) when none == %{},
+    do: Task.start(%{state.task | direct: state.direct}, fun, request, measured)
 
   defp start(state, fun, request, measured), do: Task.start(state.task, fun, request, measured)
 

@@ -6,7 +6,7 @@ defmodule MeshxRpc.Server.Pool do
   """
   use Supervisor
 
-  alias MeshxRpc.Options
+  alias MeshxRpc.{Entry, Options}
   alias MeshxRpc.Server.{Casts, Functions, Listener, Streams}
 
   @doc "A child specification; raises `ArgumentError` when an option is wrong."
@@ -58,6 +58,7 @@ defmodule MeshxRpc.Server.Pool do
       })
 
     children = [
+      {Entry, {{:server, config.id}, config}},
       {Streams, config.streams},
       {Casts, config},
       Supervisor.child_spec({DynamicSupervisor, strategy: :one_for_one}, id: :connections),

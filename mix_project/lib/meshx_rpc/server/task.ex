@@ -8,14 +8,16 @@ defmodule MeshxRpc.Server.Task do
   # When somebody listens to telemetry, `measured` has what is known of the request: its event is told here, after the
   # result has gone, so that no handler delays anything. What is killed cannot: for that the connection does.
 
-  alias MeshxRpc.{Frame, Message, Shared, Telemetry, Term, Traceparent}
+  alias MeshxRpc.{Entry, Frame, Message, Shared, Telemetry, Term, Traceparent}
   alias MeshxRpc.Server.Internal
 
-  @enforce_keys [:connection, :module, :message, :codec, :guard, :telemetry, :traced]
-  defstruct @enforce_keys ++
-              [:socket, :shared, :held, :running, :max_concurrency, :block, :max_message, :crc]
+  @enforce_keys [:connection, :server, :traced]
+  defstruct @enforce_keys ++ [:direct]
 
-  @typedoc "What all requests of a connection have in common; copied to each, so it is small."
+  @typedoc """
+  What all requests of a connection have in common; copied to each, so it is small. `:direct` is for those that may
+  write their result themselves, nil for the others.
+  """
   @type t :: %__MODULE__{}
 
   @typedoc "Stream, kind, flag and bytes of the argument."
@@ -29,38 +31,42 @@ defmodule MeshxRpc.Server.Task do
     do: :erlang.spawn_opt(__MODULE__, :run, [task, fun, request, measured], [:link])
 
   @doc "The same for one of the functions that streams and casts are made of."
-  @spec internal(map(), pos_integer(), atom(), byte(), binary()) :: pid()
-  def internal(config, stream, name, flag, argument) do
-    arguments = [self(), stream, name, flag, argument, config]
+  @spec internal(t(), pos_integer(), atom(), byte(), binary()) :: pid()
+  def internal(task, stream, name, flag, argument) do
+    arguments = [task, stream, name, flag, argument]
     :erlang.spawn_opt(__MODULE__, :run_internal, arguments, [:link])
   end
 
   @doc false
-  def run_internal(connection, stream, name, flag, argument, config),
-    do: send(connection, {:done, self(), stream, internal_result(name, flag, argument, config)})
+  def run_internal(%{connection: connection, server: server}, stream, name, flag, argument) do
+    config = Entry.get({:server, server})
+    send(connection, {:done, self(), stream, internal_result(name, flag, argument, config)})
+  end
 
   @doc false
-  def run(task, fun, {stream, kind, flag, argument}, measured) do
+  def run(%{direct: direct} = task, fun, {stream, kind, flag, argument}, measured) do
+    config = Entry.get({:server, task.server})
     began = clock(measured)
-    argument = decode(task, flag, argument)
+    argument = decode(config, task.traced, flag, argument)
     decoded = clock(measured)
 
     {done, result, executed} =
       case argument do
-        {:ok, argument} -> call(task, fun, argument, measured)
+        {:ok, argument} -> call(config, fun, argument, measured)
         {:error, :refused} -> {{:refused_term, nil}, :serialization_fail, decoded}
         {:error, :invalid_cks} -> {{:invalid_cks, nil}, :invalid_cks, decoded}
         {:error, reason} -> {{:error, Term.encode_error(reason)}, reason, decoded}
       end
 
     ended = clock(measured)
-    sent = if kind == :call and direct?(task, done), do: answer(task, stream, done), else: done
+    direct? = kind == :call and direct != nil and direct?(config, direct, done)
+    sent = if direct?, do: answer(direct, stream, done), else: done
     send(task.connection, {:done, self(), stream, sent})
 
     if measured do
       time = [dser: decoded - began, exec: executed - decoded, ser: ended - executed]
       result = if match?({:result, _encoded}, done), do: :ok, else: {:error_rpc, result}
-      tell(task, Map.put(measured, :sent, size(done)), result, time)
+      tell(config, Map.put(measured, :sent, size(done)), result, time)
     end
   end
 
@@ -77,18 +83,18 @@ defmodule MeshxRpc.Server.Task do
   defp clock(nil), do: 0
   defp clock(_measured), do: Telemetry.now()
 
-  defp decode(%{traced: true} = config, flag, bytes) do
+  defp decode(config, true, flag, bytes) do
     case Traceparent.split(bytes) do
       {:ok, bytes, text} ->
         Traceparent.put(text)
-        decode(%{config | traced: false}, flag, bytes)
+        decode(config, false, flag, bytes)
 
       :error ->
         {:error, :refused}
     end
   end
 
-  defp decode(config, flag, bytes),
+  defp decode(config, false, flag, bytes),
     do: Message.decode(config.message, config.codec, flag, bytes, config.guard)
 
   defp call(config, fun, argument, measured) do
@@ -135,27 +141,28 @@ defmodule MeshxRpc.Server.Task do
     |> Map.merge(%{result: result, traceparent: Traceparent.get()})
   end
 
-  defp direct?(task, {status, {_flag, _iovec, size}}) when status in [:result, :error] do
-    size <= task.block and size <= task.max_message and not Shared.busy?(task.shared) and
-      :counters.get(task.held, 1) <= @alone and room?(task) and Shared.take_all?(task.shared, size)
+  defp direct?(config, direct, {status, {_flag, _iovec, size}}) when status in [:result, :error] do
+    size <= direct.block and size <= direct.max_message and not Shared.busy?(direct.shared) and
+      :counters.get(direct.held, 1) <= @alone and room?(config) and
+      Shared.take_all?(direct.shared, size)
   end
 
-  defp direct?(_task, _refused), do: false
+  defp direct?(_config, _direct, _refused), do: false
 
   # The place of a request is free when its connection has heard of its end. Who has the answer before that, and asks
   # again, must not find the last place taken by his own request.
-  defp room?(task), do: :atomics.get(task.running, 1) < task.max_concurrency
+  defp room?(config), do: :atomics.get(config.running, 1) < config.max_concurrency
 
   # Should we be killed right after this, the connection may answer too: clients ignore a second answer.
-  defp answer(task, stream, {status, {flag, iovec, size}} = done) do
+  defp answer(direct, stream, {status, {flag, iovec, size}} = done) do
     head = Frame.response_head(status, flag, size)
     length = size + byte_size(head)
-    frame = Frame.block(:response, true, 0, stream, [head | iovec], length, task.crc)
+    frame = Frame.block(:response, true, 0, stream, [head | iovec], length, direct.crc)
 
-    if MeshxRpc.Port.command(task.socket, frame) do
+    if MeshxRpc.Port.command(direct.socket, frame) do
       :answered
     else
-      _ = Shared.grant(task.shared, size)
+      _ = Shared.grant(direct.shared, size)
       done
     end
   rescue

@@ -16,7 +16,7 @@ const START: Duration = Duration::from_secs(60);
 const ANSWER: Duration = Duration::from_secs(120);
 
 /// The buffers that MeshxRpc gives its sockets, for everybody.
-const BUFFERS: &str = "{nodelay,true},{buffer,262144},{recbuf,262144},{sndbuf,262144}";
+const BUFFERS: &str = "{nodelay,true},{buffer,131072},{recbuf,262144},{sndbuf,262144}";
 
 /// A kind of RPC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

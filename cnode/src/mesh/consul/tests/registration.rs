@@ -129,14 +129,21 @@ async fn further_fields_cannot_say_otherwise() {
 #[tokio::test]
 async fn a_sidecar_is_registered_with_what_is_behind_and_before_it() {
     let sidecar = Sidecar {
+        bind: [127, 0, 0, 1].into(),
         local: "127.0.0.1:9000".parse().unwrap(),
         upstreams: vec![SidecarUpstream {
             target: service("cart"),
             bind: "127.0.0.1:9001".parse().unwrap(),
         }],
     };
+    // What carries it and where is ours to say, how it does may be the client's.
+    let given = json!({ "SidecarService": { "Port": 1, "Proxy": {
+        "Config": { "bind_address": "0.0.0.0", "local_connect_timeout_ms": 9 },
+        "LocalServicePort": 1, "DestinationServiceName": "cart", "Expose": { "Checks": true },
+    } } });
     let sent = registered(Entry {
         data_plane: DataPlane::Sidecar(sidecar),
+        extra: serde_json::Map::from_iter([("Connect".to_owned(), given)]),
         ..entry("shop-1")
     })
     .await
@@ -152,6 +159,8 @@ async fn a_sidecar_is_registered_with_what_is_behind_and_before_it() {
         json!({
             "Address": "127.0.0.1", "Port": 7000, "Meta": meta,
             "Proxy": {
+                "Config": { "bind_address": "127.0.0.1", "local_connect_timeout_ms": 9 },
+                "Expose": { "Checks": true },
                 "LocalServiceAddress": "127.0.0.1", "LocalServicePort": 9000,
                 "Upstreams": [
                     { "DestinationName": "cart", "LocalBindAddress": "127.0.0.1", "LocalBindPort": 9001 }

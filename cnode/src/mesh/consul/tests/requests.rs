@@ -42,14 +42,15 @@ async fn garbage_is_no_answer_and_is_not_shown() {
 #[tokio::test]
 async fn an_answer_has_a_largest_size() {
     for (request, limit) in [(question(), SMALL), (question().large(), LARGE)] {
-        let body = Bytes::from(vec![b' '; 1 << 16]);
-        let mock = Mock::new(move |_, _| {
-            let body = body.clone();
-            let endless = stream::repeat_with(move || Ok::<_, std::io::Error>(body.clone()));
-            answer(1, Body::from_stream(endless))
+        let mock = Mock::new(move |uri, _| {
+            let more = usize::from(uri.query() == Some("more="));
+            answer(1, format!("{{}}{}", " ".repeat(limit - 2 + more)))
         })
         .await;
-        let fault = fault(&mock, request).await;
+        let client = mock.client();
+        let largest = client.send(&request).await.unwrap();
+        assert!(largest.json::<HashMap<String, String>>().unwrap().is_empty());
+        let fault = fault(&mock, request.query("more", "")).await;
         assert!(
             fault.is_away() && fault.to_string().contains(&limit.to_string()),
             "{fault}"

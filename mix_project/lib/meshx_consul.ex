@@ -1,5 +1,5 @@
 defmodule MeshxConsul do
-  alias Meshx.Agent.Server
+  alias Meshx.Agent.{Ask, Server}
   alias MeshxConsul.{Config, Reporter, Template}
 
   @moduledoc """
@@ -259,7 +259,7 @@ defmodule MeshxConsul do
   defp catalogue(%{args: nil}), do: {:ok, []}
 
   defp catalogue(_service) do
-    with {:ok, %{services: services}} when is_list(services) <- Server.ask(:services, %{}),
+    with {:ok, %{services: services}} when is_list(services) <- Ask.ask(:services, %{}),
          do: {:ok, services}
   end
 

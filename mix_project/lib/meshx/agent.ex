@@ -1,5 +1,5 @@
 defmodule Meshx.Agent do
-  alias Meshx.Agent.{Options, Server}
+  alias Meshx.Agent.{Ask, Options, Server}
 
   @moduledoc """
   The service mesh behind the meshx agent of this host: the adapter to its control socket
@@ -113,7 +113,7 @@ defmodule Meshx.Agent do
   defp own(nil) do
     me = Atom.to_string(node())
 
-    with {:ok, %{nodes: nodes}} <- Server.ask(:names, %{}) do
+    with {:ok, %{nodes: nodes}} <- Ask.ask(:names, %{}) do
       case Enum.find(nodes, &match?(%{node: ^me, local: true}, &1)) do
         %{service: service} ->
           {:ok, service}

@@ -106,7 +106,7 @@ defmodule MeshxConsul.Config do
 
   defp read!, do: Options.validate!(schema(), Application.get_all_env(@app), "config :meshx_consul")
 
-  @doc "The token for services and upstreams, as `Meshx.Agent.Server` takes it, or nil."
+  @doc "The token for services and upstreams, as `Meshx.Agent.Ask` takes it, or nil."
   @spec token(map()) :: (() -> String.t()) | nil
   def token(config) do
     header =

@@ -222,7 +222,7 @@ defmodule MeshxConsul.Template do
   defp put(args, key, value), do: Map.put(args, key, value)
 
   defp wire(:agent), do: nil
-  defp wire(address), do: Meshx.Agent.Server.wire(address)
+  defp wire(address), do: Meshx.Agent.Ask.wire(address)
 
   # Consul's own name for a service that listens on a Unix socket.
   defp socket(%{"SocketPath" => path}) when is_binary(path) and path != "", do: {:uds, path}

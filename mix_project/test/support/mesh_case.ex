@@ -15,16 +15,21 @@ defmodule Meshx.MeshCase do
     System.put_env("MESHX_DIR", directory)
     agent = start_supervised!({ScriptedAgent, dir: directory}, id: :agent)
     {:ok, _client} = :meshx_agent.start()
-    ready()
+    ready(directory)
     on_exit(fn -> File.rm_rf!(directory) end)
     {:ok, agent: agent, directory: directory}
   end
 
-  @doc "Waits for the client, which may still be on its way from another test's agent."
-  def ready(left \\ 500) do
-    case :meshx_agent.await() do
-      {:ok, _hello} -> :ok
-      {:error, _reason} when left > 0 -> ready(left - 1)
+  @doc "Waits until this agent answers: the client may not have noticed yet that another one ended."
+  def ready(directory, left \\ 2_000) do
+    with {:ok, %{vm_dir: dir}} <- :meshx_agent.await(),
+         ^directory <- Path.dirname(dir),
+         {:ok, _answer} <- :meshx_agent.call(:names, %{}) do
+      :ok
+    else
+      _not_yet when left > 0 ->
+        Process.sleep(2)
+        ready(directory, left - 1)
     end
   end
 
@@ -37,7 +42,7 @@ defmodule Meshx.MeshCase do
         id: :agent
       )
 
-    ready()
+    ready(directory)
     agent
   end
 end

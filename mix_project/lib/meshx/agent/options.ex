@@ -2,7 +2,7 @@ defmodule Meshx.Agent.Options do
   @moduledoc false
   # The templates of `Meshx.Agent`, and what they are on the control socket.
 
-  alias Meshx.Agent.Server
+  alias Meshx.Agent.Ask
   alias Meshx.Options
   alias MeshxRpc.Address
 
@@ -87,7 +87,7 @@ defmodule Meshx.Agent.Options do
   end
 
   defp address(address) do
-    with {:ok, address} <- Address.check(address), do: {:ok, Server.wire(address)}
+    with {:ok, address} <- Address.check(address), do: {:ok, Ask.wire(address)}
   end
 
   defp upstream_address(kind) when kind in [:uds, :tcp], do: {:ok, kind}
@@ -97,7 +97,7 @@ defmodule Meshx.Agent.Options do
   defp text(text) when is_binary(text) and text != "", do: {:ok, text}
   defp text(_other), do: :error
 
-  # A function, so that it shows nowhere: see `Meshx.Agent.Server.ask/3`.
+  # A function, so that it shows nowhere: see `Meshx.Agent.Ask.ask/3`.
   defp secret(text), do: with({:ok, text} <- text(text), do: {:ok, fn -> text end})
 
   defp texts(texts) when is_list(texts),

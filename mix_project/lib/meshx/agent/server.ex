@@ -11,12 +11,10 @@ defmodule Meshx.Agent.Server do
   use GenServer
   require Logger
 
-  alias Meshx.Agent.Ports
+  alias Meshx.Agent.{Ask, Ports}
 
   # The agent takes 64 unanswered requests of a VM. Two adapters leave room for others.
   @max_jobs 24
-  # The agent asks the mesh a few questions for a registration, each for at most 5 s, and says so when one is not answered.
-  @answer 20_000
   @retry_min 500
   @retry_max 30_000
   # How long a server that stops waits for jobs, and for the agent to let go.
@@ -368,7 +366,7 @@ defmodule Meshx.Agent.Server do
         {:reply, {:error, {:timeout, "the caller gave up"}}, state}
 
       known == nil ->
-        job(state, fn -> ask_register(request.args) end)
+        job(state, fn -> Ask.register(request.args) end)
 
       alive?(known.owner) and request.force? and known.owner != request.owner ->
         text =
@@ -382,8 +380,8 @@ defmodule Meshx.Agent.Server do
 
       true ->
         job(forget(state, known.id), fn ->
-          _ = ask(:deregister, %{id: known.id})
-          ask_register(request.args)
+          _ = Ask.ask(:deregister, %{id: known.id})
+          Ask.register(request.args)
         end)
     end
   end
@@ -400,7 +398,7 @@ defmodule Meshx.Agent.Server do
   defp begin(%{do: :deregister, id: id}, state) do
     case state.services do
       %{^id => %{args: nil}} -> {:reply, :ok, forget(state, id)}
-      %{^id => _service} -> job(forget(state, id), fn -> ask(:deregister, %{id: id}) end)
+      %{^id => _service} -> job(forget(state, id), fn -> Ask.ask(:deregister, %{id: id}) end)
       _unknown -> {:reply, :unknown, state}
     end
   end
@@ -410,10 +408,10 @@ defmodule Meshx.Agent.Server do
     case state.services do
       %{^id => %{registered?: false} = service} ->
         job(state, fn ->
-          if request[:anew?], do: ask(:deregister, %{id: id})
+          if request[:anew?], do: Ask.ask(:deregister, %{id: id})
 
-          with :ok <- present(service.address),
-               do: ask(:register_service, Map.delete(service.args, :wait), @answer)
+          with :ok <- Ask.present(service.address),
+               do: Ask.register(Map.delete(service.args, :wait))
         end)
 
       _gone_or_there ->
@@ -427,22 +425,22 @@ defmodule Meshx.Agent.Server do
         {:reply, {:ok, address}, state}
 
       {%{^key => %{args: args}}, true} ->
-        job(state, fn -> ask_connect(args) end)
+        job(state, fn -> Ask.connect(args) end)
 
       {%{^key => %{id: id}}, false} ->
         job(%{state | upstreams: Map.delete(state.upstreams, key)}, fn ->
-          _ = ask(:disconnect, %{upstream: id, cut: false})
-          ask_connect(request.args)
+          _ = Ask.ask(:disconnect, %{upstream: id, cut: false})
+          Ask.connect(request.args)
         end)
 
       {_unknown, _reuse?} ->
-        job(state, fn -> ask_connect(request.args) end)
+        job(state, fn -> Ask.connect(request.args) end)
     end
   end
 
   defp begin(%{do: :reconnect, key: key}, state) do
     case state.upstreams do
-      %{^key => %{connected?: false, args: args}} -> job(state, fn -> ask_connect(args) end)
+      %{^key => %{connected?: false, args: args}} -> job(state, fn -> Ask.connect(args) end)
       _gone_or_there -> {:reply, :ok, state}
     end
   end
@@ -454,7 +452,7 @@ defmodule Meshx.Agent.Server do
 
       {%{id: id}, upstreams} ->
         job(%{state | upstreams: upstreams}, fn ->
-          ask(:disconnect, %{upstream: id, cut: request.cut?})
+          Ask.ask(:disconnect, %{upstream: id, cut: request.cut?})
         end)
     end
   end
@@ -553,7 +551,12 @@ defmodule Meshx.Agent.Server do
   end
 
   defp finish(%{do: :disconnect}, _result, state), do: {:ok, state}
-  defp finish(_request, {:error, reason}, state), do: {{:error, reason}, state}
+
+  defp finish(%{do: :register} = request, {:error, reason}, state) do
+    # Its proxy may have printed something.
+    if request.id, do: tell_events(state, {:gone, request.id})
+    {{:error, reason}, state}
+  end
 
   # Whether it was made through the connection that there is now.
   defp current?(request, state), do: request.epoch == state.epoch
@@ -701,79 +704,5 @@ defmodule Meshx.Agent.Server do
         text == to_string(:inet.ntoa(ip)),
         into: MapSet.new(),
         do: port
-  end
-
-  ## In a job: asking the agent
-
-  defp ask_register(args) do
-    with {:ok, made} <- ask(:register_service, args, Map.get(args, :wait, 0) + @answer) do
-      case made do
-        %{id: id, address: wire} when is_binary(id) ->
-          with {:ok, address} <- address(wire),
-               do: {:ok, %{id: id, wire: wire, address: address}}
-
-        _incomplete ->
-          {:error, {:invalid_request, "the agent's answer to register_service is incomplete"}}
-      end
-    end
-  end
-
-  defp ask_connect(fun) when is_function(fun) do
-    with {:ok, args} <- fun.(), do: ask_connect(args)
-  end
-
-  defp ask_connect(args) do
-    with {:ok, made} <- ask(:connect, args) do
-      case made do
-        %{upstream: id, address: wire} when is_binary(id) ->
-          with {:ok, address} <- address(wire), do: {:ok, %{id: id, args: args, address: address}}
-
-        _incomplete ->
-          {:error, {:invalid_request, "the agent's answer to connect is incomplete"}}
-      end
-    end
-  end
-
-  @doc """
-  Asks the agent, once there is a connection to it. A `:token` is a function that gives it, so that it shows in no
-  state and no report.
-  """
-  def ask(command, args, timeout \\ 5_000) do
-    args =
-      case args do
-        %{token: token} when is_function(token) -> %{args | token: token.()}
-        _ -> args
-      end
-
-    with {:ok, _hello} <- :meshx_agent.await(), do: :meshx_agent.call(command, args, timeout)
-  end
-
-  defp present({:uds, path}) do
-    if File.exists?(path),
-      do: :ok,
-      else: {:error, {:no_socket, "its socket #{path} is gone"}}
-  end
-
-  defp present(_tcp), do: :ok
-
-  @doc "An address as the agent writes it."
-  def wire({:uds, path}), do: {:uds, path}
-  def wire({:tcp, ip, port}), do: {:tcp, to_string(:inet.ntoa(ip)), port}
-
-  defp address({:uds, path}) when is_binary(path), do: {:ok, {:uds, path}}
-
-  defp address({:tcp, ip, port}) when is_binary(ip) and port in 1..65_535 do
-    case :inet.parse_strict_address(to_charlist(ip)) do
-      {:ok, ip} -> {:ok, {:tcp, ip, port}}
-      {:error, _} -> unusable({:tcp, ip, port})
-    end
-  end
-
-  defp address(other), do: unusable(other)
-
-  defp unusable(address) do
-    text = "the agent's address is #{inspect(address)}, wanted {:tcp, ip, port} or {:uds, path}"
-
-    {:error, {:invalid_request, text}}
   end
 end

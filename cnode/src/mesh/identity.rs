@@ -85,6 +85,11 @@ impl ServiceName {
         Self::slug(node)
     }
 
+    /// Whether a node of this name can be an instance of this service, by either of the two ways.
+    pub fn may_have_node(&self, node: &str) -> bool {
+        [Self::from_node(node), Self::of_single_node(node)].contains(&Ok(self.clone()))
+    }
+
     fn slug(name: &str) -> Result<Self, NameError> {
         let mut slug = String::new();
         for c in name.chars() {
@@ -367,6 +372,9 @@ mod tests {
         assert_ne!(one("shop@h1"), one("shop@h-1"));
         assert_ne!(one("shop@h1"), ServiceName::from_node("shop-h1@h1").unwrap());
         assert!(ServiceName::of_single_node("shop").is_err());
+        assert!(one("shop@h1").may_have_node("shop@h1") && !one("shop@h1").may_have_node("shop@h2"));
+        let shop = ServiceName::new("shop").unwrap();
+        assert!(shop.may_have_node("shop@h2") && !shop.may_have_node("cart@h2"));
         assert!(one(&format!("{}@h1", "x".repeat(200))).as_ref().len() <= MAX_SERVICE_NAME);
     }
 

@@ -39,6 +39,9 @@ pub enum MeshError {
     /// This kind of mesh has no such thing.
     #[error("{0}")]
     Unsupported(String),
+    /// Another agent has nodes of this host part.
+    #[error("{0}")]
+    HostTaken(String),
     /// Another instance of this name or id is in the catalogue.
     #[error("{0}")]
     NameTaken(String),
@@ -186,6 +189,11 @@ pub trait Registration: Send + Sync {
     /// Adds or replaces an instance of this agent. It is kept in the mesh until it is deregistered, whatever the
     /// mesh loses meanwhile.
     fn register(&self, entry: &Entry) -> Answer<'_, ()>;
+
+    /// Where whoever registered an adopted instance says that it is reached.
+    fn adopted(&self, _id: &str) -> Option<SocketAddr> {
+        None
+    }
 
     /// Takes an instance of this agent away. One that is not there is no error.
     fn deregister(&self, id: &str) -> Answer<'_, ()>;

@@ -1,5 +1,6 @@
 //! A mesh whose answers are counted, for metrics.
 
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -173,6 +174,10 @@ impl Authorization for Observed {
 impl Registration for Observed {
     fn register(&self, entry: &Entry) -> Answer<'_, ()> {
         self.ask(self.mesh.register(entry))
+    }
+
+    fn adopted(&self, id: &str) -> Option<SocketAddr> {
+        self.mesh.adopted(id)
     }
 
     fn deregister(&self, id: &str) -> Answer<'_, ()> {

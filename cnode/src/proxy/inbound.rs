@@ -273,6 +273,11 @@ impl Proxy {
 
     /// A claimed node must be an instance of the service that the certificate names.
     pub(super) async fn prove_node(&self, node: &str, peer: &SpiffeId) -> Result<(), Refusal> {
+        // The name alone tells most spoofers, so that they cannot use up what the mesh may be asked.
+        if !peer.service().may_have_node(node) {
+            let text = format!("no node of that name is an instance of {}", peer.service());
+            return Err(mismatch(&peer.to_string(), node, &text));
+        }
         let claimed = self.claimed_node(node, &peer.to_string()).await?;
         // The whole identity: a service of the same name in another data centre or namespace is another one.
         let wanted = self.spiffe(&claimed.service)?;

@@ -231,7 +231,7 @@ async fn an_adopted_entry_stays_somebody_elses() {
     });
     consul.call(Method::PUT, "agent/service/register", theirs).await;
     mesh.register(&entry).await.unwrap();
-    assert_eq!(mesh.adopted_address("echo-1"), Some(address(7777)));
+    assert_eq!(mesh.adopted("echo-1"), Some(address(7777)));
     until("its check to be refreshed", || async {
         let found = mesh.instances(&service("echo")).await.unwrap();
         (!found.is_empty()).then_some(found)

@@ -132,6 +132,24 @@ impl Carriers {
         Ok(carried)
     }
 
+    /// Listens where whoever registered an adopted instance has said that it is reached.
+    pub(super) async fn listen_as_registered(
+        &self,
+        carried: &mut Carried,
+        id: &str,
+        address: SocketAddr,
+    ) -> Result<(), Refusal> {
+        let listener = TcpListener::bind((self.bind, address.port())).await.map_err(|error| {
+            Cause::NotReady.because(format!(
+                "adopt: {id} is registered at {address}, and this agent cannot listen there: {error}; leave that port \
+                 to the agent"
+            ))
+        })?;
+        let serving = self.proxy.clone().serve_instance(listener, id.to_owned());
+        carried.tasks.push(tokio::spawn(serving).abort_handle());
+        Ok(())
+    }
+
     /// Starts the sidecar, once the mesh knows the instance.
     pub(super) async fn start(
         &self,

@@ -468,7 +468,7 @@ impl Registry {
             .map_err(|error| Cause::NotReady.because(format!("the system gave no random bytes: {error}")))?;
         let kind = options.sidecar.as_ref().unwrap_or(&self.carriers.default).clone();
         let mut entry = options.entry(instance, DataPlane::Native);
-        let carried = self
+        let mut carried = self
             .carriers
             .prepare(&self.mesh, &kind, &mut entry, &endpoint)
             .await?;
@@ -485,7 +485,7 @@ impl Registry {
         let mut registering = tokio::spawn(async move { mesh.register(&entry).await });
         match timeout(MESH_TIME, &mut registering).await {
             Ok(Ok(Ok(()))) => {
-                let started = self.start(&id, owner, kind, &options, &carried).await;
+                let started = self.start(&id, owner, kind, &options, &mut carried).await;
                 let live = match started {
                     Ok(()) if pending.to_live(owner.id, carried) => {
                         return Ok((secret, identity.id.clone()));
@@ -524,8 +524,14 @@ impl Registry {
         owner: Owner,
         kind: SidecarKind,
         options: &Options,
-        carried: &Carried,
+        carried: &mut Carried,
     ) -> Result<(), Refusal> {
+        if options.adopt
+            && let Some(address) = self.mesh.adopted(id)
+            && address != self.place.inbound
+        {
+            self.carriers.listen_as_registered(carried, id, address).await?;
+        }
         let client = |state: &State| state.owners.get(&owner.id).map(|client| client.events.clone());
         let told = Told {
             events: client(&self.lock()).ok_or_else(owner_gone)?,
@@ -643,11 +649,11 @@ pub(super) async fn answer<T>(question: Answer<'_, T>) -> Result<T, Refusal> {
     }
 }
 
-/// What a mesh refuses, when no other instance has the name, is a host part that another agent owns.
 fn refused(error: MeshError) -> Refusal {
     match error {
         MeshError::NameTaken(text) => Cause::NameTaken.because(text),
-        MeshError::Refused(text) => Cause::HostNotOwned.because(text),
+        MeshError::HostTaken(text) => Cause::HostNotOwned.because(text),
+        MeshError::Refused(text) => Cause::InvalidRequest.because(text),
         error => error.into(),
     }
 }

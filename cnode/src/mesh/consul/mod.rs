@@ -153,11 +153,6 @@ impl ConsulMesh {
         let hex: String = digest.as_ref().iter().map(|b| format!("{b:02x}")).collect();
         hex.chars().take(AGENT_ID_DIGITS).collect()
     }
-
-    /// Where an adopted instance is reached, by the registration of whoever made it.
-    pub fn adopted_address(&self, id: &str) -> Option<SocketAddr> {
-        self.registrar.adopted_address(id)
-    }
 }
 
 async fn forget_idle(
@@ -341,6 +336,10 @@ impl Registration for ConsulMesh {
     fn register(&self, entry: &Entry) -> Answer<'_, ()> {
         let entry = entry.clone();
         Box::pin(async move { self.registrar.register(&entry).await })
+    }
+
+    fn adopted(&self, id: &str) -> Option<SocketAddr> {
+        self.registrar.adopted_address(id)
     }
 
     fn deregister(&self, id: &str) -> Answer<'_, ()> {

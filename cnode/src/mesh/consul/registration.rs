@@ -247,7 +247,7 @@ impl Registrar {
         node?;
         let (_, host) = split_node(taken).ok()?;
         self.hosts.iter().any(|own| own == host).then(|| {
-            MeshError::Refused(format!(
+            MeshError::HostTaken(format!(
                 "agent {agent} has {taken} of host {host}, which this agent has, too: give one of them other hosts"
             ))
         })

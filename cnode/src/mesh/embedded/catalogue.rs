@@ -100,7 +100,7 @@ impl OwnEntry {
                     "two agents own the same host name"
                 );
                 if (other.started, &other.id) < (own.started, &own.id) {
-                    return Err(MeshError::Refused(format!(
+                    return Err(MeshError::HostTaken(format!(
                         "agent {} owned host {host} first: give one of them other hosts",
                         other.id
                     )));

@@ -17,7 +17,7 @@ pub mod tls;
 pub use agent::{Agent, Mesh};
 pub use beam::{Beam, BeamBuilder, COOKIE, ebin};
 pub use echo::{EchoClient, EchoServer};
-pub use process::{Process, kill_all};
+pub use process::{Process, kill_all, processes_with, wait_until};
 
 /// A failure in words: what was done, what was seen.
 pub type Result<T> = std::result::Result<T, String>;

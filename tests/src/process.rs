@@ -240,11 +240,26 @@ impl Drop for Process {
     }
 }
 
+/// Processes, started by whomever, whose command line or environment has `text` in it. Those of other users are not
+/// seen.
+pub fn processes_with(text: &str) -> Vec<u32> {
+    let holds = |path: std::path::PathBuf| {
+        let bytes = std::fs::read(path).unwrap_or_default();
+        bytes.windows(text.len()).any(|window| window == text.as_bytes())
+    };
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries
+        .filter(|entry| holds(entry.path().join("cmdline")) || holds(entry.path().join("environ")))
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect()
+}
+
 /// Asks until it is so: for states outside of this process that send no event.
-pub(crate) fn wait_until(
-    timeout: Duration,
-    mut condition: impl FnMut() -> bool,
-) -> std::result::Result<(), ()> {
+///
+/// # Errors
+/// When it is not within `timeout`.
+#[allow(clippy::result_unit_err)]
+pub fn wait_until(timeout: Duration, mut condition: impl FnMut() -> bool) -> std::result::Result<(), ()> {
     let deadline = Instant::now() + timeout;
     while !condition() {
         if Instant::now() >= deadline {

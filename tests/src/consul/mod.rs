@@ -252,7 +252,17 @@ impl Consul {
         options: &[&str],
         token: Option<&str>,
     ) -> Result<Agent> {
-        let arguments = [&["--mesh", "consul"], options].concat();
+        let (consul, envoy) = (program()?, crate::envoy::program()?);
+        let programs = [consul, envoy].map(|path| path.display().to_string());
+        let ours = [
+            "--mesh",
+            "consul",
+            "--consul-program",
+            &programs[0],
+            "--envoy-program",
+            &programs[1],
+        ];
+        let arguments = [&ours, options].concat();
         Agent::start(
             name,
             &self.dir.path().join(name),

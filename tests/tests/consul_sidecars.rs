@@ -208,6 +208,9 @@ fn nodes_with(data_plane: &str) {
     native.expect("Node.disconnect(:cart@h2)", "true").unwrap();
     behind.expect("wait = fn f, n -> if Node.list() == [] or n == 0, do: Node.list(), else: (Process.sleep(20); f.(f, n - 1)) end; wait.(wait, 250)", "[]").unwrap();
 
+    // Consul's checks go through the proxy to the node's port, and are nobody's attempt to connect.
+    assert!(!h2.process.log().contains("link refused"), "{}", h2.process.log());
+
     // The other way the native end knows who it is.
     connect(&mut behind, "shop@h1");
     behind

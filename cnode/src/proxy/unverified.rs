@@ -5,6 +5,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
@@ -18,6 +19,9 @@ use super::links::{Direction, LinkGuard, LinkId, LinkInfo, Purpose};
 use super::listener::{self, Listener};
 use super::local::{Endpoint, LocalInstance};
 use super::{Attempt, Proxy, peer_uid};
+
+/// How long the end of a connection may take from the kernel to here.
+const LEAVING: Duration = Duration::from_millis(100);
 
 impl Proxy {
     /// Serves the loopback port that the sidecar of this node hands inbound connections to, until dropped, and its links
@@ -77,7 +81,14 @@ impl Proxy {
         if !matches!(local.endpoint, Endpoint::NodeSocket(_)) {
             return Err(Cause::InvalidRequest.because(format!("{instance} is not a node")));
         }
-        sidecar_of(&local, peer_uid::of(stream)?)?;
+        let uid = match peer_uid::of(stream) {
+            Ok(uid) => uid,
+            Err(untold) => {
+                attempt.is_probe = has_left(stream).await;
+                return Err(untold);
+            }
+        };
+        sidecar_of(&local, uid)?;
         let deadline = self.settings.frame_timeout;
         let named = read_name(stream, deadline).await;
         // Consul's built-in proxy connects here for each connection that it takes, health checks among them.
@@ -114,6 +125,12 @@ impl Proxy {
         write_all(&mut near, &first, deadline).await?;
         Ok((near, link_guard))
     }
+}
+
+/// Whether the other end closed without a byte, so early that nobody can tell whose it was.
+async fn has_left(stream: &TcpStream) -> bool {
+    let end = timeout(LEAVING, stream.peek(&mut [0])).await;
+    matches!(end, Ok(Ok(0)))
 }
 
 /// A sidecar runs as root, as the agent that started it, or as the user whose node it is; anybody else on this host has

@@ -88,20 +88,25 @@ impl Catalogue {
 
     /// The passing instance that runs this node.
     pub(super) async fn node(&self, node: &str) -> Result<Option<Instance>, MeshError> {
-        let Ok(service) = ServiceName::from_node(node) else {
-            return Ok(None);
-        };
+        // Its agent chose one of them (`node_service`).
+        let services = [ServiceName::from_node(node), ServiceName::of_single_node(node)];
         let find = |known: &Known| {
             let mut passing = known.iter().filter(|listed| listed.is_passing());
             let found = passing.find(|listed| listed.instance.node.as_deref() == Some(node));
             found.map(|listed| listed.instance.clone())
         };
-        let warm = self.warm(&service);
-        // It may just have booted: what the copy lacks is looked up.
-        if let Some(found) = self.copy(&warm).await.as_ref().and_then(find) {
-            return Ok(Some(found));
+        for service in services.iter().flatten() {
+            if let Some(found) = self.copy(&self.warm(service)).await.as_ref().and_then(find) {
+                return Ok(Some(found));
+            }
         }
-        Ok(find(&self.look_up(&service, &warm).await?))
+        // It may just have booted: what the copies lack is looked up.
+        for service in services.iter().flatten() {
+            if let Some(found) = find(&self.look_up(service, &self.warm(service)).await?) {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
     }
 
     pub(super) async fn passing(&self, service: &ServiceName) -> Result<Vec<Instance>, MeshError> {

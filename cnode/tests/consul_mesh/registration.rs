@@ -172,7 +172,7 @@ async fn names_and_hosts_belong_to_one_agent() {
     let thief = consul.mesh("thief", &["h1"]);
     let error = thief.register(&node("thief", "cart@h1")).await.unwrap_err();
     assert!(
-        matches!(&error, MeshError::Refused(text) if text.contains("agent a") && text.contains("h1")),
+        matches!(&error, MeshError::HostTaken(text) if text.contains("agent a") && text.contains("h1")),
         "{error:?}"
     );
     let findings = thief.findings().await;

@@ -47,7 +47,8 @@ defmodule MeshxNode do
     * `:node` - the node's name
     * `:direction` - who dialled: `:outbound` for this node, `:inbound` for the other
     * `:link` - the link's id in hexadecimal, the same at both ends and in the agents' logs
-    * `:spiffe` - the SPIFFE URI of the certificate that was verified
+    * `:spiffe` - the SPIFFE URI of the certificate that was verified; empty, and `:service` nil, when none was: the peer
+      came through a sidecar, or one was dialled through
     * `:agent` - the address of the other node's agent, `"local"` when both nodes have the same
     * `:service` - the service that the SPIFFE URI names, or `nil` when it names none
     * `:certificate_expires_at` - when the verified certificate expires; `nil` for a node of the same

@@ -76,7 +76,7 @@ pub struct AgentArgs {
     /// How Consul is reached.
     #[command(flatten)]
     pub consul: ConsulArgs,
-    /// File with these options, in TOML; those about Consul in a table [consul]
+    /// File with these options, in TOML; those about Consul in a table named consul
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// How log lines look: text or json [default: text]

@@ -1,7 +1,7 @@
 //! The decision on a link, step by step, for whoever asks why.
 //!
-//! The question walks the code of a link, [`Proxy::approach`], [`Proxy::handshake`], [`Proxy::authorize`] and
-//! [`Proxy::reach`], in the order in which a link does, and ends where its request or first bytes would follow. So
+//! The question walks the code of a link, `Proxy::approach`, `Proxy::handshake`, `Proxy::authorize` and
+//! `Proxy::reach`, in the order in which a link does, and ends where its request or first bytes would follow. So
 //! it ends with the refusal that a link would get.
 
 use std::sync::Arc;

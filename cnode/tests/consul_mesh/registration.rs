@@ -7,7 +7,6 @@ use meshx::mesh::{
     Registration, Sidecar, SidecarUpstream, Weights,
 };
 use reqwest::Method;
-use rustix::process::Signal;
 use serde_json::json;
 use tokio::net::TcpListener;
 
@@ -96,7 +95,7 @@ async fn while_consul_hangs_the_last_answers_hold_and_nothing_is_lost() {
     let (shop, cart) = (service("shop"), mesh.spiffe(&service("cart")).unwrap());
     assert!(mesh.authorize(&cart, &shop).await.unwrap().allowed);
     assert!(mesh.node("shop@h1").await.unwrap().is_some());
-    consul.signal(Signal::STOP);
+    consul.stop().await;
     let decision = mesh.authorize(&cart, &shop).await.unwrap();
     assert!(decision.allowed && decision.rule.contains("ago"), "{decision:?}");
     assert!(
@@ -110,7 +109,7 @@ async fn while_consul_hangs_the_last_answers_hold_and_nothing_is_lost() {
     ));
     // Long enough for the check to become critical once Consul looks at its clock again.
     tokio::time::sleep(Duration::from_secs(6)).await;
-    consul.signal(Signal::CONT);
+    consul.go_on();
     until("passing again", || async {
         let checks = consul.get("health/checks/shop").await;
         (checks[0]["Status"] == "passing").then_some(())
@@ -173,7 +172,7 @@ async fn names_and_hosts_belong_to_one_agent() {
     let thief = consul.mesh("thief", &["h1"]);
     let error = thief.register(&node("thief", "cart@h1")).await.unwrap_err();
     assert!(
-        matches!(&error, MeshError::Refused(text) if text.contains("agent a") && text.contains("h1")),
+        matches!(&error, MeshError::HostTaken(text) if text.contains("agent a") && text.contains("h1")),
         "{error:?}"
     );
     let findings = thief.findings().await;

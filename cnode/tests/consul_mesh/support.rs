@@ -1,5 +1,6 @@
 //! Starts a real Consul, and speaks to it as an operator would.
 
+use rustix::process::Signal;
 use std::fs;
 use std::net::{SocketAddr, TcpListener};
 use std::path::{Path, PathBuf};
@@ -137,7 +138,24 @@ impl Consul {
         }
     }
 
-    pub(crate) fn signal(&self, signal: rustix::process::Signal) {
+    /// Stops the process, and returns when all of its threads have stopped: on a busy machine one may still answer.
+    pub(crate) async fn stop(&self) {
+        self.signal(Signal::STOP);
+        let tasks = format!("/proc/{}/task", self.child.as_ref().unwrap().id());
+        let stopped = |task: std::io::Result<std::fs::DirEntry>| {
+            let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap_or_default();
+            status.contains("State:\tT")
+        };
+        while !std::fs::read_dir(&tasks).unwrap().all(stopped) {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    pub(crate) fn go_on(&self) {
+        self.signal(Signal::CONT);
+    }
+
+    fn signal(&self, signal: Signal) {
         let pid = rustix::process::Pid::from_child(self.child.as_ref().unwrap());
         rustix::process::kill_process(pid, signal).unwrap();
     }

@@ -104,7 +104,8 @@ defmodule SocketDir do
   end
 
   def handle_call({:connect, upstreams}, {owner, _tag}, state) do
-    answers = Enum.map(upstreams, &find(state.dir, &1))
+    known = for file <- Path.wildcard(Path.join(state.dir, "*.i")), do: read(file)
+    answers = Enum.map(upstreams, &find(known, &1))
     asked = for {upstream, {:ok, _}} <- Enum.zip(upstreams, answers), do: {owner, upstream}
     {:reply, answers, %{state | upstreams: Enum.into(asked, state.upstreams)}}
   end
@@ -169,15 +170,11 @@ defmodule SocketDir do
     %{state | services: services}
   end
 
-  defp find(dir, {name, id}) do
-    found =
-      for file <- Path.wildcard(Path.join(dir, "*.i")),
-          {^name, instance, address, true} <- [read(file)],
-          id in [nil, instance],
-          do: address
+  defp find(known, {name, id}) do
+    found = for {^name, instance, address, true} <- known, id in [nil, instance], do: address
 
     if found == [],
-      do: {:error, {:no_such_service, "#{name} is not in #{dir}"}},
+      do: {:error, {:no_such_service, "#{name} is not in the directory"}},
       else: {:ok, Enum.random(found)}
   end
 

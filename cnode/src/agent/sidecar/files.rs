@@ -13,7 +13,7 @@ use std::{
 
 use ring::digest::{SHA256, digest};
 
-use super::{SidecarError, at};
+use super::{SidecarError, spec::at};
 
 /// Hexadecimal digits of an id's SHA-256 that name its directory: ids may hold `/`.
 const NAME_DIGITS: usize = 32;

@@ -24,8 +24,8 @@ use crate::mesh::{Answer, Identity, Intentions, Mesh, MeshError, ServiceName, Si
 
 /// How often the mesh is asked.
 pub(super) const POLL: Duration = Duration::from_secs(2);
-/// How old a look at all services and rules may be.
-const SOURCES_AGE: Duration = Duration::from_secs(10);
+/// How old a look at all services and rules may be: as long may a service that is new be refused.
+const SOURCES_AGE: Duration = Duration::from_secs(5);
 /// How often `authorize` is asked although nothing that can be seen has changed.
 const RECHECK: Duration = Duration::from_secs(30);
 /// How long a yes holds while the mesh gives no answer.

@@ -195,9 +195,8 @@ impl Tokens {
         Ok(tokens.insert(service.clone(), token.clone()) != Some(token))
     }
 
-    /// Whether there was one.
-    fn take_back(&self, service: &ServiceName) -> bool {
-        self.lock().remove(service).is_some()
+    fn take_back(&self, service: &ServiceName) {
+        self.lock().remove(service);
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<ServiceName, Token>> {
@@ -347,11 +346,12 @@ impl Registration for ConsulMesh {
         Box::pin(async move {
             let service = self.registrar.service_of(&id);
             let result = self.registrar.deregister(&id).await;
-            // With the last instance goes the client's token, and what it brought.
+            // With the last instance go the client's token and what it brought, and the watch of the certificate: who
+            // still speaks as this service has it asked for again.
             if let Some(service) = service
                 && !self.registrar.serves(&service)
-                && self.tokens.take_back(&service)
             {
+                self.tokens.take_back(&service);
                 self.certificates.forget(&service);
             }
             result

@@ -2,19 +2,23 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod agent_killed;
+mod client;
 mod envoy;
 mod files;
 mod shaky;
 mod supervision;
 
-use std::{fs, future::Future, sync::Arc};
+use std::{fs, future::Future, path::Path, sync::Arc};
 
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::mesh::{
-    Answer, Certificates, Entry, Instance, Protocol, Registration,
-    embedded::{Action, EmbeddedMesh, MeshDir, Rule, Rules},
+use crate::{
+    mesh::{
+        Answer, Certificates, Entry, Instance, MeshError, Protocol, Registration, ServiceName, Token,
+        embedded::{Action, EmbeddedMesh, MeshDir, Rule, Rules},
+    },
+    node::Backoff,
 };
 
 /// Beyond any promise: only a hang lasts this long.

@@ -49,6 +49,7 @@ async fn entries_that_are_no_instances_are_left_out() {
         ),
         ("/v1/health/connect/shop", 0) => answer(5, entries.to_string()),
         ("/v1/health/connect/consul", 0) => answer(5, "null"),
+        (path, 0) if path.starts_with("/v1/health/connect/") => answer(5, "[]"),
         _ => None,
     })
     .await;
@@ -108,8 +109,8 @@ async fn a_missing_name_is_looked_up_once_and_not_for_everybody_at_once() {
             .filter(|uri| uri.contains("/health/connect/"))
             .count()
     };
-    // One, or two when the first has had its time on a slow machine.
-    assert!(lookups() <= 2, "{:?}", mock.asked());
+    // One for each service that it may be of, or two when the first has had its time on a slow machine.
+    assert!(lookups() <= 4, "{:?}", mock.asked());
     assert!(
         mock.asked().iter().any(|uri| uri.contains("consistent")),
         "{:?}",
@@ -128,6 +129,25 @@ async fn a_missing_name_is_looked_up_once_and_not_for_everybody_at_once() {
                 .is_err_and(|error| error.to_string().contains("looked up"))
         }));
     }
+}
+
+#[tokio::test]
+async fn a_node_may_be_a_service_of_its_own() {
+    let own = ServiceName::of_single_node("shop@h2").unwrap();
+    let entries = json!([health(own.as_ref(), "shop@h2")]).to_string();
+    let path = format!("/v1/health/connect/{own}");
+    let mock = Mock::new(move |uri, _| match index_of(uri) {
+        0 if uri.path() == path => answer(5, entries.clone()),
+        0 => answer(5, "[]"),
+        _ => None,
+    })
+    .await;
+    let mesh = mock.mesh();
+    for _ in 0..2 {
+        let found = mesh.node("shop@h2").await.unwrap().unwrap();
+        assert_eq!((found.service, found.id.as_str()), (own.clone(), "shop@h2"));
+    }
+    assert_eq!(mesh.node("shop@h1").await.unwrap(), None);
 }
 
 #[tokio::test]

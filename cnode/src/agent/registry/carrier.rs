@@ -63,6 +63,17 @@ impl Carried {
     }
 }
 
+impl Carried {
+    /// Ends it for good: when this returns, nothing of it registers the instance again.
+    pub(super) async fn end(mut self) {
+        self.tasks.drain(..).for_each(|task| task.abort());
+        if let Some(ports) = self.sidecar.take() {
+            ports.running().take();
+            *ports.entry.lock().await = None;
+        }
+    }
+}
+
 impl Drop for Carried {
     fn drop(&mut self) {
         self.tasks.iter().for_each(AbortHandle::abort);
@@ -125,7 +136,7 @@ impl Carriers {
             upstreams: Vec::new(),
         });
         carried.sidecar = Some(Arc::new(Ports {
-            entry: Mutex::new(entry.clone()),
+            entry: Mutex::new(Some(entry.clone())),
             running: std::sync::Mutex::new(None),
             mesh: mesh.clone(),
         }));
@@ -168,6 +179,7 @@ impl Carriers {
         };
         let spec = {
             let entry = ports.entry.lock().await;
+            let Some(entry) = &*entry else { return Ok(()) };
             let DataPlane::Sidecar(sidecar) = &entry.data_plane else {
                 return Ok(());
             };
@@ -232,8 +244,9 @@ pub(super) struct Told {
 
 /// The upstreams of one sidecar: a port for each service that was asked for.
 struct Ports {
+    /// None once the instance leaves.
     // Held while the mesh and the sidecar are told of a new upstream: one at a time.
-    entry: Mutex<Entry>,
+    entry: Mutex<Option<Entry>>,
     /// None before it has started and once it has ended.
     // Held for a look or a change, never across an await.
     running: std::sync::Mutex<Option<SidecarHandle>>,
@@ -255,7 +268,8 @@ impl Ports {
 
     async fn port(&self, target: &ServiceName) -> Result<SocketAddr, Refusal> {
         let mut entry = self.entry.lock().await;
-        let mut next = entry.clone();
+        let known = entry.as_ref().filter(|_| self.running().is_some());
+        let mut next = known.ok_or_else(gone)?.clone();
         let DataPlane::Sidecar(sidecar) = &mut next.data_plane else {
             return Err(gone());
         };
@@ -280,7 +294,7 @@ impl Ports {
             Some(handle) => handle.set_upstreams(upstreams).map_err(refusal)?,
             None => return Err(gone()),
         }
-        *entry = next;
+        *entry = Some(next);
         // The next who asks must not wait for a sidecar that is slow.
         drop(entry);
         let open = async {

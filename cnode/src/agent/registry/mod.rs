@@ -364,7 +364,6 @@ impl Registry {
         let leaving = match self.lock().ids.get_mut(id) {
             Some(entry) if entry.owner == owner.id && entry.phase == Phase::Live => {
                 entry.phase = Phase::Leaving;
-                entry.carried.take();
                 true
             }
             _ => false,
@@ -388,7 +387,6 @@ impl Registry {
             let live = state.ids.iter_mut().filter(|(_, entry)| of_owner(entry));
             live.map(|(id, entry)| {
                 entry.phase = Phase::Leaving;
-                entry.carried.take();
                 id.clone()
             })
             .collect()
@@ -597,6 +595,11 @@ impl Registry {
     async fn leave(self: &Arc<Self>, id: &str) {
         let (registry, owned) = (self.clone(), id.to_owned());
         let leaving = tokio::spawn(async move {
+            let entry = |state: &mut State| state.ids.get_mut(&owned)?.carried.take();
+            let carried = entry(&mut registry.lock());
+            if let Some(carried) = carried {
+                carried.end().await;
+            }
             registry.take_out_of_mesh(&owned).await;
             registry.lock().forget(&owned);
             info!(id = owned, "deregistered");

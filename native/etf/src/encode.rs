@@ -36,7 +36,7 @@ enum Rest<'a> {
     /// What comes after the last element of a list.
     Tail(Option<&'a Term>),
     /// The value of the pair whose key was written, and the pairs after it.
-    Pairs(Option<&'a Term>, slice::Iter<'a, (Term, Term)>),
+    Pairs(Option<&'a Term>, slice::Iter<'a, [Term; 2]>),
 }
 
 fn write_all(term: &Term, out: &mut Vec<u8>) -> Result<(), EncodeError> {
@@ -60,7 +60,7 @@ fn write_all(term: &Term, out: &mut Vec<u8>) -> Result<(), EncodeError> {
             Rest::Tail(tail) => tail.take(),
             Rest::Pairs(value, pairs) => match value.take() {
                 Some(value) => Some(value),
-                None => pairs.next().map(|(key, next)| {
+                None => pairs.next().map(|[key, next]| {
                     *value = Some(next);
                     key
                 }),
@@ -116,7 +116,10 @@ fn write_one<'a>(term: &'a Term, out: &mut Vec<u8>) -> Result<Option<Rest<'a>>, 
         }
         Term::Binary(bytes) => {
             out.extend_from_slice(&head("a binary", tag::BINARY, bytes.len())?);
-            out.extend_from_slice(bytes);
+            match bytes.short_parts() {
+                Some((len, bytes)) => write_some(bytes, usize::from(len), out),
+                None => out.extend_from_slice(bytes),
+            }
         }
         Term::List(items) => {
             if items.is_empty() {
@@ -135,7 +138,7 @@ fn write_one<'a>(term: &'a Term, out: &mut Vec<u8>) -> Result<Option<Rest<'a>>, 
         }
         Term::Map(map) => {
             out.extend_from_slice(&head("a map", tag::MAP, map.len())?);
-            return Ok(Some(Rest::Pairs(None, map.iter())));
+            return Ok(Some(Rest::Pairs(None, map.pairs().iter())));
         }
         Term::ImproperList(items, tail) => {
             if items.is_empty() {

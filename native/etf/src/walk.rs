@@ -93,7 +93,7 @@ impl<'a> Walk<'a> {
         } = self;
         while !inner.is_done() {
             let at = cursor.pos();
-            let token = if let Some(text) = cursor.next_short_atom() {
+            let token = if let Some((text, _)) = cursor.next_short_atom() {
                 Token::Atom(AtomRef::ascii(text))
             } else if let Some(value) = cursor.next_int() {
                 Token::Int(value)

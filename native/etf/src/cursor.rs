@@ -43,6 +43,14 @@ pub(crate) struct Cursor<'a> {
     max_integer_bytes: usize,
 }
 
+/// What [`Cursor::next_container`] opens.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Container {
+    List,
+    Map,
+    Tuple,
+}
+
 // What runs for every term is forced inline, so that a loop over tokens keeps the cursor in registers; the rest takes
 // and returns values for the same reason, and errors are made in functions of their own.
 impl<'a> Cursor<'a> {
@@ -133,6 +141,32 @@ impl<'a> Cursor<'a> {
         }
         self.leaf(after);
         Some(value)
+    }
+
+    /// The next token if it opens a container that is not empty, in its usual form, and may do so: the container, and how
+    /// many elements or pairs it has. Its parts are owed from then on.
+    #[inline(always)]
+    pub(crate) fn next_container(&mut self) -> Option<(Container, usize)> {
+        let (&[tag, a, b, c, d], after) = self.rest.split_first_chunk()?;
+        let count = u32::from_be_bytes([a, b, c, d]) as usize;
+        let (container, count, parts, after) = match tag {
+            tag::LIST => (Container::List, count, count.checked_add(1)?, after),
+            tag::MAP => (Container::Map, count, count.checked_mul(2)?, after),
+            tag::SMALL_TUPLE => (
+                Container::Tuple,
+                usize::from(a),
+                usize::from(a),
+                self.rest.get(2..)?,
+            ),
+            _ => return None,
+        };
+        let owed = self.owed.wrapping_sub(1).checked_add(parts)?;
+        let announced = self.announced.checked_add(parts)?;
+        if count == 0 || owed > after.len() || announced > self.max_terms {
+            return None;
+        }
+        (self.rest, self.owed, self.announced) = (after, owed, announced);
+        Some((container, count))
     }
 
     /// The next token if it is the empty list.

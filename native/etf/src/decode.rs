@@ -2,7 +2,7 @@
 
 use crate::atom::{self, Atom};
 use crate::binary::Binary;
-use crate::cursor::Cursor;
+use crate::cursor::{Container, Cursor};
 use crate::error::DecodeError;
 use crate::ids::{Export, Fun, Pid, Port, Reference};
 use crate::inflate::{Inflated, inflate_prefix};
@@ -119,39 +119,47 @@ impl<'a> Decoder<'a> {
             items: Vec::with_capacity(1),
         };
         loop {
-            // Each arm puts its own kind of term: to build any term first and put it then costs another copy.
-            if let Some((text, padded)) = cursor.next_short_atom() {
-                if text.len() <= atom::SHORT {
-                    top.put(|| Term::Atom(Atom::padded(text.len(), padded)));
-                } else {
-                    top.put(|| Term::Atom(self.atoms.any(AtomRef::ascii(text))));
-                }
-            } else if let Some(value) = cursor.next_int() {
-                top.put(|| Term::Int(value));
-            } else if let Some(bytes) = cursor.next_binary() {
-                match Binary::short(bytes) {
-                    Some(short) => top.put(|| Term::Binary(short)),
-                    None => top.put(|| Term::Binary(Binary::long(bytes))),
-                }
-            } else if let Some(value) = cursor.next_float() {
-                top.put(|| Term::Float(value));
-            } else {
-                let at = cursor.pos();
-                let until = cursor.owed().saturating_sub(1);
-                let token = cursor.token()?;
-                // What containers reserve was checked by the cursor: all open ones together announce no more terms
-                // than bytes are left, nor than the limit. The tail of a list is owed beyond its elements.
-                let (kind, until, count) = match token {
-                    Token::List { len: 0 } => (Kind::Tail, until, 0),
-                    Token::List { len } => (Kind::List, until + 1, len),
-                    Token::Tuple { arity } if arity > 0 => (Kind::Tuple, until, arity),
-                    Token::Map { pairs } if pairs > 0 => (Kind::Map, until, pairs.saturating_mul(2)),
-                    token => {
-                        let (term, after) = self.rare(cursor, at, token, stack.len())?;
-                        cursor = after;
-                        top.put(|| term);
-                        (Kind::Whole, until, 0)
+            // A loop of its own for what has no parts: it needs few registers. Each arm puts its own kind of term: to
+            // build any term first and put it then costs another copy.
+            while cursor.owed() != top.until {
+                if let Some((text, padded)) = cursor.next_short_atom() {
+                    if text.len() <= atom::SHORT {
+                        top.put(|| Term::Atom(Atom::padded(text.len(), padded)));
+                    } else {
+                        top.put(|| Term::Atom(self.atoms.any(AtomRef::ascii(text))));
                     }
+                } else if let Some(value) = cursor.next_int() {
+                    top.put(|| Term::Int(value));
+                } else if let Some(bytes) = cursor.next_binary() {
+                    match Binary::short(bytes) {
+                        Some(short) => top.put(|| Term::Binary(short)),
+                        None => top.put(|| Term::Binary(Binary::long(bytes))),
+                    }
+                } else if let Some(value) = cursor.next_float() {
+                    top.put(|| Term::Float(value));
+                } else {
+                    break;
+                }
+            }
+            if cursor.owed() != top.until {
+                let (at, until) = (cursor.pos(), cursor.owed() - 1);
+                // The tail of a list is owed beyond its elements.
+                let (kind, until, count) = match cursor.next_container() {
+                    Some((Container::List, len)) => (Kind::List, until + 1, len),
+                    Some((Container::Map, pairs)) => (Kind::Map, until, pairs.saturating_mul(2)),
+                    Some((Container::Tuple, arity)) => (Kind::Tuple, until, arity),
+                    None => match cursor.token()? {
+                        Token::List { len: 0 } => (Kind::Tail, until, 0),
+                        Token::List { len } => (Kind::List, until + 1, len),
+                        Token::Tuple { arity } if arity > 0 => (Kind::Tuple, until, arity),
+                        Token::Map { pairs } if pairs > 0 => (Kind::Map, until, pairs.saturating_mul(2)),
+                        token => {
+                            let (term, after) = self.rare(cursor, at, token, stack.len())?;
+                            cursor = after;
+                            top.put(|| term);
+                            (Kind::Whole, until, 0)
+                        }
+                    },
                 };
                 if kind != Kind::Whole {
                     if top.kind == Kind::Tail && matches!(kind, Kind::List | Kind::Tail) {
@@ -166,6 +174,8 @@ impl<'a> Decoder<'a> {
                             offset: at,
                         });
                     }
+                    // What is reserved was checked by the cursor: all open containers together announce no more terms
+                    // than bytes are left, nor than the limit.
                     let items = Vec::with_capacity(count);
                     stack.push(std::mem::replace(&mut top, Frame { kind, until, items }));
                     continue;

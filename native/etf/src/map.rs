@@ -86,6 +86,11 @@ impl Map {
         self.parts.as_chunks().0
     }
 
+    /// A key, its value, the next key and so on.
+    pub(crate) fn parts(&self) -> &[Term] {
+        &self.parts
+    }
+
     /// Keys with their values, sorted by key.
     pub fn iter(&self) -> Pairs<'_> {
         Pairs(self.pairs().iter())

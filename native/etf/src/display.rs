@@ -250,7 +250,7 @@ mod tests {
             (Term::binary([]), "<<>>"),
             (
                 Term::BitBinary {
-                    bytes: vec![1, 0b1010_0000],
+                    bytes: [1, 0b1010_0000].into(),
                     bits: 3,
                 },
                 "<<1,5:3>>",

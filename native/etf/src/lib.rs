@@ -40,6 +40,7 @@
 
 mod atom;
 mod bigint;
+mod binary;
 mod cursor;
 #[cfg(feature = "serde")]
 pub mod data;
@@ -64,6 +65,7 @@ mod walk;
 
 pub use atom::Atom;
 pub use bigint::BigInt;
+pub use binary::Binary;
 #[cfg(feature = "serde")]
 pub use data::{DATA_DEPTH, DataError, Keys, from_bytes, from_term, to_bytes, to_term, to_term_with, with};
 pub use decode::{decode, decode_bare_prefix, decode_prefix};
@@ -74,7 +76,7 @@ pub use inflate::inflate;
 #[cfg(feature = "eetf")]
 pub use interop::ConvertError;
 pub use limits::{DEPTH_CEILING, Limits};
-pub use map::Map;
+pub use map::{IntoPairs, Map, Pairs};
 pub use term::Term;
 pub use term_ref::{Elements, PairRefs, TermRef};
 pub use token::{AtomRef, FunRef, PidRef, PortRef, ReferenceRef, Token};

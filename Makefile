@@ -67,6 +67,7 @@ test-elixir:
 built-for-end-to-end:
 	cargo build --locked -p meshx -p bridge -p search_node
 	cd examples/shop && MIX_ENV=prod MESHX_NIF=require mix do deps.get, compile --warnings-as-errors
+	cd mix_project && $(TEST_ENV) mix do deps.get, compile --warnings-as-errors
 
 test-end-to-end: built-for-end-to-end
 	if cargo nextest --version >/dev/null 2>&1; then \

@@ -132,14 +132,15 @@ fn calls_go_both_ways(proxy: Proxy) {
     let _proxy = foreign(&consul, proxy, application, "cart-rpc");
 
     shop.eval(
-        "defmodule ThroughMesh do use MeshxRpc.Client, mesh: [adapter: Meshx.Agent, service: \"legacy\"] end; \
+        "defmodule ThroughMesh do use MeshxRpc.Client, mesh: [adapter: Meshx.Agent, service: \"legacy\"], \
+         retry_hsk_fail: 200, retry_proxy_fail: 200 end; \
          Supervisor.start_link([ThroughMesh], strategy: :one_for_one) |> elem(0)",
     )
     .unwrap();
     shop.expect("ThroughMesh.call(:twice, 21, 30_000)", "42").unwrap();
     shop.eval(&format!(
         "defmodule ThroughProxy do use MeshxRpc.Client, address: {{:tcp, {{{ip}}}, 20001}}, \
-         cks_mfa: {{MeshxRpc.Protocol.Default, :checksum, []}} end; \
+         cks_mfa: {{MeshxRpc.Protocol.Default, :checksum, []}}, retry_hsk_fail: 200, retry_proxy_fail: 200 end; \
          Supervisor.start_link([ThroughProxy], strategy: :one_for_one) |> elem(0)"
     ))
     .unwrap();

@@ -40,15 +40,32 @@ fn commands(run: &dyn Fn(&[&str]) -> Output, node: &str, console: &mut dyn FnMut
     let ok = |arguments: &[&str], out: &str| expect(run, arguments, 0, out, "");
     ok(&["ping", node], &format!("pong from {node}"));
     assert_eq!(ok(&["call", node, "lists", "sum", "[[1, 2, 39]]"], ""), "42");
-    // As Erlang prints it, and as JSON that can be given back.
+    // As Erlang reads and prints it.
+    let typed = r#"{ok,<<"text">>,#{a => [1.5]},nil,"hi",'A'}"#;
+    assert_eq!(
+        ok(&["call", node, "erlang", "hd", &format!("[[{typed}]]")], ""),
+        typed
+    );
+    // And as JSON that can be given back.
     let args =
         r#"[{"$tuple": [{"$atom": "ok"}, "text", {"$atoms": {"a": [1.5]}}, null, {"$charlist": "hi"}]}]"#;
     assert_eq!(
-        ok(&["call", node, "erlang", "hd", &format!("[{args}]")], ""),
+        ok(
+            &["call", node, "erlang", "hd", "--from-json", &format!("[{args}]")],
+            "",
+        ),
         r#"{ok,<<"text">>,#{a => [1.5]},nil,"hi"}"#
     );
     let json = ok(
-        &["call", node, "erlang", "hd", &format!("[{args}]"), "--json"],
+        &[
+            "call",
+            node,
+            "erlang",
+            "hd",
+            "--from-json",
+            &format!("[{args}]"),
+            "--json",
+        ],
         "",
     );
     assert_eq!(
@@ -56,23 +73,28 @@ fn commands(run: &dyn Fn(&[&str]) -> Output, node: &str, console: &mut dyn FnMut
         r#"{"$tuple":[{"$atom":"ok"},"text",{"$atoms":{"a":[1.5]}},null,[104,105]]}"#
     );
     let again = ok(
-        &["call", node, "erlang", "hd", &format!("[[{json}]]"), "--json"],
-        "",
-    );
-    assert_eq!(again, json);
-    let pid = ok(
         &[
             "call",
             node,
             "erlang",
-            "whereis",
-            r#"[{"$atom":"kernel_sup"}]"#,
+            "hd",
+            "--from-json",
+            &format!("[[{json}]]"),
             "--json",
         ],
         "",
     );
+    assert_eq!(again, json);
+    let pid = ok(&["call", node, "erlang", "whereis", "[kernel_sup]", "--json"], "");
     let alive = ok(
-        &["call", node, "erlang", "is_process_alive", &format!("[{pid}]")],
+        &[
+            "call",
+            node,
+            "erlang",
+            "is_process_alive",
+            "--from-json",
+            &format!("[{pid}]"),
+        ],
         "",
     );
     assert_eq!(alive, "true");
@@ -80,7 +102,7 @@ fn commands(run: &dyn Fn(&[&str]) -> Output, node: &str, console: &mut dyn FnMut
     // The remote function fails, is not there, takes too long.
     expect(
         run,
-        &["call", node, "erlang", "error", r#"[{"$atom":"oh"}]"#],
+        &["call", node, "erlang", "error", "[oh]"],
         REMOTE,
         "",
         "raised oh",
@@ -95,10 +117,10 @@ fn commands(run: &dyn Fn(&[&str]) -> Output, node: &str, console: &mut dyn FnMut
     expect(run, &["call", node, "none", "none"], REMOTE, "", "undef");
     let slow = ["call", node, "timer", "sleep", "[60000]", "--timeout", "1"];
     expect(run, &slow, UNAVAILABLE, "", "1s");
-    expect(run, &["call", node, "lists", "sum", "1"], USAGE, "", "array");
+    expect(run, &["call", node, "lists", "sum", "1"], USAGE, "", "list");
     expect(
         run,
-        &["send", node, "x", r#"{"$x": 1}"#],
+        &["send", node, "x", "--from-json", r#"{"$x": 1}"#],
         USAGE,
         "",
         "no such form",
@@ -106,10 +128,7 @@ fn commands(run: &dyn Fn(&[&str]) -> Output, node: &str, console: &mut dyn FnMut
     expect(run, &["ping", "nonsense"], USAGE, "", "nonsense");
 
     console("register(inbox, self()).");
-    ok(
-        &["send", node, "inbox", r#"{"$tuple": [{"$atom": "hello"}, 1]}"#],
-        "",
-    );
+    ok(&["send", node, "inbox", "{hello, 1}"], "");
     assert_eq!(console("receive {hello, N} -> N end."), "1");
     ok(&["send", "--cast", node, "inbox", "7"], "");
     assert_eq!(console("receive {'$gen_cast', C} -> C end."), "7");

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use meshx_etf::Term;
+use meshx_etf::{Limits, Term};
 use serde_json::Value;
 
 use super::caller::{CallerArgs, call_failure, rpc_failure, send_failure};
@@ -22,10 +22,10 @@ pub(super) struct PingArgs {
 
 /// Call a function on a node and print its result
 ///
-/// ARGS is a JSON array with one element per argument. Strings become binaries, null becomes nil, true and false
-/// themselves, numbers integers or floats, arrays lists, objects maps with binary keys. What JSON lacks is an object
-/// with one member: {"$atom": "x"}, {"$tuple": [1, 2]}, {"$charlist": "text"}, {"$atoms": {"key": 1}} and more
-/// (docs/cli.md). Exit code 1: the function failed.
+/// ARGS is a list of terms in Erlang's syntax, one per argument: [1, foo, <<"x">>, {a, "b"}, #{id => 7}]. With
+/// --from-json it is a JSON array: strings become binaries, null becomes nil, true and false themselves, numbers integers
+/// or floats, arrays lists, objects maps with binary keys, and what JSON lacks is an object with one member, such as
+/// {"$atom": "x"} (docs/cli.md). Exit code 1: the function failed.
 #[derive(Debug, clap::Args)]
 pub(super) struct CallArgs {
     /// The node to call, as name@host
@@ -34,10 +34,13 @@ pub(super) struct CallArgs {
     module: String,
     /// Function
     function: String,
-    /// Arguments as a JSON array
+    /// Arguments, as a list in Erlang's syntax
     #[arg(default_value = "[]")]
     args: String,
-    /// Print the result as JSON, in the forms that ARGS has, instead of as Erlang prints it
+    /// Read ARGS as JSON
+    #[arg(long)]
+    from_json: bool,
+    /// Print the result as JSON, in the forms that --from-json reads, instead of as Erlang prints it
     #[arg(long)]
     json: bool,
     #[command(flatten)]
@@ -54,8 +57,11 @@ pub(super) struct SendArgs {
     node: String,
     /// The registered name
     process: String,
-    /// The message as JSON, in the forms of meshx call
+    /// The message, a term in Erlang's syntax
     term: String,
+    /// Read TERM as JSON, in the forms of meshx call
+    #[arg(long)]
+    from_json: bool,
     /// Send it as GenServer.cast does
     #[arg(long)]
     cast: bool,
@@ -82,7 +88,7 @@ pub(super) fn ping(args: &PingArgs) -> Result<ExitCode, Failure> {
 }
 
 pub(super) fn call(args: &CallArgs) -> Result<ExitCode, Failure> {
-    let terms = arguments(&args.args)?;
+    let terms = arguments(&args.args, args.from_json)?;
     let timeout = args.caller.timeout();
     let result = block_on(async {
         let node = args.caller.join(&args.node).await?;
@@ -100,10 +106,8 @@ pub(super) fn call(args: &CallArgs) -> Result<ExitCode, Failure> {
 }
 
 pub(super) fn send(args: &SendArgs) -> Result<ExitCode, Failure> {
-    let term = serde_json::from_str(&args.term)
-        .map_err(|error| error.to_string())
-        .and_then(from_json)
-        .map_err(|error| Failure::usage(format!("TERM: {error}")))?;
+    let term = term(&args.term, args.from_json);
+    let term = term.map_err(|error| Failure::usage(format!("TERM: {error}")))?;
     let timeout = args.caller.timeout();
     block_on(async {
         let node = args.caller.join(&args.node).await?;
@@ -128,17 +132,25 @@ pub(super) fn send(args: &SendArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn arguments(json: &str) -> Result<Vec<Term>, Failure> {
-    match serde_json::from_str(json) {
-        Ok(Value::Array(items)) => items
-            .into_iter()
-            .map(|item| from_json(item).map_err(|error| Failure::usage(format!("ARGS: {error}"))))
-            .collect(),
-        Ok(_) => Err(Failure::usage(
+fn arguments(text: &str, from_json: bool) -> Result<Vec<Term>, Failure> {
+    match term(text, from_json) {
+        Ok(Term::List(arguments)) => Ok(arguments),
+        Ok(_) if from_json => Err(Failure::usage(
             "ARGS must be a JSON array, one element per argument",
         )),
-        Err(error) => Err(Failure::usage(format!("ARGS is no JSON: {error}"))),
+        Ok(_) => Err(Failure::usage(
+            "ARGS must be a list in Erlang's syntax, one element per argument",
+        )),
+        Err(error) => Err(Failure::usage(format!("ARGS: {error}"))),
     }
+}
+
+fn term(text: &str, is_json: bool) -> Result<Term, String> {
+    if is_json {
+        let value = serde_json::from_str::<Value>(text).map_err(|error| format!("no JSON: {error}"))?;
+        return from_json(value);
+    }
+    meshx_etf::parse(text, &Limits::default()).map_err(|error| error.to_string())
 }
 
 #[cfg(test)]
@@ -148,11 +160,27 @@ mod tests {
     use crate::cli::EX_USAGE;
 
     #[test]
-    fn arguments_are_an_array() {
-        assert_eq!(arguments("[1, []]").unwrap(), [Term::Int(1), Term::list([])]);
-        for json in ["", "1", "{}", "[1", r#"[{"$atom": 1}]"#, r#"[{"$tuple": "x"}]"#] {
-            assert_eq!(arguments(json).unwrap_err().code, EX_USAGE, "{json}");
+    fn arguments_are_a_list() {
+        for json in [false, true] {
+            assert_eq!(
+                arguments("[1, []]", json).unwrap(),
+                [Term::Int(1), Term::list([])]
+            );
+            for text in [
+                "",
+                "1",
+                "{}",
+                "[1",
+                "[1|2]",
+                r#"[{"$atom": 1}]"#,
+                r#"[{"$tuple": "x"}]"#,
+            ] {
+                assert_eq!(arguments(text, json).unwrap_err().code, EX_USAGE, "{text}");
+            }
+            assert!(arguments(&"[".repeat(100_000), json).is_err());
         }
-        assert!(arguments(&"[".repeat(100_000)).is_err());
+        let text = r#"[foo, <<"x">>, "b"]"#;
+        let terms = [Term::atom("foo"), Term::binary("x"), Term::charlist("b")];
+        assert_eq!(arguments(text, false).unwrap(), terms);
     }
 }

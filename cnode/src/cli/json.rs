@@ -32,7 +32,7 @@ pub(super) fn to_json(term: &Term) -> Value {
         Term::List(list) => items(list),
         Term::Tuple(parts) => json!({ "$tuple": items(parts) }),
         Term::ImproperList(list, tail) => json!({ "$improper": [items(list), to_json(tail)] }),
-        Term::Map(map) => map_to_json(map.pairs()),
+        Term::Map(map) => map_to_json(map),
         Term::BitBinary { .. }
         | Term::Pid(_)
         | Term::Port(_)
@@ -43,14 +43,15 @@ pub(super) fn to_json(term: &Term) -> Value {
 }
 
 /// An object when all keys are texts, `$atoms` when all are atoms, else `$map` with pairs.
-fn map_to_json(pairs: &[(Term, Term)]) -> Value {
+fn map_to_json(pairs: &meshx_etf::Map) -> Value {
     let object = |name: fn(&Term) -> Option<&str>| {
         let members = pairs
             .iter()
             .map(|(key, value)| Some((name(key)?.to_owned(), to_json(value))));
         members.collect::<Option<Map<_, _>>>()
     };
-    let like_special = pairs.len() == 1 && pairs[0].0.as_str().is_some_and(|key| key.starts_with('$'));
+    let special = |key: &Term| key.as_str().is_some_and(|key| key.starts_with('$'));
+    let like_special = pairs.len() == 1 && pairs.iter().any(|(key, _)| special(key));
     if !like_special && let Some(texts) = object(|key| key.as_str()) {
         return Value::Object(texts);
     }

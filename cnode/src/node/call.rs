@@ -54,7 +54,7 @@ impl std::fmt::Debug for Caller {
 /// The alias in a tag: `[alias | Ref]`, or `[[alias | Ref] | Anything]`.
 fn alias(tag: &Term) -> Option<&meshx_etf::Reference> {
     match tag {
-        Term::ImproperList(head, tail) => match (head.as_slice(), tail.as_ref()) {
+        Term::ImproperList(head, tail) => match (&**head, &**tail) {
             ([Term::Atom(atom)], Term::Reference(reference)) if atom.as_str() == "alias" => Some(reference),
             ([inner @ Term::ImproperList(..), ..], _) => only_alias(inner),
             _ => None,
@@ -66,7 +66,7 @@ fn alias(tag: &Term) -> Option<&meshx_etf::Reference> {
 
 fn only_alias(tag: &Term) -> Option<&meshx_etf::Reference> {
     match tag {
-        Term::ImproperList(head, tail) => match (head.as_slice(), tail.as_ref()) {
+        Term::ImproperList(head, tail) => match (&**head, &**tail) {
             ([Term::Atom(atom)], Term::Reference(reference)) if atom.as_str() == "alias" => Some(reference),
             _ => None,
         },
@@ -208,7 +208,7 @@ async fn ask(
 
 /// `[alias | Alias]`.
 fn alias_tag(alias: &Reference) -> Term {
-    Term::ImproperList(vec![Term::atom("alias")], Box::new(Term::from(alias.clone())))
+    Term::ImproperList([Term::atom("alias")].into(), Box::new(Term::from(alias.clone())))
 }
 
 /// Whether a message is `{Tag, Reply}`.

@@ -15,7 +15,7 @@ use crate::token::AtomRef;
 pub struct Atom(Text);
 
 /// Most bytes that are kept in place: it makes an atom 16 bytes wide.
-const SHORT: usize = 14;
+pub(crate) const SHORT: usize = 14;
 
 /// Text is always UTF-8. A text that is short enough is always `Short`, with zeros behind it, so that equal texts are
 /// equal values.
@@ -33,32 +33,33 @@ impl Atom {
     }
 
     /// An atom with this text, if it is short. `text` is UTF-8.
-    #[inline(always)]
     pub(crate) fn short(text: &[u8]) -> Option<Self> {
-        let len = text.len();
-        // Read in one or two pieces that may overlap, and put together in registers.
-        let number = match len {
-            0..=3 => text
-                .iter()
-                .rev()
-                .fold(0, |number, &byte| number << 8 | u128::from(byte)),
-            4..=7 => {
-                let (first, last) = (text.first_chunk::<4>()?, text.last_chunk::<4>()?);
-                let (first, last) = (u32::from_le_bytes(*first), u32::from_le_bytes(*last));
-                u128::from(u64::from(first) | u64::from(last) << (8 * (len - 4)))
-            }
-            8..=SHORT => {
-                let (first, last) = (text.first_chunk::<8>()?, text.last_chunk::<8>()?);
-                let (first, last) = (u64::from_le_bytes(*first), u64::from_le_bytes(*last));
-                u128::from(first) | u128::from(last) << (8 * (len - 8))
-            }
-            _ => return None,
-        };
-        let bytes = *number.to_le_bytes().first_chunk()?;
-        Some(Self(Text::Short {
+        let mut padded = [0; 16];
+        padded.get_mut(..text.len())?.copy_from_slice(text);
+        (text.len() <= SHORT).then(|| Self::padded(text.len(), u128::from_le_bytes(padded)))
+    }
+
+    /// An atom with a text of `len` bytes, at most [`SHORT`]; `text` is filled up with zeros.
+    #[inline(always)]
+    pub(crate) fn padded(len: usize, text: u128) -> Self {
+        let [bytes @ .., _, _] = text.to_le_bytes();
+        Self(Text::Short {
             len: len as u8,
             bytes,
-        }))
+        })
+    }
+
+    /// The order of two texts that are both short.
+    #[inline(always)]
+    pub(crate) fn compare_short(&self, other: &Self) -> Option<Ordering> {
+        // The zeros behind a text sort below all that another has there; the length tells texts apart that end with them.
+        let key = |atom: &Self| {
+            let (len, bytes) = atom.short_parts()?;
+            let (first, last) = (bytes.first_chunk::<8>()?, bytes.last_chunk::<8>()?);
+            let (first, last) = (u64::from_be_bytes(*first), u64::from_be_bytes(*last));
+            Some((first, u128::from(last) << 8 | u128::from(len)))
+        };
+        Some(key(self)?.cmp(&key(other)?))
     }
 
     /// Its text.
@@ -169,7 +170,10 @@ mod tests {
             "",
             "a",
             "a\0",
+            "a\0\0",
             "ab",
+            "same first 8 a",
+            "same first 8",
             "exactly14bytes",
             "exactly15 bytes",
             "日本日本",
@@ -187,6 +191,9 @@ mod tests {
                 assert_eq!(atom == *b, i == j);
                 assert_eq!(atom == atoms[j], i == j);
                 assert_eq!(atom.cmp(&Atom::from(b)), a.cmp(b));
+                let order = atom.compare_short(&atoms[j]);
+                assert!(order.is_none_or(|order| order == a.cmp(b)));
+                assert_eq!(order.is_some(), a.len() <= SHORT && b.len() <= SHORT);
             }
         }
         assert_eq!(size_of::<Atom>(), 16);

@@ -13,14 +13,14 @@ const MAX_DECIMAL_BYTES: usize = 1024;
 pub struct BigInt {
     negative: bool,
     /// Least byte first, no zero byte at the end.
-    magnitude: Vec<u8>,
+    magnitude: Box<[u8]>,
 }
 
 impl BigInt {
     pub(crate) fn from_trimmed(negative: bool, magnitude: &[u8]) -> Self {
         Self {
             negative,
-            magnitude: magnitude.to_vec(),
+            magnitude: magnitude.into(),
         }
     }
 

@@ -1,12 +1,13 @@
 //! Bytes to owned terms.
 
-use crate::atom::Atom;
-use crate::cursor::Cursor;
+use crate::atom::{self, Atom};
+use crate::binary::Binary;
+use crate::cursor::{Container, Cursor};
 use crate::error::DecodeError;
 use crate::ids::{Export, Fun, Pid, Port, Reference};
 use crate::inflate::{Inflated, inflate_prefix};
 use crate::limits::Limits;
-use crate::map::{Duplicate, Map};
+use crate::map::Map;
 use crate::term::Term;
 use crate::token::{AtomRef, Token};
 use crate::walk::skip_fun;
@@ -69,33 +70,32 @@ pub(crate) fn decode_bare(bytes: &[u8], pos: usize, limits: &Limits) -> Result<(
     Decoder::new(bytes, pos, limits).run()
 }
 
-/// Builds terms from a cursor. A container that is being filled is a [`Frame`]; those around it wait on a stack, so
-/// that nesting costs no recursion.
+/// Builds terms from a cursor. The container that is being filled is a local of [`Decoder::run`]; those around it wait
+/// on a stack as [`Frame`]s, so that nesting costs no recursion.
 struct Decoder<'a> {
     cursor: Cursor<'a>,
     max_depth: usize,
     atoms: AtomCache,
-    /// Keys of maps whose values are not complete yet, innermost last.
-    keys: Vec<Term>,
 }
 
 /// A container that waits for more of its parts.
 struct Frame {
     kind: Kind,
-    /// Parts still to come, the tail of a list counted.
-    left: usize,
-    /// Parts of a list or tuple so far.
+    /// Terms that the whole input still owes once all parts of this have come.
+    until: usize,
+    /// Parts so far; of a map a key, its value, the next key and so on.
     items: Vec<Term>,
-    /// Whether the last of them is the tail of a list, and not `[]`.
-    tail: bool,
-    /// Parts of a map so far.
-    pairs: Vec<(Term, Term)>,
 }
 
 #[derive(Clone, Copy, PartialEq)]
 enum Kind {
-    List,
+    /// What holds the whole term.
+    Whole,
     Tuple,
+    /// Elements of a list; its tail is owed as well.
+    List,
+    /// A list that all elements have come of, and a tail is to come that is not `[]`.
+    Tail,
     Map,
 }
 
@@ -105,7 +105,6 @@ impl<'a> Decoder<'a> {
             cursor: Cursor::new(bytes, pos, limits),
             max_depth: limits.depth(),
             atoms: AtomCache::new(),
-            keys: Vec::new(),
         }
     }
 
@@ -114,30 +113,59 @@ impl<'a> Decoder<'a> {
         // A local, so that it stays in registers as far as possible.
         let mut cursor = self.cursor;
         let mut stack: Vec<Frame> = Vec::new();
-        // The whole term is the one part of this.
-        let mut top = Frame::new(Kind::Tuple, 1, 1);
+        let mut top = Frame {
+            kind: Kind::Whole,
+            until: 0,
+            items: Vec::with_capacity(1),
+        };
         loop {
-            let keys = &mut self.keys;
-            let complete = if let Some(value) = cursor.next_int() {
-                top.put(Term::Int(value), keys)
-            } else if let Some(text) = cursor.next_short_atom() {
-                top.put(Term::Atom(self.atoms.get(text)), keys)
-            } else {
-                let at = cursor.pos();
-                let token = cursor.token()?;
-                // What containers reserve was checked by the cursor: all open ones together announce no more terms
-                // than bytes are left, nor than the limit.
-                let (kind, left, count) = match token {
-                    Token::List { len } => (Kind::List, len.saturating_add(1), len),
-                    Token::Tuple { arity } if arity > 0 => (Kind::Tuple, arity, arity),
-                    Token::Map { pairs } if pairs > 0 => (Kind::Map, pairs.saturating_mul(2), pairs),
-                    _ => (Kind::Tuple, 0, 0),
+            // A loop of its own for what has no parts: it needs few registers. Each arm puts its own kind of term: to
+            // build any term first and put it then costs another copy.
+            while cursor.owed() != top.until {
+                if let Some((text, padded)) = cursor.next_short_atom() {
+                    if text.len() <= atom::SHORT {
+                        top.put(|| Term::Atom(Atom::padded(text.len(), padded)));
+                    } else {
+                        top.put(|| Term::Atom(self.atoms.any(AtomRef::ascii(text))));
+                    }
+                } else if let Some(value) = cursor.next_int() {
+                    top.put(|| Term::Int(value));
+                } else if let Some(bytes) = cursor.next_binary() {
+                    match Binary::short(bytes) {
+                        Some(short) => top.put(|| Term::Binary(short)),
+                        None => top.put(|| Term::Binary(Binary::long(bytes))),
+                    }
+                } else if let Some(value) = cursor.next_float() {
+                    top.put(|| Term::Float(value));
+                } else {
+                    break;
+                }
+            }
+            if cursor.owed() != top.until {
+                let (at, until) = (cursor.pos(), cursor.owed() - 1);
+                // The tail of a list is owed beyond its elements.
+                let (kind, until, count) = match cursor.next_container() {
+                    Some((Container::List, len)) => (Kind::List, until + 1, len),
+                    Some((Container::Map, pairs)) => (Kind::Map, until, pairs.saturating_mul(2)),
+                    Some((Container::Tuple, arity)) => (Kind::Tuple, until, arity),
+                    None => match cursor.token()? {
+                        Token::List { len: 0 } => (Kind::Tail, until, 0),
+                        Token::List { len } => (Kind::List, until + 1, len),
+                        Token::Tuple { arity } if arity > 0 => (Kind::Tuple, until, arity),
+                        Token::Map { pairs } if pairs > 0 => (Kind::Map, until, pairs.saturating_mul(2)),
+                        token => {
+                            let (term, after) = self.rare(cursor, at, token, stack.len())?;
+                            cursor = after;
+                            top.put(|| term);
+                            (Kind::Whole, until, 0)
+                        }
+                    },
                 };
-                if left > 0 {
-                    if kind == Kind::List && top.kind == Kind::List && top.left == 1 {
+                if kind != Kind::Whole {
+                    if top.kind == Kind::Tail && matches!(kind, Kind::List | Kind::Tail) {
                         // A list whose tail is a list is one longer list: see `Outer::enter`.
-                        top.items.reserve(count);
-                        top.left = left;
+                        top.items = with_room(top.items, count);
+                        (top.kind, top.until) = (kind, until);
                         continue;
                     }
                     if stack.len() >= self.max_depth {
@@ -146,33 +174,35 @@ impl<'a> Decoder<'a> {
                             offset: at,
                         });
                     }
-                    stack.push(std::mem::replace(&mut top, Frame::new(kind, left, count)));
+                    // What is reserved was checked by the cursor: all open containers together announce no more terms
+                    // than bytes are left, nor than the limit.
+                    let items = Vec::with_capacity(count);
+                    stack.push(std::mem::replace(&mut top, Frame { kind, until, items }));
                     continue;
                 }
-                // Each arm puts its own kind of term: to build any term first and put it then costs another copy.
-                match token {
-                    Token::Float(value) => top.put(Term::Float(value), keys),
-                    Token::Binary(bytes) => top.put(Term::Binary(bytes.to_vec()), keys),
-                    Token::Nil => top.put(Term::List(Vec::new()), keys),
-                    token => {
-                        let term = self.rare(&mut cursor, at, token, stack.len())?;
-                        top.put(term, &mut self.keys)
-                    }
-                }
-            };
-            if !complete {
-                continue;
             }
-            // And those around it that waited for it alone.
-            loop {
+            // The container may be complete now, and those around it that waited for it alone.
+            while cursor.owed() == top.until {
+                if top.kind == Kind::List && !cursor.next_nil() {
+                    (top.kind, top.until) = (Kind::Tail, top.until - 1);
+                    break;
+                }
                 let Some(outer) = stack.pop() else {
                     let term = top.items.pop().unwrap_or_else(|| Term::List(Vec::new()));
                     return Ok((term, cursor.pos()));
                 };
-                let whole = std::mem::replace(&mut top, outer);
-                let term = whole.finish().map_err(|_| duplicate_key(cursor.pos()))?;
-                if !top.put(term, &mut self.keys) {
-                    break;
+                let Frame { kind, mut items, .. } = std::mem::replace(&mut top, outer);
+                match kind {
+                    Kind::Tuple => top.put(|| Term::Tuple(items)),
+                    Kind::Map => {
+                        let map = Map::from_parts(items).map_err(|_| duplicate_key(cursor.pos()))?;
+                        top.put(|| Term::Map(map));
+                    }
+                    Kind::Whole | Kind::List => top.put(|| Term::List(items)),
+                    Kind::Tail => {
+                        let tail = items.pop().unwrap_or_else(|| Term::List(Vec::new()));
+                        top.put(|| Term::list_with_tail(items, tail));
+                    }
                 }
             }
         }
@@ -182,12 +212,12 @@ impl<'a> Decoder<'a> {
     #[inline(never)]
     fn rare(
         &mut self,
-        cursor: &mut Cursor<'a>,
+        mut cursor: Cursor<'a>,
         at: usize,
         token: Token<'a>,
         depth: usize,
-    ) -> Result<Term, DecodeError> {
-        Ok(match token {
+    ) -> Result<(Term, Cursor<'a>), DecodeError> {
+        let term = match token {
             Token::BigInt { negative, magnitude } => Term::integer_from_le_bytes(negative, magnitude),
             Token::BitBinary { bytes, bits } => match Term::bit_string(bytes, bits) {
                 Some(term) => term,
@@ -203,7 +233,7 @@ impl<'a> Decoder<'a> {
             Token::Map { .. } => Term::Map(Map::new()),
             Token::Tuple { .. } => Term::Tuple(Vec::new()),
             Token::Pid(pid) => Term::Pid(Pid::from_ref(&pid, |atom| self.atoms.any(atom))),
-            Token::Port(port) => Term::Port(Port::from_ref(&port, |atom| self.atoms.any(atom))),
+            Token::Port(port) => Term::from(Port::from_ref(&port, |atom| self.atoms.any(atom))),
             Token::Reference(reference) => {
                 Term::from(Reference::from_ref(&reference, |atom| self.atoms.any(atom)))
             }
@@ -217,70 +247,38 @@ impl<'a> Decoder<'a> {
                 arity,
             }),
             Token::Fun(fun) => {
-                skip_fun(cursor, &token, at, self.max_depth.saturating_sub(depth))?;
+                skip_fun(&mut cursor, &token, at, self.max_depth.saturating_sub(depth))?;
                 Term::Fun(Fun::from_checked(fun.body))
             }
             Token::Int(value) => Term::Int(value),
             Token::Float(value) => Term::Float(value),
             Token::Atom(atom) => Term::Atom(self.atoms.any(atom)),
-            Token::Binary(bytes) => Term::Binary(bytes.to_vec()),
+            Token::Binary(bytes) => Term::binary(bytes),
             Token::Nil | Token::List { .. } => Term::List(Vec::new()),
-        })
+        };
+        Ok((term, cursor))
     }
 }
 
 impl Frame {
+    /// Adds a part. There is room for all, but for a tail that is seldom met.
     #[inline(always)]
-    fn new(kind: Kind, left: usize, count: usize) -> Self {
-        let (items, pairs) = match kind {
-            // Nearly every tail is the empty list, which is not kept: `put` makes room for any other.
-            Kind::List | Kind::Tuple => (Vec::with_capacity(count), Vec::new()),
-            Kind::Map => (Vec::new(), Vec::with_capacity(count)),
-        };
-        Self {
-            kind,
-            left,
-            items,
-            tail: false,
-            pairs,
+    fn put(&mut self, term: impl FnOnce() -> Term) {
+        if self.items.len() == self.items.capacity() {
+            // Given away and taken back, as nothing else may hold the address of what shall stay in registers.
+            self.items = with_room(std::mem::take(&mut self.items), 1);
+            self.items.push(term());
+        } else {
+            self.items.push(term());
         }
     }
+}
 
-    /// Adds the next part; true when it was the last.
-    #[inline(always)]
-    fn put(&mut self, term: Term, keys: &mut Vec<Term>) -> bool {
-        self.left -= 1;
-        match self.kind {
-            Kind::Map if self.left % 2 == 1 => keys.push(term),
-            Kind::Map => {
-                if let Some(key) = keys.pop() {
-                    self.pairs.push((key, term));
-                }
-            }
-            Kind::List if self.left == 0 => {
-                if !matches!(&term, Term::List(rest) if rest.is_empty()) {
-                    self.tail = true;
-                    self.items.push(term);
-                }
-            }
-            Kind::List | Kind::Tuple => self.items.push(term),
-        }
-        self.left == 0
-    }
-
-    /// The container, which has all its parts.
-    #[inline(always)]
-    fn finish(mut self) -> Result<Term, Duplicate> {
-        Ok(match self.kind {
-            Kind::List if self.tail => match self.items.pop() {
-                Some(tail) => Term::list_with_tail(self.items, tail),
-                None => Term::List(self.items),
-            },
-            Kind::Tuple => Term::Tuple(self.items),
-            Kind::List => Term::List(self.items),
-            Kind::Map => Term::Map(Map::from_pairs(self.pairs)?),
-        })
-    }
+#[cold]
+#[inline(never)]
+fn with_room(mut items: Vec<Term>, count: usize) -> Vec<Term> {
+    items.reserve(count);
+    items
 }
 
 #[cold]
@@ -300,15 +298,6 @@ impl AtomCache {
     fn new() -> Self {
         Self {
             atoms: [const { None }; Self::ENTRIES],
-        }
-    }
-
-    /// The atom of a text that is ASCII.
-    #[inline(always)]
-    fn get(&mut self, text: &[u8]) -> Atom {
-        match Atom::short(text) {
-            Some(atom) => atom,
-            None => self.any(AtomRef::ascii(text)),
         }
     }
 

@@ -214,13 +214,17 @@ const RESERVED: [&str; 29] = [
     "when", "xor",
 ];
 
+pub(crate) fn is_reserved(word: &str) -> bool {
+    RESERVED.contains(&word)
+}
+
 /// Whether an atom reads back without quotes: a lower-case Latin-1 letter, then Latin-1 letters, digits, `_`, `@`.
 fn is_bare_atom(text: &str) -> bool {
     let lower = |c: char| c.is_ascii_lowercase() || matches!(c, 'ß'..='ö' | 'ø'..='ÿ');
     let inner =
         |c: char| lower(c) || c.is_ascii_alphanumeric() || matches!(c, 'À'..='Ö' | 'Ø'..='Þ' | '_' | '@');
     let mut chars = text.chars();
-    chars.next().is_some_and(lower) && chars.all(inner) && !RESERVED.contains(&text)
+    chars.next().is_some_and(lower) && chars.all(inner) && !is_reserved(text)
 }
 
 #[cfg(test)]
@@ -250,7 +254,7 @@ mod tests {
             (Term::binary([]), "<<>>"),
             (
                 Term::BitBinary {
-                    bytes: vec![1, 0b1010_0000],
+                    bytes: [1, 0b1010_0000].into(),
                     bits: 3,
                 },
                 "<<1,5:3>>",

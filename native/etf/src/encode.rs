@@ -3,6 +3,7 @@
 use std::{mem, slice};
 
 use crate::atom::Atom;
+use crate::binary;
 use crate::cursor::{MAX_ATOM_CHARS, MAX_REFERENCE_WORDS};
 use crate::error::EncodeError;
 use crate::limits::DEPTH_CEILING;
@@ -29,124 +30,174 @@ pub fn encode_bare(term: &Term, out: &mut Vec<u8>) -> Result<(), EncodeError> {
 }
 
 /// What is left to write of a container.
-enum Rest<'a> {
-    Terms(slice::Iter<'a, Term>),
-    /// Elements of a list, then its tail (`None` for `[]`).
-    List(slice::Iter<'a, Term>, Option<&'a Term>),
-    /// What comes after the last element of a list.
-    Tail(Option<&'a Term>),
-    /// The value of the pair whose key was written, and the pairs after it.
-    Pairs(Option<&'a Term>, slice::Iter<'a, (Term, Term)>),
+struct Rest<'a> {
+    /// Its parts: of a map a key, its value, the next key and so on.
+    items: slice::Iter<'a, Term>,
+    end: End<'a>,
 }
+
+/// What comes after the last part.
+#[derive(Clone, Copy)]
+enum End<'a> {
+    Nothing,
+    Nil,
+    Tail(&'a Term),
+}
+
+/// Bytes that are collected before they go to the output.
+const PIECE: usize = 512;
+/// Most bytes of a term that is written into the piece: the head of a binary, and the bytes of a short one.
+const ROOM: usize = 5 + binary::SHORT;
 
 fn write_all(term: &Term, out: &mut Vec<u8>) -> Result<(), EncodeError> {
     let mut open: Vec<Rest<'_>> = Vec::new();
     // The innermost container is a local: only beginning and ending one touches the stack.
-    let mut top = Rest::Terms(slice::from_ref(term).iter());
+    let mut top = Rest {
+        items: slice::from_ref(term).iter(),
+        end: End::Nothing,
+    };
+    // Terms are small: each is written to a place of a known size, of which only `len` moves on, by what counts.
+    let mut piece = [0; PIECE];
+    let mut len = 0;
     loop {
-        let next = match &mut top {
-            Rest::Terms(items) => items.next(),
-            Rest::List(items, tail) => match items.next() {
-                Some(item) => Some(item),
-                None => {
-                    let tail = *tail;
-                    if tail.is_none() {
-                        out.push(tag::NIL);
-                    }
-                    top = Rest::Tail(None);
-                    tail
-                }
-            },
-            Rest::Tail(tail) => tail.take(),
-            Rest::Pairs(value, pairs) => match value.take() {
-                Some(value) => Some(value),
-                None => pairs.next().map(|(key, next)| {
-                    *value = Some(next);
-                    key
-                }),
-            },
+        let place = match piece.get_mut(len..).and_then(|rest| rest.first_chunk_mut()) {
+            Some(place) => place,
+            None => {
+                len = flush(&piece, len, out);
+                continue;
+            }
         };
-        match next {
-            Some(term) => {
-                if let Some(rest) = write_one(term, out)? {
-                    // The outermost of them is no container but holds the whole term.
-                    if open.len() >= DEPTH_CEILING as usize {
-                        return Err(EncodeError::TooDeep {
-                            limit: DEPTH_CEILING as usize,
-                        });
+        let Some(term) = top.items.next() else {
+            match top.end {
+                End::Nothing => match open.pop() {
+                    Some(outer) => top = outer,
+                    None => break,
+                },
+                End::Nil => {
+                    put(place, [tag::NIL]);
+                    len += 1;
+                    top.end = End::Nothing;
+                }
+                End::Tail(tail) => {
+                    top = Rest {
+                        items: slice::from_ref(tail).iter(),
+                        end: End::Nothing,
                     }
-                    open.push(mem::replace(&mut top, rest));
                 }
             }
-            None => match open.pop() {
-                Some(outer) => top = outer,
-                None => return Ok(()),
+            continue;
+        };
+        // Each arm goes on by itself: what they have in common would have to be carried there.
+        let (head, items, end) = match term {
+            Term::Int(value) => {
+                len += write_int(*value, place);
+                continue;
+            }
+            Term::Atom(atom) => {
+                if let Some((count, text)) = atom.short_parts() {
+                    put(place, [tag::SMALL_ATOM_UTF8, count]);
+                    put_at::<2, _>(place, text);
+                    len += 2 + usize::from(count);
+                    continue;
+                }
+                len = flush(&piece, len, out);
+                write_atom(atom, out)?;
+                continue;
+            }
+            Term::Binary(bytes) => {
+                if let Some((count, bytes)) = bytes.short_parts() {
+                    put(place, [tag::BINARY, 0, 0, 0, count]);
+                    put_at::<5, _>(place, bytes);
+                    len += 5 + usize::from(count);
+                    continue;
+                }
+                len = flush(&piece, len, out);
+                out.extend_from_slice(&head("a binary", tag::BINARY, bytes.len())?);
+                out.extend_from_slice(bytes);
+                continue;
+            }
+            Term::Float(value) => {
+                if !value.is_finite() {
+                    return Err(EncodeError::Float);
+                }
+                put(place, [tag::NEW_FLOAT]);
+                put_at::<1, _>(place, &value.to_be_bytes());
+                len += 9;
+                continue;
+            }
+            Term::List(items) => match items.first() {
+                None => {
+                    put(place, [tag::NIL]);
+                    len += 1;
+                    continue;
+                }
+                Some(Term::Int(0..=255)) if is_string(items) => {
+                    len = flush(&piece, len, out);
+                    write_string(items, out);
+                    continue;
+                }
+                Some(_) => (head("a list", tag::LIST, items.len())?, &**items, End::Nil),
             },
+            Term::Tuple(items) => match u8::try_from(items.len()) {
+                Ok(arity) => ([tag::SMALL_TUPLE, arity, 0, 0, 0], &**items, End::Nothing),
+                Err(_) => (
+                    head("a tuple", tag::LARGE_TUPLE, items.len())?,
+                    &**items,
+                    End::Nothing,
+                ),
+            },
+            Term::Map(map) => (head("a map", tag::MAP, map.len())?, map.parts(), End::Nothing),
+            Term::ImproperList(items, tail) => {
+                if items.is_empty() {
+                    return Err(EncodeError::EmptyImproperList);
+                }
+                (head("a list", tag::LIST, items.len())?, &**items, End::Tail(tail))
+            }
+            rare => {
+                len = flush(&piece, len, out);
+                write_rare(rare, out)?;
+                continue;
+            }
+        };
+        put(place, head);
+        len += if head[0] == tag::SMALL_TUPLE {
+            2
+        } else {
+            head.len()
+        };
+        // The outermost of them is no container but holds the whole term.
+        if open.len() >= DEPTH_CEILING as usize {
+            return Err(EncodeError::TooDeep {
+                limit: DEPTH_CEILING as usize,
+            });
         }
+        let items = items.iter();
+        open.push(mem::replace(&mut top, Rest { items, end }));
+    }
+    flush(&piece, len, out);
+    Ok(())
+}
+
+/// Moves what was collected to the output; returns how much is collected then.
+fn flush(piece: &[u8; PIECE], len: usize, out: &mut Vec<u8>) -> usize {
+    out.extend_from_slice(piece.get(..len).unwrap_or_default());
+    0
+}
+
+/// Puts bytes at the start of the place.
+#[inline(always)]
+fn put<const N: usize>(place: &mut [u8; ROOM], bytes: [u8; N]) {
+    if let Some(start) = place.first_chunk_mut() {
+        *start = bytes;
     }
 }
 
-/// Writes the first `len` bytes of a small array. To write all of it and take some back is several times as fast as
-/// to copy a number of bytes that is known only here.
+/// Puts bytes behind the first `AT`.
 #[inline(always)]
-fn write_some<const N: usize>(bytes: &[u8; N], len: usize, out: &mut Vec<u8>) {
-    let end = out.len() + len;
-    out.extend_from_slice(bytes);
-    out.truncate(end);
-}
-
-/// Writes a term that has no parts, or the head of one that has.
-#[inline(always)]
-fn write_one<'a>(term: &'a Term, out: &mut Vec<u8>) -> Result<Option<Rest<'a>>, EncodeError> {
-    match term {
-        Term::Int(value) => write_int(*value, out),
-        Term::Atom(atom) => match atom.short_parts() {
-            Some((len, text)) => {
-                out.extend_from_slice(&[tag::SMALL_ATOM_UTF8, len]);
-                write_some(text, usize::from(len), out);
-            }
-            None => write_atom(atom, out)?,
-        },
-        Term::Float(value) => {
-            if !value.is_finite() {
-                return Err(EncodeError::Float);
-            }
-            out.push(tag::NEW_FLOAT);
-            out.extend_from_slice(&value.to_be_bytes());
-        }
-        Term::Binary(bytes) => {
-            out.extend_from_slice(&head("a binary", tag::BINARY, bytes.len())?);
-            out.extend_from_slice(bytes);
-        }
-        Term::List(items) => {
-            if items.is_empty() {
-                out.push(tag::NIL);
-            } else if !write_string(items, out) {
-                out.extend_from_slice(&head("a list", tag::LIST, items.len())?);
-                return Ok(Some(Rest::List(items.iter(), None)));
-            }
-        }
-        Term::Tuple(items) => {
-            match u8::try_from(items.len()) {
-                Ok(arity) => out.extend_from_slice(&[tag::SMALL_TUPLE, arity]),
-                Err(_) => out.extend_from_slice(&head("a tuple", tag::LARGE_TUPLE, items.len())?),
-            }
-            return Ok(Some(Rest::Terms(items.iter())));
-        }
-        Term::Map(map) => {
-            out.extend_from_slice(&head("a map", tag::MAP, map.len())?);
-            return Ok(Some(Rest::Pairs(None, map.iter())));
-        }
-        Term::ImproperList(items, tail) => {
-            if items.is_empty() {
-                return Err(EncodeError::EmptyImproperList);
-            }
-            out.extend_from_slice(&head("a list", tag::LIST, items.len())?);
-            return Ok(Some(Rest::List(items.iter(), Some(tail))));
-        }
-        rare => write_rare(rare, out)?,
+fn put_at<const AT: usize, const N: usize>(place: &mut [u8; ROOM], bytes: &[u8; N]) {
+    if let Some(to) = place.get_mut(AT..).and_then(|rest| rest.first_chunk_mut()) {
+        *to = *bytes;
     }
-    Ok(None)
 }
 
 /// A tag and a 32-bit length.
@@ -197,24 +248,28 @@ fn write_rare(term: &Term, out: &mut Vec<u8>) -> Result<(), EncodeError> {
             write_atom(&export.function, out)?;
             out.extend_from_slice(&[tag::SMALL_INTEGER, export.arity]);
         }
-        // All others are written by `write_one`.
+        // All others are written by `write_all`.
         _ => {}
     }
     Ok(())
 }
 
+/// Returns how many bytes it takes.
 #[inline(always)]
-fn write_int(value: i64, out: &mut Vec<u8>) {
+fn write_int(value: i64, place: &mut [u8; ROOM]) -> usize {
     if let Ok(small) = u8::try_from(value) {
-        out.extend_from_slice(&[tag::SMALL_INTEGER, small]);
+        put(place, [tag::SMALL_INTEGER, small]);
+        2
     } else if let Ok(word) = i32::try_from(value) {
-        let [a, b, c, d] = word.to_be_bytes();
-        out.extend_from_slice(&[tag::INTEGER, a, b, c, d]);
+        put(place, [tag::INTEGER]);
+        put_at::<1, _>(place, &word.to_be_bytes());
+        5
     } else {
         let magnitude = value.unsigned_abs();
         let len = 8 - magnitude.leading_zeros() as usize / 8;
-        out.extend_from_slice(&[tag::SMALL_BIG, len as u8, u8::from(value < 0)]);
-        write_some(&magnitude.to_le_bytes(), len, out);
+        put(place, [tag::SMALL_BIG, len as u8, u8::from(value < 0)]);
+        put_at::<3, _>(place, &magnitude.to_le_bytes());
+        3 + len
     }
 }
 
@@ -265,22 +320,16 @@ fn write_bit_binary(bytes: &[u8], bits: u8, out: &mut Vec<u8>) -> Result<(), Enc
     Ok(())
 }
 
-/// Writes a list of at most 65,535 integers 0 to 255 in the short form; false, and nothing written, for others.
-fn write_string(items: &[Term], out: &mut Vec<u8>) -> bool {
-    let Ok(len) = u16::try_from(items.len()) else {
-        return false;
-    };
-    let start = out.len();
+/// Whether a list has the short form: at most 65,535 integers 0 to 255.
+fn is_string(items: &[Term]) -> bool {
+    u16::try_from(items.len()).is_ok() && items.iter().all(|item| matches!(item, Term::Int(0..=255)))
+}
+
+fn write_string(items: &[Term], out: &mut Vec<u8>) {
     out.push(tag::STRING);
-    out.extend_from_slice(&len.to_be_bytes());
-    for item in items {
-        let Term::Int(value @ 0..=255) = *item else {
-            out.truncate(start);
-            return false;
-        };
-        out.push(value as u8);
-    }
-    true
+    // `is_string` has looked at the length, and at each item.
+    out.extend_from_slice(&(items.len() as u16).to_be_bytes());
+    out.extend(items.iter().filter_map(Term::as_int).map(|byte| byte as u8));
 }
 
 fn write_len(what: &'static str, len: usize, out: &mut Vec<u8>) -> Result<(), EncodeError> {

@@ -295,13 +295,14 @@ impl Guard {
         let mut work = 0usize;
         while cursor.owed() > 0 {
             let at = cursor.pos();
+            let is_key = self.nesting.next_is_key(cursor.owed());
             let token = cursor.token()?;
-            match self.nesting.next_is_key() {
+            match is_key {
                 Some(true) => self.in_keys += 1,
                 Some(false) => self.in_keys = self.in_keys.saturating_sub(1),
                 None => {}
             }
-            self.nesting.advance(&token, at, cursor.pos())?;
+            self.nesting.advance(&token, at, &cursor)?;
             let len = cursor.pos() - at;
             self.admit(&token, at, len)?;
             work = work.saturating_add((len - unread_len(&token)).max(TOKEN_WORK));

@@ -94,12 +94,12 @@ fn all_from(items: &[eetf::Term], depth: u32) -> Result<Vec<Term>, ConvertError>
 }
 
 fn map_from(map: &eetf::Map, depth: u32) -> Result<Term, ConvertError> {
-    let mut pairs = Vec::with_capacity(map.map.len());
+    let mut parts = Vec::with_capacity(2 * map.map.len());
     for (key, value) in &map.map {
         let depth = deeper(depth)?;
-        pairs.push((from_eetf(key, depth)?, from_eetf(value, depth)?));
+        parts.extend([from_eetf(key, depth)?, from_eetf(value, depth)?]);
     }
-    Map::from_pairs(pairs)
+    Map::from_parts(parts)
         .map(Term::Map)
         .map_err(|_| ConvertError::DuplicateKey)
 }
@@ -207,9 +207,12 @@ fn leaf_to(term: &Term) -> Result<eetf::Term, ConvertError> {
             .map_err(|_| ConvertError::Float)?
             .into(),
         Term::Atom(atom) => atom_to(atom).into(),
-        Term::Binary(bytes) => eetf::Binary { bytes: bytes.clone() }.into(),
+        Term::Binary(bytes) => eetf::Binary {
+            bytes: bytes.to_vec(),
+        }
+        .into(),
         Term::BitBinary { bytes, bits } => {
-            let mut bytes = bytes.clone();
+            let mut bytes = bytes.to_vec();
             match (bytes.last_mut(), *bits) {
                 (Some(last), 1..=7) => *last >>= 8 - bits,
                 _ => {

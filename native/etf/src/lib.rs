@@ -7,6 +7,7 @@
 //! - [`Walk`] goes through an encoded term and yields borrowed [`Token`]s: nothing is built.
 //! - [`decode()`] and [`decode_prefix`] build an owned [`Term`]; [`encode()`] writes one; [`term!`] spells one out.
 //! - [`to_term`] and [`from_term`] turn Rust values into terms and back, see [`data`] (feature `serde`, on by default).
+//! - [`parse()`] reads Erlang's syntax, and `Display` writes it.
 //! - [`guard`] looks through a term before a BEAM decodes it, and refuses what a policy does not allow.
 //! - [`Limits`] bounds what any of them spends on bytes that a peer wrote.
 //!
@@ -40,6 +41,7 @@
 
 mod atom;
 mod bigint;
+mod binary;
 mod cursor;
 #[cfg(feature = "serde")]
 pub mod data;
@@ -56,6 +58,7 @@ mod limits;
 mod macros;
 mod map;
 mod order;
+mod parse;
 mod tag;
 mod term;
 mod term_ref;
@@ -64,6 +67,7 @@ mod walk;
 
 pub use atom::Atom;
 pub use bigint::BigInt;
+pub use binary::Binary;
 #[cfg(feature = "serde")]
 pub use data::{DATA_DEPTH, DataError, Keys, from_bytes, from_term, to_bytes, to_term, to_term_with, with};
 pub use decode::{decode, decode_bare_prefix, decode_prefix};
@@ -74,7 +78,8 @@ pub use inflate::inflate;
 #[cfg(feature = "eetf")]
 pub use interop::ConvertError;
 pub use limits::{DEPTH_CEILING, Limits};
-pub use map::Map;
+pub use map::{IntoPairs, Map, Pairs};
+pub use parse::{ParseError, parse};
 pub use term::Term;
 pub use term_ref::{Elements, PairRefs, TermRef};
 pub use token::{AtomRef, FunRef, PidRef, PortRef, ReferenceRef, Token};

@@ -8,7 +8,7 @@ pub const DEPTH_CEILING: u32 = 512;
 
 /// Limits on one encoded term. Every field is something that the peer who wrote the bytes chooses.
 ///
-/// Memory: an owned term takes at most `max_terms` times the size of [`Term`](crate::Term) (40 bytes), twice that
+/// Memory: an owned term takes at most `max_terms` times the size of [`Term`](crate::Term) (32 bytes), twice that
 /// for lists that were announced in pieces, plus the bytes of its binaries, atoms and integers, which are never
 /// more than the (inflated) input.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,7 +1,9 @@
 //! Maps.
 
 use std::cmp::Ordering;
+use std::{slice, vec};
 
+use crate::order::compare_maps;
 use crate::term::Term;
 
 /// A map: pairs sorted by key, each key once.
@@ -9,9 +11,10 @@ use crate::term::Term;
 /// Sorting gives equality, lookup and the check for keys that occur twice without hashing, and at a cost that a
 /// peer can't drive up by nesting maps in keys. The order is that of [`Term`]; the BEAM's own order of pairs is not
 /// defined and is not kept.
-#[derive(Clone, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Default, PartialEq, Eq, Hash)]
 pub struct Map {
-    pairs: Vec<(Term, Term)>,
+    /// A key, its value, the next key...
+    parts: Vec<Term>,
 }
 
 /// A key occurs twice.
@@ -23,48 +26,46 @@ impl Map {
         Self::default()
     }
 
-    /// Takes pairs in any order; refuses a key that occurs twice.
-    pub(crate) fn from_pairs(mut pairs: Vec<(Term, Term)>) -> Result<Self, Duplicate> {
-        // What a BEAM sends is often sorted already.
-        if pairs.is_sorted_by(|(a, _), (b, _)| a < b) {
-            return Ok(Self { pairs });
-        }
-        pairs.sort_by(|(a, _), (b, _)| a.cmp(b));
-        if pairs
-            .windows(2)
-            .any(|pair| matches!(pair, [(a, _), (b, _)] if a == b))
-        {
-            return Err(Duplicate);
-        }
-        Ok(Self { pairs })
+    /// Takes pairs in any order, a key, its value, the next key and so on; refuses a key that occurs twice.
+    #[inline]
+    pub(crate) fn from_parts(mut parts: Vec<Term>) -> Result<Self, Duplicate> {
+        let (pairs, _) = parts.as_chunks_mut::<2>();
+        let mut twice = false;
+        // Keys that are equal end up side by side, and whichever way of sorting brought them there has compared them.
+        pairs.sort_unstable_by(|[a, _], [b, _]| {
+            let order = compare_keys(a, b);
+            twice |= order.is_eq();
+            order
+        });
+        if twice { Err(Duplicate) } else { Ok(Self { parts }) }
     }
 
     /// The value of `key`. `1` and `1.0` are different keys.
     pub fn get(&self, key: &Term) -> Option<&Term> {
-        let index = self.pairs.binary_search_by(|(k, _)| k.cmp(key)).ok()?;
-        self.pairs.get(index).map(|(_, value)| value)
+        let index = self.pairs().binary_search_by(|[k, _]| k.cmp(key)).ok()?;
+        self.pairs().get(index).map(|[_, value]| value)
     }
 
     /// The value of an atom key.
     pub fn get_atom(&self, key: &str) -> Option<&Term> {
         // Only numbers sort below atoms.
-        let index = self.pairs.binary_search_by(|(k, _)| match k {
+        let index = self.pairs().binary_search_by(|[k, _]| match k {
             Term::Atom(atom) => atom.as_bytes().cmp(key.as_bytes()),
             Term::Int(_) | Term::BigInt(_) | Term::Float(_) => Ordering::Less,
             _ => Ordering::Greater,
         });
-        self.pairs.get(index.ok()?).map(|(_, value)| value)
+        self.pairs().get(index.ok()?).map(|[_, value]| value)
     }
 
     /// Sets the value of `key`; returns the one it replaces.
     pub fn insert(&mut self, key: Term, value: Term) -> Option<Term> {
-        match self.pairs.binary_search_by(|(k, _)| k.cmp(&key)) {
+        match self.pairs().binary_search_by(|[k, _]| k.cmp(&key)) {
             Ok(index) => self
-                .pairs
-                .get_mut(index)
-                .map(|(_, old)| std::mem::replace(old, value)),
+                .parts
+                .get_mut(2 * index + 1)
+                .map(|old| std::mem::replace(old, value)),
             Err(index) => {
-                self.pairs.insert(index, (key, value));
+                self.parts.splice(2 * index..2 * index, [key, value]);
                 None
             }
         }
@@ -72,22 +73,51 @@ impl Map {
 
     /// Number of pairs.
     pub fn len(&self) -> usize {
-        self.pairs.len()
+        self.parts.len() / 2
     }
 
     /// Whether it has no pairs.
     pub fn is_empty(&self) -> bool {
-        self.pairs.is_empty()
+        self.parts.is_empty()
     }
 
     /// Its pairs, sorted by key.
-    pub fn pairs(&self) -> &[(Term, Term)] {
-        &self.pairs
+    pub fn pairs(&self) -> &[[Term; 2]] {
+        self.parts.as_chunks().0
     }
 
-    /// Its pairs, sorted by key.
-    pub fn iter(&self) -> std::slice::Iter<'_, (Term, Term)> {
-        self.pairs.iter()
+    /// A key, its value, the next key and so on.
+    pub(crate) fn parts(&self) -> &[Term] {
+        &self.parts
+    }
+
+    /// Keys with their values, sorted by key.
+    pub fn iter(&self) -> Pairs<'_> {
+        Pairs(self.pairs().iter())
+    }
+}
+
+/// Keys nearly always are atoms of few characters, which takes no more than two numbers to compare.
+#[inline(always)]
+fn compare_keys(a: &Term, b: &Term) -> Ordering {
+    if let (Term::Atom(a), Term::Atom(b)) = (a, b)
+        && let Some(order) = a.compare_short(b)
+    {
+        return order;
+    }
+    a.cmp(b)
+}
+
+/// By size, then all keys, then all values.
+impl Ord for Map {
+    fn cmp(&self, other: &Self) -> Ordering {
+        compare_maps(self.pairs(), other.pairs())
+    }
+}
+
+impl PartialOrd for Map {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
     }
 }
 
@@ -99,27 +129,67 @@ impl FromIterator<(Term, Term)> for Map {
         pairs.reverse();
         pairs.sort_by(|(a, _), (b, _)| a.cmp(b));
         pairs.dedup_by(|(later, _), (earlier, _)| later == earlier);
-        Self { pairs }
+        let parts = pairs.into_iter().flat_map(|(key, value)| [key, value]);
+        Self {
+            parts: parts.collect(),
+        }
     }
 }
 
 impl IntoIterator for Map {
     type Item = (Term, Term);
-    type IntoIter = std::vec::IntoIter<(Term, Term)>;
+    type IntoIter = IntoPairs;
 
-    fn into_iter(self) -> Self::IntoIter {
-        self.pairs.into_iter()
+    fn into_iter(self) -> IntoPairs {
+        IntoPairs(self.parts.into_iter())
     }
 }
 
 impl<'a> IntoIterator for &'a Map {
-    type Item = &'a (Term, Term);
-    type IntoIter = std::slice::Iter<'a, (Term, Term)>;
+    type Item = (&'a Term, &'a Term);
+    type IntoIter = Pairs<'a>;
 
-    fn into_iter(self) -> Self::IntoIter {
-        self.pairs.iter()
+    fn into_iter(self) -> Pairs<'a> {
+        self.iter()
     }
 }
+
+/// Keys with their values, of [`Map::iter`].
+#[derive(Debug, Clone)]
+pub struct Pairs<'a>(slice::Iter<'a, [Term; 2]>);
+
+impl<'a> Iterator for Pairs<'a> {
+    type Item = (&'a Term, &'a Term);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        self.0.next().map(|[key, value]| (key, value))
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        self.0.size_hint()
+    }
+}
+
+impl ExactSizeIterator for Pairs<'_> {}
+
+/// The owned pairs of a map.
+#[derive(Debug, Clone)]
+pub struct IntoPairs(vec::IntoIter<Term>);
+
+impl Iterator for IntoPairs {
+    type Item = (Term, Term);
+
+    fn next(&mut self) -> Option<(Term, Term)> {
+        self.0.next().zip(self.0.next())
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        let pairs = self.0.len() / 2;
+        (pairs, Some(pairs))
+    }
+}
+
+impl ExactSizeIterator for IntoPairs {}
 
 #[cfg(test)]
 mod tests {
@@ -147,6 +217,29 @@ mod tests {
     }
 
     #[test]
+    fn a_key_that_occurs_twice_is_found_wherever_it_is() {
+        for len in 2..60usize {
+            for (first, second) in [(0, 1), (0, len - 1), (len / 2, len - 1), (len - 2, len - 1)] {
+                let key = |index: usize| match (index * 37) % 3 {
+                    0 => Term::from(index as i64),
+                    1 => Term::atom(format!("key {index}")),
+                    _ => Term::binary(format!("a key of more characters {index}")),
+                };
+                let keys = |index| if index == second { key(first) } else { key(index) };
+                let parts = |of: &dyn Fn(usize) -> Term| {
+                    (0..len)
+                        .flat_map(|index| [of((index * 7919) % len), Term::from(0)])
+                        .collect()
+                };
+                let whole = Map::from_parts(parts(&key));
+                // 7919 is prime: unless it divides the length, each key is there once.
+                assert!(whole.is_ok_and(|map| map.pairs().is_sorted_by(|[a, _], [b, _]| a < b)));
+                assert_eq!(Map::from_parts(parts(&keys)).is_err(), first != second);
+            }
+        }
+    }
+
+    #[test]
     fn insert_replaces_or_adds() {
         let mut map = Map::new();
         assert_eq!(map.insert(Term::from(2), Term::atom("two")), None);
@@ -158,8 +251,8 @@ mod tests {
         assert_eq!(
             map.pairs(),
             [
-                (Term::from(1), Term::atom("one")),
-                (Term::from(2), Term::atom("zwei"))
+                [Term::from(1), Term::atom("one")],
+                [Term::from(2), Term::atom("zwei")]
             ]
         );
     }

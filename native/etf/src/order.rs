@@ -23,14 +23,13 @@ impl Ord for Term {
             (Self::Port(a), Self::Port(b)) => a.cmp(b),
             (Self::Pid(a), Self::Pid(b)) => a.cmp(b),
             (Self::Tuple(a), Self::Tuple(b)) => a.len().cmp(&b.len()).then_with(|| compare_items(a, b)),
-            (Self::Map(a), Self::Map(b)) => compare_maps(a.pairs(), b.pairs()),
+            (Self::Map(a), Self::Map(b)) => a.cmp(b),
             (Self::List(_) | Self::ImproperList(..), Self::List(_) | Self::ImproperList(..)) => {
                 compare_lists(self, other)
             }
-            (
-                Self::Binary(a) | Self::BitBinary { bytes: a, .. },
-                Self::Binary(b) | Self::BitBinary { bytes: b, .. },
-            ) => a.cmp(b).then_with(|| last_bits(self).cmp(&last_bits(other))),
+            (Self::Binary(_) | Self::BitBinary { .. }, Self::Binary(_) | Self::BitBinary { .. }) => {
+                bits(self).cmp(&bits(other))
+            }
             _ => rank(self).cmp(&rank(other)),
         }
     }
@@ -51,17 +50,17 @@ fn compare_items(a: &[Term], b: &[Term]) -> Ordering {
 }
 
 /// By size, then all keys, then all values.
-fn compare_maps(a: &[(Term, Term)], b: &[(Term, Term)]) -> Ordering {
+pub(crate) fn compare_maps(a: &[[Term; 2]], b: &[[Term; 2]]) -> Ordering {
     if a.len() != b.len() {
         return a.len().cmp(&b.len());
     }
-    for ((a, _), (b, _)) in a.iter().zip(b) {
+    for ([a, _], [b, _]) in a.iter().zip(b) {
         let order = a.cmp(b);
         if order.is_ne() {
             return order;
         }
     }
-    for ((_, a), (_, b)) in a.iter().zip(b) {
+    for ([_, a], [_, b]) in a.iter().zip(b) {
         let order = a.cmp(b);
         if order.is_ne() {
             return order;
@@ -99,10 +98,12 @@ fn list_parts(list: &Term) -> (&[Term], Option<&Term>) {
     }
 }
 
-fn last_bits(term: &Term) -> u8 {
+/// The bytes of a binary or a bit string, and how many bits count of the last.
+fn bits(term: &Term) -> (&[u8], u8) {
     match term {
-        Term::BitBinary { bits, .. } => *bits,
-        _ => 8,
+        Term::Binary(bytes) => (bytes, 8),
+        Term::BitBinary { bytes, bits } => (bytes, *bits),
+        _ => (&[], 8),
     }
 }
 
@@ -156,13 +157,10 @@ impl Hash for Term {
             Self::Tuple(items) => items.hash(state),
             Self::Map(map) => map.hash(state),
             Self::List(items) => items.hash(state),
-            Self::ImproperList(items, tail) => {
-                iter::once(&**tail).chain(items).for_each(|term| term.hash(state))
-            }
-            Self::Binary(bytes) | Self::BitBinary { bytes, .. } => {
-                bytes.hash(state);
-                last_bits(self).hash(state);
-            }
+            Self::ImproperList(items, tail) => iter::once(&**tail)
+                .chain(items.iter())
+                .for_each(|term| term.hash(state)),
+            Self::Binary(_) | Self::BitBinary { .. } => bits(self).hash(state),
         }
     }
 }
@@ -196,7 +194,7 @@ mod tests {
             Term::list_with_tail(vec![Term::from(1)], Term::binary("x")),
             Term::binary(""),
             Term::BitBinary {
-                bytes: vec![0b1000_0000],
+                bytes: [0b1000_0000].into(),
                 bits: 1,
             },
             Term::binary([0b1000_0000]),
@@ -207,6 +205,12 @@ mod tests {
                 assert_eq!(a.cmp(b), i.cmp(&j), "{a} against {b}");
             }
         }
+    }
+
+    #[test]
+    fn a_term_takes_32_bytes() {
+        // What `Limits` says of memory counts on it.
+        assert_eq!(size_of::<Term>(), 32);
     }
 
     #[test]

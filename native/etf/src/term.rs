@@ -2,6 +2,7 @@
 
 use crate::atom::Atom;
 use crate::bigint::BigInt;
+use crate::binary::Binary;
 use crate::cursor::{small_integer, trim_zeros};
 use crate::ids::{Export, Fun, Pid, Port, Reference};
 use crate::map::Map;
@@ -27,27 +28,27 @@ pub enum Term {
     /// An atom.
     Atom(Atom),
     /// A binary.
-    Binary(Vec<u8>),
+    Binary(Binary),
     /// A bit string that does not fill its last byte.
     BitBinary {
         /// Its bytes, at least one; the unused low bits of the last are zero.
-        bytes: Vec<u8>,
+        bytes: Box<[u8]>,
         /// Bits used of the last byte, from the top: 1 to 7.
         bits: u8,
     },
     /// A proper list; empty for `[]`. Strings are lists of integers.
     List(Vec<Term>),
     /// A list with a tail that is not a list; at least one element before it.
-    ImproperList(Vec<Term>, Box<Term>),
+    ImproperList(Box<[Term]>, Box<Term>),
     /// A tuple.
     Tuple(Vec<Term>),
     /// A map.
     Map(Map),
     /// A process identifier.
     Pid(Pid),
-    /// A port identifier.
-    Port(Port),
-    /// A reference. Boxed, with [`Term::Export`], so that they do not widen every other term.
+    /// A port identifier. Boxed, as references and [`Term::Export`] are, so that they do not widen every other term.
+    Port(Box<Port>),
+    /// A reference.
     Reference(Box<Reference>),
     /// A fun with code and captured values.
     Fun(Fun),
@@ -64,7 +65,7 @@ impl Term {
     }
 
     /// A binary.
-    pub fn binary(bytes: impl Into<Vec<u8>>) -> Self {
+    pub fn binary(bytes: impl Into<Binary>) -> Self {
         Self::Binary(bytes.into())
     }
 
@@ -95,12 +96,12 @@ impl Term {
                 items.append(&mut more);
                 Self::List(items)
             }
-            Self::ImproperList(mut more, last) => {
-                items.append(&mut more);
-                Self::ImproperList(items, last)
+            Self::ImproperList(more, last) => {
+                items.extend(more);
+                Self::ImproperList(items.into(), last)
             }
             tail if items.is_empty() => tail,
-            tail => Self::ImproperList(items, Box::new(tail)),
+            tail => Self::ImproperList(items.into(), Box::new(tail)),
         }
     }
 
@@ -118,10 +119,13 @@ impl Term {
     pub fn bit_string(bytes: impl Into<Vec<u8>>, bits: u8) -> Option<Self> {
         let mut bytes = bytes.into();
         match (bytes.last_mut(), bits) {
-            (None, _) | (Some(_), 8) => Some(Self::Binary(bytes)),
+            (None, _) | (Some(_), 8) => Some(Self::binary(bytes)),
             (Some(last), 1..=7) => {
                 *last &= 0xFF << (8 - bits);
-                Some(Self::BitBinary { bytes, bits })
+                Some(Self::BitBinary {
+                    bytes: bytes.into(),
+                    bits,
+                })
             }
             _ => None,
         }
@@ -281,6 +285,12 @@ impl<const N: usize> From<&[u8; N]> for Term {
     }
 }
 
+impl From<Binary> for Term {
+    fn from(bytes: Binary) -> Self {
+        Self::Binary(bytes)
+    }
+}
+
 impl From<f64> for Term {
     fn from(value: f64) -> Self {
         Self::Float(value)
@@ -313,7 +323,7 @@ impl From<Pid> for Term {
 
 impl From<Port> for Term {
     fn from(port: Port) -> Self {
-        Self::Port(port)
+        Self::Port(Box::new(port))
     }
 }
 

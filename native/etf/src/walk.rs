@@ -1,6 +1,6 @@
 //! Going through a term without building it.
 
-use crate::cursor::Cursor;
+use crate::cursor::{Container, Cursor};
 use crate::error::DecodeError;
 use crate::limits::Limits;
 use crate::tag;
@@ -91,20 +91,40 @@ impl<'a> Walk<'a> {
             mut cursor,
             nesting: Nesting { mut inner, mut outer },
         } = self;
-        while !inner.is_done() {
-            let at = cursor.pos();
-            let token = if let Some(text) = cursor.next_short_atom() {
-                Token::Atom(AtomRef::ascii(text))
-            } else if let Some(value) = cursor.next_int() {
-                Token::Int(value)
-            } else {
+        while cursor.owed() > 0 {
+            // A loop of its own for what has no parts: it needs few registers.
+            while cursor.owed() != inner.until {
+                if let Some((text, _)) = cursor.next_short_atom() {
+                    see(Token::Atom(AtomRef::ascii(text)));
+                } else if let Some(value) = cursor.next_int() {
+                    see(Token::Int(value));
+                } else if let Some(bytes) = cursor.next_binary() {
+                    see(Token::Binary(bytes));
+                } else if let Some(value) = cursor.next_float() {
+                    see(Token::Float(value));
+                } else if cursor.next_nil() {
+                    see(Token::Nil);
+                } else {
+                    break;
+                }
+            }
+            if cursor.owed() != inner.until {
+                let (at, until) = (cursor.pos(), cursor.owed() - 1);
+                if let Some((container, count)) = cursor.next_container() {
+                    let (kind, token) = match container {
+                        Container::List => (Kind::List, Token::List { len: count }),
+                        Container::Map => (Kind::Map, Token::Map { pairs: count }),
+                        Container::Tuple => (Kind::Other, Token::Tuple { arity: count }),
+                    };
+                    inner = outer.enter(inner, Inner { until, kind }, at)?;
+                    see(token);
+                    continue;
+                }
                 let token = cursor.token()?;
-                inner = outer.advance(inner, &token, at, cursor.pos())?;
+                inner = outer.begin(inner, &token, at, cursor.owed())?;
                 see(token);
-                continue;
-            };
-            inner = outer.advance(inner, &token, at, cursor.pos())?;
-            see(token);
+            }
+            inner = outer.leave(inner, cursor.owed(), cursor.pos())?;
         }
         Ok(cursor.pos())
     }
@@ -113,7 +133,7 @@ impl<'a> Walk<'a> {
     fn step(&mut self) -> Result<Token<'a>, DecodeError> {
         let at = self.cursor.pos();
         let token = self.cursor.token()?;
-        self.nesting.advance(&token, at, self.cursor.pos())?;
+        self.nesting.advance(&token, at, &self.cursor)?;
         Ok(token)
     }
 
@@ -162,11 +182,12 @@ pub(crate) fn skip_fun(
     max_depth: usize,
 ) -> Result<(), DecodeError> {
     let mut nesting = Nesting::new(max_depth);
-    nesting.advance(fun, at, cursor.pos())?;
+    nesting.inner.until = cursor.owed().saturating_sub(fun.children());
+    nesting.advance(fun, at, cursor)?;
     while nesting.depth() > 0 {
         let at = cursor.pos();
         let token = cursor.token()?;
-        nesting.advance(&token, at, cursor.pos())?;
+        nesting.advance(&token, at, cursor)?;
     }
     Ok(())
 }
@@ -181,8 +202,8 @@ pub(crate) struct Nesting {
 /// The innermost container. Small and apart, so that a loop keeps it in registers.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Inner {
-    /// Parts still to come; at the start one term is, and 0 only when all is read.
-    left: usize,
+    /// Terms that the whole input still owes once all parts of this have come.
+    until: usize,
     kind: Kind,
 }
 
@@ -208,7 +229,7 @@ impl Nesting {
     pub(crate) fn new(max_depth: usize) -> Self {
         Self {
             inner: Inner {
-                left: 1,
+                until: 0,
                 kind: Kind::Other,
             },
             outer: Outer {
@@ -229,39 +250,39 @@ impl Nesting {
         self.outer.deepest
     }
 
-    /// Whether the next token begins a key of the innermost container; `None` if that is not a map.
-    pub(crate) fn next_is_key(&self) -> Option<bool> {
-        (self.inner.kind == Kind::Map).then_some(self.inner.left.is_multiple_of(2))
+    /// Whether the next token begins a key of the innermost container, when so many terms are owed; `None` if that is
+    /// not a map.
+    pub(crate) fn next_is_key(&self, owed: usize) -> Option<bool> {
+        let left = owed.saturating_sub(self.inner.until);
+        (self.inner.kind == Kind::Map).then_some(left.is_multiple_of(2))
     }
 
-    /// Takes note of a token that began at `at` and whose own bytes end at `end`.
+    /// Takes note of a token that began at `at`; `after` is behind its own bytes.
     #[inline(always)]
-    pub(crate) fn advance(&mut self, token: &Token<'_>, at: usize, end: usize) -> Result<(), DecodeError> {
-        self.inner = self.outer.advance(self.inner, token, at, end)?;
+    pub(crate) fn advance(
+        &mut self,
+        token: &Token<'_>,
+        at: usize,
+        after: &Cursor<'_>,
+    ) -> Result<(), DecodeError> {
+        self.inner = self.outer.begin(self.inner, token, at, after.owed())?;
+        self.inner = self.outer.leave(self.inner, after.owed(), after.pos())?;
         Ok(())
     }
 }
 
-impl Inner {
-    /// Whether the term is complete.
-    #[inline(always)]
-    fn is_done(self) -> bool {
-        self.left == 0
-    }
-}
-
 impl Outer {
-    /// As [`Nesting::advance`]: from the innermost container before the token to that after it.
+    /// From the innermost container before a token to that after it, which may be complete. `owed` counts the token's
+    /// parts.
     #[inline(always)]
-    fn advance(
+    fn begin(
         &mut self,
-        mut inner: Inner,
+        inner: Inner,
         token: &Token<'_>,
         at: usize,
-        end: usize,
+        owed: usize,
     ) -> Result<Inner, DecodeError> {
-        inner.left = inner.left.saturating_sub(1);
-        let (left, kind) = match token {
+        let (parts, kind) = match token {
             Token::List { len } => (len.saturating_add(1), Kind::List),
             Token::Map { pairs } => (pairs.saturating_mul(2), Kind::Map),
             Token::Tuple { arity } => (*arity, Kind::Other),
@@ -269,22 +290,20 @@ impl Outer {
                 self.fun_ends.push((at + 1).saturating_add(fun.body.len()));
                 (token.children(), Kind::Fun)
             }
-            _ => (0, Kind::Other),
+            _ => return Ok(inner),
         };
-        if left > 0 {
-            self.enter(inner, Inner { left, kind }, at)
-        } else if inner.left == 0 {
-            self.leave(inner, end)
-        } else {
-            Ok(inner)
+        if parts == 0 {
+            return Ok(inner);
         }
+        let until = owed.saturating_sub(parts);
+        self.enter(inner, Inner { until, kind }, at)
     }
 
     #[inline(always)]
     fn enter(&mut self, inner: Inner, new: Inner, at: usize) -> Result<Inner, DecodeError> {
         // A list whose tail is a list is one longer list. C nodes write a list of unknown length this way, element
         // by element, so it must not count as nesting.
-        if !(new.kind == Kind::List && inner.kind == Kind::List && inner.left == 0) {
+        if !(new.kind == Kind::List && inner.kind == Kind::List && inner.until == new.until) {
             if self.around.len() >= self.max_depth {
                 return Err(too_deep(self.max_depth, at));
             }
@@ -294,10 +313,10 @@ impl Outer {
         Ok(new)
     }
 
-    /// The innermost container is complete, and those around it that waited for it alone.
+    /// Out of the innermost container if it is complete, and of those around it that waited for it alone.
     #[inline(always)]
-    fn leave(&mut self, mut inner: Inner, end: usize) -> Result<Inner, DecodeError> {
-        while inner.left == 0 {
+    fn leave(&mut self, mut inner: Inner, owed: usize, end: usize) -> Result<Inner, DecodeError> {
+        while inner.until == owed {
             if inner.kind == Kind::Fun
                 && let Some(announced) = self.fun_ends.pop()
                 && announced != end

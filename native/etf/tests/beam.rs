@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use common::{each, encoded, readable_term, term};
 use meshx_etf::guard::{self, GuardPolicy};
-use meshx_etf::{DecodeError, Limits, Term, decode};
+use meshx_etf::{DecodeError, Limits, Term, decode, parse};
 use proptest::prelude::*;
 
 /// Place of `{minor_version, 0}` among the options of the oracle.
@@ -188,8 +188,31 @@ proptest! {
         let text = term.to_string();
         let reply = ask(beam, "read", &[&(bytes.len() as u32).to_be_bytes(), &bytes, text.as_bytes()]);
         prop_assert_eq!(reply.first(), Some(&1), "{} was read as {}", text, String::from_utf8_lossy(&reply[1..]));
+        prop_assert_eq!(parse(&text, &Limits::default()), Ok(term.clone()));
             }
 }
+
+    #[test]
+    fn damaged_text_that_is_read_a_beam_reads_as_the_same(
+        term in readable_term(),
+        damage in prop::collection::vec((any::<prop::sample::Index>(), 0usize..3, "[ -~\n]{0,2}"), 1..4),
+    ) {
+        let mut text: Vec<char> = term.to_string().chars().collect();
+        for (at, remove, insert) in damage {
+            let at = at.index(text.len() + 1);
+            text.splice(at..(at + remove).min(text.len()), insert.chars());
+        }
+        let text: String = text.into_iter().collect();
+        if let Ok(term) = parse(&text, &Limits::default()) {
+            let bytes = encoded(&term);
+            for beam in &*BEAMS {
+                let parts = [&(bytes.len() as u32).to_be_bytes(), &bytes[..], text.as_bytes()];
+                let reply = ask(beam, "read", &parts);
+                let theirs = String::from_utf8_lossy(&reply[1..]);
+                prop_assert_eq!(reply.first(), Some(&1), "{:?} is {}, and {} for a BEAM", text, term, theirs);
+            }
+        }
+    }
 
     #[test]
     fn text_is_what_a_beam_prints(term in readable_term()) {

@@ -1,11 +1,11 @@
 //! Exact bytes, both forms of a link, every limit.
 #![allow(clippy::unwrap_used, clippy::panic)]
 
-use meshx_etf::{Atom, Limits, Pid, Term, decode};
+use meshx_etf::{Atom, Limits, Pid, Reference, Term, decode};
 use proptest::prelude::*;
 
 use super::*;
-use crate::control::{Control, Op};
+use crate::control::{Control, Op, Target};
 use crate::framing::{Frame, FrameDecoder};
 
 const HEADERS: DistFlags = DistFlags::FRAGMENTS;
@@ -46,6 +46,50 @@ fn frames(stream: &[u8]) -> Vec<Vec<u8>> {
     }
     assert_eq!(decoder.buffered(), 0);
     frames
+}
+
+/// What OTP 29.1 sends for `Alias ! {to_alias, 1}` to a node with `ALTACT_SIG`, without headers and with them.
+#[test]
+fn a_message_to_an_alias_as_otp_29_sends_it() {
+    let control = "68046125610458770f6f74703239403132372e302e302e310000000a000000006b083c1d\
+                   5a0003770c7079403132372e302e302e3100000007000000010000000200000003";
+    let payload = "68027708746f5f616c6961736101";
+    let frames = [
+        (PASS, format!("7083{control}83{payload}")),
+        (HEADERS, format!("834400{control}{payload}")),
+    ];
+    for (flags, frame) in frames {
+        let digits: Vec<u32> = frame.chars().filter_map(|c| c.to_digit(16)).collect();
+        let frame: Vec<u8> = digits
+            .chunks(2)
+            .map(|pair| (pair[0] * 16 + pair[1]) as u8)
+            .collect();
+        let mut receiver = Receiver::new(flags, LinkLimits::default());
+        let message = receiver.receive(&frame).unwrap().unwrap();
+        let from = Pid {
+            node: Atom::from("otp29@127.0.0.1"),
+            id: 10,
+            serial: 0,
+            creation: 0x6B08_3C1D,
+        };
+        let alias = Reference {
+            node: Atom::from("py@127.0.0.1"),
+            creation: 7,
+            ids: vec![1, 2, 3],
+        };
+        let wanted = Control::AltactSig {
+            from,
+            to: Target::Alias(alias),
+            priority: false,
+            exit: false,
+            token: None,
+        };
+        assert_eq!(message.control, wanted);
+        let payload = decode(&message.payload.unwrap().to_vec(), &Limits::default());
+        assert_eq!(payload, Ok(Term::tuple([Term::atom("to_alias"), Term::from(1)])));
+        // And what we send is the same.
+        assert_eq!(sent(flags, wanted, payload.ok().as_ref()), [frame]);
+    }
 }
 
 fn message_bytes(receiver: &mut Receiver, frame: &[u8]) -> Vec<u8> {

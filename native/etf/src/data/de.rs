@@ -386,7 +386,7 @@ impl<'de> de::SeqAccess<'de> for &mut Items<'de> {
 }
 
 enum PairsOf<'de> {
-    Map(slice::Iter<'de, (Term, Term)>),
+    Map(crate::map::Pairs<'de>),
     Keyword(slice::Iter<'de, Term>),
 }
 
@@ -401,7 +401,7 @@ impl<'de> Pairs<'de> {
     fn next(&mut self) -> Result<Option<(&'de Term, &'de Term)>, DataError> {
         loop {
             let pair = match &mut self.pairs {
-                PairsOf::Map(pairs) => pairs.next().map(|(key, value)| (key, value)),
+                PairsOf::Map(pairs) => pairs.next(),
                 PairsOf::Keyword(items) => match items.next().map(Term::as_tuple) {
                     Some(Some([key, value])) => Some((key, value)),
                     Some(_) => return Err(DataError::new("a keyword list wanted, got another list")),
@@ -570,7 +570,7 @@ macro_rules! from_term {
 }
 from_term! {
     Pid: Term::Pid(pid) => pid, "a pid";
-    Port: Term::Port(port) => port, "a port";
+    Port: Term::Port(port) => *port, "a port";
     Reference: Term::Reference(reference) => *reference, "a reference";
     Export: Term::Export(export) => *export, "a fun by name";
 }

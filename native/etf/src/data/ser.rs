@@ -165,7 +165,7 @@ impl ser::Serializer for Serializer {
             }),
             TERM | ATOM | CHARLIST => match (name, value.serialize(self)?) {
                 (TERM, Term::Binary(bytes)) => Ok(decode(&bytes, &unlimited(DEPTH_CEILING - self.depth))?),
-                (ATOM, Term::Binary(bytes)) => match String::from_utf8(bytes) {
+                (ATOM, Term::Binary(bytes)) => match String::from_utf8(bytes.into_vec()) {
                     Ok(text) if text.chars().count() <= crate::cursor::MAX_ATOM_CHARS => Ok(Term::atom(text)),
                     _ => Err(DataError::new("an atom has at most 255 characters")),
                 },
@@ -361,7 +361,7 @@ impl ser::SerializeMap for Pairs {
     fn serialize_key<T: Serialize + ?Sized>(&mut self, key: &T) -> Result<(), DataError> {
         let key = key.serialize(self.inner)?;
         self.key = Some(match key {
-            Term::Binary(text) if self.keyword => match String::from_utf8(text) {
+            Term::Binary(text) if self.keyword => match String::from_utf8(text.into_vec()) {
                 Ok(text) => Term::atom(text),
                 Err(_) => return Err(DataError::new("a key of a keyword list must be text")),
             },

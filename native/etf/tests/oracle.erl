@@ -77,7 +77,7 @@ encodings(Term) ->
 
 read(Text) ->
     try
-        {ok, Tokens, _} = erl_scan:string(Text ++ "."),
+        {ok, Tokens, _} = erl_scan:string(Text ++ "\n."),
         {ok, Term} = erl_parse:parse_term(Tokens),
         Term
     catch

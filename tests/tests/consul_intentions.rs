@@ -95,8 +95,14 @@ fn calls_need_one_direction_and_end_when_it_is_denied() {
     assert!(answer.starts_with("{:error_rpc, "), "{answer}");
     h2.process.wait_log("intention_denied", SOON).unwrap();
     consul.allow("shop", "cart-rpc").unwrap();
-    shop.expect("Shop.CartClient.call(:echo, 1, 30_000, 60, 500)", "1")
-        .unwrap();
+    // Consul answers out of its cache for a moment, so a new connection may be cut once more; what was sent on it is
+    // not sent again by itself.
+    shop.expect(
+        "again = fn f, n -> case Shop.CartClient.call(:echo, 1, 30_000, 60, 500) do 1 -> 1; e when n == 0 -> e; \
+         _cut -> f.(f, n - 1) end end; again.(again, 5)",
+        "1",
+    )
+    .unwrap();
     cart.expect("node()", ":cart@h2").unwrap();
 }
 

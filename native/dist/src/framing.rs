@@ -395,6 +395,21 @@ mod tests {
     }
 
     #[test]
+    fn a_buffer_that_grew_for_a_large_frame_may_not_be_kept() {
+        let mut decoder = FrameDecoder::new(DEFAULT_MAX_FRAME);
+        for (len, may_be_kept) in [(BUFFER_CAPACITY * 2, false), (10, true)] {
+            let mut stream = Vec::new();
+            encode_frame(&mut stream, DEFAULT_MAX_FRAME, |out| {
+                out.resize(out.len() + len, 7)
+            })
+            .unwrap();
+            decoder.push(&stream);
+            let (_, buffer) = decoder.next_shared().unwrap().unwrap();
+            assert_eq!(buffer.is_some(), may_be_kept);
+        }
+    }
+
+    #[test]
     fn a_reader_in_place_gets_room_and_an_unfinished_frame_survives_it() {
         let mut decoder = FrameDecoder::new(DEFAULT_MAX_FRAME);
         decoder.push(&[0, 0, 0, 0, 0, 0, 0, 2, 8]);

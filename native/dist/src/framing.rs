@@ -50,6 +50,9 @@ pub enum Frame<'a> {
     Data(&'a [u8]),
 }
 
+/// The buffer that a frame lies in, if it may be kept.
+pub type Lent<'a> = Option<&'a Arc<Vec<u8>>>;
+
 /// Splits the handshake's `{packet, 2}` stream.
 #[derive(Debug, Default)]
 pub struct HandshakeDecoder {
@@ -134,7 +137,7 @@ impl FrameDecoder {
     ///
     /// # Errors
     /// As [`FrameDecoder::next_frame`].
-    pub fn next_shared(&mut self) -> Result<Option<(Frame<'_>, Option<&Arc<Vec<u8>>>)>, FrameError> {
+    pub fn next_shared(&mut self) -> Result<Option<(Frame<'_>, Lent<'_>)>, FrameError> {
         let Some(header) = self.buffer.unread().first_chunk::<4>() else {
             return Ok(None);
         };
@@ -252,13 +255,12 @@ impl Buffer {
     }
 
     /// The frame, and the buffer that it lies in if that may be kept.
-    #[expect(clippy::type_complexity, reason = "named once, by its one caller")]
     fn consume(
         &mut self,
         header: usize,
         len: usize,
         max: usize,
-    ) -> Result<Option<(&[u8], Option<&Arc<Vec<u8>>>)>, FrameError> {
+    ) -> Result<Option<(&[u8], Lent<'_>)>, FrameError> {
         if len > max {
             return Err(FrameError::TooLarge { len, max });
         }
@@ -274,7 +276,7 @@ impl Buffer {
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::panic)]
     use super::*;
     use proptest::prelude::*;
 

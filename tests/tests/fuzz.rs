@@ -118,6 +118,11 @@ fn etf() {
 }
 
 #[test]
+fn data() {
+    holds("data", CASES);
+}
+
+#[test]
 fn framing() {
     holds("framing", CASES);
 }

@@ -172,17 +172,17 @@ async fn read_all(
     let mut assembler = Assembler::new(connection.flags, &inner.limits);
     loop {
         loop {
-            match decoder.next_frame() {
+            match decoder.next_shared() {
                 Ok(None) => break,
-                Ok(Some(Frame::Tick)) => {
+                Ok(Some((Frame::Tick, _))) => {
                     let received = connection.ticks_in.fetch_add(1, Ordering::Relaxed) + 1;
                     inner.tell(NodeEvent::Tick {
                         node: connection.node.as_str().to_owned(),
                         received,
                     });
                 }
-                Ok(Some(Frame::Data(frame))) => {
-                    let handled = match assembler.take(frame, &inner.buffers) {
+                Ok(Some((Frame::Data(frame), buffer))) => {
+                    let handled = match assembler.take(frame, buffer, &inner.buffers) {
                         Ok(None) => Ok(()),
                         Ok(Some(message)) => dispatch::handle(inner, &Peer::Remote(connection), message),
                         Err(reason) => Err(reason),
@@ -193,6 +193,10 @@ async fn read_all(
                 }
                 Err(error) => return DownReason::Protocol(error.to_string()),
             }
+        }
+        if decoder.is_lent_out() {
+            // Receivers have their turn, so that what comes next need not be copied for them.
+            tokio::task::yield_now().await;
         }
         let buffer = decoder.read_buf();
         buffer.reserve(READ);

@@ -15,6 +15,7 @@ use super::exits::{Reason, Via};
 use super::inner::Inner;
 use super::mailbox::Message;
 use super::outbound::QueueError;
+use super::payload::Payload;
 use super::process::{Item, Process};
 use super::spawned::{self, LINKED, MONITORED};
 use super::watch::{Incoming, Outgoing, TooMany, Watched};
@@ -101,7 +102,7 @@ pub(crate) fn handle(inner: &Arc<Inner>, peer: &Peer<'_>, received: Received) ->
     Ok(())
 }
 
-fn deliver(to: Option<Arc<Process>>, from: Option<Pid>, payload: Option<Vec<u8>>) {
+fn deliver(to: Option<Arc<Process>>, from: Option<Pid>, payload: Option<Payload>) {
     // A message to a process that is not there is lost, as in Erlang.
     if let (Some(process), Some(payload)) = (to, payload) {
         process.deliver(Item::Encoded { from, payload });
@@ -115,7 +116,7 @@ fn altact(
     from: Pid,
     to: Target,
     is_exit: bool,
-    payload: Option<Vec<u8>>,
+    payload: Option<Payload>,
 ) -> Result<(), DownReason> {
     if !peer.flags().contains(DistFlags::ALTACT_SIG) {
         let text = "ALTACT_SIG_SEND came without being agreed";
@@ -277,8 +278,8 @@ fn in_control(term: Term) -> Result<Reason, DownReason> {
 }
 
 /// An exit reason behind a control message.
-fn in_payload(inner: &Inner, payload: Option<Vec<u8>>) -> Result<Reason, DownReason> {
-    let bytes = payload.unwrap_or_default();
+fn in_payload(inner: &Inner, payload: Option<Payload>) -> Result<Reason, DownReason> {
+    let bytes = payload.map(Payload::into_vec).unwrap_or_default();
     let term = meshx_etf::decode(&bytes, &inner.limits.terms);
     Ok(Reason {
         term: term.map_err(|error| DownReason::Protocol(error.to_string()))?,

@@ -255,8 +255,7 @@ impl Mailbox {
         Ok(match item {
             Item::Ready(message) => message,
             Item::Encoded { from, payload } => {
-                let term = decode(&payload)?;
-                self.inner.buffers.give(payload);
+                let term = payload.decode(&self.inner.buffers, &self.inner.limits.terms)?;
                 Message::Term { from, term }
             }
             Item::Exit { from, reason } => Message::Exit {

@@ -76,6 +76,7 @@ mod mailbox;
 mod mesh;
 mod net_kernel;
 mod outbound;
+mod payload;
 mod plain;
 mod policy;
 mod process;

@@ -10,12 +10,13 @@ use tokio::sync::Notify;
 
 use super::address::Address;
 use super::mailbox::Message;
+use super::payload::Payload;
 
 /// Something in a mailbox.
 #[derive(Debug)]
 pub(crate) enum Item {
     /// A message as it came, decoded when it is read: so the queue's bound in bytes is the memory it takes.
-    Encoded { from: Option<Pid>, payload: Vec<u8> },
+    Encoded { from: Option<Pid>, payload: Payload },
     /// Made here: its sender bounds it.
     Ready(Message),
     /// An exit signal of a peer, its reason as it came.
@@ -31,9 +32,8 @@ pub(crate) enum Item {
 impl Item {
     pub(crate) fn cost(&self) -> usize {
         match self {
-            Self::Encoded { payload: bytes, .. }
-            | Self::Exit { reason: bytes, .. }
-            | Self::Down { reason: bytes, .. } => bytes.len(),
+            Self::Encoded { payload, .. } => payload.len(),
+            Self::Exit { reason, .. } | Self::Down { reason, .. } => reason.len(),
             Self::Ready(_) => 0,
         }
     }

@@ -17,6 +17,7 @@ use super::event::DownReason;
 use super::exposed::{Outcome, Raised, Slot};
 use super::inner::Inner;
 use super::mailbox::Mailbox;
+use super::payload::Payload;
 use super::process::Process;
 use super::watch::{Incoming, TooMany, Watched};
 
@@ -52,7 +53,7 @@ pub(crate) fn request(
     inner: &Arc<Inner>,
     peer: &Peer<'_>,
     request: Control,
-    payload: Option<Vec<u8>>,
+    payload: Option<Payload>,
 ) -> Result<(), DownReason> {
     let Control::SpawnRequest {
         id,
@@ -112,7 +113,7 @@ pub(crate) fn request(
         module,
         function,
         arity,
-        args: payload.unwrap_or_default(),
+        args: payload.map(Payload::into_vec).unwrap_or_default(),
     };
     inner.spawn(run(guard, start, slot));
     Ok(())

@@ -1,6 +1,7 @@
 //! Between frames and control messages, as the flags of a link want it.
 
 use std::cell::RefCell;
+use std::sync::Arc;
 
 use meshx_dist::control::{Control, Proc, Target};
 use meshx_dist::flags::DistFlags;
@@ -14,15 +15,16 @@ use super::error::SendError;
 use super::event::DownReason;
 use super::limits::Limits;
 use super::outbound::Origin;
+use super::payload::Payload;
 
 /// Largest buffer that a thread keeps for the next message it encodes, in bytes.
 const RETAINED_CAPACITY: usize = 256 * 1024;
 
-/// A control message, and the encoded term that belongs to it. The term's form has been checked.
+/// A control message, and the term that belongs to it.
 #[derive(Debug)]
 pub(crate) struct Received {
     pub(crate) control: Control,
-    pub(crate) payload: Option<Vec<u8>>,
+    pub(crate) payload: Option<Payload>,
 }
 
 /// Makes messages of a connection's frames.
@@ -45,26 +47,22 @@ impl Assembler {
         }
     }
 
-    /// Takes one frame; `None` while a message is not complete.
-    pub(crate) fn take(&mut self, frame: &[u8], buffers: &Buffers) -> Result<Option<Received>, DownReason> {
+    /// Takes one frame; `None` while a message is not complete. `buffer` is what the frame may stay in.
+    pub(crate) fn take(
+        &mut self,
+        frame: &[u8],
+        buffer: Option<&Arc<Vec<u8>>>,
+        buffers: &Buffers,
+    ) -> Result<Option<Received>, DownReason> {
         let Some(message) = self.receiver.receive(frame).map_err(down_reason)? else {
             return Ok(None);
         };
-        let payload = match message.payload {
-            None => None,
-            Some(payload) => {
-                // Walked once here, so that garbage ends the connection that it came by; decoded by its reader.
-                let protocol = |text: String| DownReason::Protocol(format!("a message's payload: {text}"));
-                let mut bytes = buffers.take(payload.bare().len() + 1);
-                payload.append_to(&mut bytes);
-                let payload = bytes;
-                let len = meshx_etf::term_len(&payload, &self.terms).map_err(|e| protocol(e.to_string()))?;
-                if len != payload.len() {
-                    return Err(protocol(format!("{} bytes follow the term", payload.len() - len)));
-                }
-                Some(payload)
-            }
-        };
+        // Checked here, so that garbage ends the connection that it came by; decoded by its reader.
+        let payload = message.payload.map(|payload| {
+            let taken = Payload::take(payload, buffer, buffers, &self.terms);
+            taken.map_err(|error| DownReason::Protocol(format!("a message's payload: {error}")))
+        });
+        let payload = payload.transpose()?;
         Ok(Some(Received {
             control: message.control,
             payload,
@@ -179,7 +177,8 @@ fn origin(control: &Control) -> Origin {
 pub(crate) fn local(control: Control, payload: Option<&Term>) -> Received {
     let payload = payload.and_then(|term| {
         let mut bytes = Vec::new();
-        meshx_etf::encode(term, &mut bytes).is_ok().then_some(bytes)
+        meshx_etf::encode(term, &mut bytes).ok()?;
+        Some(Payload::Own(bytes))
     });
     Received { control, payload }
 }

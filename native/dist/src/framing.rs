@@ -8,6 +8,8 @@
 //! One buffer serves a connection for its whole life: [`HandshakeDecoder::into_connected`] hands over what the
 //! peer sent right behind its last handshake message.
 
+use std::sync::Arc;
+
 /// Largest handshake message taken, in bytes. The largest that makes sense holds a name of
 /// [`crate::handshake::MAX_NAME_LEN`] bytes and what future versions append behind it.
 pub const MAX_HANDSHAKE_FRAME: usize = 4096;
@@ -20,8 +22,10 @@ pub const TICK: [u8; 4] = [0; 4];
 const READ_SPACE: usize = 32 * 1024;
 const HANDSHAKE_READ_SPACE: usize = 512;
 
-/// Buffer space that is kept when everything in it has been consumed, in bytes.
-const RETAINED_CAPACITY: usize = 1024 * 1024;
+/// Room of a buffer, in bytes; one that had to grow for a large frame shrinks to it.
+const BUFFER_CAPACITY: usize = 256 * 1024;
+/// Buffers of one connection that messages may lie in and keep, beside the one that is read into.
+const LENT_MAX: usize = 8;
 
 /// Why a stream can't be split any further. The connection is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -45,6 +49,9 @@ pub enum Frame<'a> {
     /// One message or fragment, without its length.
     Data(&'a [u8]),
 }
+
+/// The buffer that a frame lies in, if it may be kept.
+pub type Lent<'a> = Option<&'a Arc<Vec<u8>>>;
 
 /// Splits the handshake's `{packet, 2}` stream.
 #[derive(Debug, Default)]
@@ -79,8 +86,9 @@ impl HandshakeDecoder {
         let Some(header) = self.buffer.unread().first_chunk::<2>() else {
             return Ok(None);
         };
-        self.buffer
-            .consume(2, usize::from(u16::from_be_bytes(*header)), MAX_HANDSHAKE_FRAME)
+        let len = usize::from(u16::from_be_bytes(*header));
+        let frame = self.buffer.consume(2, len, MAX_HANDSHAKE_FRAME)?;
+        Ok(frame.map(|(data, _)| data))
     }
 
     /// The decoder for what follows the handshake, holding whatever has already arrived of it.
@@ -123,6 +131,29 @@ impl FrameDecoder {
         bytes
     }
 
+    /// As [`FrameDecoder::next_frame`], with the buffer that the frame lies in, if that may be kept: what lies in it then
+    /// need not be copied. At most 2 MiB of a connection's buffers is kept so, however little of them is wanted; a
+    /// buffer is filled again once nobody else has it.
+    ///
+    /// # Errors
+    /// As [`FrameDecoder::next_frame`].
+    pub fn next_shared(&mut self) -> Result<Option<(Frame<'_>, Lent<'_>)>, FrameError> {
+        let Some(header) = self.buffer.unread().first_chunk::<4>() else {
+            return Ok(None);
+        };
+        let len = usize::try_from(u32::from_be_bytes(*header)).unwrap_or(usize::MAX);
+        let frame = self.buffer.consume(4, len, self.max_frame)?;
+        Ok(frame.map(|(data, buffer)| match data {
+            [] => (Frame::Tick, None),
+            data => (Frame::Data(data), buffer),
+        }))
+    }
+
+    /// Whether so many buffers are kept that what is read next may not be: a good moment to let those run who keep them.
+    pub fn is_lent_out(&mut self) -> bool {
+        self.buffer.lent.len() >= LENT_MAX && self.buffer.position_of_free().is_none()
+    }
+
     /// Bytes that are buffered and not yet taken out as a frame.
     #[must_use]
     pub fn buffered(&self) -> usize {
@@ -134,18 +165,7 @@ impl FrameDecoder {
     /// # Errors
     /// [`FrameError::TooLarge`] when a header announces more than the limit.
     pub fn next_frame(&mut self) -> Result<Option<Frame<'_>>, FrameError> {
-        let Some(header) = self.buffer.unread().first_chunk::<4>() else {
-            return Ok(None);
-        };
-        let len = usize::try_from(u32::from_be_bytes(*header)).unwrap_or(usize::MAX);
-        let frame = self.buffer.consume(4, len, self.max_frame)?;
-        Ok(frame.map(|data| {
-            if data.is_empty() {
-                Frame::Tick
-            } else {
-                Frame::Data(data)
-            }
-        }))
+        Ok(self.next_shared()?.map(|(frame, _)| frame))
     }
 }
 
@@ -177,9 +197,11 @@ pub fn encode_frame(
 
 #[derive(Debug, Default)]
 struct Buffer {
-    bytes: Vec<u8>,
+    bytes: Arc<Vec<u8>>,
     /// Bytes at the front that have been handed out.
     taken: usize,
+    /// Buffers that were read into before, and were still kept by somebody then.
+    lent: Vec<Arc<Vec<u8>>>,
 }
 
 impl Buffer {
@@ -190,17 +212,55 @@ impl Buffer {
     /// Makes room at the front, then lends the buffer for appending. What is moved is the unfinished frame
     /// only, and only once: afterwards it starts at the front.
     fn writable(&mut self) -> &mut Vec<u8> {
-        if self.taken > 0 {
-            self.bytes.drain(..self.taken.min(self.bytes.len()));
+        if Arc::get_mut(&mut self.bytes).is_none() {
+            let mut next = self.free();
+            // Nobody else has it.
+            Arc::make_mut(&mut next).extend_from_slice(self.unread());
+            self.lent.push(std::mem::replace(&mut self.bytes, next));
             self.taken = 0;
-            if self.bytes.len() < RETAINED_CAPACITY / 2 && self.bytes.capacity() > RETAINED_CAPACITY {
-                self.bytes.shrink_to(RETAINED_CAPACITY);
+        } else if self.lent.len() >= LENT_MAX
+            && let Some(at) = self.position_of_free()
+        {
+            // Makes room for this one, which may be kept again then.
+            self.lent.remove(at);
+        }
+        let bytes = Arc::make_mut(&mut self.bytes);
+        if self.taken > 0 {
+            bytes.drain(..self.taken.min(bytes.len()));
+            self.taken = 0;
+            if bytes.len() < BUFFER_CAPACITY / 2 && bytes.capacity() > BUFFER_CAPACITY {
+                bytes.shrink_to(BUFFER_CAPACITY);
             }
         }
-        &mut self.bytes
+        bytes
     }
 
-    fn consume(&mut self, header: usize, len: usize, max: usize) -> Result<Option<&[u8]>, FrameError> {
+    /// An empty buffer: one that has come back, or a new one.
+    fn free(&mut self) -> Arc<Vec<u8>> {
+        match self.position_of_free() {
+            Some(at) => {
+                let mut buffer = self.lent.remove(at);
+                Arc::make_mut(&mut buffer).clear();
+                buffer
+            }
+            None => Arc::new(Vec::with_capacity(BUFFER_CAPACITY)),
+        }
+    }
+
+    /// A buffer that nobody else has any more.
+    fn position_of_free(&mut self) -> Option<usize> {
+        self.lent
+            .iter_mut()
+            .position(|buffer| Arc::get_mut(buffer).is_some())
+    }
+
+    /// The frame, and the buffer that it lies in if that may be kept.
+    fn consume(
+        &mut self,
+        header: usize,
+        len: usize,
+        max: usize,
+    ) -> Result<Option<(&[u8], Lent<'_>)>, FrameError> {
         if len > max {
             return Err(FrameError::TooLarge { len, max });
         }
@@ -209,13 +269,14 @@ impl Buffer {
             return Ok(None);
         };
         self.taken = start + len;
-        Ok(Some(frame))
+        let may_be_kept = self.lent.len() < LENT_MAX && self.bytes.capacity() <= BUFFER_CAPACITY;
+        Ok(Some((frame, may_be_kept.then_some(&self.bytes))))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    #![allow(clippy::unwrap_used)]
+    #![allow(clippy::unwrap_used, clippy::panic)]
     use super::*;
     use proptest::prelude::*;
 
@@ -279,7 +340,7 @@ mod tests {
 
     #[test]
     fn a_large_frame_is_not_moved_while_it_arrives_and_its_space_is_given_back() {
-        let len = 8 * RETAINED_CAPACITY;
+        let len = 8 * BUFFER_CAPACITY;
         let mut decoder = FrameDecoder::new(DEFAULT_MAX_FRAME);
         decoder.push(&[0, 0, 0, 0]);
         assert_eq!(decoder.next_frame(), Ok(Some(Frame::Tick)));
@@ -292,7 +353,62 @@ mod tests {
         assert!(matches!(decoder.next_frame(), Ok(Some(Frame::Data(data))) if data.len() == len));
         decoder.push(&[0]);
         assert_eq!(decoder.buffered(), 1);
-        assert!(decoder.buffer.bytes.capacity() <= 2 * RETAINED_CAPACITY);
+        assert!(decoder.buffer.bytes.capacity() <= 2 * BUFFER_CAPACITY);
+    }
+
+    #[test]
+    fn buffers_that_are_kept_are_few_and_are_filled_again() {
+        let mut decoder = FrameDecoder::new(DEFAULT_MAX_FRAME);
+        let mut stream = Vec::new();
+        for byte in 0..40u8 {
+            encode_frame(&mut stream, 100, |out| out.extend_from_slice(&[byte; 9])).unwrap();
+        }
+        let mut kept: Vec<Arc<Vec<u8>>> = Vec::new();
+        let mut seen = Vec::new();
+        let mut not_to_be_kept = 0;
+        // Each piece ends within a frame, which moves on to the next buffer.
+        for piece in stream.chunks(30) {
+            decoder.push(piece);
+            while let Some((frame, buffer)) = decoder.next_shared().unwrap() {
+                let Frame::Data(data) = frame else { panic!() };
+                seen.push(data[0]);
+                assert_eq!(data, [data[0]; 9]);
+                match buffer {
+                    Some(buffer) => kept.push(Arc::clone(buffer)),
+                    None => not_to_be_kept += 1,
+                }
+            }
+        }
+        assert_eq!(seen, (0..40).collect::<Vec<u8>>());
+        kept.dedup_by(|a, b| Arc::ptr_eq(a, b));
+        assert_eq!(kept.len(), LENT_MAX);
+        assert!(not_to_be_kept > 10, "{not_to_be_kept}");
+        assert!(decoder.is_lent_out());
+        let lent: Vec<_> = kept.iter().map(Arc::as_ptr).collect();
+        kept.clear();
+        assert!(!decoder.is_lent_out());
+        for _ in 0..50 {
+            decoder.push(&stream[..13]);
+            let (_, buffer) = decoder.next_shared().unwrap().unwrap();
+            kept = vec![Arc::clone(buffer.unwrap())];
+        }
+        let again = Arc::as_ptr(&kept[0]);
+        assert!(lent.contains(&again), "a buffer that came back is filled again");
+    }
+
+    #[test]
+    fn a_buffer_that_grew_for_a_large_frame_may_not_be_kept() {
+        let mut decoder = FrameDecoder::new(DEFAULT_MAX_FRAME);
+        for (len, may_be_kept) in [(BUFFER_CAPACITY * 2, false), (10, true)] {
+            let mut stream = Vec::new();
+            encode_frame(&mut stream, DEFAULT_MAX_FRAME, |out| {
+                out.resize(out.len() + len, 7)
+            })
+            .unwrap();
+            decoder.push(&stream);
+            let (_, buffer) = decoder.next_shared().unwrap().unwrap();
+            assert_eq!(buffer.is_some(), may_be_kept);
+        }
     }
 
     #[test]

@@ -5,11 +5,18 @@ use std::cmp::Ordering;
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::ops::Deref;
+use std::sync::Arc;
+
+/// A binary shares the memory that it was decoded from only if it is at least this part of it.
+const LEAST_PART: usize = 16;
 
 /// Most bytes that are kept in place: it makes a binary 24 bytes wide.
 pub(crate) const SHORT: usize = 22;
 
 /// The bytes of a [`Term::Binary`](crate::Term::Binary): those of a short one lie in it, without an allocation.
+///
+/// One that [`decode_shared`](crate::decode_shared) made may share the memory that it was decoded from; it takes at most
+/// sixteen times its own length then, however long it is kept. A clone of it shares that memory too.
 ///
 /// Reads like a slice of bytes, and is made of whatever holds some:
 /// ```
@@ -25,8 +32,17 @@ pub struct Binary(Repr);
 /// A binary that is short enough is always `Short`; what lies behind its bytes means nothing.
 #[derive(Clone)]
 enum Repr {
-    Short { len: u8, bytes: [u8; SHORT] },
+    Short {
+        len: u8,
+        bytes: [u8; SHORT],
+    },
     Long(Box<[u8]>),
+    /// Bytes of what a term was decoded from.
+    Part {
+        whole: Arc<Vec<u8>>,
+        start: u32,
+        len: u32,
+    },
 }
 
 impl Binary {
@@ -47,12 +63,29 @@ impl Binary {
         Self(Repr::Long(bytes.into()))
     }
 
+    /// A binary of more bytes than are kept in place, which are those of `whole` from `start` on. It keeps all of `whole`
+    /// alive, so it is copied when it is a small part of that.
+    pub(crate) fn part(whole: &Arc<Vec<u8>>, start: usize, bytes: &[u8]) -> Self {
+        match (u32::try_from(start), u32::try_from(bytes.len())) {
+            (Ok(start), Ok(len)) if bytes.len() >= whole.capacity() / LEAST_PART => Self(Repr::Part {
+                whole: Arc::clone(whole),
+                start,
+                len,
+            }),
+            _ => Self::long(bytes),
+        }
+    }
+
     /// Its bytes.
     #[inline]
     pub fn as_slice(&self) -> &[u8] {
         match &self.0 {
             Repr::Short { len, bytes } => bytes.get(..usize::from(*len)).unwrap_or_default(),
             Repr::Long(bytes) => bytes,
+            Repr::Part { whole, start, len } => {
+                let rest = whole.get(*start as usize..).unwrap_or_default();
+                rest.get(..*len as usize).unwrap_or_default()
+            }
         }
     }
 
@@ -61,15 +94,15 @@ impl Binary {
     pub(crate) fn short_parts(&self) -> Option<(u8, &[u8; SHORT])> {
         match &self.0 {
             Repr::Short { len, bytes } => Some((*len, bytes)),
-            Repr::Long(_) => None,
+            Repr::Long(_) | Repr::Part { .. } => None,
         }
     }
 
-    /// Its bytes; copies those of a short one.
+    /// Its bytes; copies those of a short one, and of one that shares what it was decoded from.
     #[must_use]
     pub fn into_vec(self) -> Vec<u8> {
         match self.0 {
-            Repr::Short { .. } => self.as_slice().to_vec(),
+            Repr::Short { .. } | Repr::Part { .. } => self.as_slice().to_vec(),
             Repr::Long(bytes) => bytes.into_vec(),
         }
     }
@@ -181,6 +214,20 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
+
+    #[test]
+    fn a_part_shares_what_it_is_a_good_part_of() {
+        let whole: Arc<Vec<u8>> = Arc::new((0..1600).map(|n| n as u8).collect());
+        let part = |range: std::ops::Range<usize>| Binary::part(&whole, range.start, &whole[range]);
+        let (large, small) = (part(10..110), part(10..109));
+        assert_eq!(Arc::strong_count(&whole), 2);
+        assert_eq!((&large[..99], &*small), (&whole[10..109], &whole[10..109]));
+        assert_eq!(large.as_slice().as_ptr(), whole[10..].as_ptr());
+        assert_eq!(large.clone().into_vec(), whole[10..110]);
+        assert_eq!(large, Binary::from(&whole[10..110]));
+        drop(large);
+        assert_eq!(Arc::strong_count(&whole), 1);
+    }
 
     #[test]
     fn short_and_long_ones_behave_alike() {

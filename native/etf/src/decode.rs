@@ -1,5 +1,8 @@
 //! Bytes to owned terms.
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use crate::atom::{self, Atom};
 use crate::binary::Binary;
 use crate::cursor::{Container, Cursor};
@@ -64,6 +67,41 @@ pub fn decode_bare_prefix<'a>(bytes: &'a [u8], limits: &Limits) -> Result<(Term,
     Ok((term, bytes.get(end..).unwrap_or_default()))
 }
 
+/// Decodes the term that these bytes of `whole` are, without a version byte. Binaries that are at least a sixteenth of
+/// `whole` share its memory, and keep it alive, instead of being copied.
+///
+/// ```
+/// use std::sync::Arc;
+/// use meshx_etf::{Limits, decode_shared};
+///
+/// let whole = Arc::new(vec![109, 0, 0, 0, 40].into_iter().chain([7; 40]).collect::<Vec<u8>>());
+/// let term = decode_shared(&whole, 0..45, &Limits::default())?;
+/// assert_eq!((term.as_binary(), Arc::strong_count(&whole)), (Some(&[7; 40][..]), 2));
+/// # Ok::<(), meshx_etf::DecodeError>(())
+/// ```
+///
+/// # Errors
+/// Any [`DecodeError`] but [`DecodeError::Version`]; of bytes that `whole` does not have, [`DecodeError::Truncated`].
+/// Offsets count from the start of the range.
+pub fn decode_shared(
+    whole: &Arc<Vec<u8>>,
+    range: Range<usize>,
+    limits: &Limits,
+) -> Result<Term, DecodeError> {
+    let bytes = whole.get(range.clone()).unwrap_or_default();
+    let decoder = Decoder {
+        shared: Some((whole, range.start)),
+        ..Decoder::new(bytes, 0, limits)
+    };
+    match decoder.run()? {
+        (term, end) if end == bytes.len() => Ok(term),
+        (_, end) => Err(DecodeError::Trailing {
+            offset: end,
+            remaining: bytes.len() - end,
+        }),
+    }
+}
+
 /// Decodes the term at `pos`, which has no version byte; also returns where it ends.
 #[cfg(feature = "eetf")]
 pub(crate) fn decode_bare(bytes: &[u8], pos: usize, limits: &Limits) -> Result<(Term, usize), DecodeError> {
@@ -76,6 +114,8 @@ struct Decoder<'a> {
     cursor: Cursor<'a>,
     max_depth: usize,
     atoms: AtomCache,
+    /// What large binaries may share, and where in it the input begins.
+    shared: Option<(&'a Arc<Vec<u8>>, usize)>,
 }
 
 /// A container that waits for more of its parts.
@@ -105,6 +145,7 @@ impl<'a> Decoder<'a> {
             cursor: Cursor::new(bytes, pos, limits),
             max_depth: limits.depth(),
             atoms: AtomCache::new(),
+            shared: None,
         }
     }
 
@@ -133,7 +174,7 @@ impl<'a> Decoder<'a> {
                 } else if let Some(bytes) = cursor.next_binary() {
                     match Binary::short(bytes) {
                         Some(short) => top.put(|| Term::Binary(short)),
-                        None => top.put(|| Term::Binary(Binary::long(bytes))),
+                        None => top.put(|| Term::Binary(self.long(bytes, cursor.pos()))),
                     }
                 } else if let Some(value) = cursor.next_float() {
                     top.put(|| Term::Float(value));
@@ -205,6 +246,15 @@ impl<'a> Decoder<'a> {
                     }
                 }
             }
+        }
+    }
+
+    /// A binary whose bytes end at `end`.
+    #[inline(never)]
+    fn long(&self, bytes: &[u8], end: usize) -> Binary {
+        match self.shared {
+            Some((whole, start)) => Binary::part(whole, start + end - bytes.len(), bytes),
+            None => Binary::long(bytes),
         }
     }
 

@@ -70,7 +70,7 @@ pub use bigint::BigInt;
 pub use binary::Binary;
 #[cfg(feature = "serde")]
 pub use data::{DATA_DEPTH, DataError, Keys, from_bytes, from_term, to_bytes, to_term, to_term_with, with};
-pub use decode::{decode, decode_bare_prefix, decode_prefix};
+pub use decode::{decode, decode_bare_prefix, decode_prefix, decode_shared};
 pub use encode::{encode, encode_bare};
 pub use error::{DecodeError, EncodeError};
 pub use ids::{Export, Fun, Pid, Port, Reference};

@@ -168,6 +168,15 @@ impl PartialEq<&str> for AtomRef<'_> {
     }
 }
 
+impl PartialEq<Atom> for AtomRef<'_> {
+    fn eq(&self, other: &Atom) -> bool {
+        match self.utf8_bytes() {
+            Some(bytes) => bytes == other.as_bytes(),
+            None => self == other.as_str(),
+        }
+    }
+}
+
 impl fmt::Debug for AtomRef<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(&Atom::from(*self), f)

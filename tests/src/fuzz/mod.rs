@@ -6,6 +6,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod agent;
+mod data;
 mod epmd;
 mod etf;
 #[path = "../../../native/etf/tests/common/agreement.rs"]
@@ -16,6 +17,7 @@ mod mesh;
 mod rpc;
 
 pub use agent::control;
+pub use data::data;
 pub use epmd::epmd;
 pub use etf::etf;
 pub use framing::framing;
@@ -27,8 +29,9 @@ pub use rpc::rpc;
 pub type Body = fn(&[u8]);
 
 /// Every target: its name, which is also that of its directory of seeds, and its body.
-pub const TARGETS: [(&str, Body); 7] = [
+pub const TARGETS: [(&str, Body); 8] = [
     ("etf", etf),
+    ("data", data),
     ("framing", framing),
     ("handshake", handshake),
     ("epmd", epmd),

@@ -99,13 +99,10 @@ impl CommonDecoder {
     }
 
     fn name(&mut self, name: AtomRef<'_>) -> Atom {
-        let Some(text) = name.as_str() else {
-            return Atom::from(name);
-        };
-        if let Some(known) = self.names.iter().flatten().find(|known| known.as_str() == text) {
+        if let Some(known) = self.names.iter().flatten().find(|known| name == **known) {
             return known.clone();
         }
-        let atom = Atom::from(text);
+        let atom = Atom::from(name);
         if let Some(entry) = self.names.get_mut(self.oldest) {
             *entry = Some(atom.clone());
         }

@@ -1,4 +1,5 @@
 use std::collections::HashMap;
+use std::ops::Range;
 
 use meshx_etf::{DecodeError, Limits};
 
@@ -52,6 +53,14 @@ impl<'a> Encoded<'a> {
     #[must_use]
     pub fn bare(self) -> &'a [u8] {
         self.0
+    }
+
+    /// Where it lies in a buffer, if it does.
+    #[must_use]
+    pub fn range_in(self, buffer: &[u8]) -> Option<Range<usize>> {
+        let start = self.0.as_ptr().addr().checked_sub(buffer.as_ptr().addr())?;
+        let end = start.checked_add(self.0.len())?;
+        (end <= buffer.len()).then_some(start..end)
     }
 
     /// A copy with the version byte in front, as [`meshx_etf::decode`] takes it.

@@ -22,16 +22,6 @@ pub fn agent_rules() -> String {
         .into()
 }
 
-/// The rules of an operator who writes intentions.
-pub fn management_rules() -> String {
-    r#"acl = "write"
-       operator = "write"
-       service_prefix "" { policy = "write" intentions = "write" }
-       node_prefix "" { policy = "write" }
-       agent_prefix "" { policy = "write" }"#
-        .into()
-}
-
 impl Consul {
     /// A token with one policy of these rules. Returns its secret.
     ///

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-pub use self::acl::{agent_rules, management_rules, service_rules};
+pub use self::acl::{agent_rules, service_rules};
 pub use self::authority::{Authority, Issued, Leaf};
 use self::http::Http;
 pub use self::services::Service;
@@ -182,11 +182,6 @@ impl Consul {
     /// The token that may do everything, with ACLs.
     pub fn management(&self) -> Option<&str> {
         self.management.as_deref()
-    }
-
-    /// The authority of HTTPS, with TLS.
-    pub fn https_authority(&self) -> Option<&Authority> {
-        self.https.as_ref()
     }
 
     /// The Connect authority, when it is [ours](Setup::own_connect_ca).

@@ -75,15 +75,6 @@ impl Consul {
         self.put("/v1/agent/service/register", &body).map(|_| ())
     }
 
-    /// Takes an instance of a service away, with its sidecar.
-    ///
-    /// # Errors
-    /// When Consul refuses it.
-    pub fn deregister(&self, id: &str) -> Result<()> {
-        self.put(&format!("/v1/agent/service/deregister/{id}"), &Value::Null)
-            .map(|_| ())
-    }
-
     /// Waits until exactly `count` instances of `service` pass. Returns how long it took.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 # make test    everything: format, lints, unit, property, differential and end-to-end tests
 # make test-consul CONSUL=/path/to/consul   contract and end-to-end tests against that Consul
 # make bench-cnode our node and terms beside libei, eetf and BEAMs, likewise (ARGS="--rounds 3 --percent 20")
+# make bench-mesh  distribution over two agents beside inet_tls_dist, Consul's proxies and Envoys, likewise
 # make bench-rpc   MeshxRpc beside :erpc, tables and a plot in target/bench (ARGS="--rounds 3 --row 64")
 # make build   the meshx program, the NIF and the Elixir application
 # make fuzz    every fuzz target with libFuzzer, FUZZ_SECONDS each (docs/fuzzing.md)
@@ -23,7 +24,7 @@ ON_OTP = PATH=$(CARGO_TARGET_DIR)/otp/$*/bin:$$PATH MIX_BUILD_ROOT=_build/otp-$*
 # What a version of OTP may change.
 OTP_TESTS := c_node cluster command_line hostile ownership refusals rpc spoofing
 
-.PHONY: build demo test bench-cnode bench-rpc preflight-demo preflight-test lint test-rust test-elixir built-for-end-to-end test-end-to-end test-consul test-otp fuzz clean
+.PHONY: build demo test bench-cnode bench-mesh bench-rpc preflight-demo preflight-test lint test-rust test-elixir built-for-end-to-end test-end-to-end test-consul test-otp fuzz clean
 
 build: preflight-demo
 	cargo build --release --locked -p meshx -p bridge -p search_node -p meshx-tests --bins
@@ -36,6 +37,9 @@ test: preflight-test lint test-rust test-elixir test-end-to-end test-otp
 
 bench-cnode: preflight-test build
 	@exec $(CARGO_TARGET_DIR)/release/bench_cnode $(ARGS)
+
+bench-mesh: preflight-test build
+	@exec $(CARGO_TARGET_DIR)/release/bench_mesh $(ARGS)
 
 bench-rpc: preflight-test build
 	@exec $(CARGO_TARGET_DIR)/release/bench_rpc $(ARGS)

@@ -16,8 +16,14 @@ unexport ERL_FLAGS ERL_AFLAGS ERL_ZFLAGS ERL_LIBS MESHX_DIR $(filter CONSUL_%,$(
 
 MIX := cd mix_project && mix
 TEST_ENV := MIX_ENV=test MESHX_NIF=require
+# Beside the machine's own; each is an Erlang with its Elixir out of a newer Debian (scripts/get-otp).
+OTP_VERSIONS ?= 27 29
+# In a rule whose stem is a version: its programs first, and a build directory of its own.
+ON_OTP = PATH=$(CARGO_TARGET_DIR)/otp/$*/bin:$$PATH MIX_BUILD_ROOT=_build/otp-$*
+# What a version of OTP may change.
+OTP_TESTS := c_node cluster command_line hostile ownership refusals rpc spoofing
 
-.PHONY: build demo test bench-cnode bench-rpc preflight-demo preflight-test lint test-rust test-elixir built-for-end-to-end test-end-to-end test-consul fuzz clean
+.PHONY: build demo test bench-cnode bench-rpc preflight-demo preflight-test lint test-rust test-elixir built-for-end-to-end test-end-to-end test-consul test-otp fuzz clean
 
 build: preflight-demo
 	cargo build --release --locked -p meshx -p bridge -p search_node -p meshx-tests --bins
@@ -26,7 +32,7 @@ build: preflight-demo
 demo: build
 	@exec $(CARGO_TARGET_DIR)/release/demo $(if $(KEEP),--keep)
 
-test: preflight-test lint test-rust test-elixir test-end-to-end
+test: preflight-test lint test-rust test-elixir test-end-to-end test-otp
 
 bench-cnode: preflight-test build
 	@exec $(CARGO_TARGET_DIR)/release/bench_cnode $(ARGS)
@@ -38,7 +44,7 @@ preflight-demo:
 	@scripts/preflight demo
 
 preflight-test:
-	@scripts/preflight test
+	@OTP_VERSIONS="$(OTP_VERSIONS)" scripts/preflight test
 
 lint:
 	cargo fmt --all --check
@@ -71,10 +77,20 @@ built-for-end-to-end:
 
 test-end-to-end: built-for-end-to-end
 	if cargo nextest --version >/dev/null 2>&1; then \
-	    cargo nextest run -p meshx-tests --locked --no-fail-fast; \
+	    cargo nextest run -p meshx-tests --locked --no-fail-fast -E 'not binary(versions)'; \
 	else \
-	    cargo test -p meshx-tests --locked --no-fail-fast --tests; \
+	    cargo test -p meshx-tests --locked --no-fail-fast --tests -- --skip otp_; \
 	fi
+
+# The unit tests and the main end-to-end tests on each version, then neighbouring versions in one mesh.
+test-otp: $(OTP_VERSIONS:%=test-otp-%)
+	$(if $(OTP_VERSIONS),cargo test -p meshx-tests --locked --test versions)
+
+test-otp-%: built-for-end-to-end
+	cd mix_project && $(ON_OTP) $(TEST_ENV) mix do deps.get, compile --warnings-as-errors
+	cd mix_project && $(ON_OTP) $(TEST_ENV) mix test --warnings-as-errors
+	cd examples/shop && $(ON_OTP) MIX_ENV=prod MESHX_NIF=require mix do deps.get, compile --warnings-as-errors
+	$(ON_OTP) cargo test -p meshx-tests --locked --no-fail-fast $(OTP_TESTS:%=--test %)
 
 # Everything that knows Consul; without CONSUL on the one that the other tests use.
 test-consul: export MESHX_CONSUL = $(abspath $(CONSUL))

@@ -27,7 +27,7 @@ pub mod links;
 mod listener;
 pub mod local;
 mod outbound;
-mod peer_uid;
+pub(crate) mod peer_uid;
 mod reauthorize;
 mod requested;
 mod splice;

@@ -105,7 +105,7 @@ test-consul: preflight-test built-for-end-to-end
 	    cargo test -p meshx-tests --test 'consul*' --locked --no-fail-fast; \
 	fi
 
-FUZZ_TARGETS := etf framing handshake epmd rpc mesh control
+FUZZ_TARGETS := $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
 FUZZ_SECONDS := 600
 
 # A directory of its own: the sanitizer's objects fit no others.

@@ -150,6 +150,7 @@ impl Agent {
         let mut data = JoinSet::new();
         data.spawn(proxy.clone().serve_inbound(port));
         data.spawn(proxy.clone().serve_dist(dist));
+        data.spawn(proxy.clone().keep_proven());
         data.spawn(police(mesh.clone(), proxy.clone(), registry.clone()));
         let http_at = http.as_ref().map(TcpListener::local_addr).transpose()?;
         if let Some(listener) = http {

@@ -5,13 +5,14 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::cause::{Cause, Refusal};
 use super::listener::Listener;
+use super::proof::Proof;
 use super::totals::{Handshakes, PairKey, Pairs, Totals};
 use crate::mesh::{ServiceName, SpiffeId};
 
@@ -127,10 +128,8 @@ pub struct LinkInfo {
     pub verified: bool,
     /// Where the other agent or proxy is; none on a local link.
     pub remote_agent: Option<SocketAddr>,
-    /// End of this end's certificate, unix seconds; none where this agent showed none.
-    pub local_not_after: Option<i64>,
-    /// End of the other end's certificate, unix seconds; none where this agent saw none.
-    pub remote_not_after: Option<i64>,
+    /// What the ends have proven to each other last; none where this agent showed and saw no certificate.
+    pub proof: Option<Proof>,
     /// Registered instances that are ends of it here: it ends with them.
     pub instances: Vec<String>,
     /// Control connections of the ends that are here, to be told of a cut.
@@ -144,6 +143,16 @@ impl LinkInfo {
             Direction::Inbound => Dialler(self.remote_spiffe.clone(), self.verified),
             Direction::Outbound | Direction::Local => Dialler(self.local_spiffe.clone(), true),
         }
+    }
+
+    /// End of this end's certificate, unix seconds; none where this agent showed none.
+    pub fn local_not_after(&self) -> Option<i64> {
+        self.proof.as_ref().map(|proof| proof.shown.not_after)
+    }
+
+    /// End of the other end's certificate, unix seconds; none where this agent saw none.
+    pub fn remote_not_after(&self) -> Option<i64> {
+        self.proof.as_ref().map(|proof| proof.peer.not_after)
     }
 
     /// The service that dialled, and the one that was dialled.
@@ -207,6 +216,7 @@ struct Inner {
     owners: Mutex<HashMap<u64, mpsc::Sender<CutEvent>>>,
     refused: [[AtomicU64; Cause::ALL.len()]; Listener::ALL.len()],
     cuts: [AtomicU64; Cause::ALL.len()],
+    unproven: AtomicU64,
     accepted: HandshakeCounts,
     dialled: HandshakeCounts,
 }
@@ -240,7 +250,9 @@ struct LiveLinks {
 }
 
 struct Live {
+    /// Without its proof, which changes.
     info: LinkInfo,
+    proof: Mutex<Option<Proof>>,
     since: i64,
     counters: Arc<Counters>,
     /// Since it carries bytes.
@@ -272,9 +284,10 @@ impl LinkTable {
     /// # Errors
     /// [`Cause::InvalidRequest`] when a live link has this id: ids are random, so one of the two
     /// is an imitation. [`Cause::Limit`] beyond [`LINKS_MAX`] and [`LINKS_PER_SERVICE_MAX`].
-    pub fn insert(&self, info: LinkInfo) -> Result<LinkGuard, Refusal> {
+    pub fn insert(&self, mut info: LinkInfo) -> Result<LinkGuard, Refusal> {
         let id = info.id;
         let live = Arc::new(Live {
+            proof: Mutex::new(info.proof.take()),
             info,
             since: unix_now(),
             counters: Arc::default(),
@@ -318,6 +331,23 @@ impl LinkTable {
     /// The live link of this id.
     pub fn get(&self, id: LinkId) -> Option<LinkSnapshot> {
         lock(&self.inner.live).by_id.get(&id).map(|live| live.snapshot())
+    }
+
+    /// The ends of a link have proven themselves anew; at the end that asked for it, that took `round_trip`.
+    pub(super) fn prove(&self, id: LinkId, proof: Proof, round_trip: Option<Duration>) {
+        let mut links = lock(&self.inner.live);
+        let Some(live) = links.by_id.get(&id).cloned() else {
+            return;
+        };
+        *lock(&live.proof) = Some(proof);
+        if let (Some(pair), Some(took)) = (live.pair.get(), round_trip) {
+            links.pairs.proven(pair, took);
+        }
+    }
+
+    /// A link could not be proven anew by this agent, or what was asked of it was no proof.
+    pub(super) fn count_unproven(&self) {
+        self.inner.unproven.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Ends a link: tells the owners of its ends, then stops it. False when there is none, or it was cut before.
@@ -443,6 +473,7 @@ impl LinkTable {
         Totals {
             accepted: inner.accepted.total(),
             dialled: inner.dialled.total(),
+            unproven: inner.unproven.load(Ordering::Relaxed),
             refusals: Listener::ALL.iter().flat_map(refused).collect(),
             cuts: cuts
                 .map(|(cause, count)| (*cause, count.load(Ordering::Relaxed)))
@@ -464,7 +495,10 @@ impl Live {
     fn snapshot(&self) -> LinkSnapshot {
         let (bytes_in, bytes_out) = self.counters.both();
         LinkSnapshot {
-            info: self.info.clone(),
+            info: LinkInfo {
+                proof: lock(&self.proof).clone(),
+                ..self.info.clone()
+            },
             since: self.since,
             bytes_in,
             bytes_out,
@@ -542,8 +576,7 @@ mod tests {
             remote_spiffe: spiffe("cart"),
             verified: true,
             remote_agent: None,
-            local_not_after: None,
-            remote_not_after: None,
+            proof: None,
             instances: vec![],
             owners: vec![owner],
         }
@@ -675,6 +708,8 @@ mod tests {
         }
         let name = |name| ServiceName::new(name).unwrap();
         let mut wanted = PairTotals {
+            proven: 0,
+            proving: Duration::ZERO,
             services: Some((name("shop"), name("cart"))),
             direction: Direction::Local,
             purpose: Purpose::Dist,

@@ -122,8 +122,7 @@ impl Proxy {
             remote_spiffe: far,
             verified: true,
             remote_agent: None,
-            local_not_after: None,
-            remote_not_after: None,
+            proof: None,
             instances: vec![dialler.instance.id.clone()],
             owners: vec![dialler.owner],
         };

@@ -305,8 +305,7 @@ impl Proxy {
             remote_spiffe: self.spiffe(&upstream.target)?,
             verified: true,
             remote_agent: None,
-            local_not_after: None,
-            remote_not_after: None,
+            proof: None,
             instances: Vec::new(),
             owners: vec![upstream.owner],
         })

@@ -80,7 +80,8 @@ impl Proxy {
         let mut attempt = Attempt::new(Listener::Inbound);
         attempt.peer = address.to_string();
         let decided = tokio::select! {
-            decided = self.decide_inbound(stream, address, only.as_deref(), &mut attempt) => decided,
+            // In a box of its own: what only the decision needs goes with it.
+            decided = Box::pin(self.decide_inbound(stream, address, only.as_deref(), &mut attempt)) => decided,
             () = slot.evicted() => Err(slot.refusal().into()),
         };
         match decided {

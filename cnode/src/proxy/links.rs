@@ -21,8 +21,12 @@ pub const MAX_REFUSALS: usize = 256;
 /// Cut events that may wait for one control connection; a link is closed all the same.
 pub const MAX_CUT_EVENTS: usize = 256;
 
-/// Live links of one agent; each takes two descriptors and two buffers.
+/// Live links of one agent, where its descriptors are enough.
 pub const LINKS_MAX: usize = 16_384;
+/// Descriptors of one link.
+const DESCRIPTORS_PER_LINK: u64 = 2;
+/// Descriptors that links leave to everything else: connections that are being decided, control clients, watches.
+pub const DESCRIPTORS_KEPT: u64 = 512;
 /// Live links that one service may have dialled through or to one agent, so that none can use up all.
 pub const LINKS_PER_SERVICE_MAX: usize = 4096;
 
@@ -210,6 +214,7 @@ pub struct LinkTable {
 
 #[derive(Default)]
 struct Inner {
+    max: Max,
     // Each is held for a look-up or a change, never across an await.
     live: Mutex<LiveLinks>,
     refusals: Mutex<VecDeque<RefusalRecord>>,
@@ -219,6 +224,22 @@ struct Inner {
     unproven: AtomicU64,
     accepted: HandshakeCounts,
     dialled: HandshakeCounts,
+}
+
+/// How many links may live at a time, and why no more.
+#[derive(Debug, Clone)]
+struct Max {
+    links: usize,
+    why: String,
+}
+
+impl Default for Max {
+    fn default() -> Self {
+        Self {
+            links: LINKS_MAX,
+            why: "LINKS_MAX".to_owned(),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -279,6 +300,32 @@ impl Counters {
 }
 
 impl LinkTable {
+    /// A table of a process that may have so many files open (`RLIMIT_NOFILE`): links are refused before there is no
+    /// descriptor left, since then nobody could be told why.
+    pub fn with_descriptors(descriptors: u64) -> Self {
+        let room = descriptors.saturating_sub(DESCRIPTORS_KEPT) / DESCRIPTORS_PER_LINK;
+        let max = match usize::try_from(room) {
+            Ok(room) if room < LINKS_MAX => Max {
+                links: room,
+                why: format!(
+                    "{descriptors} files may be open: raise the hard limit, ulimit -Hn or LimitNOFILE="
+                ),
+            },
+            _ => Max::default(),
+        };
+        Self {
+            inner: Arc::new(Inner {
+                max,
+                ..Inner::default()
+            }),
+        }
+    }
+
+    /// How many links may live at a time.
+    pub fn max(&self) -> usize {
+        self.inner.max.links
+    }
+
     /// Enters a link; it is live until the guard is dropped.
     ///
     /// # Errors
@@ -298,10 +345,9 @@ impl LinkTable {
         if links.by_id.contains_key(&id) {
             return Err(Cause::InvalidRequest.because(format!("link id {id} names a live link already")));
         }
-        if links.by_id.len() >= LINKS_MAX {
-            return Err(Cause::Limit.because(format!(
-                "{LINKS_MAX} links are live, more are not taken (LINKS_MAX)"
-            )));
+        let Max { links: max, why } = &self.inner.max;
+        if links.by_id.len() >= *max {
+            return Err(Cause::Limit.because(format!("{max} links are live, more are not taken ({why})")));
         }
         let dialled = links.dialled.entry(live.info.dialler()).or_default();
         if *dialled >= LINKS_PER_SERVICE_MAX {
@@ -580,6 +626,20 @@ mod tests {
             instances: vec![],
             owners: vec![owner],
         }
+    }
+
+    #[test]
+    fn links_leave_descriptors_for_everything_else() {
+        let room = |descriptors| LinkTable::with_descriptors(descriptors).max();
+        assert_eq!(room(1 << 20), LINKS_MAX);
+        assert_eq!((room(1024), room(514), room(512), room(10)), (256, 1, 0, 0));
+        let table = LinkTable::with_descriptors(514);
+        let guard = table.insert(info(1, 7)).unwrap();
+        let refusal = table.insert(info(2, 7)).err().unwrap();
+        assert_eq!(refusal.cause, Cause::Limit);
+        assert!(refusal.text.contains("514 files may be open"), "{refusal}");
+        drop(guard);
+        table.insert(info(2, 7)).unwrap();
     }
 
     #[test]

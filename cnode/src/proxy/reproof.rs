@@ -44,8 +44,12 @@ const BACKOFF: Backoff = Backoff {
     max: Duration::from_secs(15),
 };
 
-/// Some part of a time, so that not all come at once.
-fn random(spread: Duration) -> Duration {
+/// For each link, when links are proven anew.
+const SPREAD: Duration = Duration::from_millis(10);
+
+/// A moment after a rotation, so that not all links come at once.
+fn moment(links: usize, max: Duration) -> Duration {
+    let spread = (SPREAD.saturating_mul(u32::try_from(links).unwrap_or(u32::MAX))).min(max);
     let share = getrandom::u32().map_or(0, |random| random % 1024);
     spread / 1024 * share
 }
@@ -135,6 +139,7 @@ impl Proxy {
             .filter_map(|link| Some((link.info.id, (link.info.clone(), link.info.proof?))))
             .collect();
         watched.retain(|id, _| links.contains_key(id));
+        let count = links.len();
         let mut identities: HashMap<ServiceName, Option<Arc<Identity>>> = HashMap::new();
         let mut ways: HashMap<Way, Vec<LinkInfo>> = HashMap::new();
         for (id, (info, proof)) in links {
@@ -165,12 +170,8 @@ impl Proxy {
                 link.due = None;
                 continue;
             }
-            let now = Instant::now();
-            if *link
-                .due
-                .get_or_insert_with(|| now + random(self.settings.reproof_spread))
-                <= now
-            {
+            let (now, max) = (Instant::now(), self.settings.reproof_spread);
+            if *link.due.get_or_insert_with(|| now + moment(count, max)) <= now {
                 // Beyond any answer, should the attempt be lost.
                 link.due = Some(now + self.settings.setup_timeout * 4);
                 let way = (service.clone(), info.remote_spiffe.service().clone(), agent);

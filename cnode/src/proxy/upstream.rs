@@ -175,7 +175,7 @@ impl Proxy {
         let uid = stream.uid();
         let deadline = self.settings.setup_timeout;
         let prepared = tokio::select! {
-            prepared = timeout(deadline, self.prepare_upstream(uid, &upstream, &mut attempt)) => {
+            prepared = timeout(deadline, Box::pin(self.prepare_upstream(uid, &upstream, &mut attempt))) => {
                 prepared.unwrap_or_else(|_| Err(silent("the decision on a link", deadline)))
             }
             () = slot.evicted() => Err(slot.refusal()),

@@ -30,7 +30,7 @@ use rustls::pki_types::CertificateDer;
 
 use super::{
     Answer, Authorization, Catalogue, Certificates, Decision, Diagnosis, Entry, Finding, Identity, Instance,
-    Intention, Intentions, Level, Listed, MeshError, Registration, ServiceName, SpiffeId, Token,
+    Intention, Intentions, Level, Listed, MeshError, Present, Registration, ServiceName, SpiffeId, Token,
 };
 use crate::proxy::links::unix_now;
 
@@ -227,6 +227,15 @@ impl Catalogue for EmbeddedMesh {
             let mut all = catalogue::instances(&inner.dir)?;
             all.retain(|instance| instance.service == service);
             Ok(all)
+        })
+    }
+
+    fn present(&self, service: &ServiceName) -> Answer<'_, Present> {
+        let service = service.clone();
+        self.blocking(move |inner| {
+            let all = catalogue::instances(&inner.dir)?;
+            let of_service = all.iter().filter(|instance| instance.service == service);
+            Ok(Present::new(of_service, 0))
         })
     }
 

@@ -36,6 +36,8 @@ pub(super) struct Seen<T> {
     pub(super) fault: Option<Fault>,
     /// Grows with every answer that may differ from the one before.
     pub(super) version: u64,
+    /// Grows with every failure, and with every index that went backwards: Consul may have lost its state.
+    pub(super) breaks: u64,
 }
 
 impl<T> Seen<T> {
@@ -59,6 +61,7 @@ pub(super) fn watch<T: Clone + Send + Sync + 'static>(
         version: u64::from(known.is_some()),
         value: known.map(|(value, _)| value),
         fault: None,
+        breaks: 0,
     };
     let (sender, receiver) = watch::channel(seen);
     tokio::spawn(async move {
@@ -109,6 +112,7 @@ async fn follow<T>(
                             value: Some(value),
                             fault: None,
                             version: seen.version + 1,
+                            breaks: seen.breaks + u64::from(next == 0),
                         };
                     }
                     news
@@ -124,7 +128,10 @@ async fn follow<T>(
             Err(fault) => {
                 // A Consul that comes back may have lost its state: its index is asked for anew.
                 index = 0;
-                sender.send_modify(|seen| seen.fault = Some(fault));
+                sender.send_modify(|seen| {
+                    seen.fault = Some(fault);
+                    seen.breaks += 1;
+                });
                 attempts.wait()
             }
         };

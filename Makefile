@@ -23,6 +23,7 @@ OTP_VERSIONS ?= 27 29
 ON_OTP = PATH=$(CARGO_TARGET_DIR)/otp/$*/bin:$$PATH MIX_BUILD_ROOT=_build/otp-$*
 # What a version of OTP may change.
 OTP_TESTS := c_node cluster command_line hostile ownership refusals rpc spoofing
+OTP_RUST_TESTS := beam libei node_calls node_connections node_exits node_hostile_beam node_libei node_links node_soak node_spawned
 
 .PHONY: build demo test bench-cnode bench-mesh bench-rpc preflight-demo preflight-test lint test-rust test-elixir built-for-end-to-end test-end-to-end test-consul test-otp fuzz clean
 
@@ -95,6 +96,8 @@ test-otp-%: built-for-end-to-end
 	cd mix_project && $(ON_OTP) $(TEST_ENV) mix test --warnings-as-errors
 	cd examples/shop && $(ON_OTP) MIX_ENV=prod MESHX_NIF=require mix do deps.get, compile --warnings-as-errors
 	$(ON_OTP) cargo test -p meshx-tests --locked --no-fail-fast $(OTP_TESTS:%=--test %)
+	$(ON_OTP) MESHX_LIBEI=$(CARGO_TARGET_DIR)/otp/$*/root/usr/lib/erlang/usr \
+	    cargo test --workspace --exclude meshx-tests --exclude meshx_nif --locked --no-fail-fast $(OTP_RUST_TESTS:%=--test %)
 
 # Everything that knows Consul; without CONSUL on the one that the other tests use.
 test-consul: export MESHX_CONSUL = $(abspath $(CONSUL))

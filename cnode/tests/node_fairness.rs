@@ -23,7 +23,7 @@ use tokio::net::TcpStream;
 
 /// Beside a hostile peer a call may take so many times as long, and `NOISE` more: what busy machines do to one.
 const SLOWER: u32 = 5;
-const NOISE: Duration = Duration::from_millis(10);
+const NOISE: Duration = Duration::from_millis(20);
 
 const EVIL: &str = "evil@127.0.0.1";
 

@@ -20,20 +20,6 @@
 #include <string.h>
 #include <time.h>
 
-#if defined(__GLIBC__) && __GLIBC__ == 2 && __GLIBC_MINOR__ < 38
-#include <stdarg.h>
-
-/* A libei out of a newer Debian calls this, which the libc here does not have. */
-int __isoc23_sscanf(const char *text, const char *format, ...)
-{
-    va_list arguments;
-    va_start(arguments, format);
-    int read = vsscanf(text, format, arguments);
-    va_end(arguments);
-    return read;
-}
-#endif
-
 struct node {
     int type;
     int count; /* parts, the tail of a list not counted */

@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 const SOURCE: &str = include_str!("../../../../tests/libei/ei_terms.c");
+const NEWER_LIBC: &str = include_str!("../../../../tests/libei/newer_libc.h");
 
 /// Names another libei than that of the `erl` on the path.
 const VARIABLE: &str = "MESHX_LIBEI";
@@ -138,6 +139,7 @@ pub fn compile(source: &str) -> PathBuf {
         .stderr(Stdio::piped())
         .spawn()
         .expect("cc must be on the path");
+    let source = format!("{NEWER_LIBC}#line 1\n{source}");
     // Gone when `cc` cannot even start to read; its messages say why.
     let _ = compiler.stdin.take().unwrap().write_all(source.as_bytes());
     let done = compiler.wait_with_output().unwrap();

@@ -9,13 +9,14 @@
 //!              +---------- | ------- same agent: no TLS -----------+
 //!                          |                                       |
 //!                          +-> a sidecar of ours ~~> unverified ---+
+//! plain distribution ---> plain ---> outbound, from its decision on
 //! service client ---> upstream ---> dial or endpoint, likewise
 //! ```
 //!
 //! A link is decided before its first byte flows, and whatever is unclear is a refusal. Each refusal has a
 //! [`cause::Cause`], which the caller, the log and the counters tell alike.
 
-mod admission;
+pub(crate) mod admission;
 pub mod cause;
 mod dial;
 mod endpoint;
@@ -24,10 +25,11 @@ mod frames;
 mod inbound;
 mod keepalive;
 pub mod links;
-mod listener;
+pub(crate) mod listener;
 pub mod local;
 mod outbound;
-mod peer_uid;
+pub(crate) mod peer_uid;
+pub mod plain;
 mod reauthorize;
 mod requested;
 mod splice;

@@ -80,6 +80,7 @@ pub struct Agent {
     environment: Vec<(String, String)>,
     inbound: String,
     http: Option<String>,
+    epmd: Option<u16>,
 }
 
 impl Agent {
@@ -117,6 +118,7 @@ impl Agent {
             environment: environment.to_vec(),
             inbound: field("inbound=").unwrap_or_default().to_owned(),
             http: field("http=").map(str::to_owned),
+            epmd: field("epmd=").and_then(|port| port.parse().ok()),
         })
     }
 
@@ -128,6 +130,14 @@ impl Agent {
     /// Address and port where other agents dial it.
     pub fn inbound(&self) -> &str {
         &self.inbound
+    }
+
+    /// The port where it is EPMD. It must have been started with `--epmd`.
+    ///
+    /// # Errors
+    /// When it was not.
+    pub fn epmd(&self) -> Result<u16> {
+        self.epmd.ok_or_else(|| "this agent has no --epmd".to_owned())
     }
 
     /// Its figures, in Prometheus' text form. It must have been started with `--http`.

@@ -10,6 +10,7 @@ pub mod consul;
 pub mod control;
 mod echo;
 pub mod envoy;
+pub mod epmd;
 pub mod fuzz;
 mod process;
 pub mod tls;

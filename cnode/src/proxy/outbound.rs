@@ -12,7 +12,7 @@ use super::admission::{Admission, Slot};
 use super::cause::{Cause, Refusal};
 use super::endpoint::accept_frame;
 use super::frames::{Duplex, linger, read_frame, read_name, silent, write_all};
-use super::links::{Direction, LinkGuard, LinkInfo, Purpose};
+use super::links::{Direction, LinkGuard, LinkId, LinkInfo, Purpose};
 use super::listener::{self, Listener};
 use super::local::LocalInstance;
 use super::why::{Approach, Trail};
@@ -20,11 +20,11 @@ use super::wire::{Connect, ConnectReply, MAX_DIST_FRAME};
 use super::{Attempt, Proxy};
 
 /// The far half of a link whose dialler has not sent its name message yet.
-struct Prepared {
-    remote: Box<dyn Duplex>,
-    link: LinkGuard,
+pub(super) struct Prepared {
+    pub(super) remote: Box<dyn Duplex>,
+    pub(super) link: LinkGuard,
     /// What goes ahead of the name message: the ACCEPT frame of a node on this agent.
-    preface: Vec<u8>,
+    pub(super) preface: Vec<u8>,
     reply: ConnectReply,
     dialler: Arc<LocalInstance>,
 }
@@ -100,6 +100,16 @@ impl Proxy {
             );
             return Err(Cause::NotPermitted.because(text));
         }
+        self.prepare_between(dialler, target, link).await
+    }
+
+    /// The decision on a link of a node of this agent, and its far half.
+    pub(super) async fn prepare_between(
+        &self,
+        dialler: Arc<LocalInstance>,
+        target: &str,
+        link: LinkId,
+    ) -> Result<Prepared, Refusal> {
         let Some(node) = dialler.instance.node.clone() else {
             return Err(Cause::InvalidRequest.because(format!("{} is not a node", dialler.instance.id)));
         };

@@ -73,6 +73,9 @@ pub struct AgentArgs {
     /// Let nodes behind foreign sidecars in, whose names nobody has proved
     #[arg(long)]
     pub allow_unverified_peers: bool,
+    /// What sessions (consoles, tools, nodes that do not listen) are beyond their own user's nodes here, and whose sessions are let in [default: none]
+    #[arg(long, value_name = "SERVICE")]
+    pub session_service: Option<String>,
     /// How Consul is reached.
     #[command(flatten)]
     pub consul: ConsulArgs,
@@ -117,6 +120,8 @@ pub struct AgentConfig {
     pub instance_ports: Option<RangeInclusive<u16>>,
     /// Links of nodes behind foreign sidecars are taken.
     pub allow_unverified_peers: bool,
+    /// What sessions are beyond their own user's nodes here, and whose sessions are let in.
+    pub session_service: Option<ServiceName>,
 }
 
 /// Which service a node is an instance of.
@@ -212,6 +217,7 @@ struct FileSettings {
     envoy_program: Option<PathBuf>,
     #[serde(default)]
     allow_unverified_peers: bool,
+    session_service: Option<String>,
     #[serde(default)]
     consul: ConsulFile,
 }
@@ -285,6 +291,10 @@ impl AgentConfig {
         let node_service = faults.check(parse_node_service(node_service.as_deref()));
         let data_plane = args.data_plane.or(file.data_plane);
         let data_plane = faults.check(parse_data_plane(data_plane.as_deref()));
+        let session_service = args.session_service.or(file.session_service).and_then(|name| {
+            let service = ServiceName::new(&name);
+            faults.check(service.map_err(|error| format!("session-service {name:?}: {error}")))
+        });
         let ports = args.instance_ports.or(file.instance_ports);
         let instance_ports = ports.and_then(|text| faults.check(port_range(&text)));
         if let (Some(mesh), Some(kind)) = (&mesh, &data_plane)
@@ -312,6 +322,7 @@ impl AgentConfig {
                         .unwrap_or_else(|| "envoy".into()),
                     instance_ports,
                     allow_unverified_peers: args.allow_unverified_peers || file.allow_unverified_peers,
+                    session_service,
                     mesh,
                     dir: paths::agent_dir(
                         prefer_environment(args.dir, paths::DIR_VARIABLE, file.dir).as_deref(),

@@ -30,6 +30,7 @@ mod outbound;
 mod peer_uid;
 mod reauthorize;
 mod requested;
+mod sessions;
 mod splice;
 mod tls;
 pub mod totals;
@@ -44,6 +45,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 pub use listener::Listener;
+pub use sessions::Session;
+pub(crate) use sessions::gone_session;
 pub use upstream::{Listen, Upstream, UpstreamHandle, UpstreamLinks};
 
 use self::admission::Admission;
@@ -74,6 +77,8 @@ pub struct Settings {
     /// Whether nodes may be dialled through sidecars of another make, which keep to themselves whom they have verified:
     /// anybody who may reach the node's service may then claim any node's name.
     pub allow_unverified_peers: bool,
+    /// The service that [sessions](Session) are beyond their own user's nodes here, and whose sessions are let in.
+    pub session_service: Option<ServiceName>,
 }
 
 impl Default for Settings {
@@ -87,6 +92,7 @@ impl Default for Settings {
             max_pending: 256,
             cut_grace: Duration::from_secs(1),
             allow_unverified_peers: false,
+            session_service: None,
         }
     }
 }

@@ -7,6 +7,7 @@ mod foreign;
 mod hostile;
 mod links;
 mod services;
+mod sessions;
 mod sidecars;
 mod spoofing;
 mod why;

@@ -86,6 +86,9 @@ pub struct AgentArgs {
     /// The host part of nodes that register by EPMD, one that the agent owns [default: the first of them]
     #[arg(long, value_name = "NAME")]
     pub epmd_host: Option<String>,
+    /// What sessions (consoles, tools, nodes that do not listen) are beyond their own user's nodes here, and whose sessions are let in [default: none]
+    #[arg(long, value_name = "SERVICE")]
+    pub session_service: Option<String>,
     /// How Consul is reached.
     #[command(flatten)]
     pub consul: ConsulArgs,
@@ -132,6 +135,8 @@ pub struct AgentConfig {
     pub allow_unverified_peers: bool,
     /// The agent stands in for EPMD.
     pub epmd: Option<EpmdConfig>,
+    /// What sessions are beyond their own user's nodes here, and whose sessions are let in.
+    pub session_service: Option<ServiceName>,
 }
 
 /// Which service a node is an instance of.
@@ -227,6 +232,7 @@ struct FileSettings {
     envoy_program: Option<PathBuf>,
     #[serde(default)]
     allow_unverified_peers: bool,
+    session_service: Option<String>,
     #[serde(default)]
     epmd: Vec<String>,
     #[serde(default)]
@@ -307,6 +313,10 @@ impl AgentConfig {
         let node_service = faults.check(parse_node_service(node_service.as_deref()));
         let data_plane = args.data_plane.or(file.data_plane);
         let data_plane = faults.check(parse_data_plane(data_plane.as_deref()));
+        let session_service = args.session_service.or(file.session_service).and_then(|name| {
+            let service = ServiceName::new(&name);
+            faults.check(service.map_err(|error| format!("session-service {name:?}: {error}")))
+        });
         let ports = args.instance_ports.or(file.instance_ports);
         let instance_ports = ports.and_then(|text| faults.check(port_range(&text)));
         let epmd = EpmdOptions {
@@ -342,6 +352,7 @@ impl AgentConfig {
                     instance_ports,
                     allow_unverified_peers: args.allow_unverified_peers || file.allow_unverified_peers,
                     epmd,
+                    session_service,
                     mesh,
                     dir: paths::agent_dir(
                         prefer_environment(args.dir, paths::DIR_VARIABLE, file.dir).as_deref(),

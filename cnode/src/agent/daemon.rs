@@ -149,6 +149,7 @@ impl Agent {
         };
         let settings = Settings {
             allow_unverified_peers: config.allow_unverified_peers,
+            session_service: config.session_service,
             ..Settings::default()
         };
         let proxy = Proxy::new(mesh.clone(), local.clone(), links.clone(), settings);

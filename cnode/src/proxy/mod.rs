@@ -36,6 +36,7 @@ mod proof;
 mod reauthorize;
 mod reproof;
 mod requested;
+mod sessions;
 mod splice;
 mod tls;
 pub mod totals;
@@ -51,6 +52,8 @@ use std::time::Duration;
 
 pub use listener::Listener;
 pub use proof::Proof;
+pub use sessions::Session;
+pub(crate) use sessions::gone_session;
 pub use upstream::{Listen, Upstream, UpstreamHandle, UpstreamLinks};
 
 use self::admission::Admission;
@@ -92,6 +95,8 @@ pub struct Settings {
     /// Whether nodes may be dialled through sidecars of another make, which keep to themselves whom they have verified:
     /// anybody who may reach the node's service may then claim any node's name.
     pub allow_unverified_peers: bool,
+    /// The service that [sessions](Session) are beyond their own user's nodes here, and whose sessions are let in.
+    pub session_service: Option<ServiceName>,
 }
 
 impl Default for Settings {
@@ -110,6 +115,7 @@ impl Default for Settings {
             instance_gone_after: Duration::from_secs(60),
             cut_grace: Duration::from_secs(1),
             allow_unverified_peers: false,
+            session_service: None,
         }
     }
 }

@@ -22,7 +22,7 @@ use super::frames::{Duplex, linger, read_name, silent, write_all};
 use super::links::{Direction, LinkGuard, LinkId, LinkInfo, Purpose};
 use super::listener::{self, Listener};
 use super::local::Endpoint;
-use super::outbound::Prepared;
+use super::outbound::{Dialler, Prepared};
 use super::unverified::has_left;
 use super::{Attempt, Proxy, peer_uid};
 use crate::mesh::split_node;
@@ -220,7 +220,9 @@ impl Proxy {
                     link,
                     preface,
                     ..
-                } = self.prepare_between(dialler, &attempt.target, link).await?;
+                } = self
+                    .prepare_between(Dialler::node(dialler)?, &attempt.target, link)
+                    .await?;
                 (remote, link, preface)
             }
             None => self.prepare_session(&name, uid, &attempt.target, link).await?,

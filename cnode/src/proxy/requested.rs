@@ -13,6 +13,7 @@ use super::frames::{Duplex, read_frame, read_name, silent, write_all};
 use super::inbound::{Decided, Refused, Shown};
 use super::links::{LinkGuard, Purpose};
 use super::local::LocalInstance;
+use super::sessions::check_name;
 use super::tls::Peer;
 use super::wire::{Asked, MAX_MESH_FRAME, Request, encode_reply};
 use super::{Attempt, Proxy, no_such_service};
@@ -25,6 +26,7 @@ struct Prepared {
     link: LinkGuard,
     request: Request,
     peer: SpiffeId,
+    is_session: bool,
 }
 
 impl Proxy {
@@ -51,6 +53,7 @@ impl Proxy {
             link,
             request,
             peer,
+            is_session,
         } = match prepared {
             Ok(Some(prepared)) => prepared,
             Ok(None) => return Ok(None),
@@ -64,7 +67,7 @@ impl Proxy {
         write_all(&mut stream, &reply, settings.frame_timeout).await?;
         if request.asked == Asked::Link(Purpose::Dist) {
             let named = read_name(&mut stream, settings.frame_timeout).await;
-            let bytes = match named.and_then(|read| claimed(&request, read)) {
+            let bytes = match named.and_then(|read| claimed(&request.node, is_session, read)) {
                 Ok(bytes) => bytes,
                 Err(refusal) => {
                     return Err(Refused {
@@ -119,9 +122,11 @@ impl Proxy {
         }
         let local = self.instance_for(&request, purpose, service, only)?;
         attempt.target = local.instance.id.clone();
-        if purpose == Purpose::Dist || !request.node.is_empty() {
-            self.prove_node(&request.node, &peer.id).await?;
-        }
+        let is_session = match purpose {
+            Purpose::Dist => self.prove_dialler(&request.node, &peer.id).await?,
+            _ if request.node.is_empty() => false,
+            _ => self.prove_node(&request.node, &peer.id).await.map(|()| false)?,
+        };
         let remote = match request.node.as_str() {
             "" => peer.id.service().to_string(),
             node => node.to_owned(),
@@ -135,6 +140,7 @@ impl Proxy {
             link,
             request,
             peer: peer.id,
+            is_session,
         }))
     }
 
@@ -160,10 +166,7 @@ impl Proxy {
 }
 
 /// The name message's bytes, when it holds the name that was claimed.
-fn claimed(request: &Request, (name, bytes): (String, Vec<u8>)) -> Result<Vec<u8>, Refusal> {
-    if name == request.node {
-        return Ok(bytes);
-    }
-    let text = format!("{} names itself {name:?} in the handshake", request.node);
-    Err(Cause::IdentityMismatch.because(text))
+fn claimed(node: &str, is_session: bool, (_, mut bytes): (String, Vec<u8>)) -> Result<Vec<u8>, Refusal> {
+    check_name(&mut bytes, node, is_session)?;
+    Ok(bytes)
 }

@@ -20,7 +20,9 @@ use crate::{
     agent::{
         dir::AgentDir,
         paths,
-        registry::{NodeListens, NodeRequest, Owner, Registry, ServiceRequest, answer, chosen_socket},
+        registry::{
+            NodeListens, NodeRequest, Owner, Registry, ServiceRequest, SessionName, answer, chosen_socket,
+        },
     },
     epmd::{Epmd, HOSTS_MAX},
     log_limit::LogLimit,
@@ -107,6 +109,7 @@ impl Context {
         let (owner, args) = (client.owner, Args(args));
         match command {
             "register_node" => self.register_node(owner, args).await,
+            "register_session" => self.register_session(owner, &args),
             "register_service" => self.register_service(owner, args).await,
             "deregister" => {
                 self.registry.deregister(owner, args.text("id")?).await?;
@@ -180,6 +183,15 @@ impl Context {
             ("instance", text(name)),
             ("spiffe", text(node.spiffe.to_string())),
         ]))
+    }
+
+    fn register_session(&self, owner: Owner, args: &Args<'_>) -> Result<Term, Refusal> {
+        let name = match args.optional_text("node")? {
+            Some(node) => SessionName::Node(node),
+            None => SessionName::Host(args.text("host")?),
+        };
+        let secret = self.registry.register_session(owner, name)?;
+        Ok(map([("secret", Term::binary(*secret.expose()))]))
     }
 
     async fn register_service(&self, owner: Owner, args: Args<'_>) -> Result<Term, Refusal> {

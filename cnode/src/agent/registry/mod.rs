@@ -9,6 +9,7 @@ mod checks;
 mod creation;
 pub mod options;
 mod pending;
+mod session;
 
 use std::{
     collections::HashMap,
@@ -24,6 +25,7 @@ use creation::Creations;
 use futures::future::join_all;
 use options::{Options, SidecarKind};
 use pending::Pending;
+pub use session::SessionName;
 use tokio::{sync::mpsc, time::timeout};
 use tracing::{info, warn};
 
@@ -73,6 +75,8 @@ pub struct Registry {
     trust: Trust,
     place: Place,
     carriers: Carriers,
+    // Held for a registration or a release, never across an await; `state` is taken inside, never around it.
+    sessions: Mutex<session::Held>,
     /// [`RECLAIM_TIME`], but in tests.
     reclaim: Duration,
     // Held for a look-up or a change, never across an await.
@@ -216,6 +220,7 @@ impl Registry {
             trust,
             place,
             carriers,
+            sessions: Mutex::default(),
             reclaim: RECLAIM_TIME,
             state: Mutex::new(state),
         })
@@ -269,14 +274,7 @@ impl Registry {
             .map_err(|error| Cause::InvalidName.because(format!("node {:?}: {error}", request.node)))?;
         self.permit(owner.peer, &service)?;
         request.options.permit(owner.peer, &self.trust)?;
-        if !self.place.hosts.iter().any(|owned| owned == host) {
-            return Err(Cause::HostNotOwned.because(format!(
-                "host part {host:?} of {:?} is not one of this agent's: {}; start it with --host {host} to \
-                 own that one too",
-                request.node,
-                self.place.hosts.join(", ")
-            )));
-        }
+        self.own_host(request.node, host)?;
         let endpoint = match request.listens {
             NodeListens::Socket(socket) => {
                 Endpoint::NodeSocket(checks::node_socket(&self.place.vm, socket, owner.peer)?)
@@ -426,10 +424,22 @@ impl Registry {
             })
             .collect()
         };
+        self.release_sessions(owner);
         self.cut_links_later(ids.iter().filter_map(|id| self.local.remove(id)).collect());
         // What is pending takes itself away when it finds its owner gone.
         join_all(ids.iter().map(|id| self.leave(id))).await;
         ids.len()
+    }
+
+    fn own_host(&self, node: &str, host: &str) -> Result<(), Refusal> {
+        if self.place.hosts.iter().any(|owned| owned == host) {
+            return Ok(());
+        }
+        Err(Cause::HostNotOwned.because(format!(
+            "host part {host:?} of {node:?} is not one of this agent's: {}; start it with --host {host} to own that one \
+             too",
+            self.place.hosts.join(", ")
+        )))
     }
 
     fn permit(&self, peer: Peer, service: &ServiceName) -> Result<(), Refusal> {

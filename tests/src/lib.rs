@@ -13,6 +13,7 @@ pub mod envoy;
 pub mod fuzz;
 mod process;
 pub mod tls;
+pub mod traffic;
 
 pub use agent::{Agent, Mesh};
 pub use beam::{Beam, BeamBuilder, COOKIE, ebin};

@@ -14,6 +14,7 @@ pub mod epmd;
 pub mod fuzz;
 mod process;
 pub mod tls;
+pub mod traffic;
 
 pub use agent::{Agent, Mesh};
 pub use beam::{Beam, BeamBuilder, COOKIE, ebin};

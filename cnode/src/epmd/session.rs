@@ -12,7 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{Duration, Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info};
+use tracing::debug;
 
 use super::kept::KeptName;
 use super::names::Place;
@@ -293,7 +293,6 @@ impl Held {
     async fn end(&mut self) {
         if let Some(owner) = self.owner.take() {
             self.epmd.registry.release(owner).await;
-            info!(name = self.name, "EPMD registration ended");
         }
     }
 }

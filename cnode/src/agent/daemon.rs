@@ -2,6 +2,7 @@
 
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
+use rustix::process::{Resource, getrlimit};
 use tokio::{
     net::{TcpListener, UnixListener},
     sync::Semaphore,
@@ -28,7 +29,11 @@ use crate::{
     http::{self, Sources},
     log_limit::LogLimit,
     mesh::{Mesh, MeshError, consul::ConsulMesh, embedded::EmbeddedMesh, observed::Observed},
-    proxy::{Proxy, Settings, links::LinkTable, local::LocalTable},
+    proxy::{
+        Proxy, Settings,
+        links::{LINKS_MAX, LinkTable},
+        local::LocalTable,
+    },
 };
 
 /// How long clients' registrations may take to be given up when the agent ends.
@@ -123,7 +128,14 @@ impl Agent {
         let mesh = join(config.mesh, &id, config.hosts.clone(), advertise).await?;
         let mesh = Arc::new(Observed::new(mesh));
         let answers = mesh.answers();
-        let (local, links) = (LocalTable::default(), LinkTable::default());
+        let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+        let (local, links) = (LocalTable::default(), LinkTable::with_descriptors(descriptors));
+        if links.max() < LINKS_MAX {
+            warn!(
+                links = links.max(),
+                descriptors, "open files are limited, and links with them: raise the hard limit"
+            );
+        }
         let place = Place {
             agent: id,
             inbound: advertise,
@@ -151,6 +163,8 @@ impl Agent {
         let mut data = JoinSet::new();
         data.spawn(proxy.clone().serve_inbound(port));
         data.spawn(proxy.clone().serve_dist(dist));
+        data.spawn(proxy.clone().keep_proven());
+        data.spawn(proxy.clone().keep_present());
         data.spawn(police(mesh.clone(), proxy.clone(), registry.clone()));
         let http_at = http.as_ref().map(TcpListener::local_addr).transpose()?;
         if let Some(listener) = http {

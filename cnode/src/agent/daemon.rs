@@ -26,6 +26,7 @@ use super::{
     sidecar::{self, ConsulProgram, SidecarError, Sidecars},
 };
 use crate::{
+    epmd::Epmd,
     http::{self, Sources},
     log_limit::LogLimit,
     mesh::{Mesh, MeshError, consul::ConsulMesh, embedded::EmbeddedMesh, observed::Observed},
@@ -33,6 +34,7 @@ use crate::{
         Proxy, Settings,
         links::{LINKS_MAX, LinkTable},
         local::LocalTable,
+        plain::PlainPorts,
     },
 };
 
@@ -85,6 +87,7 @@ pub struct Agent {
     http: Option<SocketAddr>,
     stop: CancellationToken,
     control: JoinHandle<()>,
+    epmd: Option<(Arc<Epmd>, JoinHandle<()>)>,
     /// The data plane; its links end when this is dropped.
     data: JoinSet<()>,
 }
@@ -179,6 +182,11 @@ impl Agent {
 
         let stop = CancellationToken::new();
         let upstreams = Budget::default();
+        let ports = Arc::new(PlainPorts::new(proxy.clone()));
+        let epmd = config.epmd.map(|epmd| {
+            let (epmd, serving) = Epmd::open(registry.clone(), ports.clone(), epmd, dir.path());
+            (epmd.clone(), tokio::spawn(epmd.serve(serving, stop.clone())))
+        });
         let context = Context {
             registry,
             proxy,
@@ -186,6 +194,8 @@ impl Agent {
             dir: dir.clone(),
             mesh: kind,
             upstreams,
+            ports,
+            epmd: epmd.as_ref().map(|(epmd, _)| epmd.clone()),
             questions: Semaphore::new(QUESTIONS_MAX),
             probes: Semaphore::new(PROBES_MAX),
             log: LogLimit::new("refused clients and requests"),
@@ -201,6 +211,7 @@ impl Agent {
             http: http_at,
             stop,
             control,
+            epmd,
             data,
         };
         info!(dir = %agent.dir.path().display(), %inbound, %advertise, mesh = kind, "agent started");
@@ -208,7 +219,7 @@ impl Agent {
     }
 
     /// One line for programs: `meshx agent ready dir=... inbound=IP:PORT hosts=A,B mesh=embedded`, and `http=IP:PORT`
-    /// where that is served. A directory with blanks is quoted as in JSON.
+    /// and `epmd=PORT` where these are served. A directory with blanks is quoted as in JSON.
     pub fn ready_line(&self) -> String {
         let dir = self.dir.path().to_string_lossy();
         let dir = match dir.contains(|c: char| c.is_whitespace() || c == '"') {
@@ -216,8 +227,10 @@ impl Agent {
             false => dir.into_owned(),
         };
         let http = self.http.map(|http| format!(" http={http}")).unwrap_or_default();
+        let port = |(epmd, _): &(Arc<Epmd>, _)| format!(" epmd={}", epmd.port());
+        let epmd = self.epmd.as_ref().map(port).unwrap_or_default();
         format!(
-            "meshx agent ready dir={dir} inbound={} hosts={} mesh={}{http}",
+            "meshx agent ready dir={dir} inbound={} hosts={} mesh={}{http}{epmd}",
             self.inbound,
             self.hosts.join(","),
             self.mesh
@@ -235,7 +248,15 @@ impl Agent {
     /// Ends: no new connections, everything deregistered, all files removed.
     pub async fn stop(mut self) {
         self.stop.cancel();
-        if !self.control.is_finished() && timeout(STOP_TIME, &mut self.control).await.is_err() {
+        let given_up = async {
+            if let Some((_, serving)) = &mut self.epmd {
+                let _ = serving.await;
+            }
+            if !self.control.is_finished() {
+                let _ = (&mut self.control).await;
+            }
+        };
+        if timeout(STOP_TIME, given_up).await.is_err() {
             warn!(
                 "some registrations were not given up within {} s",
                 STOP_TIME.as_secs()

@@ -61,10 +61,19 @@ impl fmt::Debug for Secret {
 pub enum Endpoint {
     /// A node's own Unix socket: it is sent an ACCEPT frame first.
     NodeSocket(PathBuf),
+    /// A loopback port of a node of plain distribution, which knows of no agent.
+    PlainNode(SocketAddr),
     /// A service's TCP address.
     Tcp(SocketAddr),
     /// A service's Unix socket.
     Uds(PathBuf),
+}
+
+impl Endpoint {
+    /// Whether distribution is spoken there.
+    pub fn is_node(&self) -> bool {
+        matches!(self, Self::NodeSocket(_) | Self::PlainNode(_))
+    }
 }
 
 /// The way out of an instance that has a sidecar of another make: ports of its proxy on loopback, each of which leads

@@ -9,13 +9,14 @@
 //!              +---------- | ------- same agent: no TLS -----------+
 //!                          |                                       |
 //!                          +-> a sidecar of ours ~~> unverified ---+
+//! plain distribution ---> plain ---> outbound, from its decision on
 //! service client ---> upstream ---> dial or endpoint, likewise
 //! ```
 //!
 //! A link is decided before its first byte flows, and whatever is unclear is a refusal. Each refusal has a
 //! [`cause::Cause`], which the caller, the log and the counters tell alike.
 
-mod admission;
+pub(crate) mod admission;
 pub mod cause;
 mod dial;
 mod endpoint;
@@ -26,10 +27,11 @@ mod gone;
 mod inbound;
 mod keepalive;
 pub mod links;
-mod listener;
+pub(crate) mod listener;
 pub mod local;
 mod outbound;
 pub(crate) mod peer_uid;
+pub mod plain;
 mod proof;
 mod reauthorize;
 mod reproof;

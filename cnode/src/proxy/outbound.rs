@@ -22,18 +22,18 @@ use super::{Attempt, Proxy};
 use crate::mesh::{Instance, ServiceName};
 
 /// The far half of a link whose dialler has not sent its name message yet.
-struct Prepared {
-    remote: Box<dyn Duplex>,
-    link: LinkGuard,
+pub(super) struct Prepared {
+    pub(super) remote: Box<dyn Duplex>,
+    pub(super) link: LinkGuard,
     /// What goes ahead of the name message: the ACCEPT frame of a node on this agent.
-    preface: Vec<u8>,
+    pub(super) preface: Vec<u8>,
     reply: ConnectReply,
     dialler: Dialler,
 }
 
 /// Who dials.
 #[derive(Debug, Clone)]
-struct Dialler {
+pub(super) struct Dialler {
     id: String,
     /// What its name message must say.
     name: String,
@@ -41,6 +41,26 @@ struct Dialler {
     owner: u64,
     uid: u32,
     who: Who,
+}
+
+impl Dialler {
+    /// A registered node.
+    pub(super) fn node(local: Arc<LocalInstance>) -> Result<Self, Refusal> {
+        let Instance {
+            id, service, node, ..
+        } = &local.instance;
+        let name = node
+            .clone()
+            .ok_or_else(|| Cause::InvalidRequest.because(format!("{id} is not a node")))?;
+        Ok(Self {
+            id: id.clone(),
+            name,
+            service: Ok(service.clone()),
+            owner: local.owner,
+            uid: local.uid,
+            who: Who::Node(local),
+        })
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -114,6 +134,16 @@ impl Proxy {
             let text = format!("uid {uid} dials as {}, wanted uid {}", dialler.id, dialler.uid);
             return Err(Cause::NotPermitted.because(text));
         }
+        self.prepare_between(dialler, target, link).await
+    }
+
+    /// The decision on a link of a node or session of this agent, and its far half.
+    pub(super) async fn prepare_between(
+        &self,
+        dialler: Dialler,
+        target: &str,
+        link: LinkId,
+    ) -> Result<Prepared, Refusal> {
         if let Who::Session(session) = &dialler.who
             && let Some(local) = self.local.by_node(target)
             && local.uid == session.uid
@@ -244,22 +274,7 @@ impl Proxy {
     /// Whose secret this is. All are looked at, so that time tells nothing.
     fn dialler(&self, secret: &Secret) -> Result<Dialler, Refusal> {
         match (self.local.by_secret(secret), self.local.session_by_secret(secret)) {
-            (Some(local), _) => {
-                let Instance {
-                    id, service, node, ..
-                } = &local.instance;
-                let name = node
-                    .clone()
-                    .ok_or_else(|| Cause::InvalidRequest.because(format!("{id} is not a node")))?;
-                Ok(Dialler {
-                    id: id.clone(),
-                    name,
-                    service: Ok(service.clone()),
-                    owner: local.owner,
-                    uid: local.uid,
-                    who: Who::Node(local),
-                })
-            }
+            (Some(local), _) => Dialler::node(local),
             (None, Some(session)) => Ok(Dialler {
                 id: session.id.clone(),
                 name: session.name.clone(),

@@ -12,7 +12,7 @@ use super::endpoint::accept_frame;
 use super::frames::{Duplex, read_frame, read_name, silent, write_all};
 use super::inbound::{Decided, Refused, Shown};
 use super::links::{LinkGuard, Purpose};
-use super::local::{Endpoint, LocalInstance};
+use super::local::LocalInstance;
 use super::sessions::check_name;
 use super::tls::Peer;
 use super::wire::{Asked, MAX_MESH_FRAME, Request, encode_reply};
@@ -154,7 +154,7 @@ impl Proxy {
         let dist = purpose == Purpose::Dist;
         let found = self.instances_here(service, only).into_iter().find(|local| {
             let named = local.instance.id == request.instance || (!dist && request.instance.is_empty());
-            named && dist == matches!(local.endpoint, Endpoint::NodeSocket(_))
+            named && dist == local.endpoint.is_node()
         });
         found.ok_or_else(|| match dist {
             true => Cause::NoSuchNode.because(format!("{:?} is no node of {service} here", request.instance)),

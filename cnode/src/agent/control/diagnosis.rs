@@ -105,7 +105,9 @@ impl Context {
 
     pub(super) async fn doctor(&self) -> Result<Term, Refusal> {
         let registry = &self.registry;
-        let findings = doctor::findings(registry.place(), &self.proxy, registry.mesh().as_ref()).await;
+        let epmd = self.epmd.as_deref();
+        let mesh = registry.mesh().as_ref();
+        let findings = doctor::findings(registry.place(), &self.proxy, mesh, epmd).await;
         Ok(map([("findings", Term::list(findings.iter().map(finding_term)))]))
     }
 }

@@ -105,14 +105,23 @@ pub struct Place {
 pub struct NodeRequest<'a> {
     /// Its name.
     pub node: &'a str,
-    /// The socket that it listens on.
-    pub socket: &'a str,
+    /// Where it takes connections.
+    pub listens: NodeListens<'a>,
     /// The one that it runs with, when it was registered with an agent before.
     pub creation: Option<i64>,
     /// A hidden node is registered like any other; the log says so.
     pub hidden: bool,
     /// What its entry says beyond its name.
     pub options: Options,
+}
+
+/// Where a node takes connections.
+#[derive(Debug, Clone, Copy)]
+pub enum NodeListens<'a> {
+    /// At a Unix socket in [`Place::vm`].
+    Socket(&'a str),
+    /// At a loopback port, by plain distribution.
+    Plain(SocketAddr),
 }
 
 /// A registered node.
@@ -266,7 +275,12 @@ impl Registry {
         self.permit(owner.peer, &service)?;
         request.options.permit(owner.peer, &self.trust)?;
         self.own_host(request.node, host)?;
-        let socket = checks::node_socket(&self.place.vm, request.socket, owner.peer)?;
+        let endpoint = match request.listens {
+            NodeListens::Socket(socket) => {
+                Endpoint::NodeSocket(checks::node_socket(&self.place.vm, socket, owner.peer)?)
+            }
+            NodeListens::Plain(address) => checks::plain_node(address)?,
+        };
         let brought = request.creation.map(checks::creation).transpose()?;
         let elsewhere = answer(self.mesh.node(request.node)).await?;
         if let Some(other) = elsewhere.filter(|other| other.agent != self.place.agent) {
@@ -283,7 +297,7 @@ impl Registry {
                 pending,
                 Wish {
                     instance,
-                    endpoint: Endpoint::NodeSocket(socket),
+                    endpoint,
                     owner,
                     options: request.options,
                 },
@@ -299,6 +313,27 @@ impl Registry {
             service,
             spiffe,
         })
+    }
+
+    /// A creation for a node that the mesh is not told of.
+    pub(crate) fn fresh_creation(&self) -> u32 {
+        self.lock().creations.next(None)
+    }
+
+    /// Whether there is a passing node of this name, here or elsewhere.
+    ///
+    /// # Errors
+    /// When the mesh does not answer.
+    pub(crate) async fn knows(&self, node: &str) -> Result<bool, Refusal> {
+        Ok(self.local.by_node(node).is_some() || answer(self.mesh.node(node)).await?.is_some())
+    }
+
+    /// The names of all nodes that are registered here.
+    pub(crate) fn local_nodes(&self) -> Vec<String> {
+        let all = self.local.all();
+        all.iter()
+            .filter_map(|local| local.instance.node.clone())
+            .collect()
     }
 
     /// Registers a service: it is in the mesh when this returns.
@@ -655,7 +690,7 @@ fn owner_gone() -> Refusal {
 }
 
 /// The mesh's answer; none in time is none, and so a no.
-pub(super) async fn answer<T>(question: Answer<'_, T>) -> Result<T, Refusal> {
+pub(crate) async fn answer<T>(question: Answer<'_, T>) -> Result<T, Refusal> {
     match timeout(MESH_TIME, question).await {
         Ok(answer) => answer.map_err(refused),
         Err(_) => Err(silent()),

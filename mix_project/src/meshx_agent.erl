@@ -117,7 +117,8 @@ await() ->
     ask(await).
 
 %% The calling process gets `{meshx_agent, up}' and `{meshx_agent, down}' from now on: what it registered must be
-%% registered again after `up'. It also gets the events about sidecars, `{meshx_agent, {proxy_output | proxy_down, Args}}'.
+%% registered again after `up'. It also gets the events of watches and about sidecars,
+%% `{meshx_agent, {nodes | proxy_output | proxy_down, Args}}'.
 -spec subscribe() -> {ok, #{state := up | down}} | {error, {atom(), binary()}}.
 subscribe() ->
     ask({subscribe, self()}).
@@ -490,6 +491,9 @@ received({event, Event, #{id := Id} = Args}, ready, Data) when
     Event =:= proxy_output orelse Event =:= proxy_down, is_binary(Id)
 ->
     tell({Event, Args}, Data),
+    keep_state_and_data;
+received({event, nodes, #{watch := Watch, nodes := Nodes} = Args}, ready, Data) when is_binary(Watch), is_list(Nodes) ->
+    tell({nodes, Args}, Data),
     keep_state_and_data;
 received({event, protocol_error, #{text := Text}}, _, Data) when is_binary(Text) ->
     lost({invalid_request, <<"the agent did not understand this client: ", Text/binary>>}, Data);

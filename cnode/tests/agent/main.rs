@@ -6,5 +6,7 @@ mod hostile;
 mod library;
 mod lifecycle;
 mod registration;
+mod sessions;
 mod support;
 mod trust;
+mod watches;

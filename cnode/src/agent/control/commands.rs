@@ -15,6 +15,7 @@ use super::{
     message::{map, text},
     options::{options, token},
     upstreams::{Budget, Upstreams},
+    watches::Watches,
 };
 use crate::{
     agent::{
@@ -68,6 +69,7 @@ pub(in crate::agent) struct Context {
 pub(super) struct Client {
     pub(super) owner: Owner,
     pub(super) upstreams: Upstreams,
+    pub(super) watches: Watches,
     /// One permit, held while the mesh is asked for it. Closed when the client has gone: what waits is given up.
     pub(super) asking: Semaphore,
 }
@@ -77,6 +79,7 @@ impl Client {
         Self {
             owner,
             upstreams: Upstreams::new(),
+            watches: Watches::new(),
             asking: Semaphore::new(1),
         }
     }
@@ -144,7 +147,7 @@ impl Context {
         }
     }
 
-    async fn in_turn<T>(
+    pub(super) async fn in_turn<T>(
         &self,
         client: &Client,
         turns: &Semaphore,

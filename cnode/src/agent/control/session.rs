@@ -19,11 +19,12 @@ use tracing::{debug, info, warn};
 
 use super::{
     UNANSWERED_MAX,
-    args::TEXT_MAX,
+    args::{Args, TEXT_MAX},
     commands::{Client, Context, PROGRAM},
     frame::{REQUEST_MAX, read_frame},
     message::{Request, VERSIONS, event, map, reply, text},
     outbox::Outbox,
+    watches::watch,
 };
 use crate::{
     agent::{
@@ -182,7 +183,10 @@ impl Session {
         let (context, client) = (self.context.clone(), self.client.clone());
         let (outbox, unanswered) = (self.outbox.clone(), self.unanswered.clone());
         self.commands.spawn(async move {
-            let result = context.run(&client, &request.command, &request.args).await;
+            let result = match request.command.as_str() {
+                "watch" => watch(&context, &client, &outbox, &Args(&request.args)),
+                _ => context.run(&client, &request.command, &request.args).await,
+            };
             if let Err(refusal) = &result {
                 log_refusal(&context, client.owner, &request.command, refusal);
             }
@@ -220,6 +224,7 @@ impl Session {
     async fn end(self) {
         let owner = self.client.owner;
         let upstreams = self.client.upstreams.close_all();
+        self.client.watches.close_all();
         self.client.asking.close();
         let released = self.context.registry.release(owner.id).await;
         self.commands.close();

@@ -146,6 +146,7 @@ impl Agent {
         };
         let settings = Settings {
             allow_unverified_peers: config.allow_unverified_peers,
+            balance: config.balance,
             ..Settings::default()
         };
         let proxy = Proxy::new(mesh.clone(), local.clone(), links.clone(), settings);

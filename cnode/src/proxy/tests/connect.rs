@@ -77,7 +77,7 @@ async fn a_foreign_service_gets_the_callers_bytes_and_nothing_else() {
         let mut accepted = accepted.unwrap();
         let shown = accepted.get_ref().1.peer_certificates().unwrap()[0].clone();
         assert_eq!(
-            tls::Peer::of(&[shown.clone()], h1.mesh.trust_domain())
+            tls::Peer::of(std::slice::from_ref(&shown), h1.mesh.trust_domain())
                 .unwrap()
                 .id,
             h1.spiffe("web")

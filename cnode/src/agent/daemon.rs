@@ -150,6 +150,7 @@ impl Agent {
         let settings = Settings {
             allow_unverified_peers: config.allow_unverified_peers,
             session_service: config.session_service,
+            balance: config.balance,
             ..Settings::default()
         };
         let proxy = Proxy::new(mesh.clone(), local.clone(), links.clone(), settings);

@@ -10,7 +10,7 @@ pub mod consul;
 pub mod embedded;
 pub mod observed;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 
 pub use entry::{DataPlane, Entry, Sidecar, SidecarUpstream, Token, Weights};
@@ -93,6 +93,8 @@ pub struct Listed {
     pub status: String,
     /// Its tags.
     pub tags: Vec<String>,
+    /// Its share of the service's links.
+    pub weight: u32,
 }
 
 impl Listed {
@@ -188,6 +190,12 @@ pub trait Catalogue: Send + Sync {
         Box::pin(std::future::ready(Err(MeshError::Unsupported(
             "this mesh does not tell which instances are gone".to_owned(),
         ))))
+    }
+
+    /// How many of a service's links each of its instances should get, by id, as far as this is known at the moment;
+    /// those that are not named count 1.
+    fn weights(&self, _service: &ServiceName) -> HashMap<String, u32> {
+        HashMap::new()
     }
 
     /// All passing nodes.

@@ -117,6 +117,7 @@ fn listed_term(listed: Listed, own: &str) -> Term {
         instance,
         status,
         tags,
+        weight,
     } = listed;
     let protocol = match instance.protocol {
         Protocol::Meshx => "meshx",
@@ -130,6 +131,7 @@ fn listed_term(listed: Listed, own: &str) -> Term {
         ("agent", text(instance.agent)),
         ("protocol", Term::atom(protocol)),
         ("status", text(status)),
+        ("weight", Term::Int(weight.into())),
         ("tags", Term::list(tags.iter().map(text))),
     ];
     pairs.extend(instance.node.map(|node| ("node", text(node))));

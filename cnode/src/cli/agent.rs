@@ -11,7 +11,7 @@ use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
 use super::{EX_OSERR, EX_SOFTWARE, EX_UNAVAILABLE, Failure, print};
 use crate::agent::{
-    Agent,
+    Agent, Ended,
     config::{AgentArgs, AgentConfig, LogFormat},
 };
 
@@ -38,9 +38,16 @@ async fn serve(config: AgentConfig) -> Result<ExitCode, Failure> {
         Ok(()) => tokio::select! {
             signal = signals.next() => {
                 tracing::info!(signal, "ending");
+                tokio::select! {
+                    () = agent.drain() => {}
+                    signal = signals.next() => tracing::info!(signal, "ending now"),
+                }
                 Ok(ExitCode::SUCCESS)
             }
-            () = agent.failed() => Err(Failure::new(EX_SOFTWARE, "the agent failed, the log says how")),
+            ended = agent.run() => match ended {
+                Ended::TakenOver => Ok(ExitCode::SUCCESS),
+                Ended::Failed => Err(Failure::new(EX_SOFTWARE, "the agent failed, the log says how")),
+            },
         },
     };
     agent.stop().await;

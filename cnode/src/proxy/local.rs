@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::future::BoxFuture;
+use serde::{Deserialize, Serialize};
 use subtle::ConstantTimeEq;
 
 use super::cause::{Cause, Refusal};
@@ -56,7 +57,7 @@ impl fmt::Debug for Secret {
 }
 
 /// Where an instance takes connections from its agent.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Endpoint {
     /// A node's own Unix socket: it is sent an ACCEPT frame first.
     NodeSocket(PathBuf),

@@ -46,6 +46,9 @@ use std::time::Duration;
 pub use listener::Listener;
 pub use upstream::{Listen, Upstream, UpstreamHandle, UpstreamLinks};
 
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
 use self::admission::Admission;
 use self::cause::{Cause, Refusal};
 use self::frames::Duplex;
@@ -101,6 +104,10 @@ pub struct Proxy {
     inbound: Arc<Admission>,
     /// One for each kind of listener, so that who floods one hides nothing of the others.
     refusals: [LogLimit; Listener::ALL.len()],
+    /// Fires when no listener takes connections any more.
+    closed: CancellationToken,
+    /// What listeners serve, links included.
+    serving: TaskTracker,
 }
 
 impl std::fmt::Debug for Proxy {
@@ -121,7 +128,29 @@ impl Proxy {
             inbound: Admission::new(settings.max_pending),
             settings,
             refusals: std::array::from_fn(|_| LogLimit::new("refused links")),
+            closed: CancellationToken::new(),
+            serving: TaskTracker::new(),
         })
+    }
+
+    /// Takes no more connections at any of its listeners, for good. What was taken goes on, under the rules as before.
+    pub fn close(&self) {
+        self.closed.cancel();
+        self.serving.close();
+    }
+
+    /// Returns when everything that came in before [`Proxy::close`] has ended.
+    pub async fn drained(&self) {
+        self.serving.wait().await;
+    }
+
+    /// Returns after [`Proxy::close`].
+    pub(crate) async fn wait_closed(&self) {
+        self.closed.cancelled().await;
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.is_cancelled()
     }
 
     async fn find_node(&self, node: &str) -> Result<Instance, Refusal> {

@@ -7,4 +7,5 @@ mod library;
 mod lifecycle;
 mod registration;
 mod support;
+mod takeover;
 mod trust;

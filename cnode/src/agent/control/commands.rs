@@ -21,6 +21,7 @@ use crate::{
         dir::AgentDir,
         paths,
         registry::{NodeRequest, Owner, Registry, ServiceRequest, answer, chosen_socket},
+        takeover::Order,
     },
     log_limit::LogLimit,
     mesh::ServiceName,
@@ -58,9 +59,9 @@ pub(in crate::agent) struct Context {
 }
 
 /// One session, as its commands see it.
-pub(super) struct Client {
-    pub(super) owner: Owner,
-    pub(super) upstreams: Upstreams,
+pub(in crate::agent) struct Client {
+    pub(in crate::agent) owner: Owner,
+    pub(in crate::agent) upstreams: Upstreams,
     /// One permit, held while the mesh is asked for it. Closed when the client has gone: what waits is given up.
     pub(super) asking: Semaphore,
 }
@@ -110,7 +111,14 @@ impl Context {
             "connect" => self.connect(client, &args).await,
             "disconnect" => {
                 let cut = args.optional_bool("cut")?.unwrap_or(true);
-                let existed = client.upstreams.close(args.text("upstream")?, cut);
+                let id = args.text("upstream")?;
+                let existed = client.upstreams.close(id, cut);
+                if cut {
+                    let (owner, id) = (owner.id, id.to_owned());
+                    self.registry
+                        .predecessors()
+                        .order(&Order::CloseUpstream { owner, id });
+                }
                 Ok(map([("existed", Term::from(existed))]))
             }
             "check" => self.in_turn(client, &self.questions, self.check(&args)).await,
@@ -120,12 +128,13 @@ impl Context {
             "certs" => self.in_turn(client, &self.questions, self.certs()).await,
             "why" => self.in_turn(client, &self.probes, self.why(client, &args)).await,
             "doctor" => self.in_turn(client, &self.probes, self.doctor()).await,
-            "links" => Ok(map([(
-                "links",
-                Term::list(self.links.snapshot().iter().map(link_term)),
-            )])),
+            "links" => {
+                let mut links = self.links.snapshot();
+                links.extend(self.registry.predecessors().links().await);
+                Ok(map([("links", Term::list(links.iter().map(link_term)))]))
+            }
             "refusal" => self.refusal(&args),
-            "cut" => self.cut(owner, &args),
+            "cut" => self.cut(owner, &args).await,
             "hello" => Err(Cause::InvalidRequest.because("hello was said already")),
             other => {
                 let other: String = other.chars().take(64).collect();
@@ -316,13 +325,20 @@ impl Context {
     }
 
     /// The connection that owns an end may cut a link, and the agent's operator any.
-    fn cut(&self, owner: Owner, args: &Args<'_>) -> Result<Term, Refusal> {
+    async fn cut(&self, owner: Owner, args: &Args<'_>) -> Result<Term, Refusal> {
         let id = args
             .optional_link("link")?
             .ok_or_else(|| missing("link", "a binary of 16 bytes"))?;
         let reason = args.text("reason")?;
         let gone = || Cause::InvalidRequest.because(format!("there is no live link {}", LinkId(id)));
-        let link = self.links.get(LinkId(id)).ok_or_else(gone)?;
+        let (link, earlier) = match self.links.get(LinkId(id)) {
+            Some(link) => (link, false),
+            None => {
+                let earlier = self.registry.predecessors().links().await;
+                let found = earlier.into_iter().find(|link| link.info.id == LinkId(id));
+                (found.ok_or_else(gone)?, true)
+            }
+        };
         if !link.info.owners.contains(&owner.id) && !self.registry.trust().is_operator(owner.peer) {
             return Err(Cause::NotPermitted.because(format!(
                 "link {} is not of this connection, and uid {} is neither the agent's nor root",
@@ -330,6 +346,14 @@ impl Context {
             )));
         }
         let reason = format!("cut on request of uid {}: {reason}", owner.peer.uid);
+        if earlier {
+            self.registry.predecessors().order(&Order::Cut {
+                link: LinkId(id),
+                cause: Cause::IntentionDenied,
+                text: reason,
+            });
+            return Ok(map([]));
+        }
         match self.links.cut(LinkId(id), Cause::IntentionDenied, &reason) {
             true => Ok(map([])),
             false => Err(gone()),

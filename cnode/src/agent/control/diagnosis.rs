@@ -105,7 +105,8 @@ impl Context {
 
     pub(super) async fn doctor(&self) -> Result<Term, Refusal> {
         let registry = &self.registry;
-        let findings = doctor::findings(registry.place(), &self.proxy, registry.mesh().as_ref()).await;
+        let mut findings = doctor::findings(registry.place(), &self.proxy, registry.mesh().as_ref()).await;
+        findings.extend(doctor::predecessors(&registry.predecessors().list()));
         Ok(map([("findings", Term::list(findings.iter().map(finding_term)))]))
     }
 }

@@ -7,6 +7,7 @@
 pub mod carrier;
 mod checks;
 mod creation;
+mod handed;
 pub mod options;
 mod pending;
 
@@ -22,6 +23,7 @@ use carrier::{Carried, Carriers, Told};
 pub(super) use checks::chosen_socket;
 use creation::Creations;
 use futures::future::join_all;
+pub(super) use handed::{Handed, HandedInstance, HandedInstances, HandedPorts};
 use options::{Options, SidecarKind};
 use pending::Pending;
 use tokio::{sync::mpsc, time::timeout};
@@ -30,10 +32,11 @@ use tracing::{info, warn};
 use super::{
     config::NodeService,
     sidecar::SidecarEvent,
+    takeover::{Order, Predecessors},
     trust::{Peer, Trust},
 };
 use crate::{
-    mesh::{Answer, DataPlane, Instance, Mesh, MeshError, Protocol, ServiceName, SpiffeId},
+    mesh::{Answer, DataPlane, Instance, Kept, Mesh, MeshError, Protocol, ServiceName, SpiffeId},
     proxy::{
         cause::{Cause, Refusal},
         gone,
@@ -70,6 +73,7 @@ pub struct Registry {
     mesh: Arc<dyn Mesh>,
     local: LocalTable,
     links: LinkTable,
+    predecessors: Predecessors,
     trust: Trust,
     place: Place,
     carriers: Carriers,
@@ -156,6 +160,8 @@ struct State {
     ids: HashMap<String, Entry>,
     creations: Creations,
     services: u64,
+    /// Nothing more is registered.
+    closing: bool,
 }
 
 /// A control connection.
@@ -170,6 +176,8 @@ struct Client {
 struct Entry {
     owner: u64,
     phase: Phase,
+    /// What the mesh was told, once it is live.
+    kept: Option<Kept>,
     /// Ends with the entry, or before.
     carried: Option<Carried>,
 }
@@ -199,11 +207,13 @@ impl Registry {
             ids: HashMap::new(),
             creations: Creations::new()?,
             services: 0,
+            closing: false,
         };
         Ok(Self {
             mesh,
             local,
             links,
+            predecessors: Predecessors::default(),
             trust,
             place,
             carriers,
@@ -225,6 +235,11 @@ impl Registry {
     /// What the agent's own entries say.
     pub fn place(&self) -> &Place {
         &self.place
+    }
+
+    /// Earlier processes of this agent that still hold links.
+    pub(in crate::agent) fn predecessors(&self) -> &Predecessors {
+        &self.predecessors
     }
 
     /// What carries the traffic of instances.
@@ -378,6 +393,17 @@ impl Registry {
         Ok(())
     }
 
+    /// The agent ends: what is registered goes from the mesh, and nothing more is registered. Live links stay.
+    pub async fn leave_mesh(&self) {
+        let ids: Vec<String> = {
+            let mut state = self.lock();
+            state.closing = true;
+            let live = state.ids.iter().filter(|(_, entry)| entry.phase == Phase::Live);
+            live.map(|(id, _)| id.clone()).collect()
+        };
+        join_all(ids.iter().map(|id| self.take_out_of_mesh(id))).await;
+    }
+
     /// A control connection has ended: what it registered goes. Says how much that was.
     pub async fn release(self: &Arc<Self>, owner: u64) -> usize {
         let ids: Vec<String> = {
@@ -424,6 +450,9 @@ impl Registry {
     fn reserve(self: &Arc<Self>, owner: Owner, id: &str) -> Result<Pending, Refusal> {
         let mut guard = self.lock();
         let state = &mut *guard;
+        if state.closing {
+            return Err(Cause::NotReady.because("this agent ends: another one may take its place"));
+        }
         if state.ids.contains_key(id) {
             return Err(Cause::NameTaken.because(format!("{id} is registered with this agent")));
         }
@@ -444,6 +473,7 @@ impl Registry {
             Entry {
                 owner: owner.id,
                 phase: Phase::Pending,
+                kept: None,
                 carried: None,
             },
         );
@@ -480,12 +510,17 @@ impl Registry {
         })?;
         let id = entry.instance.id.clone();
         let mesh = self.mesh.clone();
+        let kept = Kept {
+            entry: entry.clone(),
+            token: options.token.clone(),
+            address: None,
+        };
         let mut registering = tokio::spawn(async move { mesh.register(&entry).await });
         match timeout(MESH_TIME, &mut registering).await {
             Ok(Ok(Ok(()))) => {
                 let started = self.start(&id, owner, kind, &options, &mut carried).await;
                 let live = match started {
-                    Ok(()) if pending.to_live(owner.id, carried) => {
+                    Ok(()) if pending.to_live(owner.id, kept, carried) => {
                         return Ok((secret, identity.id.clone()));
                     }
                     Ok(()) => owner_gone(),
@@ -563,6 +598,11 @@ impl Registry {
     fn cut_links(&self, instance: &Instance) {
         let Refusal { cause, text } = gone(instance);
         let cut = self.links.cut_instance(&instance.id, cause, &text);
+        self.predecessors.order(&Order::CutInstance {
+            id: instance.id.clone(),
+            cause,
+            text,
+        });
         if cut > 0 {
             info!(
                 id = instance.id,
@@ -584,7 +624,9 @@ impl Registry {
                 return;
             };
             for local in left {
-                if registry.local.by_id(&local.instance.id).is_none() {
+                // A successor of this process sees to it.
+                let ours = !registry.carriers.proxy.is_closed();
+                if ours && registry.local.by_id(&local.instance.id).is_none() {
                     registry.cut_links(&local.instance);
                 }
             }

@@ -8,13 +8,17 @@ use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use meshx_tests::consul::Consul;
 use meshx_tests::control::Control;
 use meshx_tests::{Agent, Beam, BeamBuilder, EchoClient, EchoServer, Mesh, Process, program, wait_until};
+use rustix::process::Signal;
 
 /// Promised: a denial cuts a live link within 2 s. Three times that is the deadline here.
 const CUT: Duration = Duration::from_secs(6);
 /// Promised: a killed VM is gone within 1 s. Likewise.
 const FREED: Duration = Duration::from_secs(3);
+/// Promised: links are back 5 s after a crash. Likewise.
+const BACK: Duration = Duration::from_secs(15);
 /// For what only has to happen.
 const SOON: Duration = Duration::from_secs(30);
 
@@ -175,8 +179,9 @@ impl World {
     }
 }
 
-/// Takes each agent over several times, by turns with the one build and the other, under load.
-fn upgrades(mut world: World, builds: [PathBuf; 2]) {
+/// Takes each agent over several times, by turns with the one build and the other, under load; then `deny` forbids
+/// shop to reach cart.
+fn upgrades(mut world: World, builds: [PathBuf; 2], rounds: usize, deny: impl FnOnce(&Agent)) {
     let before = world.registrations();
     let World { h1, h2, shop, cart } = &mut world;
     let erpc = |node| format!(":erpc.call(:\"{node}\", Function, :identity, [n], 30_000)");
@@ -188,7 +193,7 @@ fn upgrades(mut world: World, builds: [PathBuf; 2]) {
     start_mnesia(shop, cart);
     let dialler = Dialler::start(h1, h2);
     let mut old: Vec<Process> = Vec::new();
-    for round in 0..4 {
+    for round in 0..rounds {
         for agent in [&mut *h1, &mut *h2] {
             let began = Instant::now();
             let taken = agent.take_over(&builds[round % 2]).unwrap();
@@ -226,17 +231,19 @@ fn upgrades(mut world: World, builds: [PathBuf; 2]) {
 
     // A denial cuts it, with its cause, through the process that serves now.
     let at = Instant::now();
-    h1.meshx_ok(&["deny", "shop", "cart"]).unwrap();
-    shop.eval(
-        "{:nodedown, :cart@h2, why} = receive do {:nodedown, _, _} = e -> e after 10_000 -> :none end; why",
-    )
-    .unwrap();
+    deny(h1);
+    let down = "receive do {:nodedown, _, why} -> why[:nodedown_reason] after 10_000 -> :none end";
+    let reasons = [shop.eval(down).unwrap(), world.cart.eval(down).unwrap()];
     let took = at.elapsed();
-    println!("a denial cut the old process's link within {took:?}");
+    println!("a denial cut the old process's link within {took:?}: {reasons:?}");
     assert!(took < CUT, "{took:?}");
-    shop.expect("why[:nodedown_reason]", "{:meshx, :intention_denied}")
-        .unwrap();
-    h1.meshx_ok(&["allow", "shop", "cart"]).unwrap();
+    // The end whose agent sees the rule first is told the cause; the other may see it closed.
+    assert!(
+        reasons
+            .iter()
+            .any(|reason| reason == "{:meshx, :intention_denied}"),
+        "{reasons:?}"
+    );
 
     // A VM that is killed after all that is gone at once, and the old processes end with their last link.
     let at = world.cart.process.kill();
@@ -255,5 +262,97 @@ fn several_upgrades_in_a_row_drop_no_link_and_fail_no_call() {
     let builds = [other_build(mesh.path()), program("meshx").unwrap()];
     let h1 = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
     let h2 = mesh.agent("b", "127.0.0.3", &["h2"]).unwrap();
-    upgrades(World::start(h1, h2), builds);
+    let deny = |agent: &Agent| {
+        agent.meshx_ok(&["deny", "shop", "cart"]).unwrap();
+    };
+    upgrades(World::start(h1, h2), builds, 4, deny);
+}
+
+#[test]
+fn the_same_with_consul() {
+    let consul = Consul::start().unwrap();
+    let builds = [other_build(consul.path()), program("meshx").unwrap()];
+    let h1 = consul.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    let h2 = consul.agent("b", "127.0.0.3", &["h2"]).unwrap();
+    upgrades(World::start(h1, h2), builds, 2, |_| {
+        consul.deny("shop", "cart").unwrap()
+    });
+}
+
+/// Two nodes that are connected, and hear when they are not.
+fn pair(mesh: &Mesh, options: &[&str]) -> (Agent, Agent, Beam, Beam) {
+    let h1 = mesh.agent_with("a", "127.0.0.2", &["h1"], options).unwrap();
+    let h2 = mesh.agent("b", "127.0.0.3", &["h2"]).unwrap();
+    let mut shop = Beam::start(&h1, "shop@h1").unwrap();
+    let cart = Beam::start(&h2, "cart@h2").unwrap();
+    shop.eval(":net_kernel.monitor_nodes(true, [:nodedown_reason])")
+        .unwrap();
+    shop.expect("MeshxNode.connect(:cart@h2)", ":ok").unwrap();
+    (h1, h2, shop, cart)
+}
+
+#[test]
+fn after_a_sigkill_links_are_back_by_themselves() {
+    let mesh = Mesh::new().unwrap();
+    let (mut h1, _h2, mut shop, mut cart) = pair(&mesh, &[]);
+    h1.process.kill();
+    shop.expect(
+        "receive do {:nodedown, node, _} -> node after 30_000 -> :none end",
+        ":cart@h2",
+    )
+    .unwrap();
+    let _h1 = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    let at = Instant::now();
+    // Nobody calls the other node.
+    let back = format!(
+        "receive do {{:nodeup, node, _}} -> node after {} -> :none end",
+        BACK.as_millis()
+    );
+    shop.expect(
+        "receive do {:nodeup, :cart@h2, _} -> :first after 0 -> :none end",
+        ":first",
+    )
+    .unwrap();
+    shop.expect(&back, ":cart@h2").unwrap();
+    println!(
+        "the link was back {:?} after the next agent was ready",
+        at.elapsed()
+    );
+    cart.expect("Node.list()", "[:shop@h1]").unwrap();
+    shop.expect(":erpc.call(:cart@h2, :erlang, :node, [])", ":cart@h2")
+        .unwrap();
+}
+
+#[test]
+fn sigterm_lets_what_runs_come_to_its_end() {
+    let mesh = Mesh::new().unwrap();
+    let (mut h1, h2, mut shop, _cart) = pair(&mesh, &["--drain-time", "8"]);
+    shop.eval("call = Task.async(fn -> :erpc.call(:cart@h2, Process, :sleep, [3_000]) end); :ok")
+        .unwrap();
+    h1.process.signal(Signal::TERM);
+    // Nobody is led there any more, while the link lives.
+    h2.wait_name("shop@h1", false, FREED).unwrap();
+    shop.expect("Task.await(call, 30_000)", ":ok").unwrap();
+    shop.expect(
+        "receive do {:nodedown, _, why} -> why[:nodedown_reason] after 30_000 -> :none end",
+        "{:meshx, :unreachable}",
+    )
+    .unwrap();
+    let status = h1.process.wait_exit(SOON).unwrap();
+    assert_eq!(status.code(), Some(0));
+}
+
+#[test]
+fn a_second_sigterm_ends_the_agent_at_once() {
+    let mesh = Mesh::new().unwrap();
+    let (mut h1, _h2, mut shop, _cart) = pair(&mesh, &["--drain-time", "3600"]);
+    h1.process.signal(Signal::TERM);
+    h1.process
+        .wait_log("live links may end by themselves", SOON)
+        .unwrap();
+    shop.expect(":erpc.call(:cart@h2, :erlang, :node, [])", ":cart@h2")
+        .unwrap();
+    h1.process.signal(Signal::TERM);
+    let status = h1.process.wait_exit(SOON).unwrap();
+    assert_eq!(status.code(), Some(0));
 }

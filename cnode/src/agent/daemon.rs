@@ -22,7 +22,7 @@ use super::{
     },
     dir::AgentDir,
     paths::{CONTROL_SOCKET, DIST_SOCKET, DirError, TAKEOVER_SOCKET},
-    registry::{self, HandedPorts, Registry, carrier::Carriers},
+    registry::{self, HandedPorts, RECLAIM_TIME, Registry, Reserved, carrier::Carriers},
     sidecar::{self, ConsulProgram, SidecarError, Sidecars},
     takeover::{self, About, Follower, Listeners, Reception, Successor, TakeFault, Taken, TakenClient},
 };
@@ -101,13 +101,15 @@ pub struct Agent {
     data: JoinSet<()>,
 }
 
-/// How an agent came to an end by itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ended {
+/// What an agent that serves comes to by itself.
+#[derive(Debug)]
+pub enum Event {
     /// A part that should serve for ever does not: the agent is of no more use.
     Failed,
+    /// Another process wants to take over: [`Agent::hand_over`].
+    Successor(Successor),
     /// A successor has taken over, and the last link of this process has ended.
-    TakenOver,
+    Ended,
 }
 
 impl Agent {
@@ -169,6 +171,9 @@ impl Agent {
         let mesh = join(config, &id, advertise, Place::Own).await?;
         let mesh = Arc::new(Observed::new(mesh));
         let context = context(config, dir.clone(), &id, advertise, &mesh)?;
+        context
+            .registry
+            .reserve_names(Reserved::load(&dir.names(), RECLAIM_TIME));
         let dist = UnixListener::from_std(dir.bind(DIST_SOCKET)?)?;
         let takeover = UnixListener::from_std(dir.bind(TAKEOVER_SOCKET)?)?;
         // Last: who finds the control socket finds an agent that is whole.
@@ -253,6 +258,7 @@ impl Agent {
         data.spawn(proxy.clone().serve_inbound(listeners.inbound.clone()));
         data.spawn(proxy.clone().serve_dist(listeners.dist.clone()));
         data.spawn(police(mesh.clone(), proxy.clone(), registry.clone()));
+        data.spawn(registry.clone().keep_names(context.dir.names()));
         let http = listeners.http.as_ref();
         let http = http.map(|http| http.local_addr()).transpose()?;
         if let Some(listener) = &listeners.http {
@@ -328,39 +334,36 @@ impl Agent {
         )
     }
 
-    /// Serves until it is of no more use, or until a successor has taken over and the last link has ended.
-    pub async fn run(&mut self) -> Ended {
-        loop {
-            let Some(control) = self.control.as_mut() else {
+    /// Serves until something comes of it. May be dropped and called again.
+    pub async fn run(&mut self) -> Event {
+        if self.listeners.is_none() {
+            self.context.proxy.drained().await;
+            info!("the last link has ended");
+            return Event::Ended;
+        }
+        let Some(control) = self.control.as_mut() else {
+            return Event::Failed;
+        };
+        tokio::select! {
+            _ = control => {
                 tracing::error!("the control socket is no longer served");
-                return Ended::Failed;
-            };
-            tokio::select! {
-                _ = control => {
-                    tracing::error!("the control socket is no longer served");
-                    return Ended::Failed;
-                }
-                ended = self.data.join_next() => {
-                    tracing::error!(?ended, "the data plane has ended");
-                    return Ended::Failed;
-                }
-                Some(successor) = self.successors.recv() => {
-                    if self.hand_over(successor).await {
-                        self.context.proxy.drained().await;
-                        info!("the last link has ended");
-                        return Ended::TakenOver;
-                    }
-                }
+                Event::Failed
             }
+            ended = self.data.join_next() => {
+                tracing::error!(?ended, "the data plane has ended");
+                Event::Failed
+            }
+            Some(successor) = self.successors.recv() => Event::Successor(successor),
         }
     }
 
-    /// True when the successor serves; else this process does, as before.
-    async fn hand_over(&mut self, mut successor: Successor) -> bool {
+    /// Has everything taken over but the live links; when that fails, this process serves as before. Must be waited
+    /// for: half way, two processes have everything.
+    pub async fn hand_over(&mut self, mut successor: Successor) {
         let (pid, program) = (successor.pid, successor.program.clone());
         info!(pid, program, "handing over");
         let (Some(control), Some(listeners)) = (self.control.take(), &self.listeners) else {
-            return false;
+            return;
         };
         let began = Instant::now();
         self.freeze.cancel();
@@ -369,7 +372,7 @@ impl Agent {
             Ok(clients) => clients,
             Err(error) => {
                 tracing::error!(%error, "clients are lost: this is a bug, please report it");
-                return false;
+                return;
             }
         };
         let Context { dir, registry, .. } = self.context.as_ref();
@@ -387,7 +390,7 @@ impl Agent {
             self.control = Some(tokio::spawn(control));
             let takeover = takeover::serve(listeners.takeover.clone(), self.reception.clone());
             self.takeover = tokio::spawn(takeover);
-            return false;
+            return;
         }
         let waited = began.elapsed();
         self.leave(clients);
@@ -398,7 +401,6 @@ impl Agent {
             ?waited,
             "handed over: this process holds its links until the last has ended"
         );
-        true
     }
 
     /// Everything but the live links is the successor's.

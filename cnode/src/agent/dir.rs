@@ -26,7 +26,7 @@ use rustix::{
 use tracing::{debug, warn};
 
 use super::paths::{
-    self, CONTROL_SOCKET, DIST_SOCKET, DirError, SIDECAR_DIR, TAKEOVER_SOCKET, UP_DIR, VM_DIR,
+    self, CONTROL_SOCKET, DIST_SOCKET, DirError, NAMES_FILE, SIDECAR_DIR, TAKEOVER_SOCKET, UP_DIR, VM_DIR,
 };
 
 const LOCK: &str = "agent.lock";
@@ -191,6 +191,11 @@ impl AgentDir {
         self.path.join(SIDECAR_DIR)
     }
 
+    /// The file by which names outlive an agent that is killed.
+    pub fn names(&self) -> PathBuf {
+        self.path.join(NAMES_FILE)
+    }
+
     /// The dist socket's path.
     pub fn dist_socket(&self) -> PathBuf {
         self.path.join(DIST_SOCKET)
@@ -255,7 +260,7 @@ impl AgentDir {
             return;
         }
         self.sweep();
-        for name in [CONTROL_SOCKET, DIST_SOCKET, TAKEOVER_SOCKET, LOCK] {
+        for name in [CONTROL_SOCKET, DIST_SOCKET, TAKEOVER_SOCKET, NAMES_FILE, LOCK] {
             let path = self.path.join(name);
             if let Err(error) = fs::remove_file(&path)
                 && error.kind() != io::ErrorKind::NotFound

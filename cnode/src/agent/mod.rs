@@ -14,4 +14,4 @@ pub mod sidecar;
 pub mod takeover;
 pub mod trust;
 
-pub use daemon::{Agent, Ended, STOP_TIME, StartError};
+pub use daemon::{Agent, Event, STOP_TIME, StartError};

@@ -12,6 +12,7 @@ mod listeners;
 mod mesh;
 mod names;
 mod node;
+mod notify;
 mod report;
 mod rules;
 mod run;

@@ -41,6 +41,20 @@ pub(in crate::agent) const QUESTIONS_MAX: usize = 8;
 /// A killed VM's sockets are free this long after its connection closed: its process ends in between.
 const SWEEP_DELAY: Duration = Duration::from_millis(1500);
 
+/// Whether a command only asks the mesh or other agents, and may be asked again.
+pub(super) fn is_question(command: &str) -> bool {
+    [
+        "check",
+        "names",
+        "services",
+        "intentions",
+        "certs",
+        "why",
+        "doctor",
+    ]
+    .contains(&command)
+}
+
 /// What all sessions share.
 pub(in crate::agent) struct Context {
     pub(in crate::agent) registry: Arc<Registry>,
@@ -171,6 +185,7 @@ impl Context {
             node: name,
             socket: args.text("socket")?,
             creation: args.optional_int("creation")?,
+            secret: args.optional_secret("secret")?,
             hidden: args.optional_bool("hidden")?.unwrap_or(false),
             options: options(&args, name, Some(name))?,
         };
@@ -203,6 +218,9 @@ impl Context {
 
     /// A socket in `up/`, or a loopback port, for this client's user alone.
     async fn connect(&self, client: &Client, args: &Args<'_>) -> Result<Term, Refusal> {
+        if self.proxy.is_closed() {
+            return Err(Cause::NotReady.because("this agent ends: another one may take its place"));
+        }
         let peer = client.owner.peer;
         let name = |key| {
             let text = args.text(key)?;

@@ -12,7 +12,7 @@ use meshx_etf::Term;
 use tokio::{
     net::{UnixStream, unix::OwnedReadHalf},
     sync::mpsc,
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, info, warn};
@@ -20,7 +20,7 @@ use tracing::{debug, info, warn};
 use super::{
     UNANSWERED_MAX,
     args::TEXT_MAX,
-    commands::{Client, Context, PROGRAM},
+    commands::{Client, Context, PROGRAM, is_question},
     frame::{Next, REQUEST_MAX, read_frame_unless},
     message::{Request, VERSIONS, event, map, reply, text},
     outbox::Outbox,
@@ -40,6 +40,8 @@ use crate::{
 
 /// `hello` must be there, whole, within this time.
 pub const HELLO_TIME: Duration = Duration::from_secs(5);
+/// How long a question to the mesh may go on when its client is to come between two frames.
+const QUESTION_GRACE: Duration = Duration::from_secs(1);
 /// How long the last words to a client may take.
 const FAREWELL_TIME: Duration = Duration::from_secs(1);
 
@@ -313,16 +315,27 @@ impl Session {
                 self.send(reply(request.id, Err(&refusal)));
                 continue;
             }
-            self.start(request);
+            self.start(request, freeze.clone());
         }
     }
 
     /// Commands run beside each other: one that waits for the mesh holds up no other.
-    fn start(&self, request: Request) {
+    fn start(&self, request: Request, freeze: CancellationToken) {
         let (context, client) = (self.context.clone(), self.client.clone());
         let (outbox, unanswered) = (self.outbox.clone(), self.unanswered.clone());
         self.commands.spawn(async move {
-            let result = context.run(&client, &request.command, &request.args).await;
+            let running = context.run(&client, &request.command, &request.args);
+            // What changes nothing need not be waited for: it is asked again.
+            let hurry = async {
+                freeze.cancelled().await;
+                sleep(QUESTION_GRACE).await;
+            };
+            let result = tokio::select! {
+                result = running => result,
+                () = hurry, if is_question(&request.command) => {
+                    Err(Cause::NotReady.because("another process takes this agent over: ask it again"))
+                }
+            };
             if let Err(refusal) = &result {
                 log_refusal(&context, client.owner, &request.command, refusal);
             }

@@ -10,6 +10,7 @@ mod creation;
 mod handed;
 pub mod options;
 mod pending;
+mod reserved;
 
 use std::{
     collections::HashMap,
@@ -26,7 +27,11 @@ use futures::future::join_all;
 pub(super) use handed::{Handed, HandedInstance, HandedInstances, HandedPorts};
 use options::{Options, SidecarKind};
 use pending::Pending;
-use tokio::{sync::mpsc, time::timeout};
+pub(super) use reserved::Reserved;
+use tokio::{
+    sync::{Notify, mpsc},
+    time::timeout,
+};
 use tracing::{info, warn};
 
 use super::{
@@ -79,6 +84,8 @@ pub struct Registry {
     carriers: Carriers,
     /// [`RECLAIM_TIME`], but in tests.
     reclaim: Duration,
+    /// Nodes have come or gone.
+    renamed: Notify,
     // Held for a look-up or a change, never across an await.
     state: Mutex<State>,
 }
@@ -109,6 +116,8 @@ pub struct NodeRequest<'a> {
     pub socket: &'a str,
     /// The one that it runs with, when it was registered with an agent before.
     pub creation: Option<i64>,
+    /// The secret that it had from that agent.
+    pub secret: Option<Secret>,
     /// A hidden node is registered like any other; the log says so.
     pub hidden: bool,
     /// What its entry says beyond its name.
@@ -162,6 +171,7 @@ struct State {
     services: u64,
     /// Nothing more is registered.
     closing: bool,
+    reserved: Reserved,
 }
 
 /// A control connection.
@@ -208,6 +218,7 @@ impl Registry {
             creations: Creations::new()?,
             services: 0,
             closing: false,
+            reserved: Reserved::default(),
         };
         Ok(Self {
             mesh,
@@ -218,8 +229,14 @@ impl Registry {
             place,
             carriers,
             reclaim: RECLAIM_TIME,
+            renamed: Notify::new(),
             state: Mutex::new(state),
         })
+    }
+
+    /// Keeps these names for their holders.
+    pub(in crate::agent) fn reserve_names(&self, reserved: Reserved) {
+        self.lock().reserved = reserved;
     }
 
     /// Who may be which service.
@@ -285,6 +302,12 @@ impl Registry {
         }
         let socket = checks::node_socket(&self.place.vm, request.socket, owner.peer)?;
         let brought = request.creation.map(checks::creation).transpose()?;
+        let reserved = |state: &State| {
+            state
+                .reserved
+                .check(request.node, owner.peer, request.secret.as_ref())
+        };
+        reserved(&self.lock())?;
         let elsewhere = answer(self.mesh.node(request.node)).await?;
         if let Some(other) = elsewhere.filter(|other| other.agent != self.place.agent) {
             return Err(Cause::NameTaken.because(format!(
@@ -306,6 +329,8 @@ impl Registry {
                 },
             )
             .await?;
+        self.lock().reserved.forget(request.node);
+        self.renamed.notify_one();
         info!(
             node = request.node, %service, creation, hidden = request.hidden, returned = brought.is_some(),
             uid = owner.peer.uid, client = owner.id, "node registered"
@@ -389,6 +414,7 @@ impl Registry {
             );
         }
         self.drop_local(id);
+        self.renamed.notify_one();
         self.leave(id).await;
         Ok(())
     }
@@ -418,6 +444,7 @@ impl Registry {
             .collect()
         };
         self.cut_links_later(ids.iter().filter_map(|id| self.local.remove(id)).collect());
+        self.renamed.notify_one();
         // What is pending takes itself away when it finds its owner gone.
         join_all(ids.iter().map(|id| self.leave(id))).await;
         ids.len()

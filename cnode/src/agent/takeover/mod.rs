@@ -61,7 +61,8 @@ pub(super) fn program() -> String {
 }
 
 /// A process that wants to take over, and was welcomed.
-pub(super) struct Successor {
+#[derive(Debug)]
+pub struct Successor {
     channel: Channel,
     /// Its process and its program.
     pub(super) pid: i32,

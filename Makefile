@@ -2,6 +2,7 @@
 # make test    everything: format, lints, unit, property, differential and end-to-end tests
 # make test-consul CONSUL=/path/to/consul   contract and end-to-end tests against that Consul
 # make bench-cnode our node and terms beside libei, eetf and BEAMs, likewise (ARGS="--rounds 3 --percent 20")
+# make bench-mesh  distribution over two agents beside inet_tls_dist, Consul's proxies and Envoys, likewise
 # make bench-rpc   MeshxRpc beside :erpc, tables and a plot in target/bench (ARGS="--rounds 3 --row 64")
 # make build   the meshx program, the NIF and the Elixir application
 # make fuzz    every fuzz target with libFuzzer, FUZZ_SECONDS each (docs/fuzzing.md)
@@ -16,8 +17,15 @@ unexport ERL_FLAGS ERL_AFLAGS ERL_ZFLAGS ERL_LIBS MESHX_DIR $(filter CONSUL_%,$(
 
 MIX := cd mix_project && mix
 TEST_ENV := MIX_ENV=test MESHX_NIF=require
+# Beside the machine's own; each is an Erlang with its Elixir out of a newer Debian (scripts/get-otp).
+OTP_VERSIONS ?= 27 29
+# In a rule whose stem is a version: its programs first, and a build directory of its own.
+ON_OTP = PATH=$(CARGO_TARGET_DIR)/otp/$*/bin:$$PATH MIX_BUILD_ROOT=_build/otp-$*
+# What a version of OTP may change.
+OTP_TESTS := c_node cluster command_line hostile ownership refusals rpc spoofing
+OTP_RUST_TESTS := beam libei node_calls node_connections node_exits node_hostile_beam node_libei node_links node_soak node_spawned
 
-.PHONY: build demo test bench-cnode bench-rpc preflight-demo preflight-test lint test-rust test-elixir built-for-end-to-end test-end-to-end test-consul fuzz clean
+.PHONY: build demo test bench-cnode bench-mesh bench-rpc preflight-demo preflight-test lint test-rust test-elixir built-for-end-to-end test-end-to-end test-consul test-otp fuzz clean
 
 build: preflight-demo
 	cargo build --release --locked -p meshx -p bridge -p search_node -p meshx-tests --bins
@@ -26,10 +34,13 @@ build: preflight-demo
 demo: build
 	@exec $(CARGO_TARGET_DIR)/release/demo $(if $(KEEP),--keep)
 
-test: preflight-test lint test-rust test-elixir test-end-to-end
+test: preflight-test lint test-rust test-elixir test-end-to-end test-otp
 
 bench-cnode: preflight-test build
 	@exec $(CARGO_TARGET_DIR)/release/bench_cnode $(ARGS)
+
+bench-mesh: preflight-test build
+	@exec $(CARGO_TARGET_DIR)/release/bench_mesh $(ARGS)
 
 bench-rpc: preflight-test build
 	@exec $(CARGO_TARGET_DIR)/release/bench_rpc $(ARGS)
@@ -38,7 +49,7 @@ preflight-demo:
 	@scripts/preflight demo
 
 preflight-test:
-	@scripts/preflight test
+	@OTP_VERSIONS="$(OTP_VERSIONS)" scripts/preflight test
 
 lint:
 	cargo fmt --all --check
@@ -71,10 +82,22 @@ built-for-end-to-end:
 
 test-end-to-end: built-for-end-to-end
 	if cargo nextest --version >/dev/null 2>&1; then \
-	    cargo nextest run -p meshx-tests --locked --no-fail-fast; \
+	    cargo nextest run -p meshx-tests --locked --no-fail-fast -E 'not binary(versions)'; \
 	else \
-	    cargo test -p meshx-tests --locked --no-fail-fast --tests; \
+	    cargo test -p meshx-tests --locked --no-fail-fast --tests -- --skip otp_; \
 	fi
+
+# The unit tests and the main end-to-end tests on each version, then neighbouring versions in one mesh.
+test-otp: $(OTP_VERSIONS:%=test-otp-%)
+	$(if $(OTP_VERSIONS),cargo test -p meshx-tests --locked --test versions)
+
+test-otp-%: built-for-end-to-end
+	cd mix_project && $(ON_OTP) $(TEST_ENV) mix do deps.get, compile --warnings-as-errors
+	cd mix_project && $(ON_OTP) $(TEST_ENV) mix test --warnings-as-errors
+	cd examples/shop && $(ON_OTP) MIX_ENV=prod MESHX_NIF=require mix do deps.get, compile --warnings-as-errors
+	$(ON_OTP) cargo test -p meshx-tests --locked --no-fail-fast $(OTP_TESTS:%=--test %)
+	$(ON_OTP) MESHX_LIBEI=$(CARGO_TARGET_DIR)/otp/$*/root/usr/lib/erlang/usr \
+	    cargo test --workspace --exclude meshx-tests --exclude meshx_nif --locked --no-fail-fast $(OTP_RUST_TESTS:%=--test %)
 
 # Everything that knows Consul; without CONSUL on the one that the other tests use.
 test-consul: export MESHX_CONSUL = $(abspath $(CONSUL))
@@ -85,7 +108,7 @@ test-consul: preflight-test built-for-end-to-end
 	    cargo test -p meshx-tests --test 'consul*' --locked --no-fail-fast; \
 	fi
 
-FUZZ_TARGETS := etf framing handshake epmd rpc mesh control
+FUZZ_TARGETS := $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
 FUZZ_SECONDS := 600
 
 # A directory of its own: the sanitizer's objects fit no others.

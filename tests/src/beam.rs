@@ -1,9 +1,10 @@
 //! Real BEAM nodes that answer one Elixir expression a line (`tests/support/console.exs`).
 
-use std::path::PathBuf;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::{Agent, Context, Process, Result, program, repository};
+use crate::{Agent, Context, Process, Result, fetched, program, repository};
 
 /// The cookie of every node in tests and demo.
 pub const COOKIE: &str = "meshx-test-cookie";
@@ -18,6 +19,7 @@ pub struct BeamBuilder {
     run_options: Vec<String>,
     erl: String,
     apps: Vec<String>,
+    otp: Option<&'static str>,
 }
 
 impl BeamBuilder {
@@ -28,7 +30,15 @@ impl BeamBuilder {
             run_options: Vec::new(),
             erl: String::new(),
             apps: vec!["meshx".into()],
+            otp: None,
         }
+    }
+
+    /// Runs on this OTP out of `scripts/get-otp`, with what was compiled for it.
+    #[must_use]
+    pub fn otp(mut self, version: &'static str) -> Self {
+        self.otp = Some(version);
+        self
     }
 
     /// Options of `meshx run`.
@@ -74,11 +84,17 @@ impl BeamBuilder {
             "--cookie".into(),
             COOKIE.into(),
         ];
-        arguments.extend(["--ebin".into(), ebin().display().to_string()]);
+        let libraries = libraries(self.otp);
+        let ebin = libraries.join("meshx/ebin");
+        arguments.extend(["--ebin".into(), ebin.display().to_string()]);
         arguments.extend(self.run_options);
         arguments.extend(["--".into(), "elixir".into()]);
-        arguments.extend(console(&self.erl, &self.apps));
-        start(self.name, program("meshx")?, arguments, agent)
+        arguments.extend(console(&libraries, &self.erl, &self.apps));
+        let path = match self.otp {
+            None => None,
+            Some(version) => Some(otp_path(version)?),
+        };
+        start(self.name, program("meshx")?, arguments, path, agent)
     }
 
     /// Starts a VM without a name, by hand and not by `meshx run`: it may start distribution later.
@@ -87,7 +103,8 @@ impl BeamBuilder {
     /// When it does not boot.
     pub fn start_nameless(self, agent: &Agent) -> Result<Beam> {
         let flags = format!("-proto_dist meshx -no_epmd -setcookie {COOKIE} {}", self.erl);
-        let mut beam = start(self.name, "elixir".into(), console(&flags, &self.apps), agent)?;
+        let arguments = console(&libraries(None), &flags, &self.apps);
+        let mut beam = start(self.name, "elixir".into(), arguments, None, agent)?;
         beam.process
             .wait_for(START, |line| line.starts_with("ready ").then_some(()))?;
         Ok(beam)
@@ -95,8 +112,8 @@ impl BeamBuilder {
 }
 
 /// The arguments of `elixir` for a VM that answers expressions.
-fn console(erl: &str, apps: &[String]) -> Vec<String> {
-    let mut arguments = vec!["-pa".to_owned(), format!("{}/*/ebin", libraries().display())];
+fn console(libraries: &Path, erl: &str, apps: &[String]) -> Vec<String> {
+    let mut arguments = vec!["-pa".to_owned(), format!("{}/*/ebin", libraries.display())];
     if !erl.is_empty() {
         arguments.extend(["--erl".into(), erl.into()]);
     }
@@ -110,22 +127,49 @@ fn console(erl: &str, apps: &[String]) -> Vec<String> {
     arguments
 }
 
-fn start(name: String, program: PathBuf, arguments: Vec<String>, agent: &Agent) -> Result<Beam> {
+fn start(
+    name: String,
+    program: PathBuf,
+    arguments: Vec<String>,
+    path: Option<OsString>,
+    agent: &Agent,
+) -> Result<Beam> {
     let process = Process::start(&name, program, arguments, |command| {
         command.env("MESHX_DIR", agent.dir());
+        if let Some(path) = path {
+            command.env("PATH", path);
+        }
     })
     .context("start a node")?;
     Ok(Beam { process, name })
 }
 
-/// Where the carrier is.
-pub fn ebin() -> PathBuf {
-    libraries().join("meshx/ebin")
+/// The search path with the programs of this OTP in front.
+fn otp_path(version: &str) -> Result<OsString> {
+    let erl = fetched(
+        "",
+        &format!("otp/{version}/bin/erl"),
+        &format!("get-otp {version}"),
+    )?;
+    let bin = erl.parent().map(Path::to_owned).unwrap_or_default();
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::join_paths(std::iter::once(bin).chain(std::env::split_paths(&path)))
+        .context("put an OTP into the search path")
 }
 
-/// Where `make build` and `make test` put the compiled example with its dependency `:meshx`.
-fn libraries() -> PathBuf {
-    repository().join("examples/shop/_build/prod/lib")
+/// Where the carrier is.
+pub fn ebin() -> PathBuf {
+    libraries(None).join("meshx/ebin")
+}
+
+/// Where `make build` and `make test` put the compiled example with its dependency `:meshx`: for the VM on the search
+/// path below mix' own `$MIX_BUILD_ROOT`, for another OTP below `_build/otp-VERSION`.
+fn libraries(otp: Option<&str>) -> PathBuf {
+    let root = match otp {
+        Some(version) => format!("_build/otp-{version}"),
+        None => std::env::var("MIX_BUILD_ROOT").unwrap_or_else(|_| "_build".to_owned()),
+    };
+    repository().join("examples/shop").join(root).join("prod/lib")
 }
 
 /// A running node.

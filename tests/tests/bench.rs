@@ -37,6 +37,31 @@ fn bench_rpc_measures_and_writes_its_tables() {
 }
 
 #[test]
+fn bench_mesh_measures_and_writes_its_tables() {
+    let output = Command::new(env!("CARGO_BIN_EXE_bench_mesh"))
+        .args(["--rounds", "1", "--ms", "20"])
+        .output()
+        .unwrap();
+    let (text, log) = (
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr),
+    );
+    assert!(output.status.success(), "{text}\n{log}");
+    for wanted in [
+        "| native ",
+        "| native / inet_tls_dist ",
+        "| native / built-in proxies ",
+        "| native / Envoy pair ",
+        "| carrier alone / inet_tcp_dist ",
+        "undecided",
+        "bench/mesh.svg",
+    ] {
+        assert!(text.contains(wanted), "{wanted:?} is missing in\n{text}\n{log}");
+    }
+    assert!(!text.contains("NaN") && !text.contains("| met "), "{text}");
+}
+
+#[test]
 fn bench_cnode_measures_and_writes_its_table() {
     let output = Command::new(env!("CARGO_BIN_EXE_bench_cnode"))
         .args(["--rounds", "1", "--percent", "1"])

@@ -93,6 +93,7 @@ fn a_healthy_set_up() {
         "sockets",
         "rules",
         "inbound",
+        "users",
         "certificate",
         "clock",
         "service",

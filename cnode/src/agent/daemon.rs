@@ -2,6 +2,7 @@
 
 use std::{io, net::SocketAddr, os::fd::OwnedFd, sync::Arc, time::Duration};
 
+use rustix::process::{Resource, getrlimit};
 use tokio::{
     net::{TcpListener, UnixListener},
     sync::{Semaphore, mpsc},
@@ -30,7 +31,12 @@ use crate::{
     http::{self, Sources},
     log_limit::LogLimit,
     mesh::{Mesh, MeshError, Registration, consul::ConsulMesh, embedded::EmbeddedMesh, observed::Observed},
-    proxy::{Proxy, Settings, Upstream, cause::Cause, links::LinkTable, local::LocalTable},
+    proxy::{
+        Proxy, Settings, Upstream,
+        cause::Cause,
+        links::{LINKS_MAX, LinkTable},
+        local::LocalTable,
+    },
 };
 
 /// How long clients' registrations may take to be given up when the agent ends.
@@ -257,6 +263,8 @@ impl Agent {
         let mut data = JoinSet::new();
         data.spawn(proxy.clone().serve_inbound(listeners.inbound.clone()));
         data.spawn(proxy.clone().serve_dist(listeners.dist.clone()));
+        data.spawn(proxy.clone().keep_proven());
+        data.spawn(proxy.clone().keep_present());
         data.spawn(police(mesh.clone(), proxy.clone(), registry.clone()));
         data.spawn(registry.clone().keep_names(context.dir.names()));
         let http = listeners.http.as_ref();
@@ -546,7 +554,14 @@ fn context(
     mesh: &Arc<Observed>,
 ) -> Result<Context, StartError> {
     let mesh: Arc<dyn Mesh> = mesh.clone();
-    let (local, links) = (LocalTable::default(), LinkTable::default());
+    let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let (local, links) = (LocalTable::default(), LinkTable::with_descriptors(descriptors));
+    if links.max() < LINKS_MAX {
+        warn!(
+            links = links.max(),
+            descriptors, "open files are limited, and links with them: raise the hard limit"
+        );
+    }
     let place = registry::Place {
         agent: id.to_owned(),
         inbound: advertise,

@@ -5,7 +5,7 @@
 use std::{collections::HashMap, fs, sync::Arc, time::Duration};
 
 use futures::{FutureExt, StreamExt, future::BoxFuture, stream};
-use rustix::process::{Resource, getrlimit};
+use rustix::process::{Resource, geteuid, getrlimit};
 use tokio::{
     net::TcpStream,
     time::{sleep, timeout},
@@ -22,6 +22,7 @@ use crate::{
         Proxy,
         links::{LINKS_PER_SERVICE_MAX, unix_now},
         local::LocalInstance,
+        peer_uid,
         why::span,
     },
 };
@@ -40,12 +41,13 @@ const FILES_WANTED: u64 = 2 * LINKS_PER_SERVICE_MAX as u64;
 /// Everything that can be seen from inside the agent.
 pub(super) async fn findings(place: &Place, proxy: &Proxy, mesh: &dyn Mesh) -> Vec<Finding> {
     let instances = proxy.local_instances();
-    let (mut found, inbound, services) = tokio::join!(
+    let (mut found, inbound, services, users) = tokio::join!(
         of_mesh(mesh),
         inbound(place, proxy, &instances),
-        services(proxy, mesh, &instances)
+        services(proxy, mesh, &instances),
+        users()
     );
-    found.extend([inbound, files()]);
+    found.extend([inbound, files(), users]);
     // What is well and the mesh has told of is not told twice.
     let told: Vec<String> = found.iter().map(|finding| finding.what.clone()).collect();
     let again = |what: &str| told.iter().any(|told| told.starts_with(what));
@@ -114,6 +116,23 @@ pub(super) fn predecessors(list: &[Draining]) -> impl Iterator<Item = Finding> +
         );
         finding(Level::Ok, "predecessor", text, "")
     })
+}
+
+/// Whether it can be told who connects to the listeners of upstreams: else they refuse everybody.
+async fn users() -> Finding {
+    match timeout(INBOUND_TIME, peer_uid::own()).await {
+        Ok(Ok(uid)) if uid == geteuid().as_raw() => finding(Level::Ok, "users", "can be told apart", ""),
+        seen => {
+            let text = match seen {
+                Ok(Ok(uid)) => format!("a connection of this agent is taken for one of uid {uid}"),
+                Ok(Err(refusal)) => refusal.text,
+                Err(_) => format!("no answer for {} s", INBOUND_TIME.as_secs()),
+            };
+            let fix = "TCP upstreams refuse everybody: let the agent use netlink's sock_diag \
+                       (AF_NETLINK in its unit's RestrictAddressFamilies), or reach services at Unix sockets";
+            finding(Level::Error, "users", text, fix)
+        }
+    }
 }
 
 /// Each link takes two descriptors.

@@ -1,4 +1,4 @@
-//! `meshx allow`, `meshx deny`, `meshx rules`: who may talk in the embedded mesh.
+//! `meshx allow`, `meshx deny`, `meshx rules`: who may talk in the embedded mesh. `meshx rotate`: its certificates.
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -7,7 +7,7 @@ use crate::{
     agent::paths,
     mesh::{
         MeshError, ServiceName,
-        embedded::{Action, MeshDir, Pattern, Rule, Rules},
+        embedded::{Action, MeshDir, Pattern, Rotation, Rule, Rules, rotate},
     },
 };
 
@@ -45,6 +45,31 @@ pub(super) struct RulesArgs {
     default: Option<String>,
     #[command(flatten)]
     mesh: MeshOption,
+}
+
+/// Exchange the certificates of the embedded mesh, under traffic
+///
+/// Without an option all agents get new leaves. Live links prove themselves anew and stay.
+#[derive(Debug, clap::Args)]
+pub(super) struct RotateArgs {
+    /// Make a new root that signs from now on; those before stay believed until --forget
+    #[arg(long, conflicts_with = "forget")]
+    root: bool,
+    /// Believe only the root that signs; links that do not prove themselves anew by it are cut
+    #[arg(long)]
+    forget: bool,
+    #[command(flatten)]
+    mesh: MeshOption,
+}
+
+pub(super) fn rotate_certificates(args: &RotateArgs) -> Result<ExitCode, Failure> {
+    let rotation = match (args.root, args.forget) {
+        (true, _) => Rotation::Root,
+        (_, true) => Rotation::Forget,
+        _ => Rotation::Leaves,
+    };
+    rotate(&args.mesh.open()?, rotation)?;
+    Ok(ExitCode::SUCCESS)
 }
 
 pub(super) fn allow(args: &PairArgs) -> Result<ExitCode, Failure> {

@@ -13,7 +13,11 @@ pub(super) fn render(sources: &Sources, sample: &Sample) -> String {
     let mut page = Page::default();
     page.family("meshx_build_info", GAUGE, "The agent's version, always 1.");
     page.value(&[("version", env!("CARGO_PKG_VERSION"))], 1);
-    links(&mut page, &sources.links.totals());
+    page.family("meshx_links_max", GAUGE, "Links that may live at a time.");
+    page.value(&[], sources.links.max());
+    let totals = sources.links.totals();
+    links(&mut page, &totals);
+    reproofs(&mut page, &totals);
     registrations(&mut page, sources);
     let predecessors = sources.predecessors.list();
     page.family(
@@ -105,6 +109,32 @@ fn links(page: &mut Page, totals: &Totals) {
         page.value(&[("side", side), ("result", "done")], handshakes.done);
         page.value(&[("side", side), ("result", "failed")], handshakes.failed);
     }
+}
+
+fn reproofs(page: &mut Page, totals: &Totals) {
+    page.family(
+        "meshx_reproofs_total",
+        COUNTER,
+        "Live links that this agent dialled and proved anew beside their traffic.",
+    );
+    let proven = |pair: &&PairTotals| pair.proven > 0;
+    for pair in totals.pairs.iter().filter(proven) {
+        page.value(&labels(pair), pair.proven);
+    }
+    page.family(
+        "meshx_reproof_round_trip_seconds_total",
+        COUNTER,
+        "From the requests for those proofs to their replies, together.",
+    );
+    for pair in totals.pairs.iter().filter(proven) {
+        page.value(&labels(pair), pair.proving.as_secs_f64());
+    }
+    page.family(
+        "meshx_reproofs_failed_total",
+        COUNTER,
+        "Live links that could not be proven anew; they are tried again.",
+    );
+    page.value(&[], totals.unproven);
 }
 
 fn labels(pair: &PairTotals) -> [(&'static str, &str); 4] {

@@ -146,6 +146,8 @@ async fn the_page_is_well_formed_and_counts_and_names_no_node() {
         "meshx_handshakes_total{side=\"accepted\",result=\"done\"} 0",
         "meshx_links_cut_total{cause=\"intention_denied\"} 0",
         "meshx_mesh_unanswered_total 0",
+        "meshx_reproofs_failed_total 0",
+        "meshx_links_max 16384",
     ] {
         assert!(page.lines().any(|seen| seen == line), "{line} not in\n{page}");
     }

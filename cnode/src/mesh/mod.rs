@@ -10,6 +10,7 @@ pub mod consul;
 pub mod embedded;
 pub mod observed;
 
+use std::collections::HashSet;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -103,6 +104,26 @@ impl Listed {
     }
 }
 
+/// Which instances of a service the mesh has, passing or not.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Present {
+    /// Their ids, and the names of those that are nodes.
+    pub ids: HashSet<String>,
+    /// Another number than before: the mesh was away or has lost its state since, so what is absent may only not be
+    /// there yet.
+    pub series: u64,
+}
+
+impl Present {
+    pub(crate) fn new<'a>(instances: impl Iterator<Item = &'a Instance>, series: u64) -> Self {
+        let ids = |instance: &Instance| [Some(instance.id.clone()), instance.node.clone()];
+        Self {
+            ids: instances.flat_map(ids).flatten().collect(),
+            series,
+        }
+    }
+}
+
 /// Whether a pair may talk, and by which rule.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Decision {
@@ -162,6 +183,14 @@ pub trait Catalogue: Send + Sync {
 
     /// All passing instances of one service.
     fn instances(&self, service: &ServiceName) -> Answer<'_, Vec<Instance>>;
+
+    /// Which instances of one service there are now, passing or not. No answer when the mesh does not answer now,
+    /// whatever it has told before.
+    fn present(&self, _service: &ServiceName) -> Answer<'_, Present> {
+        Box::pin(std::future::ready(Err(MeshError::Unsupported(
+            "this mesh does not tell which instances are gone".to_owned(),
+        ))))
+    }
 
     /// All passing nodes.
     fn nodes(&self) -> Answer<'_, Vec<Instance>>;

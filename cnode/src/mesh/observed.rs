@@ -12,7 +12,7 @@ use rustls::pki_types::CertificateDer;
 
 use super::{
     Answer, Authorization, Catalogue, Certificates, Decision, Diagnosis, Entry, Finding, Identity, Instance,
-    Intentions, Kept, Listed, Mesh, MeshError, Registration, ServiceName, SpiffeId, Token,
+    Intentions, Kept, Listed, Mesh, MeshError, Present, Registration, ServiceName, SpiffeId, Token,
 };
 
 /// How a mesh has answered so far. Clones share the counts.
@@ -144,6 +144,10 @@ impl Catalogue for Observed {
 
     fn instances(&self, service: &ServiceName) -> Answer<'_, Vec<Instance>> {
         self.recall(self.mesh.instances(service))
+    }
+
+    fn present(&self, service: &ServiceName) -> Answer<'_, Present> {
+        self.recall(self.mesh.present(service))
     }
 
     fn nodes(&self) -> Answer<'_, Vec<Instance>> {

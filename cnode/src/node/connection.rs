@@ -195,7 +195,8 @@ async fn read_all(
             }
         }
         if decoder.is_lent_out() {
-            // Receivers have their turn, so that what comes next need not be copied for them.
+            // Receivers have their turn: the buffer is filled again while it is in the CPU's cache, and what comes next
+            // need not be copied for them.
             tokio::task::yield_now().await;
         }
         let buffer = decoder.read_buf();

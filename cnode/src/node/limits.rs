@@ -4,6 +4,14 @@ use std::time::Duration;
 
 /// Bounds on what peers control. All of them hold for every node; set them with
 /// [`NodeBuilder::limits`](super::NodeBuilder::limits).
+///
+/// ```
+/// use meshx::node::{Limits, Node};
+///
+/// let limits = Limits { message_bytes: 1 << 20, spawned_per_peer: 10, ..Limits::default() };
+/// let builder = Node::builder("search@h3").limits(limits);
+/// # drop(builder);
+/// ```
 #[derive(Debug, Clone)]
 pub struct Limits {
     /// Largest message taken from or sent to a peer, in bytes of the external term format and after fragments

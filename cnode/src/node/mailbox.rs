@@ -370,7 +370,22 @@ impl Mailbox {
         }
     }
 
-    /// Links to a process, as `link/1` does: when it ends, [`Message::Exit`] comes; when this mailbox ends, it gets an exit signal.
+    /// Links to a process, as `link/1` does: when it ends, [`Message::Exit`] comes; when this mailbox ends, it gets an
+    /// exit signal.
+    ///
+    /// ```
+    /// # use meshx::node::{Mailbox, Message};
+    /// # use meshx_etf::Pid;
+    /// # async fn follow(mut mailbox: Mailbox, cart: &Pid) {
+    /// mailbox.link(cart).await;
+    /// while let Some(message) = mailbox.recv().await {
+    ///     match message {
+    ///         Message::Exit { from, reason } if from == *cart => return mailbox.close(reason),
+    ///         other => println!("{other:?}"),
+    ///     }
+    /// }
+    /// # }
+    /// ```
     pub async fn link(&self, to: &Pid) {
         self.inner.link(&self.process, to).await;
     }

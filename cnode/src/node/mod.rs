@@ -213,6 +213,20 @@ impl Node {
     }
 
     /// Connections coming up, going down, and ticking, from now on. A listener that is slow loses the oldest.
+    ///
+    /// ```
+    /// # use meshx::node::{Node, NodeEvent};
+    /// # async fn watch(node: &Node) {
+    /// let mut events = node.events();
+    /// while let Ok(event) = events.recv().await {
+    ///     match event {
+    ///         NodeEvent::Up { node, .. } => println!("{node} is there"),
+    ///         NodeEvent::Down { node, reason } => println!("{node} is gone: {reason}"),
+    ///         _ => {}
+    ///     }
+    /// }
+    /// # }
+    /// ```
     #[must_use]
     pub fn events(&self) -> broadcast::Receiver<NodeEvent> {
         self.inner.events.subscribe()
@@ -251,6 +265,16 @@ impl Node {
     }
 
     /// `gen_server:call(Target, Request, Timeout)`.
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use meshx::node::{CallError, Node};
+    /// # use meshx_etf::Term;
+    /// # async fn price(node: &Node) -> Result<Term, CallError> {
+    /// let request = Term::tuple([Term::atom("price"), Term::binary("lamp")]);
+    /// node.gen_call(("prices", "shop@h1"), request, Duration::from_secs(5)).await
+    /// # }
+    /// ```
     ///
     /// # Errors
     /// [`CallError`].

@@ -1,7 +1,7 @@
 //! From this agent to another, or to a data plane of another make.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::time::Duration;
 
 use rustls::pki_types::ServerName;
 use tokio::net::TcpStream;
@@ -13,12 +13,13 @@ use super::cause::{Cause, Refusal};
 use super::frames::{Duplex, read_frame, silent, write_all};
 use super::links::{Direction, LinkId, LinkInfo, Purpose, unix_now};
 use super::local::{LocalInstance, SidecarUpstreams};
+use super::proof::Proof;
 use super::tls::{self, Peer};
 use super::unverified::sidecar_of;
 use super::why::{AGENT, CERTIFICATE, TLS, Trail, span};
-use super::wire::{MAX_MESH_FRAME, Request, decode_reply};
+use super::wire::{Asked, MAX_MESH_FRAME, Request, decode_reply};
 use super::{Proxy, keepalive, peer_uid};
-use crate::mesh::{Identity, Instance, Protocol, ServiceName};
+use crate::mesh::{Instance, Protocol, ServiceName};
 
 /// A connection that the other side has accepted, as far as it tells.
 pub(super) struct Dialled {
@@ -28,23 +29,16 @@ pub(super) struct Dialled {
     proof: Option<Proof>,
 }
 
-/// What both ends have proven to each other.
-struct Proof {
-    identity: Arc<Identity>,
-    peer: Peer,
-}
-
 impl Dialled {
     /// Completes what is known of the link.
     pub(super) fn describe(&self, info: &mut LinkInfo) {
         info.direction = Direction::Outbound;
         info.remote_agent = Some(self.address);
         info.verified = self.proof.is_some();
-        if let Some(Proof { identity, peer }) = &self.proof {
-            info.remote_spiffe = peer.id.clone();
-            info.local_not_after = Some(identity.not_after);
-            info.remote_not_after = Some(peer.not_after);
+        if let Some(proof) = &self.proof {
+            info.remote_spiffe = proof.peer.id.clone();
         }
+        info.proof.clone_from(&self.proof);
     }
 }
 
@@ -52,7 +46,7 @@ impl Dialled {
 pub(super) struct Secured {
     pub(super) stream: TlsStream<TcpStream>,
     pub(super) address: SocketAddr,
-    proof: Proof,
+    pub(super) proof: Proof,
 }
 
 impl From<Secured> for Dialled {
@@ -120,9 +114,9 @@ impl Proxy {
         self.links.count_dialled(handshake.is_ok());
         let stream = handshake.map_err(|refusal| at(address, refusal))?;
         let (_, session) = stream.get_ref();
-        let leaf = session.peer_certificates().and_then(<[_]>::first);
-        let leaf = leaf.ok_or_else(|| at(address, Cause::NoCertificate.because("no certificate")))?;
-        let peer = tls::peer(leaf, wanted.trust_domain()).map_err(|error| at(address, error.into()))?;
+        let chain = session.peer_certificates();
+        let chain = chain.ok_or_else(|| at(address, Cause::NoCertificate.because("no certificate")))?;
+        let peer = Peer::of(chain, wanted.trust_domain()).map_err(|error| at(address, error.into()))?;
         if target.protocol == Protocol::Meshx && session.alpn_protocol() != Some(tls::ALPN) {
             return Err(at(
                 address,
@@ -136,7 +130,7 @@ impl Proxy {
         Ok(Secured {
             stream,
             address,
-            proof: Proof { identity, peer },
+            proof: Proof::new(&identity, &peer, target.protocol),
         })
     }
 
@@ -151,29 +145,39 @@ impl Proxy {
         link: LinkId,
         node: &str,
     ) -> Result<Dialled, Refusal> {
-        let settings = &self.settings;
         let mut secured = self.handshake(source, target, &mut Trail::none()).await?;
         if target.protocol == Protocol::Connect {
             return Ok(secured.into());
         }
-        let (stream, address) = (&mut secured.stream, secured.address);
-        let mut request = Vec::new();
-        Request {
-            purpose,
+        let request = Request {
+            asked: Asked::Link(purpose),
             link,
             service: target.service.to_string(),
             instance: target.id.clone(),
             node: node.to_owned(),
-        }
-        .encode(&mut request);
+        };
+        // The other agent may need all of its own time to decide.
+        let deadline = self.settings.setup_timeout;
+        self.request(&mut secured, &request, deadline).await?;
+        Ok(secured.into())
+    }
+
+    /// Asks another agent, and waits so long for its yes.
+    pub(super) async fn request(
+        &self,
+        secured: &mut Secured,
+        request: &Request,
+        deadline: Duration,
+    ) -> Result<(), Refusal> {
+        let mut bytes = Vec::new();
+        request.encode(&mut bytes);
+        let stream = &mut secured.stream;
         let exchange = async {
-            write_all(stream, &request, settings.frame_timeout).await?;
-            // The other agent may need all of its own time to decide.
-            let reply = read_frame(stream, MAX_MESH_FRAME, settings.setup_timeout).await?;
+            write_all(stream, &bytes, self.settings.frame_timeout).await?;
+            let reply = read_frame(stream, MAX_MESH_FRAME, deadline).await?;
             decode_reply(&reply).map_err(Refusal::from)?
         };
-        exchange.await.map_err(|refusal| at(address, refusal))?;
-        Ok(secured.into())
+        exchange.await.map_err(|refusal| at(secured.address, refusal))
     }
 
     /// Dials `target` through the proxy beside `local`. That proxy shows the certificate and verifies the other end; this

@@ -16,14 +16,14 @@ use super::frames::{Duplex, linger, silent, write_all};
 use super::links::{Direction, LinkGuard, LinkId, LinkInfo, Purpose};
 use super::listener::{self, Listener};
 use super::local::LocalInstance;
+use super::proof::Proof;
 use super::tls::{self, Peer};
 use super::{Attempt, Proxy, keepalive};
-use crate::mesh::{Instance, Protocol, ServiceName, SpiffeId};
+use crate::mesh::{Identity, Instance, Protocol, ServiceName, SpiffeId};
 
 /// A connection whose handshake is done.
 struct Secured {
     stream: TlsStream<TcpStream>,
-    protocol: Protocol,
     peer: Result<Peer, Refusal>,
     shown: Shown,
 }
@@ -32,8 +32,8 @@ struct Secured {
 pub(super) struct Shown {
     pub(super) address: SocketAddr,
     pub(super) service: ServiceName,
-    /// End of that service's leaf, unix seconds.
-    not_after: i64,
+    pub(super) identity: Arc<Identity>,
+    pub(super) protocol: Protocol,
 }
 
 /// A refusal, and the connection that is still to hear of it, with the last bytes to send there.
@@ -80,11 +80,13 @@ impl Proxy {
         let mut attempt = Attempt::new(Listener::Inbound);
         attempt.peer = address.to_string();
         let decided = tokio::select! {
-            decided = self.decide_inbound(stream, address, only.as_deref(), &mut attempt) => decided,
+            // In a box of its own: what only the decision needs goes with it.
+            decided = Box::pin(self.decide_inbound(stream, address, only.as_deref(), &mut attempt)) => decided,
             () = slot.evicted() => Err(slot.refusal().into()),
         };
         match decided {
-            Ok((near, far, link)) => {
+            Ok(None) => {}
+            Ok(Some((near, far, link))) => {
                 drop(slot);
                 self.carry(near, far, &link, &attempt).await;
             }
@@ -103,14 +105,14 @@ impl Proxy {
         }
     }
 
-    /// All that comes before the bytes flow.
+    /// All that comes before the bytes flow. None when that is all there was to come.
     async fn decide_inbound(
         &self,
         stream: TcpStream,
         address: SocketAddr,
         only: Option<&str>,
         attempt: &mut Attempt,
-    ) -> Result<Decided, Refused> {
+    ) -> Result<Option<Decided>, Refused> {
         let deadline = self.settings.handshake_timeout;
         let secured = timeout(deadline, self.secure(stream, address, only, attempt)).await;
         let secured = secured.unwrap_or_else(|_| Err(silent("a TLS handshake", deadline).into()));
@@ -118,18 +120,16 @@ impl Proxy {
             self.links
                 .count_accepted(secured.as_ref().is_ok_and(|secured| secured.peer.is_ok()));
         }
-        let Secured {
-            stream,
-            protocol,
-            peer,
-            shown,
-        } = secured?;
+        let Secured { stream, peer, shown } = secured?;
         if let Ok(peer) = &peer {
             attempt.source = peer.id.service().to_string();
         }
-        match protocol {
+        match shown.protocol {
             Protocol::Meshx => self.decide_request(stream, peer, shown, only, attempt).await,
-            Protocol::Connect => self.decide_foreign(stream, peer, shown, only, attempt).await,
+            Protocol::Connect => {
+                let decided = self.decide_foreign(stream, peer, shown, only, attempt).await;
+                decided.map(Some)
+            }
         }
     }
 
@@ -184,17 +184,17 @@ impl Proxy {
             .map_err(|error| Cause::NotReady.because(format!("certificate of {service}: {error}")))?;
         let handshake = hello.into_stream(config).into_fallible().await;
         let stream = handshake.map_err(|(error, io)| fault(&error, Some(io)))?;
-        let leaf = stream.get_ref().1.peer_certificates().and_then(<[_]>::first);
-        let leaf = leaf.ok_or_else(|| Cause::NoCertificate.because("the client has no certificate"))?;
-        let peer = tls::peer(leaf, identity.id.trust_domain()).map_err(Refusal::from);
+        let chain = stream.get_ref().1.peer_certificates();
+        let chain = chain.ok_or_else(|| Cause::NoCertificate.because("the client has no certificate"))?;
+        let peer = Peer::of(chain, identity.id.trust_domain()).map_err(Refusal::from);
         Ok(Secured {
             stream,
-            protocol,
             peer,
             shown: Shown {
                 address,
                 service,
-                not_after: identity.not_after,
+                identity,
+                protocol,
             },
         })
     }
@@ -245,8 +245,7 @@ impl Proxy {
             remote_spiffe: peer.id.clone(),
             verified: true,
             remote_agent: Some(shown.address),
-            local_not_after: Some(shown.not_after),
-            remote_not_after: Some(peer.not_after),
+            proof: Some(Proof::new(&shown.identity, peer, shown.protocol)),
             instances: vec![local.instance.id.clone()],
             owners: vec![local.owner],
         })

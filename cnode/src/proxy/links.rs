@@ -5,7 +5,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
@@ -13,6 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::cause::{Cause, Refusal};
 use super::listener::Listener;
+use super::proof::Proof;
 use super::totals::{Handshakes, PairKey, Pairs, Totals};
 use crate::mesh::{ServiceName, SpiffeId};
 
@@ -21,8 +22,12 @@ pub const MAX_REFUSALS: usize = 256;
 /// Cut events that may wait for one control connection; a link is closed all the same.
 pub const MAX_CUT_EVENTS: usize = 256;
 
-/// Live links of one agent; each takes two descriptors and two buffers.
+/// Live links of one agent, where its descriptors are enough.
 pub const LINKS_MAX: usize = 16_384;
+/// Descriptors of one link.
+const DESCRIPTORS_PER_LINK: u64 = 2;
+/// Descriptors that links leave to everything else: connections that are being decided, control clients, watches.
+pub const DESCRIPTORS_KEPT: u64 = 512;
 /// Live links that one service may have dialled through or to one agent, so that none can use up all.
 pub const LINKS_PER_SERVICE_MAX: usize = 4096;
 
@@ -128,10 +133,9 @@ pub struct LinkInfo {
     pub verified: bool,
     /// Where the other agent or proxy is; none on a local link.
     pub remote_agent: Option<SocketAddr>,
-    /// End of this end's certificate, unix seconds; none where this agent showed none.
-    pub local_not_after: Option<i64>,
-    /// End of the other end's certificate, unix seconds; none where this agent saw none.
-    pub remote_not_after: Option<i64>,
+    /// What the ends have proven to each other last; none where this agent showed and saw no certificate.
+    #[serde(skip)]
+    pub proof: Option<Proof>,
     /// Registered instances that are ends of it here: it ends with them.
     pub instances: Vec<String>,
     /// Control connections of the ends that are here, to be told of a cut.
@@ -145,6 +149,16 @@ impl LinkInfo {
             Direction::Inbound => Dialler(self.remote_spiffe.clone(), self.verified),
             Direction::Outbound | Direction::Local => Dialler(self.local_spiffe.clone(), true),
         }
+    }
+
+    /// End of this end's certificate, unix seconds; none where this agent showed none.
+    pub fn local_not_after(&self) -> Option<i64> {
+        self.proof.as_ref().map(|proof| proof.shown.not_after)
+    }
+
+    /// End of the other end's certificate, unix seconds; none where this agent saw none.
+    pub fn remote_not_after(&self) -> Option<i64> {
+        self.proof.as_ref().map(|proof| proof.peer.not_after)
     }
 
     /// The service that dialled, and the one that was dialled.
@@ -202,14 +216,32 @@ pub struct LinkTable {
 
 #[derive(Default)]
 struct Inner {
+    max: Max,
     // Each is held for a look-up or a change, never across an await.
     live: Mutex<LiveLinks>,
     refusals: Mutex<VecDeque<RefusalRecord>>,
     owners: Mutex<HashMap<u64, mpsc::Sender<CutEvent>>>,
     refused: [[AtomicU64; Cause::ALL.len()]; Listener::ALL.len()],
     cuts: [AtomicU64; Cause::ALL.len()],
+    unproven: AtomicU64,
     accepted: HandshakeCounts,
     dialled: HandshakeCounts,
+}
+
+/// How many links may live at a time, and why no more.
+#[derive(Debug, Clone)]
+struct Max {
+    links: usize,
+    why: String,
+}
+
+impl Default for Max {
+    fn default() -> Self {
+        Self {
+            links: LINKS_MAX,
+            why: "LINKS_MAX".to_owned(),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -241,7 +273,9 @@ struct LiveLinks {
 }
 
 struct Live {
+    /// Without its proof, which changes.
     info: LinkInfo,
+    proof: Mutex<Option<Proof>>,
     since: i64,
     counters: Arc<Counters>,
     /// Since it carries bytes.
@@ -268,14 +302,41 @@ impl Counters {
 }
 
 impl LinkTable {
+    /// A table of a process that may have so many files open (`RLIMIT_NOFILE`): links are refused before there is no
+    /// descriptor left, since then nobody could be told why.
+    pub fn with_descriptors(descriptors: u64) -> Self {
+        let room = descriptors.saturating_sub(DESCRIPTORS_KEPT) / DESCRIPTORS_PER_LINK;
+        let max = match usize::try_from(room) {
+            Ok(room) if room < LINKS_MAX => Max {
+                links: room,
+                why: format!(
+                    "{descriptors} files may be open: raise the hard limit, ulimit -Hn or LimitNOFILE="
+                ),
+            },
+            _ => Max::default(),
+        };
+        Self {
+            inner: Arc::new(Inner {
+                max,
+                ..Inner::default()
+            }),
+        }
+    }
+
+    /// How many links may live at a time.
+    pub fn max(&self) -> usize {
+        self.inner.max.links
+    }
+
     /// Enters a link; it is live until the guard is dropped.
     ///
     /// # Errors
     /// [`Cause::InvalidRequest`] when a live link has this id: ids are random, so one of the two
     /// is an imitation. [`Cause::Limit`] beyond [`LINKS_MAX`] and [`LINKS_PER_SERVICE_MAX`].
-    pub fn insert(&self, info: LinkInfo) -> Result<LinkGuard, Refusal> {
+    pub fn insert(&self, mut info: LinkInfo) -> Result<LinkGuard, Refusal> {
         let id = info.id;
         let live = Arc::new(Live {
+            proof: Mutex::new(info.proof.take()),
             info,
             since: unix_now(),
             counters: Arc::default(),
@@ -286,10 +347,9 @@ impl LinkTable {
         if links.by_id.contains_key(&id) {
             return Err(Cause::InvalidRequest.because(format!("link id {id} names a live link already")));
         }
-        if links.by_id.len() >= LINKS_MAX {
-            return Err(Cause::Limit.because(format!(
-                "{LINKS_MAX} links are live, more are not taken (LINKS_MAX)"
-            )));
+        let Max { links: max, why } = &self.inner.max;
+        if links.by_id.len() >= *max {
+            return Err(Cause::Limit.because(format!("{max} links are live, more are not taken ({why})")));
         }
         let dialled = links.dialled.entry(live.info.dialler()).or_default();
         if *dialled >= LINKS_PER_SERVICE_MAX {
@@ -319,6 +379,23 @@ impl LinkTable {
     /// The live link of this id.
     pub fn get(&self, id: LinkId) -> Option<LinkSnapshot> {
         lock(&self.inner.live).by_id.get(&id).map(|live| live.snapshot())
+    }
+
+    /// The ends of a link have proven themselves anew; at the end that asked for it, that took `round_trip`.
+    pub(super) fn prove(&self, id: LinkId, proof: Proof, round_trip: Option<Duration>) {
+        let mut links = lock(&self.inner.live);
+        let Some(live) = links.by_id.get(&id).cloned() else {
+            return;
+        };
+        *lock(&live.proof) = Some(proof);
+        if let (Some(pair), Some(took)) = (live.pair.get(), round_trip) {
+            links.pairs.proven(pair, took);
+        }
+    }
+
+    /// A link could not be proven anew by this agent, or what was asked of it was no proof.
+    pub(super) fn count_unproven(&self) {
+        self.inner.unproven.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Ends a link: tells the owners of its ends, then stops it. False when there is none, or it was cut before.
@@ -458,6 +535,7 @@ impl LinkTable {
         Totals {
             accepted: inner.accepted.total(),
             dialled: inner.dialled.total(),
+            unproven: inner.unproven.load(Ordering::Relaxed),
             refusals: Listener::ALL.iter().flat_map(refused).collect(),
             cuts: cuts
                 .map(|(cause, count)| (*cause, count.load(Ordering::Relaxed)))
@@ -479,7 +557,10 @@ impl Live {
     fn snapshot(&self) -> LinkSnapshot {
         let (bytes_in, bytes_out) = self.counters.both();
         LinkSnapshot {
-            info: self.info.clone(),
+            info: LinkInfo {
+                proof: lock(&self.proof).clone(),
+                ..self.info.clone()
+            },
             since: self.since,
             bytes_in,
             bytes_out,
@@ -557,11 +638,24 @@ mod tests {
             remote_spiffe: spiffe("cart"),
             verified: true,
             remote_agent: None,
-            local_not_after: None,
-            remote_not_after: None,
+            proof: None,
             instances: vec![],
             owners: vec![owner],
         }
+    }
+
+    #[test]
+    fn links_leave_descriptors_for_everything_else() {
+        let room = |descriptors| LinkTable::with_descriptors(descriptors).max();
+        assert_eq!(room(1 << 20), LINKS_MAX);
+        assert_eq!((room(1024), room(514), room(512), room(10)), (256, 1, 0, 0));
+        let table = LinkTable::with_descriptors(514);
+        let guard = table.insert(info(1, 7)).unwrap();
+        let refusal = table.insert(info(2, 7)).err().unwrap();
+        assert_eq!(refusal.cause, Cause::Limit);
+        assert!(refusal.text.contains("514 files may be open"), "{refusal}");
+        drop(guard);
+        table.insert(info(2, 7)).unwrap();
     }
 
     #[test]
@@ -690,6 +784,8 @@ mod tests {
         }
         let name = |name| ServiceName::new(name).unwrap();
         let mut wanted = PairTotals {
+            proven: 0,
+            proving: Duration::ZERO,
             services: Some((name("shop"), name("cart"))),
             direction: Direction::Local,
             purpose: Purpose::Dist,

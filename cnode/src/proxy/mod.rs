@@ -19,16 +19,20 @@ mod admission;
 pub mod cause;
 mod dial;
 mod endpoint;
+mod flow;
 mod foreign;
 mod frames;
+mod gone;
 mod inbound;
 mod keepalive;
 pub mod links;
 mod listener;
 pub mod local;
 mod outbound;
-mod peer_uid;
+pub(crate) mod peer_uid;
+mod proof;
 mod reauthorize;
+mod reproof;
 mod requested;
 mod splice;
 mod tls;
@@ -44,6 +48,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 pub use listener::Listener;
+pub use proof::Proof;
 pub use upstream::{Listen, Upstream, UpstreamHandle, UpstreamLinks};
 
 use tokio_util::sync::CancellationToken;
@@ -72,6 +77,17 @@ pub struct Settings {
     pub setup_timeout: Duration,
     /// Connections on one listener that are not decided yet; one more ends the oldest of them.
     pub max_pending: usize,
+    /// How often it is looked whether links are to be proven anew, or cut because they were not.
+    pub proof_look: Duration,
+    /// After a rotation links are proven anew within 10 ms for each that lives, and within this when there are many.
+    pub reproof_spread: Duration,
+    /// How long the other end of a link may take to prove itself anew, once its root is gone or its certificate has
+    /// ended.
+    pub reproof_grace: Duration,
+    /// How often the catalogue is asked for the instances at the other ends of links.
+    pub instance_look: Duration,
+    /// How long an instance that was there may be absent from good answers until its links are cut.
+    pub instance_gone_after: Duration,
     /// How long the ends of a cut link may take to close it with the reason.
     pub cut_grace: Duration,
     /// Whether nodes may be dialled through sidecars of another make, which keep to themselves whom they have verified:
@@ -88,6 +104,11 @@ impl Default for Settings {
             mesh_timeout: Duration::from_secs(5),
             setup_timeout: Duration::from_secs(10),
             max_pending: 256,
+            proof_look: Duration::from_secs(1),
+            reproof_spread: Duration::from_secs(10),
+            reproof_grace: Duration::from_secs(60),
+            instance_look: Duration::from_secs(5),
+            instance_gone_after: Duration::from_secs(60),
             cut_grace: Duration::from_secs(1),
             allow_unverified_peers: false,
         }

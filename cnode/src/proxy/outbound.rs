@@ -43,7 +43,7 @@ impl Proxy {
         attempt.purpose = Some(Purpose::Dist);
         let deadline = self.settings.setup_timeout;
         let prepared = tokio::select! {
-            prepared = timeout(deadline, self.prepare_dist(&mut stream, &mut attempt)) => {
+            prepared = timeout(deadline, Box::pin(self.prepare_dist(&mut stream, &mut attempt))) => {
                 prepared.unwrap_or_else(|_| Err(silent("the decision on a link", deadline)))
             }
             () = slot.evicted() => Err(slot.refusal()),
@@ -59,7 +59,7 @@ impl Proxy {
             }
         };
         let named = tokio::select! {
-            named = self.name_dist(&mut stream, &mut prepared) => named,
+            named = Box::pin(self.name_dist(&mut stream, &mut prepared)) => named,
             () = slot.evicted() => Err(slot.refusal()),
         };
         drop(slot);
@@ -120,8 +120,7 @@ impl Proxy {
             remote_spiffe: far,
             verified: true,
             remote_agent: None,
-            local_not_after: None,
-            remote_not_after: None,
+            proof: None,
             instances: vec![dialler.instance.id.clone()],
             owners: vec![dialler.owner],
         };

@@ -14,14 +14,14 @@
 //! Ports and addresses are in network order, everything else in the machine's.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use rustix::net::netlink::{SOCK_DIAG, SocketAddrNetlink};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recvfrom, sendto, socket_with,
 };
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 
 use super::cause::{Cause, Refusal};
 
@@ -71,6 +71,23 @@ pub(super) async fn of_server(stream: &TcpStream) -> Result<u32, Refusal> {
             told => return told,
         }
     }
+}
+
+/// As [`of`], for a connection that this process makes to itself: whether it works here.
+///
+/// # Errors
+/// As [`of`], or when there is no loopback.
+pub(crate) async fn own() -> Result<u32, Refusal> {
+    let connection = async {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await?;
+        let client = TcpStream::connect(listener.local_addr()?).await?;
+        let (server, _) = listener.accept().await?;
+        Ok((client, server))
+    };
+    let (_client, server) = connection
+        .await
+        .map_err(|error: io::Error| Cause::NotPermitted.because(format!("loopback: {error}")))?;
+    of(&server)
 }
 
 /// Asks the kernel for the socket of `client` whose other end is `here`.

@@ -14,7 +14,7 @@ use super::inbound::{Decided, Refused, Shown};
 use super::links::{LinkGuard, Purpose};
 use super::local::{Endpoint, LocalInstance};
 use super::tls::Peer;
-use super::wire::{MAX_MESH_FRAME, Request, encode_reply};
+use super::wire::{Asked, MAX_MESH_FRAME, Request, encode_reply};
 use super::{Attempt, Proxy, no_such_service};
 use crate::mesh::{ServiceName, SpiffeId};
 
@@ -36,7 +36,7 @@ impl Proxy {
         shown: Shown,
         only: Option<&str>,
         attempt: &mut Attempt,
-    ) -> Result<Decided, Refused> {
+    ) -> Result<Option<Decided>, Refused> {
         let settings = &self.settings;
         let prepare = self.prepare_request(&mut stream, peer, &shown, only, attempt);
         let prepared = timeout(settings.setup_timeout, prepare).await;
@@ -52,7 +52,8 @@ impl Proxy {
             request,
             peer,
         } = match prepared {
-            Ok(prepared) => prepared,
+            Ok(Some(prepared)) => prepared,
+            Ok(None) => return Ok(None),
             Err(refusal) => {
                 return Err(Refused {
                     refusal,
@@ -61,7 +62,7 @@ impl Proxy {
             }
         };
         write_all(&mut stream, &reply, settings.frame_timeout).await?;
-        if request.purpose == Purpose::Dist {
+        if request.asked == Asked::Link(Purpose::Dist) {
             let named = read_name(&mut stream, settings.frame_timeout).await;
             let bytes = match named.and_then(|read| claimed(&request, read)) {
                 Ok(bytes) => bytes,
@@ -82,10 +83,11 @@ impl Proxy {
             first.extend_from_slice(&bytes);
             write_all(&mut near, &first, settings.frame_timeout).await?;
         }
-        Ok((near, Box::new(stream), link))
+        Ok(Some((near, Box::new(stream), link)))
     }
 
-    /// The request, the decision, and the connection to the instance.
+    /// The request, the decision, and the connection to the instance. None when no link was asked for, but proofs of
+    /// live ones.
     async fn prepare_request(
         &self,
         stream: &mut TlsStream<TcpStream>,
@@ -93,14 +95,21 @@ impl Proxy {
         shown: &Shown,
         only: Option<&str>,
         attempt: &mut Attempt,
-    ) -> Result<Prepared, Refusal> {
+    ) -> Result<Option<Prepared>, Refusal> {
         let service = &shown.service;
         let frame = read_frame(stream, MAX_MESH_FRAME, self.settings.frame_timeout).await;
         attempt.is_probe = peer.is_ok() && matches!(&frame, Err(left) if left.cause == Cause::Unreachable);
         let request = Request::decode(&frame?)?;
         attempt.link = Some(request.link);
-        attempt.purpose = Some(request.purpose);
         let peer = peer?;
+        let Asked::Link(purpose) = request.asked else {
+            attempt.target = request.instance.clone();
+            return self
+                .answer_reproofs(stream, request, &peer, shown)
+                .await
+                .map(|()| None);
+        };
+        attempt.purpose = Some(purpose);
         if !request.node.is_empty() {
             attempt.source = format!("{} ({})", request.node, peer.id.service());
         }
@@ -108,34 +117,35 @@ impl Proxy {
             let text = format!("{service} was dialled and {:?} is asked for", request.service);
             return Err(Cause::InvalidRequest.because(text));
         }
-        let local = self.instance_for(&request, service, only)?;
+        let local = self.instance_for(&request, purpose, service, only)?;
         attempt.target = local.instance.id.clone();
-        if request.purpose == Purpose::Dist || !request.node.is_empty() {
+        if purpose == Purpose::Dist || !request.node.is_empty() {
             self.prove_node(&request.node, &peer.id).await?;
         }
         let remote = match request.node.as_str() {
             "" => peer.id.service().to_string(),
             node => node.to_owned(),
         };
-        let info = self.inbound_info(request.link, request.purpose, (shown, &peer), &local, remote)?;
+        let info = self.inbound_info(request.link, purpose, (shown, &peer), &local, remote)?;
         // The way back of a distribution link is asked for by the other agent.
         let (near, link) = self.admit(info, &local, false).await?;
-        Ok(Prepared {
+        Ok(Some(Prepared {
             near,
             local,
             link,
             request,
             peer: peer.id,
-        })
+        }))
     }
 
     fn instance_for(
         &self,
         request: &Request,
+        purpose: Purpose,
         service: &ServiceName,
         only: Option<&str>,
     ) -> Result<Arc<LocalInstance>, Refusal> {
-        let dist = request.purpose == Purpose::Dist;
+        let dist = purpose == Purpose::Dist;
         let found = self.instances_here(service, only).into_iter().find(|local| {
             let named = local.instance.id == request.instance || (!dist && request.instance.is_empty());
             named && dist == matches!(local.endpoint, Endpoint::NodeSocket(_))

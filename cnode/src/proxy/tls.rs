@@ -6,6 +6,7 @@
 //! leaf; names in CN or DNS entries count for nothing. The provider is named here, whatever the process default is.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::client::{Resumption, verify_server_cert_signed_by_trust_anchor};
@@ -21,7 +22,7 @@ use rustls::{
     RootCertStore, ServerConfig, SignatureScheme, SupportedProtocolVersion,
 };
 use x509_parser::extensions::GeneralName;
-use x509_parser::prelude::{FromDer, X509Certificate};
+use x509_parser::prelude::{FromDer, Validity, X509Certificate};
 
 use super::cause::{Cause, Refusal};
 use crate::mesh::{Identity, Protocol, SpiffeId};
@@ -52,13 +53,51 @@ pub(super) fn offered<'a>(mut alpn: impl Iterator<Item = &'a [u8]>) -> Protocol 
     }
 }
 
-/// What a verified leaf says.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Who the other end is, by a chain that was verified.
+#[derive(Debug, Clone)]
 pub(super) struct Peer {
-    /// Its one identity.
+    /// The leaf's one identity.
     pub(super) id: SpiffeId,
-    /// End of its validity, unix seconds.
+    /// Begin of the leaf's validity, unix seconds.
+    pub(super) not_before: i64,
+    /// Its end.
     pub(super) not_after: i64,
+    /// The leaf, then the intermediates.
+    pub(super) chain: Arc<[CertificateDer<'static>]>,
+}
+
+impl Peer {
+    /// Who showed this chain.
+    ///
+    /// # Errors
+    /// [`LeafError`].
+    pub(super) fn of(chain: &[CertificateDer<'static>], trust_domain: &str) -> Result<Self, LeafError> {
+        let leaf = chain.first().ok_or(LeafError::Unreadable)?;
+        let (id, validity) = named(leaf, trust_domain)?;
+        Ok(Self {
+            id,
+            not_before: validity.not_before.timestamp(),
+            not_after: validity.not_after.timestamp(),
+            chain: chain.into(),
+        })
+    }
+
+    /// Whether its chain led to one of these roots at that moment (unix seconds). `dialled`: it was the server.
+    pub(super) fn leads_to(&self, roots: &Arc<RootCertStore>, at: i64, dialled: bool) -> bool {
+        let at = UnixTime::since_unix_epoch(Duration::from_secs(at.unsigned_abs()));
+        let Some((leaf, intermediates)) = self.chain.split_first() else {
+            return false;
+        };
+        let provider = provider();
+        if dialled {
+            let algorithms = provider.signature_verification_algorithms.all;
+            return ParsedCertificate::try_from(leaf).is_ok_and(|leaf| {
+                verify_server_cert_signed_by_trust_anchor(&leaf, roots, intermediates, at, algorithms).is_ok()
+            });
+        }
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots.clone(), provider).build();
+        verifier.is_ok_and(|verifier| verifier.verify_client_cert(leaf, intermediates, at).is_ok())
+    }
 }
 
 /// Why a leaf names nobody.
@@ -108,11 +147,8 @@ impl From<LeafError> for Refusal {
     }
 }
 
-/// Reads the identity that a leaf names. Its chain is verified elsewhere.
-///
-/// # Errors
-/// [`LeafError`].
-pub(super) fn peer(leaf: &CertificateDer<'_>, trust_domain: &str) -> Result<Peer, LeafError> {
+/// Reads the identity that a leaf names, and when it is valid. Its chain is verified elsewhere.
+fn named(leaf: &CertificateDer<'_>, trust_domain: &str) -> Result<(SpiffeId, Validity), LeafError> {
     let (_, certificate) = X509Certificate::from_der(leaf).map_err(|_| LeafError::Unreadable)?;
     // The parser refuses a certificate with two extensions of this kind.
     let names = certificate
@@ -138,10 +174,7 @@ pub(super) fn peer(leaf: &CertificateDer<'_>, trust_domain: &str) -> Result<Peer
             wanted: trust_domain.to_owned(),
         });
     }
-    Ok(Peer {
-        id,
-        not_after: certificate.validity().not_after.timestamp(),
-    })
+    Ok((id, certificate.validity().clone()))
 }
 
 /// How an agent answers for one of its services.
@@ -308,10 +341,10 @@ impl ServerCertVerifier for ExactSpiffe {
         let algorithms = self.provider.signature_verification_algorithms.all;
         let parsed = ParsedCertificate::try_from(end_entity)?;
         verify_server_cert_signed_by_trust_anchor(&parsed, &self.roots, intermediates, now, algorithms)?;
-        let seen = peer(end_entity, self.target.trust_domain()).map_err(not_named)?;
-        if seen.id != self.target {
+        let (seen, _) = named(end_entity, self.target.trust_domain()).map_err(not_named)?;
+        if seen != self.target {
             return Err(not_named(LeafError::Service {
-                seen: seen.id.to_string(),
+                seen: seen.to_string(),
                 wanted: self.target.to_string(),
             }));
         }

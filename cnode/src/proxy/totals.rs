@@ -4,6 +4,7 @@
 //! them. Services are named only in pairs that were allowed, and only [`PAIRS_MAX`] of them.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use super::cause::Cause;
 use super::links::{Direction, LinkInfo, Purpose};
@@ -20,6 +21,8 @@ pub struct Totals {
     pub accepted: Handshakes,
     /// TLS handshakes that this agent began.
     pub dialled: Handshakes,
+    /// Re-proofs of live links that failed.
+    pub unproven: u64,
     /// Refused connections: every listener with every cause.
     pub refusals: Vec<(Listener, Cause, u64)>,
     /// Live links that were cut: every cause.
@@ -54,6 +57,10 @@ pub struct PairTotals {
     pub bytes_in: u64,
     /// Bytes from this end, likewise.
     pub bytes_out: u64,
+    /// How often its links were proven anew.
+    pub proven: u64,
+    /// How long that took together, from the request to the reply.
+    pub proving: Duration,
 }
 
 /// What a pair is counted under.
@@ -76,6 +83,8 @@ struct PairCount {
     live: u64,
     bytes_in: u64,
     bytes_out: u64,
+    proven: u64,
+    proving: Duration,
 }
 
 impl Pairs {
@@ -93,6 +102,14 @@ impl Pairs {
         count.opened += 1;
         count.live += 1;
         key
+    }
+
+    /// Counts a link that was proven anew.
+    pub(super) fn proven(&mut self, key: &PairKey, took: Duration) {
+        if let Some(count) = self.counts.get_mut(key) {
+            count.proven += 1;
+            count.proving += took;
+        }
     }
 
     /// Counts the end of a link, and what it has carried.
@@ -124,6 +141,8 @@ impl Pairs {
             live: count.live,
             bytes_in: count.bytes_in,
             bytes_out: count.bytes_out,
+            proven: count.proven,
+            proving: count.proving,
         };
         counts.into_iter().map(total).collect()
     }

@@ -112,8 +112,7 @@ impl Proxy {
             remote_spiffe: self.spiffe(&claimed.service)?,
             verified: false,
             remote_agent: Some(address),
-            local_not_after: None,
-            remote_not_after: None,
+            proof: None,
             instances: vec![local.instance.id.clone()],
             owners: vec![local.owner],
         };

@@ -206,7 +206,7 @@ impl Proxy {
         let uid = stream.uid();
         let deadline = self.settings.setup_timeout;
         let prepared = tokio::select! {
-            prepared = timeout(deadline, self.prepare_upstream(uid, &upstream, &mut attempt)) => {
+            prepared = timeout(deadline, Box::pin(self.prepare_upstream(uid, &upstream, &mut attempt))) => {
                 prepared.unwrap_or_else(|_| Err(silent("the decision on a link", deadline)))
             }
             () = slot.evicted() => Err(slot.refusal()),
@@ -336,8 +336,7 @@ impl Proxy {
             remote_spiffe: self.spiffe(&upstream.target)?,
             verified: true,
             remote_agent: None,
-            local_not_after: None,
-            remote_not_after: None,
+            proof: None,
             instances: Vec::new(),
             owners: vec![upstream.owner],
         })

@@ -8,7 +8,7 @@
 //! OK        version:8=1  2  str16 remote SPIFFE  str16 remote agent
 //! REFUSED   version:8=1  3  str8 cause  str16 text
 //! ACCEPT    version:8=1  4  link:16 bytes  secret:32 bytes  str16 remote node  str16 remote SPIFFE  str16 remote agent
-//! request   version:8=1  purpose:8  link:16 bytes  str16 service  str16 instance  str16 claimed node
+//! request   version:8=1  purpose:8 (that of a link, or 4: a re-proof)  link:16 bytes  str16 service  str16 instance  str16 claimed node
 //! reply     version:8=1  status:8 (0 ok, 1 refused)  str8 cause  str16 text
 //! ```
 
@@ -217,12 +217,40 @@ impl Accept {
     }
 }
 
+/// The purpose of a request that asks for no link.
+const REPROOF: u8 = 4;
+
+/// What a request is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Asked {
+    /// A link that will carry this.
+    Link(Purpose),
+    /// A live link of this name is to be believed by this handshake from now on.
+    Reproof,
+}
+
+impl Asked {
+    fn from_wire(number: u8) -> Option<Self> {
+        match number {
+            REPROOF => Some(Self::Reproof),
+            number => Purpose::from_wire(number).map(Self::Link),
+        }
+    }
+
+    fn to_wire(self) -> u8 {
+        match self {
+            Self::Link(purpose) => purpose as u8,
+            Self::Reproof => REPROOF,
+        }
+    }
+}
+
 /// What one agent asks of another, first thing inside TLS.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
-    /// What the link will carry.
-    pub purpose: Purpose,
-    /// Its name.
+    /// What it is for.
+    pub asked: Asked,
+    /// The link's name.
     pub link: LinkId,
     /// The service that the server's certificate must name.
     pub service: String,
@@ -236,7 +264,7 @@ impl Request {
     /// Appends the frame.
     pub fn encode(&self, out: &mut Vec<u8>) {
         frame(out, |out| {
-            out.extend_from_slice(&[VERSION, self.purpose as u8]);
+            out.extend_from_slice(&[VERSION, self.asked.to_wire()]);
             out.extend_from_slice(&self.link.0);
             for text in [&self.service, &self.instance, &self.node] {
                 str16(out, text);
@@ -250,7 +278,7 @@ impl Request {
     /// [`WireError`].
     pub fn decode(payload: &[u8]) -> Result<Self, WireError> {
         let mut r = Reader::versioned(payload)?;
-        let purpose = Purpose::from_wire(r.byte("purpose")?).ok_or(WireError::Field { field: "purpose" })?;
+        let asked = Asked::from_wire(r.byte("purpose")?).ok_or(WireError::Field { field: "purpose" })?;
         let link = LinkId(r.array("link id")?);
         let (service, instance, node) = (
             r.str16("service")?,
@@ -258,7 +286,7 @@ impl Request {
             r.str16("claimed node")?,
         );
         r.end(Self {
-            purpose,
+            asked,
             link,
             service,
             instance,
@@ -450,7 +478,7 @@ mod tests {
     proptest! {
         #[test]
         fn frames_round_trip(link: [u8; 16], secret: [u8; 32], a in text(), b in text(), c in text(),
-                             n in 1u8..4, refusal in refusal()) {
+                             n in 1u8..5, refusal in refusal()) {
             let (link, secret) = (LinkId(link), Secret::from_bytes(secret));
             let connect = Connect { link, secret: secret.clone(), target: a.clone() };
             only_whole(&payload(|o| connect.encode(o)), Connect::decode, &connect);
@@ -460,7 +488,7 @@ mod tests {
             only_whole(&payload(|o| ok.encode(o)), ConnectReply::decode, &ok);
             let no = ConnectReply::Refused(refusal.clone());
             only_whole(&payload(|o| no.encode(o)), ConnectReply::decode, &no);
-            let request = Request { purpose: Purpose::from_wire(n).unwrap(), link, service: a, instance: b, node: c };
+            let request = Request { asked: Asked::from_wire(n).unwrap(), link, service: a, instance: b, node: c };
             only_whole(&payload(|o| request.encode(o)), Request::decode, &request);
             for reply in [Ok(()), Err(refusal)] {
                 only_whole(&payload(|o| encode_reply(&reply, o)), decode_reply, &reply);
@@ -481,7 +509,7 @@ mod tests {
     #[test]
     fn exact_bytes() {
         let request = Request {
-            purpose: Purpose::Dist,
+            asked: Asked::Link(Purpose::Dist),
             link: LinkId([7; 16]),
             service: "cart".into(),
             instance: "cart@h2".into(),
@@ -524,9 +552,12 @@ mod tests {
             Err(WireError::Field { field: "purpose" })
         );
         assert_eq!(
+            Request::decode(&[1, 0]),
+            Err(WireError::Field { field: "purpose" })
+        );
+        assert_eq!(
             Request::decode(&[1, 4]),
-            Err(WireError::Field { field: "purpose" }),
-            "reproof is reserved"
+            Err(WireError::Short { field: "link id" })
         );
         assert_eq!(Connect::decode(&[1, 4]), Err(WireError::Field { field: "type" }));
         assert_eq!(

@@ -2,6 +2,14 @@
 //!
 //! What is used on a link is the intersection of both sides' flags. Constants carry the names of the
 //! specification without the prefix `DFLAG_`; the values are those of `dist.hrl` in OTP's kernel application.
+//!
+//! ```
+//! use meshx_dist::flags::DistFlags;
+//!
+//! let agreed = DistFlags::c_node_default() & DistFlags::MANDATORY_26;
+//! assert!(agreed.contains(DistFlags::BIG_CREATION));
+//! assert!(!agreed.contains(DistFlags::FRAGMENTS));
+//! ```
 
 use std::fmt;
 use std::ops::{BitAnd, BitOr};

@@ -149,9 +149,11 @@ impl FrameDecoder {
         }))
     }
 
-    /// Whether so many buffers are kept that what is read next may not be: a good moment to let those run who keep them.
+    /// Whether somebody keeps the buffer that was read into last, or so many that what is read next may not be kept: a
+    /// good moment to let those run who keep them.
     pub fn is_lent_out(&mut self) -> bool {
-        self.buffer.lent.len() >= LENT_MAX && self.buffer.position_of_free().is_none()
+        let Buffer { bytes, lent, .. } = &mut self.buffer;
+        Arc::get_mut(bytes).is_none() || lent.len() >= LENT_MAX && self.buffer.position_of_free().is_none()
     }
 
     /// Bytes that are buffered and not yet taken out as a frame.
@@ -392,6 +394,7 @@ mod tests {
             let (_, buffer) = decoder.next_shared().unwrap().unwrap();
             kept = vec![Arc::clone(buffer.unwrap())];
         }
+        assert!(decoder.is_lent_out(), "the one read into last is kept");
         let again = Arc::as_ptr(&kept[0]);
         assert!(lent.contains(&again), "a buffer that came back is filled again");
     }

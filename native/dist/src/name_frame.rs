@@ -7,6 +7,16 @@
 //! offset  0   2   3      11        15    17
 //!         len 'N' flags  creation  nlen  name[nlen] ignored...
 //! ```
+//!
+//! ```
+//! use meshx_dist::handshake::{Cookie, Initiator, LocalNode};
+//! use meshx_dist::name_frame::{PeekError, peek_name_frame};
+//!
+//! let mut out = Vec::new();
+//! Initiator::start(LocalNode::hidden("a@h1", 11), "b@h2", Cookie::new("monster"), &mut out)?;
+//! assert_eq!(peek_name_frame(&out)?.map(|frame| frame.name), Some("a@h1"));
+//! # Ok::<(), PeekError>(())
+//! ```
 
 use crate::flags::DistFlags;
 use crate::framing::{FrameError, MAX_HANDSHAKE_FRAME};

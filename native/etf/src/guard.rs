@@ -14,6 +14,20 @@
 //!
 //! A compressed term is always refused. What it holds shows only after inflating it, which would be the work the
 //! guard is there to avoid.
+//!
+//! ```
+//! use meshx_etf::guard::{GuardPolicy, check};
+//! use meshx_etf::{encode, term};
+//!
+//! let policy = GuardPolicy { max_atoms: 3, ..GuardPolicy::default() };
+//! let mut bytes = Vec::new();
+//! encode(&term!({find, [lamp, chair]}), &mut bytes)?;
+//! assert!(check(&bytes, &policy).is_ok());
+//! bytes.clear();
+//! encode(&term!({find, [lamp, chair, table]}), &mut bytes)?;
+//! assert!(check(&bytes, &policy).unwrap_err().to_string().contains("max_atoms"));
+//! # Ok::<(), meshx_etf::EncodeError>(())
+//! ```
 
 use thiserror::Error;
 

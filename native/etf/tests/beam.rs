@@ -18,33 +18,27 @@ use proptest::prelude::*;
 /// Place of `{minor_version, 0}` among the options of the oracle.
 const MINOR_VERSION_0: usize = 3;
 
-/// More `erl` commands to hold terms against, each with its arguments separated by spaces, one from the other by `;`.
-const MORE: &str = "MESHX_TEST_ERLS";
-
 /// A BEAM that answers questions over a loopback connection and ends when it is closed.
 struct Beam {
     socket: TcpStream,
 }
 
 impl Beam {
-    /// `erl` is a command and its first arguments.
-    fn start(erl: &str) -> Self {
+    fn start() -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
         let oracle = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/oracle.erl");
-        // Compiled in memory. All in the arguments: a command may run `erl` in an environment of its own.
+        // Compiled in memory.
         let boot = format!(
             "{{ok, M, B}} = compile:file(\"{oracle}\", [binary, report]), \
              {{module, M}} = code:load_binary(M, \"oracle.erl\", B), M:main({}).",
             address.port()
         );
-        let mut command = erl.split_whitespace();
-        let mut process = Command::new(command.next().expect("a command"))
-            .args(command)
+        let mut process = Command::new("erl")
             .args(["-noshell", "-noinput", "+pc", "unicode", "-eval", &boot])
             .stdin(Stdio::null())
             .spawn()
-            .unwrap_or_else(|error| panic!("{erl} must run: {error}"));
+            .expect("erl must run");
         // If it ends before it connects, this connection ends the wait in its place and fails the first question.
         thread::spawn(move || {
             process.wait().unwrap();
@@ -70,27 +64,18 @@ impl Beam {
     }
 }
 
-/// BEAMs for all tests of this process: that on the path, and those of [`MORE`]. Their sockets close when the process
-/// ends, and the BEAMs with them.
-static BEAMS: LazyLock<Vec<Mutex<Beam>>> = LazyLock::new(|| {
-    let more = std::env::var(MORE).unwrap_or_default();
-    let erls = more.split(';').map(str::trim).filter(|erl| !erl.is_empty());
-    ["erl"]
-        .into_iter()
-        .chain(erls)
-        .map(|erl| Mutex::new(Beam::start(erl)))
-        .collect()
-});
+/// A BEAM for all tests of this process. Its socket closes when the process ends, and the BEAM with it.
+static BEAM: LazyLock<Mutex<Beam>> = LazyLock::new(|| Mutex::new(Beam::start()));
 
-fn ask(beam: &Mutex<Beam>, question: &str, parts: &[&[u8]]) -> Vec<u8> {
-    beam.lock()
+fn ask(question: &str, parts: &[&[u8]]) -> Vec<u8> {
+    BEAM.lock()
         .unwrap_or_else(PoisonError::into_inner)
         .ask(question, parts)
 }
 
 /// Asks for all encodings of the term in `bytes`; also returns the heap words that it takes.
-fn encodings(beam: &Mutex<Beam>, question: &str, bytes: &[u8]) -> (Vec<Vec<u8>>, u64) {
-    let reply = ask(beam, question, &[bytes]);
+fn encodings(question: &str, bytes: &[u8]) -> (Vec<Vec<u8>>, u64) {
+    let reply = ask(question, &[bytes]);
     assert_eq!(reply.first(), Some(&1), "the BEAM refused the term: {bytes:?}");
     let words = u64::from_be_bytes(*reply[1..].first_chunk().unwrap());
     let mut rest = &reply[9..];
@@ -103,8 +88,8 @@ fn encodings(beam: &Mutex<Beam>, question: &str, bytes: &[u8]) -> (Vec<Vec<u8>>,
     (all, words)
 }
 
-fn same(beam: &Mutex<Beam>, a: &[u8], b: &[u8]) -> bool {
-    ask(beam, "same", &[&(a.len() as u32).to_be_bytes(), a, b]) == [1]
+fn same(a: &[u8], b: &[u8]) -> bool {
+    ask("same", &[&(a.len() as u32).to_be_bytes(), a, b]) == [1]
 }
 
 /// `eetf` on bytes of a BEAM: `None` where it is known to be unsound. It refuses Latin-1 atoms above ASCII, and reads
@@ -166,9 +151,8 @@ proptest! {
 
     #[test]
     fn a_beam_reads_what_is_encoded_and_writes_what_decodes(term in term()) {
-        for beam in &*BEAMS {
         let bytes = encoded(&term);
-        let (theirs, _) = encodings(beam, "echo", &bytes);
+        let (theirs, _) = encodings("echo", &bytes);
         prop_assert_eq!(theirs.len(), 6);
         for (option, theirs) in theirs.into_iter().enumerate() {
             let decoded = decode(&theirs, &Limits::default());
@@ -176,21 +160,18 @@ proptest! {
             if let Some(third) = eetf_decode(&theirs, &term, option == MINOR_VERSION_0) {
                 prop_assert_eq!(Term::try_from(&third), Ok(term.clone()));
             }
-            prop_assert!(same(beam, &theirs, &bytes));
+            prop_assert!(same(&theirs, &bytes));
         }
-            }
-}
+    }
 
     #[test]
     fn text_reads_back_as_the_term(term in readable_term()) {
-        for beam in &*BEAMS {
         let bytes = encoded(&term);
         let text = term.to_string();
-        let reply = ask(beam, "read", &[&(bytes.len() as u32).to_be_bytes(), &bytes, text.as_bytes()]);
+        let reply = ask("read", &[&(bytes.len() as u32).to_be_bytes(), &bytes, text.as_bytes()]);
         prop_assert_eq!(reply.first(), Some(&1), "{} was read as {}", text, String::from_utf8_lossy(&reply[1..]));
         prop_assert_eq!(parse(&text, &Limits::default()), Ok(term.clone()));
-            }
-}
+    }
 
     #[test]
     fn damaged_text_that_is_read_a_beam_reads_as_the_same(
@@ -205,34 +186,28 @@ proptest! {
         let text: String = text.into_iter().collect();
         if let Ok(term) = parse(&text, &Limits::default()) {
             let bytes = encoded(&term);
-            for beam in &*BEAMS {
-                let parts = [&(bytes.len() as u32).to_be_bytes(), &bytes[..], text.as_bytes()];
-                let reply = ask(beam, "read", &parts);
-                let theirs = String::from_utf8_lossy(&reply[1..]);
-                prop_assert_eq!(reply.first(), Some(&1), "{:?} is {}, and {} for a BEAM", text, term, theirs);
-            }
+            let parts = [&(bytes.len() as u32).to_be_bytes(), &bytes[..], text.as_bytes()];
+            let reply = ask("read", &parts);
+            let theirs = String::from_utf8_lossy(&reply[1..]);
+            prop_assert_eq!(reply.first(), Some(&1), "{:?} is {}, and {} for a BEAM", text, term, theirs);
         }
     }
 
     #[test]
     fn text_is_what_a_beam_prints(term in readable_term()) {
-        for beam in &*BEAMS {
         let term = without_order(&term);
-        let theirs = String::from_utf8(ask(beam, "show", &[&encoded(&term)])).unwrap();
+        let theirs = String::from_utf8(ask("show", &[&encoded(&term)])).unwrap();
         prop_assert_eq!(term.to_string(), theirs);
-            }
-}
+    }
 
     #[test]
     fn heap_words_are_an_upper_estimate(term in term()) {
-        for beam in &*BEAMS {
         let bytes = encoded(&term);
-        let (_, words) = encodings(beam, "echo", &bytes);
+        let (_, words) = encodings("echo", &bytes);
         let policy = GuardPolicy { allow_exports: true, ..GuardPolicy::default() };
         let estimate = guard::check(&bytes, &policy).unwrap().heap_words as u64;
         prop_assert!(words <= estimate && estimate <= 2 * words + 16, "{} words, estimated {}", words, estimate);
-            }
-}
+    }
 
     #[test]
     fn what_decodes_from_damaged_bytes_a_beam_takes_too(
@@ -245,22 +220,18 @@ proptest! {
             bytes[index] = byte;
         }
         let ours = decode(&bytes, &Limits::default());
-        for beam in &*BEAMS {
-            let theirs = ask(beam, "take", &[&bytes]) == [1];
-            prop_assert_eq!(ours.is_ok(), theirs, "{:?} from {:?}", ours, bytes);
-        }
+        let theirs = ask("take", &[&bytes]) == [1];
+        prop_assert_eq!(ours.is_ok(), theirs, "{:?} from {:?}", ours, bytes);
     }
 }
 
 #[test]
 fn terms_that_only_a_node_makes() {
-    for beam in &*BEAMS {
-        let (all, _) = encodings(beam, "own", &[]);
-        assert_eq!(all.len(), 60);
-        for bytes in all {
-            let term = decode(&bytes, &Limits::default()).unwrap();
-            assert!(same(beam, &bytes, &encoded(&term)), "{term}");
-        }
+    let (all, _) = encodings("own", &[]);
+    assert_eq!(all.len(), 60);
+    for bytes in all {
+        let term = decode(&bytes, &Limits::default()).unwrap();
+        assert!(same(&bytes, &encoded(&term)), "{term}");
     }
 }
 
@@ -290,9 +261,7 @@ fn forms_of_earlier_releases() {
     for case in cases {
         let bytes = [&[131][..], &case].concat();
         let term = decode(&bytes, &Limits::default()).unwrap();
-        for beam in &*BEAMS {
-            assert!(same(beam, &bytes, &encoded(&term)), "{term} from {bytes:?}");
-        }
+        assert!(same(&bytes, &encoded(&term)), "{term} from {bytes:?}");
     }
 }
 
@@ -302,20 +271,16 @@ fn an_empty_bit_string() {
     let bytes = [131, 77, 0, 0, 0, 0, 0];
     let term = decode(&bytes, &Limits::default()).unwrap();
     assert_eq!(term, Term::binary([]));
-    for beam in &*BEAMS {
-        let taken = ask(beam, "take", &[&bytes]) == [1];
-        assert_eq!(taken, same(beam, &bytes, &encoded(&term)));
-    }
+    let taken = ask("take", &[&bytes]) == [1];
+    assert_eq!(taken, same(&bytes, &encoded(&term)));
 }
 
 #[test]
 fn a_deep_term_from_a_beam_is_refused_here_alone() {
-    for beam in &*BEAMS {
-        let bytes = [&[131][..], &[104, 1].repeat(3000), &[106]].concat();
-        assert_eq!(ask(beam, "take", &[&bytes]), [1]);
-        assert!(matches!(
-            decode(&bytes, &Limits::default()),
-            Err(DecodeError::TooDeep { .. })
-        ));
-    }
+    let bytes = [&[131][..], &[104, 1].repeat(3000), &[106]].concat();
+    assert_eq!(ask("take", &[&bytes]), [1]);
+    assert!(matches!(
+        decode(&bytes, &Limits::default()),
+        Err(DecodeError::TooDeep { .. })
+    ));
 }

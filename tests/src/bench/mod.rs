@@ -6,11 +6,15 @@
 mod machine;
 mod plot;
 mod report;
+mod rounds;
 mod stats;
 mod usage;
+mod vm;
 
 pub use machine::machine;
 pub use plot::{Series, bars};
 pub use report::{Table, write_report};
+pub use rounds::rounds;
 pub use stats::{Limit, Quartiles, Verdict, judge, median, ratios};
 pub use usage::{CpuClock, peak_memory, reset_peak_memory};
+pub use vm::{BUFFERS, ask, distribution_flags, free_port, tls_options};

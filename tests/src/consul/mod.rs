@@ -268,7 +268,8 @@ impl Consul {
         )
     }
 
-    /// Waits until Consul has a leader, knows itself and has a Connect authority.
+    /// Waits until Consul has a leader, knows itself, has a Connect authority and its own tokens (a leader that has just
+    /// come back takes a moment to leave the ACLs of old).
     fn wait_ready(&mut self) -> Result<()> {
         let mut last = String::new();
         wait_until(START, || {
@@ -276,6 +277,9 @@ impl Consul {
                 let nodes = self.get("/v1/catalog/nodes")?;
                 let known = nodes.as_array().is_some_and(|nodes| !nodes.is_empty());
                 let signed = roots["Roots"].as_array().is_some_and(|roots| !roots.is_empty());
+                if self.management.is_some() {
+                    self.get("/v1/acl/token/self")?;
+                }
                 if known && signed {
                     Ok(())
                 } else {

@@ -447,9 +447,12 @@ fn link_term(link: &LinkSnapshot) -> Term {
         info.remote_agent
             .map(|address| ("remote_agent", text(address.to_string()))),
     );
-    pairs.extend(info.local_not_after.map(|at| ("local_not_after", Term::Int(at))));
     pairs.extend(
-        info.remote_not_after
+        info.local_not_after()
+            .map(|at| ("local_not_after", Term::Int(at))),
+    );
+    pairs.extend(
+        info.remote_not_after()
             .map(|at| ("remote_not_after", Term::Int(at))),
     );
     Term::map(pairs.into_iter().map(|(key, value)| (Term::atom(key), value)))

@@ -100,8 +100,7 @@ fn link(links: &LinkTable, instance: &str, number: u8) -> LinkGuard {
         remote_spiffe: spiffe("cart"),
         verified: true,
         remote_agent: None,
-        local_not_after: None,
-        remote_not_after: None,
+        proof: None,
         instances: vec![instance.to_owned()],
         owners: vec![1],
     };

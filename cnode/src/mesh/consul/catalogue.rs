@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep};
 use super::client::{Client, Fault, Reply, Request, shorten};
 use super::watch::{Seen, watch};
 use super::{IDLE, META_AGENT, META_NODE, META_PROTOCOL, PROTOCOL_MESHX, RETRY, Slots, read};
-use crate::mesh::{Instance, Listed, MeshError, Protocol, ServiceName, split_node};
+use crate::mesh::{Instance, Listed, MeshError, Present, Protocol, ServiceName, split_node};
 
 /// Instances of one service that are taken; the rest are left out.
 pub(super) const INSTANCES_MAX: usize = 4096;
@@ -118,6 +118,26 @@ impl Catalogue {
         match self.copy(&warm).await.map(passing) {
             Some(some) if !some.is_empty() => Ok(some),
             _ => Ok(passing(self.look_up(service, &warm).await?)),
+        }
+    }
+
+    /// The instances of a service that is watched, as long as the watch sees.
+    pub(super) async fn present(&self, service: &ServiceName) -> Result<Present, MeshError> {
+        // It begins the watch of a service that is there.
+        self.all(service).await?;
+        let copy = lock(&self.warm(service).copy).clone();
+        let seen = copy.map(|copy| copy.borrow().clone());
+        match seen {
+            Some(Seen {
+                value: Some(known),
+                fault: None,
+                breaks,
+                ..
+            }) => Ok(Present::new(known.iter().map(|listed| &listed.instance), breaks)),
+            Some(Seen {
+                fault: Some(fault), ..
+            }) => Err(fault.into()),
+            _ => Err(MeshError::Unavailable(format!("{service} is not watched"))),
         }
     }
 

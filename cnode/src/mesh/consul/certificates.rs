@@ -228,6 +228,7 @@ impl Certificates {
             value: None,
             fault: None,
             version: 0,
+            breaks: 0,
         });
         let (roots, scope, service) = (self.roots.clone(), self.scope.clone(), service.clone());
         tokio::spawn(async move {

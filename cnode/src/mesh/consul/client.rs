@@ -88,7 +88,7 @@ pub(super) struct Reply {
     pub(super) index: Option<u64>,
     /// `Date`: Consul's clock.
     pub(super) date: Option<String>,
-    body: Vec<u8>,
+    pub(super) body: Vec<u8>,
 }
 
 impl Reply {

@@ -187,7 +187,16 @@ async fn version(mesh: &ConsulMesh) -> Finding {
     let told: Result<Value, Fault> = mesh.client.send(&request).await.and_then(|reply| reply.json());
     let told = match told {
         Ok(told) => told,
-        Err(fault) => return ok("version", format!("cannot be seen: {fault}")),
+        // The least rights do not have it, and nothing else needs it.
+        Err(Fault::Forbidden(text)) => return ok("version", format!("cannot be seen: {text}")),
+        Err(fault) => {
+            return Finding {
+                level: Level::Warning,
+                what: "version".into(),
+                text: format!("cannot be seen: {fault}"),
+                fix: "see what else is wrong with Consul".into(),
+            };
+        }
     };
     let version = told
         .pointer("/Config/Version")

@@ -32,7 +32,7 @@ use self::client::Client;
 use self::registration::Registrar;
 use super::{
     Answer, Authorization, Catalogue, Certificates, Decision, Diagnosis, Entry, Finding, Identity, Instance,
-    Intentions, Kept, Listed, MeshError, Registration, ServiceName, SpiffeId, Token,
+    Intentions, Kept, Listed, MeshError, Present, Registration, ServiceName, SpiffeId, Token,
 };
 
 /// Metadata of our entries: the node name, the agent's id, and what is spoken at the address.
@@ -298,6 +298,11 @@ impl Catalogue for ConsulMesh {
     fn instances(&self, service: &ServiceName) -> Answer<'_, Vec<Instance>> {
         let service = service.clone();
         Box::pin(async move { self.catalogue.passing(&service).await })
+    }
+
+    fn present(&self, service: &ServiceName) -> Answer<'_, Present> {
+        let service = service.clone();
+        Box::pin(async move { self.catalogue.present(&service).await })
     }
 
     fn nodes(&self) -> Answer<'_, Vec<Instance>> {

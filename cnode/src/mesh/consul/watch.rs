@@ -3,6 +3,7 @@
 //! By the rules of Consul's page on blocking queries: an index that goes backwards starts over, zero counts as
 //! one, and an answer may come without a change.
 
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,10 +16,11 @@ use crate::node::backoff::Attempts;
 
 /// How long Consul may hold a query. A Consul that vanished without a word is noticed after it.
 const WAIT: Duration = Duration::from_secs(60);
+/// The same after a pause, in which a Consul may have begun anew unseen: its index means nothing then, and it would
+/// not answer before its own has grown beyond.
+const WAIT_AFTER_PAUSE: Duration = Duration::from_secs(1);
 /// Queries of one watch are at least this far apart, however often the thing changes.
 const PACE: Duration = Duration::from_millis(50);
-/// An answer without a change before this much of the wait has passed is too early.
-const EARLY: Duration = Duration::from_secs(30);
 /// After failures, and after answers that came too early.
 const BACKOFF: Backoff = Backoff {
     min: Duration::from_millis(200),
@@ -34,6 +36,8 @@ pub(super) struct Seen<T> {
     pub(super) fault: Option<Fault>,
     /// Grows with every answer that may differ from the one before.
     pub(super) version: u64,
+    /// Grows with every failure, and with every index that went backwards: Consul may have lost its state.
+    pub(super) breaks: u64,
 }
 
 impl<T> Seen<T> {
@@ -57,6 +61,7 @@ pub(super) fn watch<T: Clone + Send + Sync + 'static>(
         version: u64::from(known.is_some()),
         value: known.map(|(value, _)| value),
         fault: None,
+        breaks: 0,
     };
     let (sender, receiver) = watch::channel(seen);
     tokio::spawn(async move {
@@ -77,25 +82,29 @@ async fn follow<T>(
     read: impl Fn(&Reply) -> Result<T, Fault>,
 ) {
     let mut attempts = Attempts::new(BACKOFF);
+    let hasher = RandomState::new();
+    let mut last = None;
+    let mut pause = PACE;
     loop {
         let began = Instant::now();
+        let wait = if pause.is_zero() { WAIT } else { WAIT_AFTER_PAUSE };
         let answer = match index {
             0 => client.send(request).await,
-            index => client.send_blocking(request, index, WAIT).await,
+            index => client.send_blocking(request, index, wait).await,
         };
         let read = answer.and_then(|reply| {
             let seen = reply.index.ok_or_else(|| {
                 Fault::Away("Consul's answer to a blocking query has no X-Consul-Index".to_owned())
             })?;
-            Ok((
-                next_index(index, seen),
-                index == 0 || seen != index,
-                read(&reply)?,
-            ))
+            // Another body under the same index is another Consul's.
+            let digest = hasher.hash_one(&reply.body);
+            let other = last.replace(digest).is_some_and(|last| last != digest);
+            let changed = index == 0 || seen != index || other;
+            Ok((next_index(index, seen), changed, read(&reply)?))
         });
-        let pause = match read {
+        pause = match read {
             Ok((next, changed, value)) => {
-                let odd = next == 0 || !changed && began.elapsed() < EARLY;
+                let odd = next == 0 || !changed && began.elapsed() < wait / 2;
                 sender.send_if_modified(|seen| {
                     let news = changed || seen.fault.is_some();
                     if news {
@@ -103,6 +112,7 @@ async fn follow<T>(
                             value: Some(value),
                             fault: None,
                             version: seen.version + 1,
+                            breaks: seen.breaks + u64::from(next == 0),
                         };
                     }
                     news
@@ -118,11 +128,16 @@ async fn follow<T>(
             Err(fault) => {
                 // A Consul that comes back may have lost its state: its index is asked for anew.
                 index = 0;
-                sender.send_modify(|seen| seen.fault = Some(fault));
+                sender.send_modify(|seen| {
+                    seen.fault = Some(fault);
+                    seen.breaks += 1;
+                });
                 attempts.wait()
             }
         };
-        sleep(pause).await;
+        if !pause.is_zero() {
+            sleep(pause).await;
+        }
     }
 }
 

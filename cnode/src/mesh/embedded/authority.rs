@@ -1,19 +1,23 @@
-//! The mesh's own certificate authority.
+//! The mesh's own certificate authority, and how it is exchanged under traffic.
+//!
+//! `ca.pem` has the roots that are believed, `ca.key` the key of the one that signs. Both are replaced as a whole, and
+//! each agent follows at its next question: a new version of either means new leaves.
 
 use std::sync::Arc;
 
 use rcgen::string::Ia5String;
 use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyPair, KeyUsagePurpose, SanType,
+    KeyPair, KeyUsagePurpose, PublicKeyData, SanType,
 };
 use rustls::RootCertStore;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use serde::{Deserialize, Serialize};
 use time::{Duration, OffsetDateTime};
+use x509_parser::prelude::{FromDer, X509Certificate};
 
-use super::dir::MeshDir;
+use super::dir::{MeshDir, Stamp};
 use crate::mesh::{Identity, MeshError, ServiceName, SpiffeId};
 
 /// How long a leaf is valid, in hours; Consul's default.
@@ -24,8 +28,23 @@ const RENEW_HOURS: i64 = 24;
 const AUTHORITY_DAYS: i64 = 3650;
 /// Validity starts this much before now, for clocks that differ.
 const BACKDATE: Duration = Duration::minutes(5);
+/// Roots that are believed at a time.
+const ROOTS_MAX: usize = 8;
 /// Version of `mesh.json`.
 const VERSION: u32 = 1;
+const ROOTS: &str = "ca.pem";
+const KEY: &str = "ca.key";
+
+/// What is exchanged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Rotation {
+    /// All leaves: agents have new ones made at their next question.
+    Leaves,
+    /// The root: a new one signs from now on, and those before stay believed.
+    Root,
+    /// Only the root that signs stays believed.
+    Forget,
+}
 
 #[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -38,8 +57,10 @@ struct MeshFile {
 pub(super) struct Authority {
     trust_domain: String,
     issuer: Issuer<'static, KeyPair>,
-    root: CertificateDer<'static>,
+    /// The one that signs comes first.
+    list: Vec<CertificateDer<'static>>,
     roots: Arc<RootCertStore>,
+    version: (Stamp, Stamp),
 }
 
 impl std::fmt::Debug for Authority {
@@ -57,6 +78,11 @@ impl Authority {
         if dir.read("mesh.json")?.is_none() {
             make(dir)?;
         }
+        Self::load(dir)
+    }
+
+    /// Reads the authority as it is now. The caller holds the lock.
+    pub(super) fn load(dir: &MeshDir) -> Result<Self, MeshError> {
         let missing = |name: &str| MeshError::Unavailable(format!("{} is gone", dir.join(name).display()));
         let read = |name: &str| dir.read(name)?.ok_or_else(|| missing(name));
         let mesh: MeshFile = serde_json::from_str(&read("mesh.json")?)
@@ -67,28 +93,40 @@ impl Authority {
                 mesh.version
             )));
         }
-        let (cert, key) = (read("ca.pem")?, read("ca.key")?);
-        let key = KeyPair::from_pem(&key).map_err(|error| broken("ca.key", error))?;
-        let issuer = Issuer::from_ca_cert_pem(&cert, key).map_err(|error| broken("ca.pem", error))?;
-        let root =
-            CertificateDer::from_pem_slice(cert.as_bytes()).map_err(|error| broken("ca.pem", error))?;
+        let version = version(dir);
+        let key = KeyPair::from_pem(&read(KEY)?).map_err(|error| broken(KEY, error))?;
+        let list = certificates(&read(ROOTS)?)?;
+        let (mut signing, others): (Vec<_>, Vec<_>) = list.into_iter().partition(|root| is_of(root, &key));
+        let root = signing
+            .pop()
+            .ok_or_else(|| broken(ROOTS, "no certificate in it is of the key in ca.key"))?;
+        let issuer = Issuer::from_ca_cert_der(&root, key).map_err(|error| broken(ROOTS, error))?;
+        let list = [vec![root], others].concat();
         let mut roots = RootCertStore::empty();
-        roots.add(root.clone()).map_err(|error| broken("ca.pem", error))?;
+        for root in &list {
+            roots.add(root.clone()).map_err(|error| broken(ROOTS, error))?;
+        }
         Ok(Self {
             trust_domain: mesh.trust_domain,
             issuer,
-            root,
+            list,
             roots: Arc::new(roots),
+            version,
         })
+    }
+
+    /// Whether nothing was exchanged since it was read.
+    pub(super) fn is_current(&self, dir: &MeshDir) -> bool {
+        self.version == version(dir)
     }
 
     pub(super) fn trust_domain(&self) -> &str {
         &self.trust_domain
     }
 
-    /// The authority's own certificate.
-    pub(super) fn root(&self) -> &CertificateDer<'static> {
-        &self.root
+    /// The roots that are believed; the one that signs comes first.
+    pub(super) fn roots(&self) -> &[CertificateDer<'static>] {
+        &self.list
     }
 
     /// Makes a key and a leaf for a service.
@@ -123,15 +161,60 @@ impl Authority {
     }
 }
 
-/// Whether a leaf can still be handed out. One that has more than its whole life before it was made when the
-/// clock was ahead: it is not valid yet.
-pub(super) fn is_fresh(leaf: &Identity, now: i64) -> bool {
+/// Whether a leaf can still be handed out, being renewed `early` seconds before it must. One that has more than its whole
+/// life before it was made when the clock was ahead: it is not valid yet.
+pub(super) fn is_fresh(leaf: &Identity, early: i64, now: i64) -> bool {
     let left = leaf.not_after - now;
-    left > RENEW_HOURS * 3600 && left < LEAF_HOURS * 3600 + BACKDATE.whole_seconds()
+    left > RENEW_HOURS * 3600 + early && left < LEAF_HOURS * 3600 + BACKDATE.whole_seconds()
+}
+
+/// So many seconds earlier than it must is a leaf renewed: those that were made together are not renewed together.
+pub(super) fn early() -> i64 {
+    const SPREAD: i64 = 6 * 3600;
+    getrandom::u32().map_or(0, |random| i64::from(random) % SPREAD)
+}
+
+/// Exchanges what the rotation says. Running agents follow by themselves.
+///
+/// # Errors
+/// [`MeshError::Refused`] beyond `ROOTS_MAX` (8) roots, [`MeshError::Unavailable`] when a file cannot be read or written.
+pub fn rotate(dir: &MeshDir, rotation: Rotation) -> Result<(), MeshError> {
+    let _lock = dir.lock()?;
+    let now = Authority::load(dir)?;
+    let pem = |roots: &[CertificateDer<'_>]| -> String {
+        let pem = |root: &CertificateDer<'_>| pem::encode(&pem::Pem::new("CERTIFICATE", root.to_vec()));
+        roots.iter().map(pem).collect()
+    };
+    match rotation {
+        Rotation::Leaves => dir.replace(KEY, &now.issuer.key().serialize_pem()),
+        Rotation::Root if now.list.len() >= ROOTS_MAX => Err(MeshError::Refused(format!(
+            "{ROOTS_MAX} roots are believed already (ROOTS_MAX): forget those that sign no more first"
+        ))),
+        Rotation::Root => {
+            let (root, key) = self_signed(&now.trust_domain)?;
+            // Believed before it signs: whoever stops in between leaves a mesh that works.
+            dir.replace(ROOTS, &format!("{root}{}", pem(&now.list)))?;
+            dir.replace(KEY, &key)
+        }
+        Rotation::Forget => dir.replace(ROOTS, &pem(now.list.get(..1).unwrap_or_default())),
+    }
 }
 
 fn make(dir: &MeshDir) -> Result<(), MeshError> {
     let trust_domain = format!("{}.embedded", random_uuid()?);
+    let (root, key) = self_signed(&trust_domain)?;
+    let mesh = serde_json::to_string(&MeshFile {
+        version: VERSION,
+        trust_domain,
+    })
+    .map_err(|error| broken("mesh.json", error))?;
+    dir.replace(KEY, &key)?;
+    dir.replace(ROOTS, &root)?;
+    dir.replace("mesh.json", &mesh)
+}
+
+/// A root and its key, both in PEM.
+fn self_signed(trust_domain: &str) -> Result<(String, String), MeshError> {
     let sign = || {
         let key = KeyPair::generate()?;
         let now = OffsetDateTime::now_utc();
@@ -146,15 +229,28 @@ fn make(dir: &MeshDir) -> Result<(), MeshError> {
         params.not_after = now + Duration::days(AUTHORITY_DAYS);
         Ok((params.self_signed(&key)?.pem(), key.serialize_pem()))
     };
-    let (cert, key) = sign().map_err(|error: rcgen::Error| broken("ca.pem", error))?;
-    let mesh = serde_json::to_string(&MeshFile {
-        version: VERSION,
-        trust_domain,
-    })
-    .map_err(|error| broken("mesh.json", error))?;
-    dir.replace("ca.key", &key)?;
-    dir.replace("ca.pem", &cert)?;
-    dir.replace("mesh.json", &mesh)
+    sign().map_err(|error: rcgen::Error| broken(ROOTS, error))
+}
+
+fn version(dir: &MeshDir) -> (Stamp, Stamp) {
+    (dir.stamp(ROOTS), dir.stamp(KEY))
+}
+
+fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, MeshError> {
+    let list: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect();
+    match list.map_err(|error| broken(ROOTS, error))? {
+        list if (1..=ROOTS_MAX).contains(&list.len()) => Ok(list),
+        list => Err(broken(
+            ROOTS,
+            format!("{} certificates, wanted 1 to {ROOTS_MAX}", list.len()),
+        )),
+    }
+}
+
+/// Whether this is the certificate of the key.
+fn is_of(root: &CertificateDer<'_>, key: &KeyPair) -> bool {
+    X509Certificate::from_der(root)
+        .is_ok_and(|(_, root)| root.public_key().raw == key.subject_public_key_info())
 }
 
 fn common_name(name: &str) -> DistinguishedName {

@@ -13,6 +13,10 @@ use crate::way::check_way;
 /// Largest file of a mesh that is read, in bytes.
 pub(super) const MAX_FILE: u64 = 4 << 20;
 
+/// A version of a file, to see that it was replaced: inode, seconds and nanoseconds of its last change (of content,
+/// mode or owner; no program can set that time back), size.
+pub(super) type Stamp = (u64, i64, i64, u64);
+
 /// The directory of an embedded mesh: mode 0700 and ours.
 #[derive(Debug, Clone)]
 pub struct MeshDir {
@@ -54,6 +58,13 @@ impl MeshDir {
     /// Path of a file in it.
     pub(super) fn join(&self, name: &str) -> PathBuf {
         self.path.join(name)
+    }
+
+    /// The version of a file; that of one which is not there is zero.
+    pub(super) fn stamp(&self, name: &str) -> Stamp {
+        fs::metadata(self.join(name))
+            .map(|meta| (meta.ino(), meta.ctime(), meta.ctime_nsec(), meta.size()))
+            .unwrap_or_default()
     }
 
     /// Waits for the lock that every change is made under.

@@ -21,6 +21,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+pub use authority::{Rotation, rotate};
 pub use dir::MeshDir;
 pub use rules::{Action, Pattern, Rule, Rules};
 
@@ -31,7 +32,8 @@ use rustls::pki_types::CertificateDer;
 
 use super::{
     Answer, Authorization, Catalogue, Certificates, Decision, Diagnosis, Entry, Finding, Identity, Instance,
-    Intention, Intentions, Kept, Level, Listed, MeshError, Registration, ServiceName, SpiffeId, Token,
+    Intention, Intentions, Kept, Level, Listed, MeshError, Present, Registration, ServiceName, SpiffeId,
+    Token,
 };
 use crate::proxy::links::unix_now;
 
@@ -51,12 +53,26 @@ pub struct EmbeddedMesh {
 struct Inner {
     dir: MeshDir,
     _occupied: File,
-    authority: Authority,
+    trust_domain: String,
     own: OwnEntry,
-    // Held while a leaf is looked up or made, never across an await.
-    leaves: Mutex<HashMap<ServiceName, Arc<Identity>>>,
+    // Held while the authority is read anew, or a leaf is looked up or made; never across an await.
+    issued: Mutex<Issued>,
     /// The version of the rules that `changed` told of last.
-    rules_seen: Mutex<Option<rules::Stamp>>,
+    rules_seen: Mutex<Option<dir::Stamp>>,
+}
+
+/// The authority as it was read last, and the leaves that it has made.
+#[derive(Debug)]
+struct Issued {
+    authority: Authority,
+    leaves: HashMap<ServiceName, Leaf>,
+}
+
+#[derive(Debug)]
+struct Leaf {
+    identity: Arc<Identity>,
+    /// Renewed so many seconds before it must be.
+    early: i64,
 }
 
 impl EmbeddedMesh {
@@ -118,9 +134,12 @@ impl EmbeddedMesh {
             inner: Arc::new(Inner {
                 _occupied: dir.occupy()?,
                 dir,
-                authority,
+                trust_domain: authority.trust_domain().to_owned(),
                 own,
-                leaves: Mutex::default(),
+                issued: Mutex::new(Issued {
+                    authority,
+                    leaves: HashMap::new(),
+                }),
                 rules_seen: Mutex::default(),
             }),
         })
@@ -128,7 +147,7 @@ impl EmbeddedMesh {
 
     /// The trust domain that every identity of this mesh lies in.
     pub fn trust_domain(&self) -> &str {
-        self.inner.authority.trust_domain()
+        &self.inner.trust_domain
     }
 
     /// Other live agents that own one of this agent's host names, in words.
@@ -154,23 +173,49 @@ impl EmbeddedMesh {
 }
 
 impl Inner {
-    fn identity(&self, service: &ServiceName) -> Result<Arc<Identity>, MeshError> {
-        let mut leaves = self.leaves.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(leaf) = leaves.get(service)
-            && authority::is_fresh(leaf, unix_now())
-        {
-            return Ok(leaf.clone());
-        }
-        let leaf = Arc::new(self.authority.issue(service)?);
-        leaves.retain(|_, leaf| leaf.not_after > unix_now());
-        if leaves.len() >= MAX_LEAVES {
-            let oldest = leaves.iter().min_by_key(|(_, leaf)| leaf.not_after);
-            if let Some(oldest) = oldest.map(|(service, _)| service.clone()) {
-                leaves.remove(&oldest);
+    /// Calls with the authority of now.
+    fn with_issued<T>(&self, work: impl FnOnce(&mut Issued) -> Result<T, MeshError>) -> Result<T, MeshError> {
+        let mut issued = self.issued.lock().unwrap_or_else(PoisonError::into_inner);
+        if !issued.authority.is_current(&self.dir) {
+            let _lock = self.dir.lock()?;
+            let authority = Authority::load(&self.dir)?;
+            if authority.trust_domain() != self.trust_domain {
+                return Err(MeshError::Unavailable(format!(
+                    "the mesh was made anew with trust domain {}: restart the agent",
+                    authority.trust_domain()
+                )));
             }
+            *issued = Issued {
+                authority,
+                leaves: HashMap::new(),
+            };
         }
-        leaves.insert(service.clone(), leaf.clone());
-        Ok(leaf)
+        work(&mut issued)
+    }
+
+    fn identity(&self, service: &ServiceName) -> Result<Arc<Identity>, MeshError> {
+        let now = unix_now();
+        self.with_issued(|Issued { authority, leaves }| {
+            if let Some(leaf) = leaves.get(service)
+                && authority::is_fresh(&leaf.identity, leaf.early, now)
+            {
+                return Ok(leaf.identity.clone());
+            }
+            let identity = Arc::new(authority.issue(service)?);
+            leaves.retain(|_, leaf| leaf.identity.not_after > now);
+            if leaves.len() >= MAX_LEAVES {
+                let oldest = leaves.iter().min_by_key(|(_, leaf)| leaf.identity.not_after);
+                if let Some(oldest) = oldest.map(|(service, _)| service.clone()) {
+                    leaves.remove(&oldest);
+                }
+            }
+            let leaf = Leaf {
+                identity: identity.clone(),
+                early: authority::early(),
+            };
+            leaves.insert(service.clone(), leaf);
+            Ok(identity)
+        })
     }
 }
 
@@ -185,7 +230,7 @@ impl Certificates for EmbeddedMesh {
     }
 
     fn roots(&self) -> Answer<'_, Vec<CertificateDer<'static>>> {
-        Box::pin(std::future::ready(Ok(vec![self.inner.authority.root().clone()])))
+        self.blocking(|inner| inner.with_issued(|issued| Ok(issued.authority.roots().to_vec())))
     }
 
     fn present_token(&self, service: &ServiceName, _: Token) -> Answer<'_, ()> {
@@ -212,6 +257,15 @@ impl Catalogue for EmbeddedMesh {
             let mut all = catalogue::instances(&inner.dir)?;
             all.retain(|instance| instance.service == service);
             Ok(all)
+        })
+    }
+
+    fn present(&self, service: &ServiceName) -> Answer<'_, Present> {
+        let service = service.clone();
+        self.blocking(move |inner| {
+            let all = catalogue::instances(&inner.dir)?;
+            let of_service = all.iter().filter(|instance| instance.service == service);
+            Ok(Present::new(of_service, 0))
         })
     }
 
@@ -243,7 +297,7 @@ impl Authorization for EmbeddedMesh {
     fn authorize(&self, source: &SpiffeId, target: &ServiceName) -> Answer<'_, Decision> {
         let (source, target) = (source.clone(), target.clone());
         self.blocking(move |inner| {
-            let ours = inner.authority.trust_domain();
+            let ours = inner.trust_domain.as_str();
             if source.trust_domain() != ours {
                 let rule = format!("{source} is not of the trust domain {ours}");
                 return Ok(Decision { allowed: false, rule });

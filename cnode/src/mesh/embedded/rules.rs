@@ -1,21 +1,16 @@
 //! Who may talk to whom.
 
 use std::fmt;
-use std::os::unix::fs::MetadataExt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::dir::MeshDir;
+use super::dir::{MeshDir, Stamp};
 use crate::mesh::{Decision, MeshError, NameError, ServiceName};
 
 /// Most rules in a file.
 pub(super) const MAX_RULES: usize = 4096;
 const FILE: &str = "rules.json";
-
-/// A version of the file, to see that it was replaced: inode, seconds and nanoseconds of its last change (of
-/// content, mode or owner; no program can set that time back), size.
-pub(super) type Stamp = (u64, i64, i64, u64);
 
 /// What a rule says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -148,11 +143,9 @@ impl Rules {
         Ok(rules)
     }
 
-    /// Which version of the file there is; all zero when it cannot be seen.
+    /// Which version of the rules there is; all zero when it cannot be seen.
     pub(super) fn stamp(dir: &MeshDir) -> Stamp {
-        std::fs::metadata(dir.join(FILE))
-            .map(|meta| (meta.ino(), meta.ctime(), meta.ctime_nsec(), meta.size()))
-            .unwrap_or_default()
+        dir.stamp(FILE)
     }
 
     /// Adds a rule, or replaces the one for the same pair.

@@ -147,48 +147,125 @@ async fn leaves_are_kept_until_they_are_old() {
         &mesh.identity(&service("shop")).await.unwrap()
     ));
     assert_eq!(leaf.id, SpiffeId::new(mesh.trust_domain(), service("shop")));
-    assert!(authority::is_fresh(&leaf, unix_now()));
-    assert!(!authority::is_fresh(&leaf, leaf.not_after - 3600));
+    assert!(authority::is_fresh(&leaf, 0, unix_now()));
+    assert!(!authority::is_fresh(&leaf, 0, leaf.not_after - 3600));
     let whole_life = leaf.not_after - unix_now();
     assert!(
-        !authority::is_fresh(&leaf, leaf.not_after - whole_life - 600),
+        !authority::is_fresh(&leaf, 0, leaf.not_after - whole_life - 600),
         "made while the clock was ahead: not valid yet"
     );
     let other = mesh.identity(&service("cart")).await.unwrap();
     assert_ne!(other.chain, leaf.chain);
-    let mut old = Arc::into_inner(
-        mesh.inner
-            .authority
-            .issue(&service("shop"))
-            .map(Arc::new)
-            .unwrap(),
-    )
-    .unwrap();
-    old.not_after = unix_now() + 60;
-    mesh.inner
-        .leaves
-        .lock()
-        .unwrap()
-        .insert(service("shop"), Arc::new(old));
-    let renewed = mesh.identity(&service("shop")).await.unwrap();
-    assert!(authority::is_fresh(&renewed, unix_now()));
+    let shop = service("shop");
+    let ages = |seconds: i64| {
+        let mut issued = mesh.inner.issued.lock().unwrap();
+        let mut old = issued.authority.issue(&shop).unwrap();
+        old.not_after = unix_now() + seconds;
+        let leaf = Leaf {
+            identity: Arc::new(old),
+            early: 3600,
+        };
+        issued.leaves.insert(shop.clone(), leaf);
+    };
+    // The last day of its life, and as early as was drawn for it.
+    for left in [60, 24 * 3600 + 3500] {
+        ages(left);
+        let renewed = mesh.identity(&shop).await.unwrap();
+        assert!(authority::is_fresh(&renewed, 0, unix_now()));
+        assert!(renewed.not_after > unix_now() + 48 * 3600, "{left}");
+    }
+    ages(24 * 3600 + 3700);
+    let kept = mesh.identity(&shop).await.unwrap();
+    assert!(kept.not_after < unix_now() + 48 * 3600);
+    let early: std::collections::HashSet<i64> = (0..8).map(|_| authority::early()).collect();
+    assert!(early.len() > 1 && early.iter().all(|early| (0..6 * 3600).contains(early)));
     assert!(!format!("{leaf:?}").contains("key"), "{leaf:?}");
+}
+
+#[tokio::test]
+async fn running_agents_follow_a_rotation() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("mesh");
+    let (a, b) = (open(&path, "a1", "h1"), open(&path, "a2", "h2"));
+    let dir = MeshDir::open(&path).unwrap();
+    let shop = service("shop");
+    let first = a.identity(&shop).await.unwrap();
+    let root = a.roots().await.unwrap();
+
+    rotate(&dir, Rotation::Leaves).unwrap();
+    let leaf = a.identity(&shop).await.unwrap();
+    assert_ne!(leaf.chain, first.chain);
+    assert_eq!(a.roots().await.unwrap(), root);
+    assert!(believed(&first, &leaf) && believed(&leaf, &first));
+
+    rotate(&dir, Rotation::Root).unwrap();
+    let next = b.identity(&shop).await.unwrap();
+    let both = b.roots().await.unwrap();
+    assert_eq!((both.len(), &both[1]), (2, &root[0]));
+    assert!(
+        believed(&leaf, &next),
+        "the root before signs no more, and is believed"
+    );
+    assert!(!believed(&next, &leaf), "the new root signs");
+    assert_eq!(a.identity(&shop).await.unwrap().roots.len(), 2);
+
+    rotate(&dir, Rotation::Forget).unwrap();
+    let last = a.identity(&shop).await.unwrap();
+    assert_eq!(a.roots().await.unwrap(), both[..1]);
+    assert!(believed(&next, &last) && !believed(&leaf, &last));
+    assert_eq!(a.trust_domain(), b.trust_domain());
+    assert_eq!(last.id, first.id);
+
+    for _ in 1..8 {
+        rotate(&dir, Rotation::Root).unwrap();
+    }
+    let error = rotate(&dir, Rotation::Root).unwrap_err().to_string();
+    assert!(error.contains("ROOTS_MAX"), "{error}");
+
+    // Stopped between its two files, a rotation has changed nothing that anybody sees.
+    let (roots, key) = (dir.read("ca.pem").unwrap(), dir.read("ca.key").unwrap());
+    rotate(&dir, Rotation::Forget).unwrap();
+    rotate(&dir, Rotation::Root).unwrap();
+    dir.replace("ca.key", &key.unwrap()).unwrap();
+    let signed = a.identity(&shop).await.unwrap();
+    assert!(believed(&signed, &signed));
+    // A key that belongs to no root signs nothing.
+    dir.replace("ca.pem", &roots.unwrap()).unwrap();
+    dir.replace("ca.key", &rcgen::KeyPair::generate().unwrap().serialize_pem())
+        .unwrap();
+    let error = a.identity(&shop).await.unwrap_err().to_string();
+    assert!(error.contains("ca.key"), "{error}");
+}
+
+/// Whether the leaf is signed by one of the roots that the other identity believes.
+fn believed(leaf: &Identity, by: &Identity) -> bool {
+    let parsed = rustls::server::ParsedCertificate::try_from(&leaf.chain[0]).unwrap();
+    let algorithms = rustls::crypto::ring::default_provider().signature_verification_algorithms;
+    rustls::client::verify_server_cert_signed_by_trust_anchor(
+        &parsed,
+        &by.roots,
+        &[],
+        rustls::pki_types::UnixTime::now(),
+        algorithms.all,
+    )
+    .is_ok()
 }
 
 #[tokio::test]
 async fn so_many_leaves_are_kept_and_no_more() {
     let temp = tempfile::tempdir().unwrap();
     let mesh = open(&temp.path().join("mesh"), "a1", "h1");
-    let leaf = mesh.identity(&service("old")).await.unwrap();
-    mesh.inner
-        .leaves
-        .lock()
-        .unwrap()
-        .extend((1..MAX_LEAVES).map(|n| (service(&format!("s{n}")), leaf.clone())));
+    let identity = mesh.identity(&service("old")).await.unwrap();
+    let leaf = || Leaf {
+        identity: identity.clone(),
+        early: 0,
+    };
+    let issued = || mesh.inner.issued.lock().unwrap();
+    let more = (1..MAX_LEAVES).map(|n| (service(&format!("s{n}")), leaf()));
+    issued().leaves.extend(more);
     mesh.identity(&service("one-more")).await.unwrap();
-    let leaves = mesh.inner.leaves.lock().unwrap();
-    assert_eq!(leaves.len(), MAX_LEAVES);
-    assert!(leaves.contains_key(&service("one-more")));
+    assert_eq!(issued().leaves.len(), MAX_LEAVES);
+    assert!(issued().leaves.contains_key(&service("one-more")));
 }
 
 #[tokio::test]

@@ -51,6 +51,23 @@ impl Forger {
         }
     }
 
+    /// That signs with this key and believes this root.
+    pub(super) fn with(issuer: Issuer<'static, KeyPair>, root: &CertificateDer<'static>) -> Self {
+        let mut roots = RootCertStore::empty();
+        roots.add(root.clone()).unwrap();
+        Self {
+            issuer,
+            roots: Arc::new(roots),
+        }
+    }
+
+    /// A leaf with these URIs that is valid until then, unix seconds.
+    pub(super) fn leaf_until(&self, host: &Host, uris: &[String], until: i64) -> Identity {
+        let now = OffsetDateTime::now_utc();
+        let until = OffsetDateTime::from_unix_timestamp(until).unwrap();
+        self.leaf_within(host, uris, now - Span::days(2), until)
+    }
+
     /// A leaf with these URIs whose validity ends so many minutes from now.
     pub(super) fn leaf(&self, host: &Host, uris: &[String], minutes: i64) -> Identity {
         let now = OffsetDateTime::now_utc();
@@ -161,8 +178,18 @@ pub(super) async fn secure(
     identity: &Identity,
     service: &str,
 ) -> io::Result<TlsStream<TcpStream>> {
+    secure_as(Protocol::Meshx, host, identity, service).await
+}
+
+/// As an agent, or as a data plane of another make.
+pub(super) async fn secure_as(
+    protocol: Protocol,
+    host: &Host,
+    identity: &Identity,
+    service: &str,
+) -> io::Result<TlsStream<TcpStream>> {
     let target = host.spiffe(service);
-    let config = tls::client_config(identity, target.clone(), Protocol::Meshx).unwrap();
+    let config = tls::client_config(identity, target.clone(), protocol).unwrap();
     handshake(host, config, target.server_name()).await
 }
 
@@ -177,7 +204,7 @@ pub(super) fn request(purpose: Purpose, service: &str, instance: &str, node: &st
     let mut link = [0; 16];
     getrandom::fill(&mut link).unwrap();
     Request {
-        purpose,
+        asked: Asked::Link(purpose),
         link: LinkId(link),
         service,
         instance,

@@ -77,7 +77,9 @@ async fn a_foreign_service_gets_the_callers_bytes_and_nothing_else() {
         let mut accepted = accepted.unwrap();
         let shown = accepted.get_ref().1.peer_certificates().unwrap()[0].clone();
         assert_eq!(
-            tls::peer(&shown, h1.mesh.trust_domain()).unwrap().id,
+            tls::Peer::of(std::slice::from_ref(&shown), h1.mesh.trust_domain())
+                .unwrap()
+                .id,
             h1.spiffe("web")
         );
         let mut seen = [0; 5];

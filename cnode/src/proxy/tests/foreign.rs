@@ -77,7 +77,7 @@ async fn the_bytes_of_a_foreign_client_reach_the_service_as_they_are() {
             ("echo-a", "web")
         );
         assert_eq!(link.info.remote_spiffe, h2.spiffe("web"));
-        assert!(link.info.remote_not_after.unwrap() > unix_now());
+        assert!(link.info.remote_not_after().unwrap() > unix_now());
         assert_eq!((link.bytes_in, link.bytes_out), (7, 13));
         stream.shutdown().await.unwrap();
         assert!(rest(&mut stream).await.is_empty());

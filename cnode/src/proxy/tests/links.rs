@@ -57,12 +57,12 @@ async fn nodes_meet_through_mutual_tls() {
         ("cart@h2", "shop@h1")
     );
     assert_eq!(
-        (out.info.remote_spiffe.clone(), inn.info.remote_spiffe),
+        (out.info.remote_spiffe.clone(), inn.info.remote_spiffe.clone()),
         (h1.spiffe("cart"), h1.spiffe("shop"))
     );
     assert_eq!(out.info.remote_agent, Some(h2.address));
-    assert_eq!(out.info.local_not_after, inn.info.remote_not_after);
-    assert!(out.info.local_not_after.unwrap() > unix_now() + 3600);
+    assert_eq!(out.info.local_not_after(), inn.info.remote_not_after());
+    assert!(out.info.local_not_after().unwrap() > unix_now() + 3600);
     // The name message goes ahead of what is counted.
     assert_eq!(
         (out.bytes_out, out.bytes_in, inn.bytes_out, inn.bytes_in),
@@ -97,6 +97,8 @@ async fn nodes_meet_through_mutual_tls() {
             live: 0,
             bytes_in: carried.0,
             bytes_out: carried.1,
+            proven: 0,
+            proving: Duration::ZERO,
         };
         assert_eq!(totals.pairs, [wanted]);
     }
@@ -218,7 +220,7 @@ async fn the_short_way_has_the_same_checks() {
     near.write_all(b"x").await.unwrap();
     assert_eq!(far.read_u8().await.unwrap(), b'x');
     let link = &h1.links.snapshot()[0].info;
-    assert_eq!((link.direction, link.local_not_after), (Direction::Local, None));
+    assert_eq!((link.direction, link.local_not_after()), (Direction::Local, None));
     assert_eq!(link.remote_spiffe, h1.spiffe("cart"));
     drop((near, far));
 
@@ -325,6 +327,46 @@ async fn links_outlive_rules_that_cannot_be_read() {
     assert_eq!(h1.proxy.reauthorize().await, 0);
     assert_eq!(h1.links.snapshot().len(), 1);
     drop((near, far));
+}
+
+#[tokio::test]
+async fn links_of_an_instance_that_is_gone_are_cut_and_those_of_one_that_never_was_stay() {
+    let world = World::new();
+    let watchful = Settings {
+        instance_look: Duration::from_millis(20),
+        instance_gone_after: Duration::from_millis(300),
+        ..settings()
+    };
+    let h1 = world.host_with("h1", "127.0.0.2", watchful.clone()).await;
+    let h2 = world.host_with("h2", "127.0.0.3", watchful).await;
+    let (shop, cart) = (h1.node("shop@h1").await, h2.node("cart@h2").await);
+    let keep = [&h1, &h2].map(|host| tokio::spawn(host.proxy.clone().keep_present()));
+    let (mut near, mut far) = shop.link(&cart).await;
+    let mut events = h1.links.subscribe(1);
+    tokio::time::sleep(Duration::from_millis(100)).await;
+
+    // No answer is no absence.
+    let file = world.mesh_dir().join("agents/h2.json");
+    let entry = std::fs::read(&file).unwrap();
+    std::fs::write(&file, "{").unwrap();
+    tokio::time::sleep(Duration::from_millis(600)).await;
+    near.write_all(b"x").await.unwrap();
+    assert_eq!(far.read_u8().await.unwrap(), b'x');
+    std::fs::write(&file, entry).unwrap();
+
+    // Its agent holds the link, and the catalogue has it no more.
+    let began = std::time::Instant::now();
+    h2.mesh.deregister("cart@h2").await.unwrap();
+    let event = soon("the cut", events.recv()).await.unwrap();
+    assert!(began.elapsed() >= Duration::from_millis(300));
+    assert_eq!(event.cause, Cause::NoSuchNode);
+    assert!(
+        event.text.contains("cart@h2") && event.text.contains("300ms"),
+        "{}",
+        event.text
+    );
+    rest(&mut far).await;
+    keep.iter().for_each(|task| task.abort());
 }
 
 /// An idle link between agents has a running keepalive timer at both ends: `/proc/net/tcp` shows it as timer 2 (proc(5)).

@@ -6,6 +6,7 @@ mod connect;
 mod foreign;
 mod hostile;
 mod links;
+mod reproof;
 mod services;
 mod sidecars;
 mod spoofing;
@@ -108,6 +109,7 @@ impl World {
         let tasks = vec![
             tokio::spawn(proxy.clone().serve_inbound(inbound)).abort_handle(),
             tokio::spawn(proxy.clone().serve_dist(dist)).abort_handle(),
+            tokio::spawn(proxy.clone().keep_proven()).abort_handle(),
         ];
         Host {
             name: name.to_owned(),

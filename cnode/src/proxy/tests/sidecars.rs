@@ -112,7 +112,7 @@ async fn an_unverified_peer_is_marked_and_held_against_the_rules_by_its_name() {
         (link.verified, link.direction, link.remote.as_str()),
         (false, Direction::Inbound, "shop@h1")
     );
-    assert_eq!((link.remote_not_after, link.local_not_after), (None, None));
+    assert_eq!((link.remote_not_after(), link.local_not_after()), (None, None));
     drop((stream, near));
 
     // Who is in no catalogue, or here, is not taken at his word.

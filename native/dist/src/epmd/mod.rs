@@ -18,6 +18,20 @@
 //!
 //! A connection carries one request. Decoders take all bytes received so far; `Ok(None)` asks for more. Names are
 //! the part of a node name before `@`.
+//!
+//! ```
+//! use meshx_dist::epmd::{Node, NodeType, Port2Resp, Request, decode_port2_resp};
+//!
+//! let mut out = Vec::new();
+//! Request::PortPlease2("shop".into()).encode(&mut out)?; // in a program: write, and read at the other end
+//! assert_eq!(Request::decode(&out)?, Some(Request::PortPlease2("shop".into())));
+//!
+//! out.clear();
+//! Port2Resp::Found(Node::new("shop", 40_001, NodeType::Normal)).encode(&mut out)?;
+//! let Some(Port2Resp::Found(shop)) = decode_port2_resp(&out)? else { unreachable!() };
+//! assert_eq!(shop.port, 40_001);
+//! # Ok::<(), meshx_dist::epmd::EpmdError>(())
+//! ```
 
 mod request;
 mod response;

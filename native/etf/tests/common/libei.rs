@@ -1,5 +1,6 @@
 //! A process that reads and writes terms with libei, C's erl_interface. The source is tests/libei/ei_terms.c; it is
-//! compiled when it is first needed, against the libei of the `erl` on the path (Debian's package erlang-dev).
+//! compiled when it is first needed, against the libei of the `erl` on the path (Debian's package erlang-dev), or that in
+//! the directory `MESHX_LIBEI`: `include/ei.h` and `lib/libei.a`.
 #![allow(
     dead_code,
     unreachable_pub,
@@ -15,6 +16,10 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 const SOURCE: &str = include_str!("../../../../tests/libei/ei_terms.c");
+const NEWER_LIBC: &str = include_str!("../../../../tests/libei/newer_libc.h");
+
+/// Names another libei than that of the `erl` on the path.
+const VARIABLE: &str = "MESHX_LIBEI";
 
 /// The process. It ends when this is dropped.
 pub struct Libei {
@@ -99,14 +104,23 @@ impl Drop for Libei {
     }
 }
 
-/// Compiles a C program with libei into a temporary file, which the caller removes.
-pub fn compile(source: &str) -> PathBuf {
-    static COUNT: AtomicUsize = AtomicUsize::new(0);
+/// Where libei is.
+fn directory() -> PathBuf {
+    if let Some(named) = std::env::var_os(VARIABLE) {
+        return named.into();
+    }
     let root = Command::new("erl")
         .args(["-noshell", "-eval", "io:put_chars(code:root_dir()), halt()."])
         .output()
         .expect("erl must be on the path");
     let root = String::from_utf8(root.stdout).unwrap();
+    PathBuf::from(root).join("usr")
+}
+
+/// Compiles a C program with libei into a temporary file, which the caller removes.
+pub fn compile(source: &str) -> PathBuf {
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let libei = directory();
     let name = format!(
         "libei-{}-{}",
         std::process::id(),
@@ -116,13 +130,16 @@ pub fn compile(source: &str) -> PathBuf {
     let mut compiler = Command::new("cc")
         .args(["-O2", "-x", "c", "-", "-o"])
         .arg(&program)
-        .arg(format!("-I{root}/usr/include"))
-        .arg(format!("-L{root}/usr/lib"))
+        .arg("-I")
+        .arg(libei.join("include"))
+        .arg("-L")
+        .arg(libei.join("lib"))
         .args(["-lei", "-lpthread"])
         .stdin(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .expect("cc must be on the path");
+    let source = format!("{NEWER_LIBC}#line 1\n{source}");
     // Gone when `cc` cannot even start to read; its messages say why.
     let _ = compiler.stdin.take().unwrap().write_all(source.as_bytes());
     let done = compiler.wait_with_output().unwrap();

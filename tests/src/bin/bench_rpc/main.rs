@@ -8,14 +8,14 @@ mod peers;
 mod tables;
 
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use clap::Parser;
 use meshx_tests::Result;
-use meshx_tests::bench::{machine, write_report};
+use meshx_tests::bench::{machine, rounds, write_report};
 
-use measure::{MIXED, ROWS, Sample};
-use peers::{Kind, Pair, Stage};
+use measure::{MIXED, ROWS};
+use peers::{Kind, Stage};
 
 /// Measures MeshxRpc against :erpc.
 #[derive(Debug, Parser)]
@@ -66,13 +66,17 @@ fn run(arguments: &Arguments) -> Result<()> {
 
     let mut samples = Vec::new();
     for row in &rows {
-        warm(&mut pairs, |pair| measure::row(pair, row, ms / 4).map(drop))?;
+        pairs
+            .iter_mut()
+            .try_for_each(|pair| measure::row(pair, row, ms / 4).map(drop))?;
         samples.push(rounds(&mut pairs, arguments.rounds, row.name, |pair| {
             measure::row(pair, row, ms)
         })?);
     }
     let mixed = if wanted(MIXED) {
-        warm(&mut pairs, |pair| measure::mixed(pair, ms / 4).map(drop))?;
+        pairs
+            .iter_mut()
+            .try_for_each(|pair| measure::mixed(pair, ms / 4).map(drop))?;
         rounds(&mut pairs, arguments.rounds, MIXED, |pair| {
             measure::mixed(pair, ms * 2)
         })?
@@ -96,28 +100,4 @@ fn run(arguments: &Arguments) -> Result<()> {
     println!("written: {}", write_report("rpc.md", &text)?.display());
     println!("written: {}", write_report("rpc.svg", &svg)?.display());
     Ok(())
-}
-
-fn warm(pairs: &mut [Pair], each: impl FnMut(&mut Pair) -> Result<()>) -> Result<()> {
-    pairs.iter_mut().try_for_each(each)
-}
-
-/// Peer by peer, its samples of all rounds. Each round begins with another peer, so that none always follows the same.
-fn rounds(
-    pairs: &mut [Pair],
-    rounds: usize,
-    name: &str,
-    mut each: impl FnMut(&mut Pair) -> Result<Sample>,
-) -> Result<Vec<Vec<Sample>>> {
-    let started = Instant::now();
-    let mut samples = vec![Vec::new(); pairs.len()];
-    for round in 0..rounds {
-        for turn in 0..pairs.len() {
-            let at = (turn + round) % pairs.len();
-            samples[at].push(each(&mut pairs[at])?);
-        }
-    }
-    let took = Duration::from_secs(started.elapsed().as_secs());
-    eprintln!("{name}: {rounds} rounds of {} peers in {took:?}", pairs.len());
-    Ok(samples)
 }

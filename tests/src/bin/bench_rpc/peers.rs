@@ -5,18 +5,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use meshx_tests::bench::CpuClock;
+use meshx_tests::bench::{BUFFERS, CpuClock, ask, distribution_flags, free_port, tls_options};
 use meshx_tests::{Agent, Context, Mesh, Process, Result, ebin, program, repository};
-use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa, KeyPair,
-    KeyUsagePurpose, SanType,
-};
 
 const START: Duration = Duration::from_secs(60);
-const ANSWER: Duration = Duration::from_secs(120);
-
-/// The buffers that MeshxRpc gives its sockets, for everybody.
-const BUFFERS: &str = "{nodelay,true},{buffer,131072},{recbuf,262144},{sndbuf,262144}";
 
 /// A kind of RPC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -105,7 +97,7 @@ impl Stage {
             mesh.agent("a", "127.0.0.2", &["h1"])?,
             mesh.agent("b", "127.0.0.3", &["h2"])?,
         ];
-        certificates(&dir)?;
+        tls_options(dir.path())?;
         Ok(Self {
             dir,
             epmd_port,
@@ -187,20 +179,15 @@ impl Stage {
 
     fn flags(&self, kind: Kind, name: &str) -> String {
         let node = format!("-name {name}@127.0.0.1 -setcookie bench -start_epmd false");
-        let options = |options: &str| {
-            format!(
-                "-kernel inet_dist_listen_options [{options}] -kernel inet_dist_connect_options [{options}]"
-            )
-        };
         let bind = "-kernel inet_dist_use_interface {127,0,0,1}";
         let tls = format!(
             "-proto_dist inet_tls -ssl_dist_optfile {}",
             self.path("tls.conf").display()
         );
         match kind {
-            Kind::Erpc => format!("{node} {bind} {}", options(BUFFERS)),
-            Kind::Tls => format!("{node} {bind} {tls} {}", options("{nodelay,true}")),
-            Kind::TlsTuned => format!("{node} {bind} {tls} {}", options(BUFFERS)),
+            Kind::Erpc => format!("{node} {bind} {}", distribution_flags(BUFFERS)),
+            Kind::Tls => format!("{node} {bind} {tls} {}", distribution_flags("{nodelay,true}")),
+            Kind::TlsTuned => format!("{node} {bind} {tls} {}", distribution_flags(BUFFERS)),
             _ => String::new(),
         }
     }
@@ -244,60 +231,4 @@ impl Pair {
     pub(crate) fn cpu(&self) -> Result<CpuClock> {
         CpuClock::start(&[&self.pids[..], &self.relays].concat())
     }
-}
-
-fn ask(process: &mut Process, line: &str) -> Result<Vec<f64>> {
-    process.write_line(line)?;
-    let answer = process.wait_for(ANSWER, |line| line.strip_prefix("done").map(str::to_owned))?;
-    answer
-        .split_ascii_whitespace()
-        .map(|word| word.parse().context(word))
-        .collect()
-}
-
-fn free_port() -> Result<u16> {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").context("bind a port")?;
-    Ok(listener.local_addr().context("read its address")?.port())
-}
-
-/// An authority and one certificate that both sides show, with the options of inet_tls_dist.
-fn certificates(dir: &tempfile::TempDir) -> Result<()> {
-    let key = || KeyPair::generate().context("make a key");
-    let mut params = CertificateParams::default();
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    // Two certificates of one name look like one that signed itself.
-    params
-        .distinguished_name
-        .push(DnType::CommonName, "meshx bench authority");
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
-    let ca = CertifiedIssuer::self_signed(params, key()?).context("make an authority")?;
-    // inet_tls_dist holds the host part of the node name, as a string, against the names of DNS.
-    let mut params = CertificateParams::default();
-    params.subject_alt_names = vec![SanType::DnsName(
-        "127.0.0.1".try_into().context("name a certificate")?,
-    )];
-    params.extended_key_usages = vec![
-        ExtendedKeyUsagePurpose::ServerAuth,
-        ExtendedKeyUsagePurpose::ClientAuth,
-    ];
-    params.distinguished_name.push(DnType::CommonName, "meshx bench");
-    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
-    let leaf_key = key()?;
-    let leaf = params.signed_by(&leaf_key, &ca).context("sign a certificate")?;
-    let write = |name: &str, text: String| {
-        let path = dir.path().join(name);
-        std::fs::write(&path, text).context(path.display())?;
-        Ok::<_, String>(path.display().to_string())
-    };
-    let common = format!(
-        "{{certfile,{:?}}},{{keyfile,{:?}}},{{cacertfile,{:?}}},{{verify,verify_peer}},{{versions,['tlsv1.3']}}",
-        write("cert.pem", leaf.pem())?,
-        write("key.pem", leaf_key.serialize_pem())?,
-        write("ca.pem", ca.pem())?,
-    );
-    write(
-        "tls.conf",
-        format!("[{{server,[{common},{{fail_if_no_peer_cert,true}}]}},{{client,[{common}]}}].\n"),
-    )?;
-    Ok(())
 }

@@ -167,3 +167,37 @@ async fn services_beyond_the_watches_are_looked_up() {
     let watched = || mock.asked().iter().filter(|uri| uri.contains("index=5")).count();
     until(async || (watched() == SERVICES_MAX).then_some(())).await;
 }
+
+#[tokio::test]
+async fn what_is_present_is_told_only_while_the_watch_sees() {
+    let there = json!([health("shop", "shop@h2")]).to_string();
+    let plays = |index: u64, body: String| {
+        move |uri: &Uri, _: &Value| match (uri.path(), index_of(uri)) {
+            ("/v1/health/connect/shop", asked) if asked != index => answer(index, body.clone()),
+            _ => None,
+        }
+    };
+    let mock = Mock::new(plays(5, there.clone())).await;
+    let (mesh, shop) = (mock.mesh(), service("shop"));
+    let first = until(async || mesh.present(&shop).await.ok()).await;
+    assert!(first.ids.contains("shop@h2"));
+    // It goes, and the series of good answers goes on.
+    mock.plays(plays(6, "[]".to_owned()));
+    let gone = async || mesh.present(&shop).await.ok().filter(|now| now.ids.is_empty());
+    assert_eq!(until(gone).await.series, first.series);
+    // Consul is away: what it told before is no answer now.
+    mock.plays(|_, _| says(500, "no leader"));
+    until(async || mesh.present(&shop).await.err()).await;
+    mock.plays(plays(7, "[]".to_owned()));
+    let back = until(gone).await;
+    assert!(back.series > first.series);
+    // Its index goes backwards: it has lost its state, and who is absent may only not be back.
+    mock.plays(plays(3, "[]".to_owned()));
+    until(async || {
+        mesh.present(&shop)
+            .await
+            .ok()
+            .filter(|now| now.series > back.series)
+    })
+    .await;
+}

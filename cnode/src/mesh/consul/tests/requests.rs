@@ -277,3 +277,24 @@ async fn a_watch_keeps_its_answer_while_consul_fails_and_goes_on() {
         .unwrap();
     assert!(seen.fault.is_none());
 }
+
+#[tokio::test]
+async fn a_consul_that_began_anew_between_two_queries_is_not_waited_for() {
+    // Its index is the one before, or lower: what it says now it would tell only when the wait is over.
+    for index in [5, 3] {
+        let mock = Mock::new(move |uri, _| {
+            let short = uri.query().is_some_and(|query| query.contains("wait=1000ms"));
+            match index_of(uri) {
+                0 => answer(5, "1"),
+                5 if short => answer(index, "7"),
+                _ => None,
+            }
+        })
+        .await;
+        let mut seen = watch(mock.client(), question(), None, None, |reply| reply.json::<u32>());
+        tokio::time::timeout(LONG, seen.wait_for(|seen| seen.value == Some(7)))
+            .await
+            .unwrap()
+            .unwrap();
+    }
+}

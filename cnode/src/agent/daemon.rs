@@ -260,6 +260,7 @@ impl Agent {
     ) -> Result<Self, StartError> {
         let context = Arc::new(context);
         let (proxy, registry) = (&context.proxy, &context.registry);
+        proxy.ask_elsewhere(Arc::new(registry.predecessors().clone()));
         let mut data = JoinSet::new();
         data.spawn(proxy.clone().serve_inbound(listeners.inbound.clone()));
         data.spawn(proxy.clone().serve_dist(listeners.dist.clone()));
@@ -428,6 +429,7 @@ impl Agent {
         let (clients, cuts) = clients.parked.into_iter().map(Parked::leave).unzip();
         let follower = Follower {
             socket: takeover::socket(dir.path()),
+            proxy: proxy.clone(),
             links: links.clone(),
             clients,
             cuts: takeover::merge(cuts),

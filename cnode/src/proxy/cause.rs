@@ -109,7 +109,7 @@ impl<'de> Deserialize<'de> for Cause {
 }
 
 /// A cause, and what was seen and wanted.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{cause}: {text}")]
 pub struct Refusal {
     /// The cause.

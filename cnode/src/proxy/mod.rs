@@ -43,12 +43,13 @@ pub mod why;
 pub mod wire;
 
 use std::future::Future;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 pub use listener::Listener;
 pub use proof::Proof;
+pub(crate) use reproof::{Elsewhere, Forwarded};
 pub use upstream::{Listen, Upstream, UpstreamHandle, UpstreamLinks};
 
 use tokio_util::sync::CancellationToken;
@@ -129,6 +130,7 @@ pub struct Proxy {
     closed: CancellationToken,
     /// What listeners serve, links included.
     serving: TaskTracker,
+    elsewhere: OnceLock<Arc<dyn Elsewhere>>,
 }
 
 impl std::fmt::Debug for Proxy {
@@ -151,6 +153,7 @@ impl Proxy {
             refusals: std::array::from_fn(|_| LogLimit::new("refused links")),
             closed: CancellationToken::new(),
             serving: TaskTracker::new(),
+            elsewhere: OnceLock::new(),
         })
     }
 

@@ -21,7 +21,10 @@ use crate::{
         commands::Client,
         frame::{frame, read_frame},
     },
-    proxy::links::{CutEvent, LinkTable},
+    proxy::{
+        Proxy,
+        links::{CutEvent, LinkTable},
+    },
 };
 
 /// Pause before whoever serves is looked for again.
@@ -36,6 +39,7 @@ const CUTS_MAX: usize = 1024;
 /// What is left of a process that was taken over.
 pub(in crate::agent) struct Follower {
     pub(in crate::agent) socket: PathBuf,
+    pub(in crate::agent) proxy: Arc<Proxy>,
     pub(in crate::agent) links: LinkTable,
     /// Its former clients, for the links of their upstreams.
     pub(in crate::agent) clients: Vec<Arc<Client>>,
@@ -83,7 +87,7 @@ impl Follower {
             count.set_missed_tick_behavior(MissedTickBehavior::Delay);
             loop {
                 let reports = tokio::select! {
-                    Some(order) = given.recv() => self.carry_out(order),
+                    Some(order) = given.recv() => self.carry_out(order).await,
                     Some((owner, event)) = self.cuts.recv() => vec![Report::Cut { owner, event }],
                     _ = count.tick() => vec![Report::Holding { links: self.links.snapshot().len() }],
                     else => return,
@@ -104,7 +108,7 @@ impl Follower {
         }
     }
 
-    fn carry_out(&self, order: Order) -> Vec<Report> {
+    async fn carry_out(&self, order: Order) -> Vec<Report> {
         match order {
             Order::Cut { link, cause, text } => {
                 self.links.cut(link, cause, &text);
@@ -121,6 +125,10 @@ impl Follower {
                 for client in self.clients.iter().filter(|client| client.owner.id == owner) {
                     client.upstreams.close_all();
                 }
+            }
+            Order::Prove(forwarded) => {
+                let answer = self.proxy.reprove_forwarded(forwarded).await;
+                return vec![Report::Proven { answer }];
             }
             Order::Links => {
                 let links = self.links.snapshot();

@@ -8,8 +8,8 @@ use crate::{
     agent::registry::{Handed, HandedInstance},
     mesh::ServiceName,
     proxy::{
-        Upstream,
-        cause::Cause,
+        Forwarded, Upstream,
+        cause::{Cause, Refusal},
         links::{CutEvent, LinkId, LinkSnapshot},
     },
 };
@@ -130,6 +130,8 @@ pub(in crate::agent) enum Order {
     CloseUpstream { owner: u64, id: String },
     /// Cut the links of all upstreams of a client that is gone.
     ClientGone { owner: u64 },
+    /// Believe a link by this proof, if it is here.
+    Prove(Forwarded),
     /// Tell what links there are.
     Links,
 }
@@ -142,6 +144,8 @@ pub(super) enum Report {
     Holding { links: usize },
     /// A link was cut: its owner is to close it with the reason.
     Cut { owner: u64, event: CutEvent },
+    /// The answer to [`Order::Prove`]; none when the link is not here.
+    Proven { answer: Option<Result<(), Refusal>> },
     /// Some links, the answer to [`Order::Links`]; `last` with the last ones.
     Links { links: Vec<LinkSnapshot>, last: bool },
 }

@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use futures::future::BoxFuture;
 use tokio::{
     io::AsyncWriteExt,
     net::{UnixStream, unix::OwnedReadHalf},
@@ -23,15 +24,19 @@ use super::{
 };
 use crate::{
     agent::control::frame::{frame, read_frame},
-    proxy::links::{LINKS_MAX, LinkSnapshot, LinkTable},
+    proxy::{
+        Elsewhere, Forwarded,
+        cause::Refusal,
+        links::{LINKS_MAX, LinkSnapshot, LinkTable},
+    },
 };
 
 /// Earlier processes that are known at a time. Others hold their links all the same; they are not told of.
 pub(super) const PREDECESSORS_MAX: usize = 16;
 /// Orders that may wait for one of them.
 const ORDERS_MAX: usize = 1024;
-/// How long one may take to tell its links.
-const LINKS_TIME: Duration = Duration::from_secs(2);
+/// How long one may take to answer.
+const ANSWER_TIME: Duration = Duration::from_secs(2);
 
 /// Those that are connected. Clones share one list.
 #[derive(Debug, Clone, Default)]
@@ -49,7 +54,12 @@ struct Predecessor {
     orders: mpsc::Sender<(Order, Option<Asked>)>,
 }
 
-type Asked = oneshot::Sender<Vec<LinkSnapshot>>;
+/// Who waits for an answer. They come in the order of the questions.
+#[derive(Debug)]
+enum Asked {
+    Links(oneshot::Sender<Vec<LinkSnapshot>>, Vec<LinkSnapshot>),
+    Proof(oneshot::Sender<Option<Result<(), Refusal>>>),
+}
 
 /// One of them, as it is shown.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -89,19 +99,26 @@ impl Predecessors {
 
     /// Their live links; those of one that is silent are left out.
     pub(in crate::agent) async fn links(&self) -> Vec<LinkSnapshot> {
-        let asked: Vec<_> = {
+        let answers = self
+            .ask(&Order::Links, |tell| Asked::Links(tell, Vec::new()))
+            .await;
+        answers.into_iter().flatten().collect()
+    }
+
+    async fn ask<T>(&self, order: &Order, asked: impl Fn(oneshot::Sender<T>) -> Asked) -> Vec<T> {
+        let told: Vec<_> = {
             let all = self.lock();
             all.values()
                 .filter_map(|one| {
                     let (tell, told) = oneshot::channel();
-                    one.orders.try_send((Order::Links, Some(tell))).ok()?;
+                    one.orders.try_send((order.clone(), Some(asked(tell)))).ok()?;
                     Some(told)
                 })
                 .collect()
         };
-        let answers = asked.into_iter().map(|told| timeout(LINKS_TIME, told));
+        let answers = told.into_iter().map(|told| timeout(ANSWER_TIME, told));
         let answers = futures::future::join_all(answers).await;
-        answers.into_iter().flatten().flatten().flatten().collect()
+        answers.into_iter().flatten().flatten().collect()
     }
 
     /// Gives all of them up: they look for the successor of this process.
@@ -141,7 +158,7 @@ impl Predecessors {
                 };
                 if let Some(tell) = tell {
                     let mut asked = asked.lock().unwrap_or_else(PoisonError::into_inner);
-                    asked.push_back((tell, Vec::new()));
+                    asked.push_back(tell);
                 }
                 if !matches!(timeout(MESSAGE_TIME, writer.write_all(&bytes)).await, Ok(Ok(()))) {
                     return;
@@ -163,10 +180,19 @@ impl Predecessors {
     }
 }
 
+impl Elsewhere for Predecessors {
+    fn reprove(&self, forwarded: Forwarded) -> BoxFuture<'_, Option<Result<(), Refusal>>> {
+        Box::pin(async move {
+            let answers = self.ask(&Order::Prove(forwarded), Asked::Proof).await;
+            answers.into_iter().flatten().next()
+        })
+    }
+}
+
 async fn hear(
     mut reader: OwnedReadHalf,
     holding: &AtomicUsize,
-    asked: &Mutex<VecDeque<(Asked, Vec<LinkSnapshot>)>>,
+    asked: &Mutex<VecDeque<Asked>>,
     links: &LinkTable,
 ) {
     while let Ok(Some(bytes)) = read_frame(&mut reader, MESSAGE_MAX).await {
@@ -175,16 +201,23 @@ async fn hear(
             Ok(Report::Cut { owner, event }) => links.tell(owner, event),
             Ok(Report::Links { links, last }) => {
                 let mut asked = asked.lock().unwrap_or_else(PoisonError::into_inner);
-                let Some((_, told)) = asked.front_mut() else {
+                let Some(Asked::Links(_, told)) = asked.front_mut() else {
                     return;
                 };
                 told.extend(links);
                 if told.len() > LINKS_MAX {
                     return;
                 }
-                if last && let Some((tell, told)) = asked.pop_front() {
+                if last && let Some(Asked::Links(tell, told)) = asked.pop_front() {
                     let _ = tell.send(told);
                 }
+            }
+            Ok(Report::Proven { answer }) => {
+                let mut asked = asked.lock().unwrap_or_else(PoisonError::into_inner);
+                let Some(Asked::Proof(tell)) = asked.pop_front() else {
+                    return;
+                };
+                let _ = tell.send(answer);
             }
             // Of another release.
             Err(error) => warn!(%error, "a predecessor's report is not understood"),

@@ -59,6 +59,7 @@ lint:
 	cd examples/shop && mix format --check-formatted
 	cd examples/rpc && mix format --check-formatted
 	cd examples/adapter && mix format --check-formatted
+	cd examples/release && mix format --check-formatted
 
 # The crate meshx-tests holds the end-to-end tests, which need both halves built: they come last.
 test-rust:
@@ -78,6 +79,7 @@ test-elixir:
 built-for-end-to-end:
 	cargo build --locked -p meshx -p bridge -p search_node
 	cd examples/shop && MIX_ENV=prod MESHX_NIF=require mix do deps.get, compile --warnings-as-errors
+	cd examples/release && MIX_ENV=prod MESHX_NIF=require mix do deps.get, compile --warnings-as-errors
 	cd mix_project && $(TEST_ENV) mix do deps.get, compile --warnings-as-errors
 
 test-end-to-end: built-for-end-to-end
@@ -121,4 +123,4 @@ fuzz:
 
 clean:
 	cargo clean
-	rm -rf mix_project/_build mix_project/deps examples/{shop,rpc,adapter}/{_build,deps}
+	rm -rf mix_project/_build mix_project/deps examples/{shop,rpc,adapter,release}/{_build,deps}

@@ -43,7 +43,6 @@ defmodule Meshx do
 
   ## Limits of this version
 
-    * A node that does not listen (`-dist_listen false`, `-name undefined`) boots but can't connect.
     * `-epmd_module` is not offered: a node uses the carrier, or no mesh.
   """
 end

@@ -14,7 +14,7 @@
 -behaviour(gen_statem).
 
 -export([start/0, start_link/0, call/2, call/3, await/0, subscribe/0]).
--export([register_node/3, deregister_node/0, credentials/0, link/4]).
+-export([register_node/3, deregister_node/0, secret/0, credentials/1, link/4]).
 -export([init/1, callback_mode/0, handle_event/4, terminate/3, format_status/1]).
 -export_type([result/0]).
 
@@ -38,6 +38,8 @@
 
 -define(NEVER_CONNECTED, {not_ready, <<"not connected to the agent yet">>}).
 
+%% The name of a node that is not registered, or the host of one that has no name yet.
+-type name() :: #{node := binary()} | #{host := binary()}.
 -type result() :: {ok, map()} | {error, {atom(), binary()}}.
 
 -record(node, {
@@ -60,10 +62,16 @@
     next_id = 1 :: pos_integer(),
     %% What to do with a reply; `abandoned' when its caller gave up.
     pending = #{} :: #{
-        integer() => {call, gen_statem:from()} | {register, undefined | gen_statem:from()} | abandoned
+        integer() =>
+            {call, gen_statem:from()}
+            | {register, undefined | gen_statem:from()}
+            | {session, name(), gen_statem:from()}
+            | abandoned
     },
     waiting = [] :: [gen_statem:from()],
     node :: undefined | #node{},
+    %% A VM that does not listen: what it called itself, and its secret, inside a fun, while the agent knows it.
+    session :: undefined | {name(), fun(() -> meshx_frame:secret())},
     failures = 0 :: non_neg_integer(),
     refusals = 0 :: non_neg_integer(),
     %% Why there is no connection: the last thing that went wrong.
@@ -134,11 +142,18 @@ deregister_node() ->
     _ = ask(deregister_node),
     ok.
 
-%% What a link needs: the agent's dist socket and the secret of this node's registration.
--spec credentials() ->
-    {ok, #{dist_socket := binary(), secret := meshx_frame:secret()}} | {error, {atom(), binary()}}.
-credentials() ->
-    ask(credentials).
+%% The secret of this node's registration, by which the agent proves itself.
+-spec secret() -> {ok, meshx_frame:secret()} | {error, {atom(), binary()}}.
+secret() ->
+    ask(secret).
+
+%% What a link needs: the agent's dist socket and this node's secret there. A node that is not registered, because it
+%% does not listen or is a tool, is a session to the agent from here on, under the name that `Self' says: its links are
+%% hidden.
+-spec credentials(name()) ->
+    {ok, #{dist_socket := binary(), secret := meshx_frame:secret(), session := boolean()}} | {error, {atom(), binary()}}.
+credentials(Self) ->
+    ask({credentials, Self}).
 
 %% Ties the calling process, and the port that it owns, to this client as a link that the agent can cut.
 -spec link(meshx_frame:link_id(), port(), meshx_links:direction(), meshx_frame:peer()) -> ok.
@@ -213,20 +228,21 @@ handle_event({call, From}, deregister_node, State, #data{node = Node} = Data) ->
         undefined ->
             {keep_state_and_data, {reply, From, {ok, #{}}}}
     end;
-handle_event({call, From}, credentials, State, #data{node = Node, hello = Hello, error = {Cause, Text}}) ->
+handle_event({call, From}, secret, State, Data) ->
+    {keep_state_and_data, {reply, From, own_secret(State, Data)}};
+handle_event({call, From}, {credentials, Self}, ready, #data{node = undefined} = Data) ->
+    case Data#data.session of
+        {Self, Secret} ->
+            {keep_state_and_data, {reply, From, {ok, credentials(Secret(), true, Data)}}};
+        %% None yet, or the node has got its name meanwhile.
+        _ ->
+            request(register_session, Self, {session, Self, From}, ?CALL_TIMEOUT, Data)
+    end;
+handle_event({call, From}, {credentials, _}, State, #data{node = #node{}} = Data) ->
     Reply =
-        case Node of
-            #node{registration = #{secret := Secret}} when State =:= ready ->
-                {ok, #{dist_socket => maps:get(dist_socket, Hello), secret => Secret()}};
-            undefined ->
-                {error,
-                    {not_ready,
-                        <<"this node is not registered: nodes that do not listen (-name undefined, -dist_listen false) "
-                            "are not supported yet">>}};
-            _ when State =:= ready ->
-                {error, {not_ready, <<"this node is not registered with the agent yet">>}};
-            _ ->
-                {error, {Cause, Text}}
+        case own_secret(State, Data) of
+            {ok, Secret} -> {ok, credentials(Secret, false, Data)};
+            {error, _} = Error -> Error
         end,
     {keep_state_and_data, {reply, From, Reply}};
 handle_event({call, _}, _, greeting, _) ->
@@ -367,7 +383,7 @@ lost({Cause, Text} = Error, #data{socket = Socket, pending = Pending, waiting = 
         0 -> ok;
         _ -> tell(down, Data)
     end,
-    Waiters = [From || {_, From} <- maps:values(maps:filter(fun waited/2, Pending))] ++ Waiting,
+    Waiters = [from(Kind) || Kind <- maps:values(maps:filter(fun waited/2, Pending))] ++ Waiting,
     Timers = [{{timeout, {request, Id}}, cancel} || Id <- maps:keys(Pending)],
     Replies = [{reply, From, {error, Error}} || From <- Waiters],
     Failures = Data#data.failures,
@@ -378,6 +394,7 @@ lost({Cause, Text} = Error, #data{socket = Socket, pending = Pending, waiting = 
             pending = #{},
             waiting = [],
             node = unregistered(Data#data.node),
+            session = undefined,
             error = Error,
             failures = Failures + 1,
             ended = [],
@@ -393,7 +410,11 @@ lost_links(#data{ended = Ended}) ->
     [Link || {At, Link} <- Ended, At >= Since] ++ meshx_links:live().
 
 waited(_, {_, From}) -> From =/= undefined;
+waited(_, {session, _, _}) -> true;
 waited(_, abandoned) -> false.
+
+from({session, _, From}) -> From;
+from({_, From}) -> From.
 
 unregistered(undefined) -> undefined;
 unregistered(Node) -> Node#node{registration = undefined}.
@@ -435,6 +456,7 @@ next_id(Id) when Id >= 16#7ffffff -> 1;
 next_id(Id) -> Id + 1.
 
 replies({_, undefined}, _) -> [];
+replies({session, _, From}, Reply) -> [{reply, From, Reply}];
 replies({_, From}, Reply) -> [{reply, From, Reply}];
 replies(abandoned, _) -> [].
 
@@ -504,6 +526,7 @@ answered(Id, Reply, #data{pending = Pending} = Data) ->
     end.
 
 finish({register, From}, Reply, Data) -> registered(meshx_control:registration(Reply), From, Data);
+finish({session, Self, From}, Reply, Data) -> session(meshx_control:session(Reply), Self, From, Data);
 finish(Kind, Reply, Data) -> {keep_state, Data, replies(Kind, Reply)}.
 
 cut(Link, Cause, Text) ->
@@ -518,6 +541,22 @@ cut(Link, Cause, Text) ->
     end.
 
 %% === This VM's node
+
+own_secret(ready, #data{node = #node{registration = #{secret := Secret}}}) ->
+    {ok, Secret()};
+own_secret(ready, _) ->
+    {error, {not_ready, <<"this node is not registered with the agent yet">>}};
+own_secret(_, #data{error = Error}) ->
+    {error, Error}.
+
+credentials(Secret, Session, #data{hello = Hello}) ->
+    #{dist_socket => maps:get(dist_socket, Hello), secret => Secret, session => Session}.
+
+session({ok, Secret}, Self, From, Data) ->
+    Known = Data#data{session = {Self, fun() -> Secret end}},
+    {keep_state, Known, [{reply, From, {ok, credentials(Secret, true, Known)}}]};
+session({error, _} = Error, _, From, Data) ->
+    {keep_state, Data, [{reply, From, Error}]}.
 
 register_at_agent(Kind, #data{node = Node} = Data) ->
     #node{name = Name, path = Path, hidden = Hidden, creation = Creation, proof = Proof} = Node,

@@ -3,7 +3,7 @@
 -module(meshx_control).
 
 -export([request/3, decode/1, max_request/0, max_frame/0]).
--export([hello/1, registration/1, vocabulary/0]).
+-export([hello/1, registration/1, session/1, vocabulary/0]).
 -export_type([command/0, reply/0, hello/0, registration/0]).
 
 %% A client's frame is at most 64 KiB (docs/mesh-protocol.md).
@@ -111,6 +111,18 @@ registration({ok, Result}) ->
             text("register_node was answered with ~tp, wanted creation (4..2^32-1), secret (32 bytes), "
                  "instance, service and spiffe", [maps:keys(Result)])}};
 registration({error, _} = Error) ->
+    Error.
+
+%% Checks what `register_session' answered.
+-spec session(reply()) -> {ok, meshx_frame:secret()} | {error, {atom(), binary()}}.
+session({ok, #{secret := <<_:32/binary>> = Secret}}) ->
+    {ok, Secret};
+session({ok, Result}) ->
+    %% The keys only: one of the values is the secret.
+    {error,
+        {invalid_request,
+            text("register_session was answered with ~tp, wanted secret (32 bytes)", [maps:keys(Result)])}};
+session({error, _} = Error) ->
     Error.
 
 %% Every atom that the agent may send. `binary_to_term(_, [safe])' takes only atoms that exist, and in a VM that

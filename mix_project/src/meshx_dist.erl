@@ -73,7 +73,12 @@ listen(Name) ->
 %% Makes the node's socket in the directory that the agent names, and registers the node.
 listen(Name, Host) ->
     Node = unicode:characters_to_binary(atom_to_list(Name) ++ "@" ++ Host),
-    case listen_and_register(Node) of
+    Listened =
+        case is_session(atom_to_list(Name)) of
+            true -> listen_for_nobody();
+            false -> listen_and_register(Node)
+        end,
+    case Listened of
         {ok, Socket, Path, #{creation := Creation}} ->
             Address = #net_address{address = {local, Path}, host = Host, protocol = ?PROTOCOL, family = ?FAMILY},
             {ok, {Socket, Address, Creation}};
@@ -82,19 +87,39 @@ listen(Name, Host) ->
             {error, Cause}
     end.
 
-listen_and_register(Node) ->
+%% A tool comes and goes, and nobody has to find it: the agent hears of it when it dials, and the mesh never does. The
+%% names are those that releases and RabbitMQ give their tools; the flag `-meshx_session' makes it one by any name.
+is_session(Name) ->
+    init:get_argument(meshx_session) =/= error orelse
+        lists:any(fun(Prefix) -> lists:prefix(Prefix, Name) end, ["rem-", "rpc-", "rabbitmqcli-"]).
+
+%% net_kernel wants a listening socket: without its path nobody can connect to it.
+listen_for_nobody() ->
+    case listen_in_agents_dir() of
+        {ok, Socket, Path} ->
+            _ = prim_file:delete(Path),
+            {ok, Socket, Path, #{creation => binary:decode_unsigned(meshx_dir:random(4)) bor 4}};
+        {error, _} = Error ->
+            Error
+    end.
+
+listen_in_agents_dir() ->
     case meshx_agent:await() of
         {ok, #{vm_dir := Dir}} ->
             Name = binary:encode_hex(meshx_dir:random(8)),
-            case listen_at(filename:join(Dir, <<Name/binary, ".sock">>)) of
-                {ok, Socket, Path} ->
-                    Patience = #{
-                        name_taken => deadline(?NAME_FREE_WITHIN),
-                        not_ready => deadline(ready_within())
-                    },
-                    register(Node, Socket, Path, Patience);
-                {error, _} = Error -> Error
-            end;
+            listen_at(filename:join(Dir, <<Name/binary, ".sock">>));
+        {error, _} = Error ->
+            Error
+    end.
+
+listen_and_register(Node) ->
+    case listen_in_agents_dir() of
+        {ok, Socket, Path} ->
+            Patience = #{
+                name_taken => deadline(?NAME_FREE_WITHIN),
+                not_ready => deadline(ready_within())
+            },
+            register(Node, Socket, Path, Patience);
         {error, _} = Error ->
             Error
     end.
@@ -185,9 +210,25 @@ boot_error(Node, Cause, Text) ->
     end.
 
 remedy(unreachable) ->
-    "  start the agent (meshx agent), or say where its directory is: erl -meshx_dir DIR, or MESHX_DIR\n";
+    [
+        "  start the agent (meshx agent), or say where its directory is: erl -meshx_dir DIR, or MESHX_DIR\n",
+        shipped_agent()
+    ];
 remedy(_) ->
     "".
+
+%% A release may have brought the agent's program along (lib/meshx/release.ex).
+shipped_agent() ->
+    case code:priv_dir(meshx) of
+        {error, bad_name} ->
+            "";
+        Priv ->
+            Program = filename:join([Priv, "bin", "meshx"]),
+            case prim_file:read_file_info(Program) of
+                {ok, _} -> io_lib:format("  the agent of this release: ~ts agent --help~n", [Program]);
+                {error, _} -> ""
+            end
+    end.
 
 %% === Accepting
 
@@ -261,8 +302,8 @@ greet(Kernel, Socket) ->
 proven(Socket) ->
     case gen_tcp:recv(Socket, 0, ?ACCEPT_TIMEOUT) of
         {ok, Frame} ->
-            case meshx_agent:credentials() of
-                {ok, #{secret := Secret}} ->
+            case meshx_agent:secret() of
+                {ok, Secret} ->
                     case meshx_frame:accept(list_to_binary(Frame), Secret) of
                         {ok, Link, Peer} -> {ok, Link, Peer};
                         {error, bad_secret} -> {error, <<"its secret is not the one of this node's registration">>};
@@ -340,8 +381,8 @@ setup(Node, Type, MyNode, _LongOrShortNames, SetupTime) ->
 connecting(Kernel, Node, Type, MyNode, SetupTime) ->
     Timer = dist_util:start_timer(SetupTime),
     %% Sooner than the timer, which would end this process before it can say why.
-    case dial(Node, deadline(SetupTime - SetupTime div 8)) of
-        {ok, Socket, Link} ->
+    case dial(Node, self_name(MyNode), deadline(SetupTime - SetupTime div 8)) of
+        {ok, Socket, Link, Session} ->
             dist_util:reset_timer(Timer),
             handshake_options(Socket),
             Handshake = #hs_data{
@@ -349,7 +390,7 @@ connecting(Kernel, Node, Type, MyNode, SetupTime) ->
                 other_node = Node,
                 this_node = MyNode,
                 timer = Timer,
-                request_type = Type
+                request_type = request_type(Type, Session)
             },
             try
                 dist_util:handshake_we_started(with_socket(Socket, Link, Handshake))
@@ -374,15 +415,28 @@ failed(Node, Reason) ->
         undefined -> meshx_links:refuse(Node, handshake_failed, text("~tp", [Reason]))
     end.
 
-dial(Node, Deadline) ->
-    case meshx_agent:credentials() of
-        {ok, #{dist_socket := Path, secret := Secret}} ->
+request_type(_, true) -> hidden;
+request_type(Type, false) -> Type.
+
+%% `-name undefined': the other end names this node, of which only the host is known.
+self_name(MyNode) ->
+    case atom_to_binary(MyNode, utf8) of
+        <<"undefined@", Host/binary>> -> #{host => Host};
+        Node -> #{node => Node}
+    end.
+
+dial(Node, Self, Deadline) ->
+    case meshx_agent:credentials(Self) of
+        {ok, #{dist_socket := Path, secret := Secret, session := Session}} ->
             Target = atom_to_binary(Node, utf8),
             case gen_tcp:connect({local, Path}, 0, [{inet_backend, inet} | preamble_options()], ?CONNECT_TIMEOUT) of
                 {ok, Socket} ->
                     Link = meshx_dir:random(16),
                     meshx_agent:link(Link, Socket, outbound, #{node => Target, spiffe => <<>>, agent => <<>>}),
-                    ask(Socket, Link, Secret, Target, Deadline);
+                    case ask(Socket, Link, Secret, Target, Deadline) of
+                        ok -> {ok, Socket, Link, Session};
+                        {error, _} = Error -> Error
+                    end;
                 {error, Reason} ->
                     {error, {unreachable, text("no agent at ~ts: ~ts", [Path, inet:format_error(Reason)])}}
             end;
@@ -397,8 +451,7 @@ ask(Socket, Link, Secret, Target, Deadline) ->
                 {ok, Frame} ->
                     case meshx_frame:answer(list_to_binary(Frame)) of
                         {ok, Peer} ->
-                            meshx_agent:link(Link, Socket, outbound, Peer#{node => Target}),
-                            {ok, Socket, Link};
+                            meshx_agent:link(Link, Socket, outbound, Peer#{node => Target});
                         {refused, Cause, Text} ->
                             {error, {Cause, Text}};
                         {error, Text} ->
@@ -427,7 +480,13 @@ with_socket(Socket, Link, Handshake) ->
         up(),
         meshx_links:up(Link)
     end,
-    hs_data(Socket, Up, Handshake).
+    Data = hs_data(Socket, Up, Handshake),
+    Data#hs_data{
+        f_address = fun(_, Node) ->
+            meshx_links:named(Link, Node),
+            net_address(Node)
+        end
+    }.
 
 %% An ordinary port-driver connection; `Up' is called in its process when the nodes' handshake is done.
 hs_data(Socket, Up, Handshake) ->

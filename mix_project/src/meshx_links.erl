@@ -3,7 +3,7 @@
 %% and the caller of `Node.connect/1' finds it at once.
 -module(meshx_links).
 
--export([new/0, add/5, up/1, down/1, live/0, port/1, list/0, refuse/3, refusal/1]).
+-export([new/0, add/5, named/2, up/1, down/1, live/0, port/1, list/0, refuse/3, refusal/1]).
 -export_type([direction/0, refusal/0, ended/0]).
 
 -define(TABLE, meshx_links).
@@ -28,6 +28,13 @@ new() ->
 -spec add(meshx_frame:link_id(), pid(), port(), direction(), meshx_frame:peer()) -> ok.
 add(Link, Owner, Port, Direction, Peer) ->
     true = ets:insert(?TABLE, {{link, Link}, Port, Owner, Peer#{direction => Direction, up => false}}),
+    ok.
+
+%% Notes what the other end is called: a node that boots without a name gets one in the handshake.
+-spec named(meshx_frame:link_id(), node()) -> ok.
+named(Link, Node) ->
+    [{Key, Port, Owner, Peer}] = ets:lookup(?TABLE, {link, Link}),
+    true = ets:insert(?TABLE, {Key, Port, Owner, Peer#{node => atom_to_binary(Node, utf8)}}),
     ok.
 
 %% Notes that the nodes' handshake is done; the other node is connected when this is called.

@@ -98,6 +98,7 @@ pub struct Agent {
     environment: Vec<(String, String)>,
     inbound: String,
     http: Option<String>,
+    epmd: Option<u16>,
 }
 
 impl Agent {
@@ -132,6 +133,7 @@ impl Agent {
             environment: environment.to_vec(),
             inbound: field("inbound=").unwrap_or_default().to_owned(),
             http: field("http=").map(str::to_owned),
+            epmd: field("epmd=").and_then(|port| port.parse().ok()),
         })
     }
 
@@ -159,6 +161,14 @@ impl Agent {
         &self.inbound
     }
 
+    /// The port where it is EPMD. It must have been started with `--epmd`.
+    ///
+    /// # Errors
+    /// When it was not.
+    pub fn epmd(&self) -> Result<u16> {
+        self.epmd.ok_or_else(|| "this agent has no --epmd".to_owned())
+    }
+
     /// Its figures, in Prometheus' text form. It must have been started with `--http`.
     ///
     /// # Errors
@@ -177,6 +187,37 @@ impl Agent {
         } else {
             Err(format!("no metrics: {answer}"))
         }
+    }
+
+    /// The sum of all values of one of its figures.
+    ///
+    /// # Errors
+    /// When it does not give them, or a value is no number.
+    pub fn figure(&self, name: &str) -> Result<f64> {
+        let metrics = self.metrics()?;
+        let of_name = |line: &&str| {
+            line.strip_prefix(name)
+                .is_some_and(|rest| rest.starts_with([' ', '{']))
+        };
+        let value = |line: &str| line.rsplit(' ').next().unwrap_or_default().parse::<f64>();
+        metrics
+            .lines()
+            .filter(of_name)
+            .map(value)
+            .sum::<std::result::Result<f64, _>>()
+            .context(name)
+    }
+
+    /// Memory that it has now (VmRSS, proc(5)), in KiB.
+    ///
+    /// # Errors
+    /// When the system does not tell.
+    pub fn resident(&self) -> Result<u64> {
+        let status = format!("/proc/{}/status", self.process.pid());
+        let status = std::fs::read_to_string(&status).context(&status)?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let number = line.and_then(|line| line.split_whitespace().next());
+        number.ok_or("no VmRSS")?.parse().context("VmRSS")
     }
 
     /// Runs `meshx` with these arguments against this agent.

@@ -10,9 +10,11 @@ pub mod consul;
 pub mod control;
 mod echo;
 pub mod envoy;
+pub mod epmd;
 pub mod fuzz;
 mod process;
 pub mod tls;
+pub mod traffic;
 
 pub use agent::{Agent, Mesh};
 pub use beam::{Beam, BeamBuilder, COOKIE, ebin};

@@ -172,7 +172,7 @@ impl World {
     fn registrations(&mut self) -> Vec<String> {
         [&mut self.shop, &mut self.cart]
             .map(|node| {
-                node.eval("{:ok, c} = :meshx_agent.credentials(); :erlang.phash2(c.secret)")
+                node.eval("{:ok, secret} = :meshx_agent.secret(); :erlang.phash2(secret)")
                     .unwrap()
             })
             .to_vec()

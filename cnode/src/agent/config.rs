@@ -18,6 +18,7 @@ use super::{
     registry::options::SidecarKind,
     trust::{AllowRule, Trust},
 };
+use crate::epmd::{EpmdConfig, Patterns, TOOLS};
 use crate::mesh::{
     NameError, ServiceName,
     consul::{ConsulArgs, ConsulFile, ConsulSettings},
@@ -74,6 +75,21 @@ pub struct AgentArgs {
     /// Let nodes behind foreign sidecars in, whose names nobody has proved
     #[arg(long)]
     pub allow_unverified_peers: bool,
+    /// Stand in for EPMD on loopback, for nodes of plain distribution; =PORT or =IP:PORT for another place than 127.0.0.1:4369 and [::1]:4369 [default: off]
+    #[arg(long, value_name = "PLACE", num_args = 0..=1, require_equals = true, default_missing_value = "4369")]
+    pub epmd: Vec<String>,
+    /// Names that may be registered by EPMD, without a secret: the part before the @, as shop or shop*; may be given more than once [default: none]
+    #[arg(long, value_name = "PATTERN")]
+    pub epmd_nodes: Vec<String>,
+    /// Names of tools that EPMD takes without telling the mesh; may be given more than once [default: epmd-starter-*, rabbitmqcli-*, rem-*, rpc-*, *_prelaunch_*, *_maint_*]
+    #[arg(long, value_name = "PATTERN")]
+    pub epmd_tools: Vec<String>,
+    /// The host part of nodes that register by EPMD, one that the agent owns [default: the first of them]
+    #[arg(long, value_name = "NAME")]
+    pub epmd_host: Option<String>,
+    /// What sessions (consoles, tools, nodes that do not listen) are beyond their own user's nodes here, and whose sessions are let in [default: none]
+    #[arg(long, value_name = "SERVICE")]
+    pub session_service: Option<String>,
     /// How Consul is reached.
     #[command(flatten)]
     pub consul: ConsulArgs,
@@ -131,6 +147,10 @@ pub struct AgentConfig {
     pub drain_time: Duration,
     /// Take over from the agent that runs in the directory, if one does.
     pub takeover: bool,
+    /// The agent stands in for EPMD.
+    pub epmd: Option<EpmdConfig>,
+    /// What sessions are beyond their own user's nodes here, and whose sessions are let in.
+    pub session_service: Option<ServiceName>,
 }
 
 /// Which service a node is an instance of.
@@ -227,6 +247,14 @@ struct FileSettings {
     #[serde(default)]
     allow_unverified_peers: bool,
     drain_time: Option<u64>,
+    session_service: Option<String>,
+    #[serde(default)]
+    epmd: Vec<String>,
+    #[serde(default)]
+    epmd_nodes: Vec<String>,
+    #[serde(default)]
+    epmd_tools: Vec<String>,
+    epmd_host: Option<String>,
     #[serde(default)]
     consul: ConsulFile,
 }
@@ -300,8 +328,19 @@ impl AgentConfig {
         let node_service = faults.check(parse_node_service(node_service.as_deref()));
         let data_plane = args.data_plane.or(file.data_plane);
         let data_plane = faults.check(parse_data_plane(data_plane.as_deref()));
+        let session_service = args.session_service.or(file.session_service).and_then(|name| {
+            let service = ServiceName::new(&name);
+            faults.check(service.map_err(|error| format!("session-service {name:?}: {error}")))
+        });
         let ports = args.instance_ports.or(file.instance_ports);
         let instance_ports = ports.and_then(|text| faults.check(port_range(&text)));
+        let epmd = EpmdOptions {
+            listen: either(args.epmd, file.epmd),
+            nodes: either(args.epmd_nodes, file.epmd_nodes),
+            tools: either(args.epmd_tools, file.epmd_tools),
+            host: args.epmd_host.or(file.epmd_host),
+        };
+        let epmd = faults.check(epmd.checked(&hosts)).flatten();
         if let (Some(mesh), Some(kind)) = (&mesh, &data_plane)
             && matches!(mesh, MeshKind::Embedded { .. })
             && *kind != SidecarKind::Native
@@ -327,6 +366,8 @@ impl AgentConfig {
                         .unwrap_or_else(|| "envoy".into()),
                     instance_ports,
                     allow_unverified_peers: args.allow_unverified_peers || file.allow_unverified_peers,
+                    epmd,
+                    session_service,
                     mesh,
                     dir: paths::agent_dir(
                         prefer_environment(args.dir, paths::DIR_VARIABLE, file.dir).as_deref(),
@@ -347,6 +388,66 @@ impl AgentConfig {
             }
             _ => Err(ConfigErrors(faults.0)),
         }
+    }
+}
+
+/// The options about EPMD, as they were given.
+struct EpmdOptions {
+    listen: Vec<String>,
+    nodes: Vec<String>,
+    tools: Vec<String>,
+    host: Option<String>,
+}
+
+impl EpmdOptions {
+    fn checked(self, hosts: &[String]) -> Result<Option<EpmdConfig>, String> {
+        if self.listen.is_empty() {
+            return match (self.nodes.is_empty(), self.host) {
+                (true, None) => Ok(None),
+                _ => Err("epmd-nodes and epmd-host mean nothing without epmd".to_owned()),
+            };
+        }
+        let mut listen = Vec::new();
+        for place in &self.listen {
+            listen.extend(epmd_place(place)?);
+        }
+        let patterns = |option: &str, patterns: Vec<String>| {
+            Patterns::new(patterns).map_err(|error| format!("{option}: {error}"))
+        };
+        let tools = match self.tools.is_empty() {
+            true => TOOLS.map(str::to_owned).into(),
+            false => self.tools,
+        };
+        let host = match self.host {
+            Some(host) if hosts.contains(&host) => host,
+            Some(host) => {
+                return Err(format!(
+                    "epmd-host {host:?}: wanted one of the hosts that the agent owns: {}",
+                    hosts.join(", ")
+                ));
+            }
+            None => hosts.first().cloned().unwrap_or_default(),
+        };
+        Ok(Some(EpmdConfig {
+            listen,
+            nodes: patterns("epmd-nodes", self.nodes)?,
+            tools: patterns("epmd-tools", tools)?,
+            host,
+        }))
+    }
+}
+
+/// A port of both loopback addresses, or an address and a port.
+fn epmd_place(text: &str) -> Result<Vec<SocketAddr>, String> {
+    if let Ok(port) = text.parse() {
+        return Ok(EpmdConfig::loopback(port));
+    }
+    match text.parse::<SocketAddr>() {
+        Ok(address) if address.ip().is_loopback() => Ok(vec![address]),
+        _ => Err(format!(
+            "epmd {text:?}: wanted a port, or a loopback address and a port such as 127.0.0.1:4369: who asks proves \
+             nothing but that he is on this host"
+        )),
     }
 }
 
@@ -550,6 +651,38 @@ mod tests {
                 ..embedded()
             })
             .unwrap();
+        }
+    }
+
+    #[test]
+    fn epmd_is_off_unless_switched_on_and_stays_on_loopback() {
+        let with = |epmd: &[&str], nodes: &[&str], host: Option<&str>| {
+            AgentConfig::from_args(AgentArgs {
+                epmd: epmd.iter().map(|text| (*text).to_owned()).collect(),
+                epmd_nodes: nodes.iter().map(|text| (*text).to_owned()).collect(),
+                epmd_host: host.map(str::to_owned),
+                host: vec!["h1".into(), "h1.lan".into()],
+                ..embedded()
+            })
+        };
+        assert!(with(&[], &[], None).unwrap().epmd.is_none());
+        let epmd = with(&["4369"], &["shop*"], None).unwrap().epmd.unwrap();
+        assert_eq!(epmd.listen, EpmdConfig::loopback(4369));
+        assert!(epmd.nodes.matches("shop2") && !epmd.nodes.matches("cart"));
+        assert!(epmd.tools.matches("rpc-1-shop") && epmd.host == "h1");
+        let one = with(&["127.0.0.1:7"], &[], Some("h1.lan")).unwrap().epmd.unwrap();
+        assert_eq!((one.listen.len(), one.host.as_str()), (1, "h1.lan"));
+        assert!(!one.nodes.matches("shop"), "no name is taken that is not listed");
+        for (epmd, nodes, host, seen) in [
+            (&["0.0.0.0:4369"][..], &[][..], None, "loopback"),
+            (&["10.0.0.1:4369"], &[], None, "loopback"),
+            (&["x"], &[], None, "loopback"),
+            (&["4369"], &["shop@h1"], None, "pattern"),
+            (&["4369"], &[], Some("h2"), "h1, h1.lan"),
+            (&[], &["shop"], None, "without epmd"),
+        ] {
+            let text = with(epmd, nodes, host).unwrap_err().to_string();
+            assert!(text.contains(seen), "{text}");
         }
     }
 

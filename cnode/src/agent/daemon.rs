@@ -1,6 +1,6 @@
 //! The running agent: everything tied together, started and ended in order.
 
-use std::{io, net::SocketAddr, os::fd::OwnedFd, sync::Arc, time::Duration};
+use std::{collections::HashMap, io, net::SocketAddr, os::fd::OwnedFd, sync::Arc, time::Duration};
 
 use rustix::process::{Resource, getrlimit};
 use tokio::{
@@ -23,11 +23,12 @@ use super::{
     },
     dir::AgentDir,
     paths::{CONTROL_SOCKET, DIST_SOCKET, DirError, TAKEOVER_SOCKET},
-    registry::{self, HandedPorts, RECLAIM_TIME, Registry, Reserved, carrier::Carriers},
+    registry::{self, HandedPorts, Owner, RECLAIM_TIME, Registry, Reserved, carrier::Carriers},
     sidecar::{self, ConsulProgram, SidecarError, Sidecars},
     takeover::{self, About, Follower, Listeners, Reception, Successor, TakeFault, Taken, TakenClient},
 };
 use crate::{
+    epmd::Epmd,
     http::{self, Sources},
     log_limit::LogLimit,
     mesh::{Mesh, MeshError, Registration, consul::ConsulMesh, embedded::EmbeddedMesh, observed::Observed},
@@ -36,6 +37,7 @@ use crate::{
         cause::Cause,
         links::{LINKS_MAX, LinkTable},
         local::LocalTable,
+        plain::PlainPorts,
     },
 };
 
@@ -103,6 +105,7 @@ pub struct Agent {
     takeover: JoinHandle<()>,
     reception: Arc<Reception>,
     successors: mpsc::Receiver<Successor>,
+    epmd: Option<(Arc<Epmd>, JoinHandle<()>)>,
     /// The data plane; its links end when this is dropped.
     data: JoinSet<()>,
 }
@@ -251,13 +254,20 @@ impl Agent {
 
     fn serve(
         config: &AgentConfig,
-        context: Context,
+        mut context: Context,
         mesh: Arc<Observed>,
         listeners: Listeners,
         clients: Clients,
         id: String,
         advertise: SocketAddr,
     ) -> Result<Self, StartError> {
+        let (stop, freeze) = (CancellationToken::new(), CancellationToken::new());
+        let epmd = config.epmd.clone().map(|epmd| {
+            let (registry, ports) = (context.registry.clone(), context.ports.clone());
+            let (epmd, serving) = Epmd::open(registry, ports, epmd, context.dir.path());
+            (epmd.clone(), tokio::spawn(epmd.serve(serving, stop.clone())))
+        });
+        context.epmd = epmd.as_ref().map(|(epmd, _)| epmd.clone());
         let context = Arc::new(context);
         let (proxy, registry) = (&context.proxy, &context.registry);
         proxy.ask_elsewhere(Arc::new(registry.predecessors().clone()));
@@ -299,7 +309,6 @@ impl Agent {
             links: context.links.clone(),
             successors,
         });
-        let (stop, freeze) = (CancellationToken::new(), CancellationToken::new());
         let takeover = takeover::serve(listeners.takeover.clone(), reception.clone());
         let control = server::serve(
             listeners.control.clone(),
@@ -309,6 +318,7 @@ impl Agent {
             freeze.clone(),
         );
         Ok(Self {
+            epmd,
             mesh,
             about,
             hosts: config.hosts.clone(),
@@ -326,7 +336,7 @@ impl Agent {
     }
 
     /// One line for programs: `meshx agent ready dir=... inbound=IP:PORT hosts=A,B mesh=embedded`, and `http=IP:PORT`
-    /// where that is served. A directory with blanks is quoted as in JSON.
+    /// and `epmd=PORT` where these are served. A directory with blanks is quoted as in JSON.
     pub fn ready_line(&self) -> String {
         let dir = self.context.dir.path().to_string_lossy();
         let dir = match dir.contains(|c: char| c.is_whitespace() || c == '"') {
@@ -335,8 +345,10 @@ impl Agent {
         };
         let http = self.about.http;
         let http = http.map(|http| format!(" http={http}")).unwrap_or_default();
+        let port = |(epmd, _): &(Arc<Epmd>, _)| format!(" epmd={}", epmd.port());
+        let epmd = self.epmd.as_ref().map(port).unwrap_or_default();
         format!(
-            "meshx agent ready dir={dir} inbound={} hosts={} mesh={}{http}",
+            "meshx agent ready dir={dir} inbound={} hosts={} mesh={}{http}{epmd}",
             self.about.advertise,
             self.hosts.join(","),
             self.context.mesh
@@ -385,7 +397,10 @@ impl Agent {
             }
         };
         let Context { dir, registry, .. } = self.context.as_ref();
-        let given = takeover::give(&mut successor, dir, registry, listeners, &clients).await;
+        let given = match self.can_be_handed() {
+            Ok(()) => takeover::give(&mut successor, dir, registry, listeners, &clients).await,
+            Err(text) => Err(takeover::refuse(&mut successor, text).await),
+        };
         if let Err(error) = given {
             warn!(pid, program, %error, "the takeover failed: this process serves on");
             self.freeze = CancellationToken::new();
@@ -410,6 +425,18 @@ impl Agent {
             ?waited,
             "handed over: this process holds its links until the last has ended"
         );
+    }
+
+    /// Why this process must go on.
+    fn can_be_handed(&self) -> Result<(), String> {
+        if self.epmd.is_some() || !self.context.ports.is_empty() {
+            return Err(
+                "nodes of plain distribution (--epmd, meshx_epmd) are tied to the process that serves and would lose \
+                 their links: stop the agent and start it anew"
+                    .to_owned(),
+            );
+        }
+        self.context.registry.can_be_handed()
     }
 
     /// Everything but the live links is the successor's.
@@ -474,10 +501,17 @@ impl Agent {
     pub async fn stop(mut self) {
         self.stop.cancel();
         self.takeover.abort();
-        if let Some(control) = &mut self.control
-            && !control.is_finished()
-            && timeout(STOP_TIME, control).await.is_err()
-        {
+        let given_up = async {
+            if let Some((_, serving)) = &mut self.epmd {
+                let _ = serving.await;
+            }
+            if let Some(control) = &mut self.control
+                && !control.is_finished()
+            {
+                let _ = control.await;
+            }
+        };
+        if timeout(STOP_TIME, given_up).await.is_err() {
             warn!(
                 "some registrations were not given up within {} s",
                 STOP_TIME.as_secs()
@@ -535,8 +569,15 @@ impl Heritage {
                     .map(|(id, upstream, listener)| (client.clone(), id, upstream, listener)),
             );
         }
+        let owners: HashMap<u64, Owner> = clients
+            .parked
+            .iter()
+            .map(|parked| (parked.client.owner.id, parked.client.owner))
+            .collect();
         let ports = context.registry.resume(taken.registry, taken.instances);
         let ports = ports.map_err(StartError::Takeover)?;
+        let sessions = context.registry.resume_sessions(taken.sessions, &owners);
+        sessions.map_err(StartError::Takeover)?;
         Ok(Self {
             context,
             listeners,
@@ -574,6 +615,7 @@ fn context(
     };
     let settings = Settings {
         allow_unverified_peers: config.allow_unverified_peers,
+        session_service: config.session_service.clone(),
         ..Settings::default()
     };
     let proxy = Proxy::new(mesh.clone(), local.clone(), links.clone(), settings);
@@ -587,6 +629,8 @@ fn context(
     let registry = Registry::new(mesh, local, links.clone(), config.trust.clone(), place, carriers)?;
     Ok(Context {
         registry: Arc::new(registry),
+        ports: Arc::new(PlainPorts::new(proxy.clone())),
+        epmd: None,
         proxy,
         links,
         dir,

@@ -17,6 +17,7 @@ use super::{
     takeover::Draining,
 };
 use crate::{
+    epmd::Epmd,
     mesh::{Finding, Level, Listed, Mesh, ServiceName},
     proxy::{
         Proxy,
@@ -39,7 +40,12 @@ const AT_ONCE: usize = 16;
 const FILES_WANTED: u64 = 2 * LINKS_PER_SERVICE_MAX as u64;
 
 /// Everything that can be seen from inside the agent.
-pub(super) async fn findings(place: &Place, proxy: &Proxy, mesh: &dyn Mesh) -> Vec<Finding> {
+pub(super) async fn findings(
+    place: &Place,
+    proxy: &Proxy,
+    mesh: &dyn Mesh,
+    epmd: Option<&Epmd>,
+) -> Vec<Finding> {
     let instances = proxy.local_instances();
     let (mut found, inbound, services, users) = tokio::join!(
         of_mesh(mesh),
@@ -48,6 +54,7 @@ pub(super) async fn findings(place: &Place, proxy: &Proxy, mesh: &dyn Mesh) -> V
         users()
     );
     found.extend([inbound, files(), users]);
+    found.extend(epmd.map(Epmd::finding));
     // What is well and the mesh has told of is not told twice.
     let told: Vec<String> = found.iter().map(|finding| finding.what.clone()).collect();
     let again = |what: &str| told.iter().any(|told| told.starts_with(what));

@@ -11,14 +11,13 @@ use serde_json::{Value, json};
 
 use super::answer::{self, print_json};
 use super::report::{Row, report};
-use super::{AgentOption, EX_UNAVAILABLE, Failure, block_on, listeners, print};
+use super::{AgentOption, EX_UNAVAILABLE, Failure, block_on, print};
 use crate::agent::client::{ClientError, ControlClient};
 use crate::agent::control::PROGRAM;
 use crate::agent::control::message::map;
 use crate::agent::paths::{self, DIST_SOCKET, DirError};
-
-/// The port of an EPMD that nobody told otherwise.
-const EPMD_PORT: u16 = 4369;
+use crate::epmd::EPMD_PORT;
+use crate::listeners;
 
 /// Look for what is wrong with the agent, the mesh and this host, and say what to do
 ///

@@ -8,7 +8,6 @@ mod check;
 mod doctor;
 mod json;
 mod links;
-mod listeners;
 mod mesh;
 mod names;
 mod node;
@@ -48,6 +47,7 @@ enum Command {
     /// Logs go to stderr, RUST_LOG says how much. SIGINT or SIGTERM ends it.
     Agent(Box<AgentArgs>),
     Run(run::RunArgs),
+    Inetrc(run::InetrcArgs),
     Names(names::NamesArgs),
     Links(links::LinksArgs),
     Check(check::CheckArgs),
@@ -95,6 +95,7 @@ pub fn main() -> ExitCode {
     let result = match cli.command {
         Command::Agent(args) => agent::run(*args),
         Command::Run(args) => run::run(args),
+        Command::Inetrc(args) => run::inetrc(&args),
         Command::Names(args) => names::run(&args),
         Command::Links(args) => links::run(&args),
         Command::Check(args) => check::run(&args),

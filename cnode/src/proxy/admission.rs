@@ -10,7 +10,7 @@ use super::cause::{Cause, Refusal};
 /// Room for connections under way. The newest always gets in and the oldest has to go: whoever opens many
 /// connections and leaves them half done pushes out his own, not the good one that takes a few milliseconds.
 #[derive(Debug)]
-pub(super) struct Admission {
+pub(crate) struct Admission {
     max: usize,
     // Held for an insertion or a removal, never across an await.
     slots: Mutex<Slots>,
@@ -23,7 +23,7 @@ struct Slots {
 }
 
 impl Admission {
-    pub(super) fn new(max: usize) -> Arc<Self> {
+    pub(crate) fn new(max: usize) -> Arc<Self> {
         Arc::new(Self {
             max: max.max(1),
             slots: Mutex::default(),
@@ -31,7 +31,7 @@ impl Admission {
     }
 
     /// Takes a slot, the oldest one's when all are taken.
-    pub(super) fn enter(self: &Arc<Self>) -> Slot {
+    pub(crate) fn enter(self: &Arc<Self>) -> Slot {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
         while slots.taken.len() >= self.max
             && let Some((_, oldest)) = slots.taken.pop_first()
@@ -51,7 +51,7 @@ impl Admission {
 
 /// A place among the connections under way, given back when dropped.
 #[derive(Debug)]
-pub(super) struct Slot {
+pub(crate) struct Slot {
     admission: Arc<Admission>,
     id: u64,
     evicted: CancellationToken,
@@ -59,12 +59,12 @@ pub(super) struct Slot {
 
 impl Slot {
     /// Waits until a newer connection needs the place.
-    pub(super) async fn evicted(&self) {
+    pub(crate) async fn evicted(&self) {
         self.evicted.cancelled().await;
     }
 
     /// What an evicted connection is refused with.
-    pub(super) fn refusal(&self) -> Refusal {
+    pub(crate) fn refusal(&self) -> Refusal {
         Cause::Limit.because(format!(
             "max_pending: {} newer connections wait",
             self.admission.max

@@ -5,12 +5,12 @@ use std::io;
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
-use super::Proxy;
 use super::cause::{Cause, Refusal};
 use super::frames::Duplex;
 use super::links::LinkId;
 use super::local::{Endpoint, LocalInstance};
 use super::wire::Accept;
+use super::{Proxy, peer_uid};
 use crate::mesh::SpiffeId;
 
 impl Proxy {
@@ -23,21 +23,21 @@ impl Proxy {
                     let stream = UnixStream::connect(path)
                         .await
                         .map_err(|error| away(local, &error))?;
-                    let uid = stream.peer_cred().map_err(|error| away(local, &error))?.uid();
-                    if uid != local.uid {
-                        let text = format!(
-                            "uid {uid} listens for {}, wanted {}",
-                            local.instance.id, local.uid
-                        );
-                        return Err(Cause::NotPermitted.because(text));
-                    }
+                    owned(
+                        local,
+                        stream.peer_cred().map_err(|error| away(local, &error))?.uid(),
+                    )?;
                     Box::new(stream)
                 }
-                Endpoint::Tcp(address) => {
+                Endpoint::Tcp(address) | Endpoint::PlainNode(address) => {
                     let stream = TcpStream::connect(address)
                         .await
                         .map_err(|error| away(local, &error))?;
                     stream.set_nodelay(true).map_err(|error| away(local, &error))?;
+                    if local.endpoint.is_node() {
+                        // Once the node has ended anybody on this host can have its port.
+                        owned(local, peer_uid::of_server(&stream).await?)?;
+                    }
                     Box::new(stream)
                 }
             };
@@ -53,7 +53,18 @@ impl Proxy {
     }
 }
 
-/// The frame that proves the agent to a node and says who dials it; `remote` is none when nothing proves that.
+fn owned(local: &LocalInstance, uid: u32) -> Result<(), Refusal> {
+    if uid == local.uid {
+        return Ok(());
+    }
+    Err(Cause::NotPermitted.because(format!(
+        "uid {uid} listens for {}, wanted {}",
+        local.instance.id, local.uid
+    )))
+}
+
+/// The frame that proves the agent to a node and says who dials it; `remote` is none when nothing proves that. A node of
+/// plain distribution gets none.
 pub(super) fn accept_frame(
     local: &LocalInstance,
     link: LinkId,
@@ -62,6 +73,9 @@ pub(super) fn accept_frame(
     remote_agent: &str,
 ) -> Vec<u8> {
     let mut frame = Vec::new();
+    if matches!(local.endpoint, Endpoint::PlainNode(_)) {
+        return frame;
+    }
     Accept {
         link,
         secret: local.secret.clone(),

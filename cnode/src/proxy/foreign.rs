@@ -15,7 +15,7 @@ use super::endpoint::accept_frame;
 use super::frames::{Duplex, read_name, silent, write_all};
 use super::inbound::{Decided, Refused, Shown};
 use super::links::{LinkGuard, LinkId, Purpose};
-use super::local::{Endpoint, LocalInstance};
+use super::local::LocalInstance;
 use super::tls::Peer;
 use super::{Attempt, Proxy, no_such_service};
 
@@ -55,7 +55,7 @@ impl Proxy {
         let (nodes, mut services): (Vec<_>, Vec<_>) = self
             .instances_here(&shown.service, only)
             .into_iter()
-            .partition(|local| matches!(local.endpoint, Endpoint::NodeSocket(_)));
+            .partition(|local| local.endpoint.is_node());
         if let (false, true) = (nodes.is_empty(), services.is_empty()) {
             return self
                 .foreign_node(stream, &peer, shown, link, &nodes, attempt)

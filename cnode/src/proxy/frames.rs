@@ -3,7 +3,8 @@
 use std::io;
 use std::time::Duration;
 
-use meshx_dist::name_frame::peek_name_frame;
+use meshx_dist::handshake::Status;
+use meshx_dist::name_frame::{PeekError, peek_name_frame, peek_status_frame};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
@@ -73,15 +74,37 @@ pub(super) async fn read_name(
     stream: &mut (impl AsyncRead + Unpin),
     deadline: Duration,
 ) -> Result<(String, Vec<u8>), Refusal> {
+    let name = |bytes: &[u8]| Ok(peek_name_frame(bytes)?.map(|frame| frame.name.to_owned()));
+    read_first(stream, deadline, "a distribution name message", name).await
+}
+
+/// Reads the acceptor's status; returns the name that it gives to a dialler without one, and all bytes that were read.
+pub(super) async fn read_given_name(
+    stream: &mut (impl AsyncRead + Unpin),
+    deadline: Duration,
+) -> Result<(Option<String>, Vec<u8>), Refusal> {
+    let given = |bytes: &[u8]| {
+        Ok(peek_status_frame(bytes)?.map(|frame| match frame.status {
+            Status::Named { name, .. } => Some(name.to_owned()),
+            _ => None,
+        }))
+    };
+    read_first(stream, deadline, "a distribution status", given).await
+}
+
+/// Reads until `peek` finds what it looks for.
+async fn read_first<T>(
+    stream: &mut (impl AsyncRead + Unpin),
+    deadline: Duration,
+    what: &str,
+    peek: impl Fn(&[u8]) -> Result<Option<T>, PeekError>,
+) -> Result<(T, Vec<u8>), Refusal> {
     const CHUNK: usize = 512;
     let whole = async {
         let mut bytes = Vec::with_capacity(CHUNK);
         loop {
-            match peek_name_frame(&bytes) {
-                Ok(Some(frame)) => {
-                    let name = frame.name.to_owned();
-                    return Ok((name, bytes));
-                }
+            match peek(&bytes) {
+                Ok(Some(found)) => return Ok((found, bytes)),
                 Ok(None) => {}
                 Err(error) => {
                     return Err(Cause::InvalidRequest.because(format!("distribution handshake: {error}")));
@@ -100,7 +123,7 @@ pub(super) async fn read_name(
     };
     timeout(deadline, whole)
         .await
-        .unwrap_or_else(|_| Err(silent("a distribution name message", deadline)))
+        .unwrap_or_else(|_| Err(silent(what, deadline)))
 }
 
 /// Writes all and flushes.

@@ -101,7 +101,7 @@ impl Watched {
 fn far_instance(info: &LinkInfo) -> Option<&str> {
     match (info.direction, info.purpose) {
         // Ends with its registration.
-        (Direction::Local, _) => None,
+        (Direction::Local | Direction::Session, _) => None,
         (_, Purpose::Dist) => Some(&info.remote),
         // A client need be no instance, and a sidecar chooses one by itself.
         (Direction::Outbound, Purpose::Rpc | Purpose::Tcp) => info.verified.then_some(&info.remote),

@@ -305,6 +305,6 @@ impl Proxy {
     }
 }
 
-fn mismatch(by: &str, node: &str, why: &str) -> Refusal {
+pub(super) fn mismatch(by: &str, node: &str, why: &str) -> Refusal {
     Cause::IdentityMismatch.because(format!("{by} claims {node}: {why}"))
 }

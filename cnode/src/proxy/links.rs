@@ -66,6 +66,8 @@ pub enum Direction {
     Inbound,
     /// Both ends are here.
     Local,
+    /// Likewise, and the one that dialled is a session of the other's user: no rule is about it.
+    Session,
 }
 
 impl Direction {
@@ -74,7 +76,7 @@ impl Direction {
         match self {
             Self::Outbound => "outbound",
             Self::Inbound => "inbound",
-            Self::Local => "local",
+            Self::Local | Self::Session => "local",
         }
     }
 }
@@ -147,7 +149,9 @@ impl LinkInfo {
     fn dialler(&self) -> Dialler {
         match self.direction {
             Direction::Inbound => Dialler(self.remote_spiffe.clone(), self.verified),
-            Direction::Outbound | Direction::Local => Dialler(self.local_spiffe.clone(), true),
+            Direction::Outbound | Direction::Local | Direction::Session => {
+                Dialler(self.local_spiffe.clone(), true)
+            }
         }
     }
 
@@ -166,7 +170,7 @@ impl LinkInfo {
         let (here, there) = (self.local_spiffe.service(), self.remote_spiffe.service());
         match self.direction {
             Direction::Inbound => (there.clone(), here.clone()),
-            Direction::Outbound | Direction::Local => (here.clone(), there.clone()),
+            Direction::Outbound | Direction::Local | Direction::Session => (here.clone(), there.clone()),
         }
     }
 }

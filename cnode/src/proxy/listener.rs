@@ -26,11 +26,22 @@ pub enum Listener {
     Upstream,
     /// Behind a sidecar of another make.
     Unverified,
+    /// Loopback ports that lead nodes of plain distribution to others.
+    Plain,
+    /// EPMD's port.
+    Epmd,
 }
 
 impl Listener {
     /// All of them, in the order of their declaration.
-    pub const ALL: &'static [Self] = &[Self::Inbound, Self::Dist, Self::Upstream, Self::Unverified];
+    pub const ALL: &'static [Self] = &[
+        Self::Inbound,
+        Self::Dist,
+        Self::Upstream,
+        Self::Unverified,
+        Self::Plain,
+        Self::Epmd,
+    ];
 
     /// The name in logs and metrics.
     pub fn as_str(self) -> &'static str {
@@ -39,6 +50,8 @@ impl Listener {
             Self::Dist => "dist",
             Self::Upstream => "upstream",
             Self::Unverified => "unverified",
+            Self::Plain => "plain",
+            Self::Epmd => "epmd",
         }
     }
 
@@ -49,7 +62,7 @@ impl Listener {
 }
 
 /// What connections are taken from.
-pub(super) trait Accept {
+pub(crate) trait Accept {
     /// A connection and its peer.
     type Connection;
 
@@ -73,7 +86,7 @@ impl Accept for UnixListener {
 }
 
 /// Serves `listener` until `closed`, then what it has accepted until that ends. Dropped, it ends everything.
-pub(super) async fn serve<L: Accept, F>(
+pub(crate) async fn serve<L: Accept, F>(
     at: Listener,
     listener: Arc<L>,
     admission: Arc<Admission>,

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use subtle::ConstantTimeEq;
 
 use super::cause::{Cause, Refusal};
+use super::sessions::{Session, Sessions};
 use crate::mesh::{Instance, ServiceName};
 
 /// Length of a registration's secret in bytes.
@@ -61,10 +62,19 @@ impl fmt::Debug for Secret {
 pub enum Endpoint {
     /// A node's own Unix socket: it is sent an ACCEPT frame first.
     NodeSocket(PathBuf),
+    /// A loopback port of a node of plain distribution, which knows of no agent.
+    PlainNode(SocketAddr),
     /// A service's TCP address.
     Tcp(SocketAddr),
     /// A service's Unix socket.
     Uds(PathBuf),
+}
+
+impl Endpoint {
+    /// Whether distribution is spoken there.
+    pub fn is_node(&self) -> bool {
+        matches!(self, Self::NodeSocket(_) | Self::PlainNode(_))
+    }
 }
 
 /// The way out of an instance that has a sidecar of another make: ports of its proxy on loopback, each of which leads
@@ -91,11 +101,13 @@ pub struct LocalInstance {
     pub sidecar: Option<Arc<dyn SidecarUpstreams>>,
 }
 
-/// The instances of this agent. Clones share one table.
+/// The instances of this agent, and its sessions. Clones share one table.
 #[derive(Debug, Clone, Default)]
 pub struct LocalTable {
     // Held for a look-up or a change, never across an await.
     by_id: Arc<Mutex<HashMap<String, Arc<LocalInstance>>>>,
+    // Likewise.
+    sessions: Arc<Mutex<Sessions>>,
 }
 
 impl LocalTable {
@@ -179,6 +191,40 @@ impl LocalTable {
     /// All instances, in no order.
     pub fn all(&self) -> Vec<Arc<LocalInstance>> {
         self.lock().values().cloned().collect()
+    }
+
+    /// Adds a session.
+    pub fn insert_session(&self, session: Session) {
+        self.sessions().insert(session);
+    }
+
+    /// The session of this id.
+    pub fn session(&self, id: &str) -> Option<Arc<Session>> {
+        self.sessions().get(id)
+    }
+
+    /// The session whose secret this is.
+    pub fn session_by_secret(&self, secret: &Secret) -> Option<Arc<Session>> {
+        self.sessions().by_secret(secret)
+    }
+
+    /// Whether another node gave this name to a session of this control connection.
+    pub fn was_given(&self, owner: u64, name: &str) -> bool {
+        self.sessions().was_given(owner, name)
+    }
+
+    /// All sessions, in no order.
+    pub(crate) fn all_sessions(&self) -> Vec<Arc<Session>> {
+        self.sessions().all()
+    }
+
+    /// Takes away all sessions of one control connection.
+    pub fn remove_sessions(&self, owner: u64) -> Vec<Arc<Session>> {
+        self.sessions().remove_owner(owner)
+    }
+
+    fn sessions(&self) -> MutexGuard<'_, Sessions> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Arc<LocalInstance>>> {

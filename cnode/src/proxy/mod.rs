@@ -9,13 +9,14 @@
 //!              +---------- | ------- same agent: no TLS -----------+
 //!                          |                                       |
 //!                          +-> a sidecar of ours ~~> unverified ---+
+//! plain distribution ---> plain ---> outbound, from its decision on
 //! service client ---> upstream ---> dial or endpoint, likewise
 //! ```
 //!
 //! A link is decided before its first byte flows, and whatever is unclear is a refusal. Each refusal has a
 //! [`cause::Cause`], which the caller, the log and the counters tell alike.
 
-mod admission;
+pub(crate) mod admission;
 pub mod cause;
 mod dial;
 mod endpoint;
@@ -26,14 +27,16 @@ mod gone;
 mod inbound;
 mod keepalive;
 pub mod links;
-mod listener;
+pub(crate) mod listener;
 pub mod local;
 mod outbound;
 pub(crate) mod peer_uid;
+pub mod plain;
 mod proof;
 mod reauthorize;
 mod reproof;
 mod requested;
+mod sessions;
 mod splice;
 mod tls;
 pub mod totals;
@@ -50,6 +53,8 @@ use std::time::Duration;
 pub use listener::Listener;
 pub use proof::Proof;
 pub(crate) use reproof::{Elsewhere, Forwarded};
+pub use sessions::Session;
+pub(crate) use sessions::gone_session;
 pub use upstream::{Listen, Upstream, UpstreamHandle, UpstreamLinks};
 
 use tokio_util::sync::CancellationToken;
@@ -94,6 +99,8 @@ pub struct Settings {
     /// Whether nodes may be dialled through sidecars of another make, which keep to themselves whom they have verified:
     /// anybody who may reach the node's service may then claim any node's name.
     pub allow_unverified_peers: bool,
+    /// The service that [sessions](Session) are beyond their own user's nodes here, and whose sessions are let in.
+    pub session_service: Option<ServiceName>,
 }
 
 impl Default for Settings {
@@ -112,6 +119,7 @@ impl Default for Settings {
             instance_gone_after: Duration::from_secs(60),
             cut_grace: Duration::from_secs(1),
             allow_unverified_peers: false,
+            session_service: None,
         }
     }
 }

@@ -10,22 +10,62 @@ use tokio::time::timeout;
 use super::admission::{Admission, Slot};
 use super::cause::{Cause, Refusal};
 use super::endpoint::accept_frame;
-use super::frames::{Duplex, linger, read_frame, read_name, silent, write_all};
-use super::links::{Direction, LinkGuard, LinkInfo, Purpose};
+use super::frames::{Duplex, linger, read_frame, read_given_name, read_name, silent, write_all};
+use super::links::{Direction, LinkGuard, LinkId, LinkInfo, Purpose};
 use super::listener::{self, Listener};
-use super::local::LocalInstance;
+use super::local::{LocalInstance, Secret};
+use super::sessions::{Session, check_name};
 use super::why::{Approach, Trail};
 use super::wire::{Connect, ConnectReply, MAX_DIST_FRAME};
 use super::{Attempt, Proxy};
+use crate::mesh::{Instance, ServiceName};
 
 /// The far half of a link whose dialler has not sent its name message yet.
-struct Prepared {
-    remote: Box<dyn Duplex>,
-    link: LinkGuard,
+pub(super) struct Prepared {
+    pub(super) remote: Box<dyn Duplex>,
+    pub(super) link: LinkGuard,
     /// What goes ahead of the name message: the ACCEPT frame of a node on this agent.
-    preface: Vec<u8>,
+    pub(super) preface: Vec<u8>,
     reply: ConnectReply,
-    dialler: Arc<LocalInstance>,
+    dialler: Dialler,
+}
+
+/// Who dials.
+#[derive(Debug, Clone)]
+pub(super) struct Dialler {
+    id: String,
+    /// What its name message must say.
+    name: String,
+    service: Result<ServiceName, Refusal>,
+    owner: u64,
+    uid: u32,
+    who: Who,
+}
+
+impl Dialler {
+    /// A registered node.
+    pub(super) fn node(local: Arc<LocalInstance>) -> Result<Self, Refusal> {
+        let Instance {
+            id, service, node, ..
+        } = &local.instance;
+        let name = node
+            .clone()
+            .ok_or_else(|| Cause::InvalidRequest.because(format!("{id} is not a node")))?;
+        Ok(Self {
+            id: id.clone(),
+            name,
+            service: Ok(service.clone()),
+            owner: local.owner,
+            uid: local.uid,
+            who: Who::Node(local),
+        })
+    }
+}
+
+#[derive(Debug, Clone)]
+enum Who {
+    Node(Arc<LocalInstance>),
+    Session(Arc<Session>),
 }
 
 impl Proxy {
@@ -86,23 +126,34 @@ impl Proxy {
         attempt.link = Some(link);
         attempt.target = target;
         let target = attempt.target.as_str();
-        let dialler = self.local.by_secret(&secret).ok_or_else(|| {
-            Cause::BadSecret
-                .because("the secret is of no registration: register anew after the agent restarts")
-        })?;
-        attempt.source = dialler.instance.id.clone();
+        let dialler = self.dialler(&secret)?;
+        attempt.source = dialler.id.clone();
         if uid != dialler.uid {
-            let text = format!(
-                "uid {uid} dials as {}, wanted uid {}",
-                dialler.instance.id, dialler.uid
-            );
+            let text = format!("uid {uid} dials as {}, wanted uid {}", dialler.id, dialler.uid);
             return Err(Cause::NotPermitted.because(text));
         }
-        let Some(node) = dialler.instance.node.clone() else {
-            return Err(Cause::InvalidRequest.because(format!("{} is not a node", dialler.instance.id)));
-        };
+        self.prepare_between(dialler, target, link).await
+    }
 
-        let source = &dialler.instance.service;
+    /// The decision on a link of a node or session of this agent, and its far half.
+    pub(super) async fn prepare_between(
+        &self,
+        dialler: Dialler,
+        target: &str,
+        link: LinkId,
+    ) -> Result<Prepared, Refusal> {
+        if let Who::Session(session) = &dialler.who
+            && let Some(local) = self.local.by_node(target)
+            && local.uid == session.uid
+        {
+            return self.prepare_own(&dialler, &local, link).await;
+        }
+        let source = match &dialler.service {
+            Ok(service) => service,
+            // First what is true for everybody.
+            Err(refusal) if self.local.by_node(target).is_some() => return Err(refusal.clone()),
+            Err(refusal) => return self.find_node(target).await.and(Err(refusal.clone())),
+        };
         let Approach {
             here,
             found,
@@ -114,14 +165,14 @@ impl Proxy {
             id: link,
             direction: Direction::Local,
             purpose: Purpose::Dist,
-            local: node.clone(),
+            local: dialler.name.clone(),
             remote: target.to_owned(),
             local_spiffe: near.clone(),
             remote_spiffe: far,
             verified: true,
             remote_agent: None,
             proof: None,
-            instances: vec![dialler.instance.id.clone()],
+            instances: vec![dialler.id.clone()],
             owners: vec![dialler.owner],
         };
         // Asked in this order, no denial is missed: one that comes after the answer finds the link in the table.
@@ -134,12 +185,12 @@ impl Proxy {
             };
             let far = info.remote_spiffe.clone();
             let link_guard = self.links.insert(info)?;
-            self.still_here(&dialler)?;
+            self.dialler_still_here(&dialler)?;
             self.still_here(&local)?;
             self.authorize(&near, &found.service).await?;
             self.authorize(&far, source).await?;
             let remote = self.reach(&local).await?;
-            let preface = accept_frame(&local, link, &node, Some(&near), "local");
+            let preface = accept_frame(&local, link, &dialler.name, Some(&near), "local");
             return Ok(Prepared {
                 remote,
                 link: link_guard,
@@ -148,12 +199,16 @@ impl Proxy {
                 dialler,
             });
         }
-        let dialled = match &dialler.sidecar {
-            None => self.dial(source, &found, Purpose::Dist, link, &node).await?,
-            Some(sidecar) => {
-                self.dial_sidecar(&dialler, sidecar.as_ref(), &found.service)
+        let beside = match &dialler.who {
+            Who::Node(local) => local.sidecar.as_ref().map(|sidecar| (local, sidecar)),
+            Who::Session(_) => None,
+        };
+        let dialled = match beside {
+            None => {
+                self.dial(source, &found, Purpose::Dist, link, &dialler.name)
                     .await?
             }
+            Some((local, sidecar)) => self.dial_sidecar(local, sidecar.as_ref(), &found.service).await?,
         };
         dialled.describe(&mut info);
         let proven = info.verified.then(|| info.remote_spiffe.to_string());
@@ -166,7 +221,7 @@ impl Proxy {
         };
         let far = info.remote_spiffe.clone();
         let link = self.links.insert(info)?;
-        self.still_here(&dialler)?;
+        self.dialler_still_here(&dialler)?;
         self.authorize(&far, source).await?;
         Ok(Prepared {
             remote: dialled.stream,
@@ -177,21 +232,85 @@ impl Proxy {
         })
     }
 
+    /// Of a session to a node of its own user here: nothing but the kernel says who that is, and no rule is asked for.
+    async fn prepare_own(
+        &self,
+        dialler: &Dialler,
+        local: &Arc<LocalInstance>,
+        link: LinkId,
+    ) -> Result<Prepared, Refusal> {
+        let spiffe = self.spiffe(&local.instance.service)?;
+        let info = LinkInfo {
+            id: link,
+            direction: Direction::Session,
+            purpose: Purpose::Dist,
+            local: dialler.name.clone(),
+            remote: local.instance.id.clone(),
+            local_spiffe: spiffe.clone(),
+            remote_spiffe: spiffe.clone(),
+            verified: true,
+            remote_agent: None,
+            proof: None,
+            instances: vec![dialler.id.clone(), local.instance.id.clone()],
+            owners: vec![dialler.owner, local.owner],
+        };
+        let guard = self.links.insert(info)?;
+        self.dialler_still_here(dialler)?;
+        self.still_here(local)?;
+        Ok(Prepared {
+            remote: self.reach(local).await?,
+            link: guard,
+            preface: accept_frame(local, link, &dialler.name, None, "local"),
+            reply: ConnectReply::Ok {
+                remote_spiffe: spiffe.to_string(),
+                remote_agent: "local".into(),
+            },
+            dialler: dialler.clone(),
+        })
+    }
+
+    /// Whose secret this is. All are looked at, so that time tells nothing.
+    fn dialler(&self, secret: &Secret) -> Result<Dialler, Refusal> {
+        match (self.local.by_secret(secret), self.local.session_by_secret(secret)) {
+            (Some(local), _) => Dialler::node(local),
+            (None, Some(session)) => Ok(Dialler {
+                id: session.id.clone(),
+                name: session.name.clone(),
+                service: session.acts_as.clone(),
+                owner: session.owner,
+                uid: session.uid,
+                who: Who::Session(session),
+            }),
+            (None, None) => Err(Cause::BadSecret
+                .because("the secret is of no registration: register anew after the agent restarts")),
+        }
+    }
+
+    fn dialler_still_here(&self, dialler: &Dialler) -> Result<(), Refusal> {
+        match &dialler.who {
+            Who::Node(local) => self.still_here(local),
+            Who::Session(session) => self.session_still_here(session),
+        }
+    }
+
     /// From OK to the name message on its way: a node may name no other than itself.
     async fn name_dist(&self, stream: &mut UnixStream, prepared: &mut Prepared) -> Result<(), Refusal> {
         let deadline = self.settings.frame_timeout;
         let mut frame = Vec::new();
         prepared.reply.encode(&mut frame);
         write_all(stream, &frame, deadline).await?;
-        let (name, bytes) = read_name(stream, deadline).await?;
-        if prepared.dialler.instance.node.as_deref() != Some(name.as_str()) {
-            let text = format!(
-                "{} names itself {name:?} in the handshake",
-                prepared.dialler.instance.id
-            );
-            return Err(Cause::IdentityMismatch.because(text));
-        }
+        let (_, mut bytes) = read_name(stream, deadline).await?;
+        let is_session = matches!(prepared.dialler.who, Who::Session(_));
+        check_name(&mut bytes, &prepared.dialler.name, is_session)?;
         let bytes = [prepared.preface.as_slice(), &bytes].concat();
-        write_all(&mut prepared.remote, &bytes, deadline).await
+        write_all(&mut prepared.remote, &bytes, deadline).await?;
+        match &prepared.dialler.who {
+            Who::Session(session) if session.has_no_name() => {
+                let (given, bytes) = read_given_name(&mut prepared.remote, deadline).await?;
+                *session.given() = given;
+                write_all(stream, &bytes, deadline).await
+            }
+            _ => Ok(()),
+        }
     }
 }

@@ -44,7 +44,7 @@ const BY_FAMILY: u16 = 20;
 /// # Errors
 /// [`Cause::NotPermitted`] when it cannot be told: the client is elsewhere, or has closed already (then the kernel gives
 /// uid 0 for a socket that is nobody's).
-pub(super) fn of(stream: &TcpStream) -> Result<u32, Refusal> {
+pub(crate) fn of(stream: &TcpStream) -> Result<u32, Refusal> {
     let addresses = || Ok((stream.peer_addr()?, stream.local_addr()?));
     let untold = |why: &dyn std::fmt::Display| {
         Cause::NotPermitted.because(format!("it cannot be told which user connects: {why}"))

@@ -41,6 +41,7 @@ impl Proxy {
             let (out, back) = ((&here, there.service()), (&there, here.service()));
             // The directions that were checked at its start, by this agent or the other.
             let pairs = match (info.purpose, info.direction) {
+                (_, Direction::Session) => vec![],
                 (Purpose::Dist, _) => vec![out, back],
                 (_, Direction::Inbound) => vec![back],
                 (_, Direction::Outbound | Direction::Local) => vec![out],

@@ -12,7 +12,8 @@ use super::endpoint::accept_frame;
 use super::frames::{Duplex, read_frame, read_name, silent, write_all};
 use super::inbound::{Decided, Refused, Shown};
 use super::links::{LinkGuard, Purpose};
-use super::local::{Endpoint, LocalInstance};
+use super::local::LocalInstance;
+use super::sessions::check_name;
 use super::tls::Peer;
 use super::wire::{Asked, MAX_MESH_FRAME, Request, encode_reply};
 use super::{Attempt, Proxy, no_such_service};
@@ -25,6 +26,7 @@ struct Prepared {
     link: LinkGuard,
     request: Request,
     peer: SpiffeId,
+    is_session: bool,
 }
 
 impl Proxy {
@@ -51,6 +53,7 @@ impl Proxy {
             link,
             request,
             peer,
+            is_session,
         } = match prepared {
             Ok(Some(prepared)) => prepared,
             Ok(None) => return Ok(None),
@@ -64,7 +67,7 @@ impl Proxy {
         write_all(&mut stream, &reply, settings.frame_timeout).await?;
         if request.asked == Asked::Link(Purpose::Dist) {
             let named = read_name(&mut stream, settings.frame_timeout).await;
-            let bytes = match named.and_then(|read| claimed(&request, read)) {
+            let bytes = match named.and_then(|read| claimed(&request.node, is_session, read)) {
                 Ok(bytes) => bytes,
                 Err(refusal) => {
                     return Err(Refused {
@@ -119,9 +122,11 @@ impl Proxy {
         }
         let local = self.instance_for(&request, purpose, service, only)?;
         attempt.target = local.instance.id.clone();
-        if purpose == Purpose::Dist || !request.node.is_empty() {
-            self.prove_node(&request.node, &peer.id).await?;
-        }
+        let is_session = match purpose {
+            Purpose::Dist => self.prove_dialler(&request.node, &peer.id).await?,
+            _ if request.node.is_empty() => false,
+            _ => self.prove_node(&request.node, &peer.id).await.map(|()| false)?,
+        };
         let remote = match request.node.as_str() {
             "" => peer.id.service().to_string(),
             node => node.to_owned(),
@@ -135,6 +140,7 @@ impl Proxy {
             link,
             request,
             peer: peer.id,
+            is_session,
         }))
     }
 
@@ -148,7 +154,7 @@ impl Proxy {
         let dist = purpose == Purpose::Dist;
         let found = self.instances_here(service, only).into_iter().find(|local| {
             let named = local.instance.id == request.instance || (!dist && request.instance.is_empty());
-            named && dist == matches!(local.endpoint, Endpoint::NodeSocket(_))
+            named && dist == local.endpoint.is_node()
         });
         found.ok_or_else(|| match dist {
             true => Cause::NoSuchNode.because(format!("{:?} is no node of {service} here", request.instance)),
@@ -160,10 +166,7 @@ impl Proxy {
 }
 
 /// The name message's bytes, when it holds the name that was claimed.
-fn claimed(request: &Request, (name, bytes): (String, Vec<u8>)) -> Result<Vec<u8>, Refusal> {
-    if name == request.node {
-        return Ok(bytes);
-    }
-    let text = format!("{} names itself {name:?} in the handshake", request.node);
-    Err(Cause::IdentityMismatch.because(text))
+fn claimed(node: &str, is_session: bool, (_, mut bytes): (String, Vec<u8>)) -> Result<Vec<u8>, Refusal> {
+    check_name(&mut bytes, node, is_session)?;
+    Ok(bytes)
 }

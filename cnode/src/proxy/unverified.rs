@@ -16,7 +16,7 @@ use super::endpoint::accept_frame;
 use super::frames::{Duplex, linger, read_name, silent, write_all};
 use super::links::{Direction, LinkGuard, LinkId, LinkInfo, Purpose};
 use super::listener::{self, Listener};
-use super::local::{Endpoint, LocalInstance};
+use super::local::LocalInstance;
 use super::{Attempt, Proxy, peer_uid};
 
 /// How long the end of a connection may take from the kernel to here.
@@ -76,7 +76,7 @@ impl Proxy {
     ) -> Result<(Box<dyn Duplex>, LinkGuard), Refusal> {
         let gone = || Cause::NoSuchNode.because(format!("{instance} is not registered here"));
         let local = self.local.by_id(instance).ok_or_else(gone)?;
-        if !matches!(local.endpoint, Endpoint::NodeSocket(_)) {
+        if !local.endpoint.is_node() {
             return Err(Cause::InvalidRequest.because(format!("{instance} is not a node")));
         }
         let uid = match peer_uid::of(stream) {
@@ -125,7 +125,7 @@ impl Proxy {
 }
 
 /// Whether the other end closed without a byte, so early that nobody can tell whose it was.
-async fn has_left(stream: &TcpStream) -> bool {
+pub(super) async fn has_left(stream: &TcpStream) -> bool {
     let end = timeout(LEAVING, stream.peek(&mut [0])).await;
     matches!(end, Ok(Ok(0)))
 }
@@ -148,7 +148,7 @@ mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
     use super::*;
     use crate::mesh::{Instance, Protocol};
-    use crate::proxy::local::Secret;
+    use crate::proxy::local::{Endpoint, Secret};
 
     #[test]
     fn only_a_user_who_may_run_the_sidecar_comes_through_it() {

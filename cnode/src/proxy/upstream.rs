@@ -18,7 +18,6 @@ use super::cause::{Cause, Refusal};
 use super::frames::{Duplex, silent};
 use super::links::{Direction, LinkGuard, LinkId, LinkInfo, Purpose};
 use super::listener::{self, Accept, Listener};
-use super::local::Endpoint;
 use super::{Attempt, Proxy, no_such_service, peer_uid};
 use crate::mesh::{Instance, ServiceName};
 
@@ -278,7 +277,7 @@ impl Proxy {
         let mut info = self.upstream_info(upstream, link, candidate.id.clone())?;
         if let Some(local) = self.local.by_id(&candidate.id)
             && local.instance.service == upstream.target
-            && !matches!(local.endpoint, Endpoint::NodeSocket(_))
+            && !local.endpoint.is_node()
         {
             let near = info.local_spiffe.clone();
             info.instances.push(local.instance.id.clone());

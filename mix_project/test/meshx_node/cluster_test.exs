@@ -184,16 +184,34 @@ defmodule MeshxNode.ClusterTest do
              TestNode.call(shop, MeshxNode, :peer, [:cart@h1])
   end
 
-  test "a node that does not listen is told that it can't connect yet", context do
-    start_agent(context)
-    start_node(context, "cart@h2")
+  test "a node that does not listen, or is a tool, dials as a hidden session", context do
+    agent = start_agent(context)
+    cart = start_node(context, "cart@h2")
 
-    for args <- [["-name", "shop@h1", "-dist_listen", "false"], ["-name", "undefined@h1"]] do
-      shop = launch(context, args)
-      :ok = TestNode.await_boot(shop)
-      assert {:error, {:not_ready, text}} = TestNode.call(shop, MeshxNode, :connect, [:cart@h2])
-      assert text =~ "not supported yet"
+    for {name, args} <- [
+          {:quiet@h1, ["-dist_listen", "false"]},
+          {:"rem-1-cart@h1", []},
+          {:console@h1, ["-meshx_session"]}
+        ] do
+      session = launch(context, ["-name", Atom.to_string(name) | args])
+      :ok = TestNode.await_boot(session)
+      assert TestNode.call(session, MeshxNode, :connect, [:cart@h2]) == :ok
+      assert name in TestNode.call(cart, :erlang, :nodes, [:hidden])
+      refute Map.has_key?(ScriptedAgent.nodes(agent), Atom.to_string(name))
     end
+  end
+
+  test "a node that has no name goes by the one that the other end gave it", context do
+    start_agent(context)
+    cart = start_node(context, "cart@h2")
+    start_node(context, "search@h2")
+    session = launch(context, ["-name", "undefined@h1"])
+    :ok = TestNode.await_boot(session)
+    assert TestNode.call(session, MeshxNode, :connect, [:cart@h2]) == :ok
+    [name] = TestNode.call(cart, :erlang, :nodes, [:hidden])
+    assert TestNode.call(session, :erlang, :node, []) == name
+    assert {:ok, %{node: ^name}} = TestNode.call(cart, MeshxNode, :peer, [name])
+    assert TestNode.call(session, MeshxNode, :connect, [:search@h2]) == :ok
   end
 
   test "an idle link ticks, and outlives several tick times", context do

@@ -90,6 +90,7 @@ defmodule Meshx.ScriptedAgent do
        links: [],
        waiting: [],
        counts: %{},
+       sessions: %{},
        mesh: %ScriptedMesh{dir: dir}
      }}
   end
@@ -256,7 +257,8 @@ defmodule Meshx.ScriptedAgent do
 
   def handle_call({:dist, link, secret, target}, _from, state) do
     script = state.scripts[:dist] || fn _, _ -> :ok end
-    source = Enum.find_value(state.nodes, fn {name, node} -> node.secret == secret && name end)
+    node = Enum.find_value(state.nodes, fn {name, node} -> node.secret == secret && name end)
+    source = node || state.sessions[secret]
     callee = state.nodes[target]
 
     result =
@@ -324,6 +326,12 @@ defmodule Meshx.ScriptedAgent do
            counts: Map.put(state.counts, args.node, count)
        }}
     end
+  end
+
+  defp default(:register_session, args, _owner, state) do
+    secret = :crypto.strong_rand_bytes(32)
+    name = args[:node] || args.host
+    {{:ok, %{secret: secret}}, put_in(state.sessions[secret], name)}
   end
 
   defp default(:deregister, %{id: id}, _owner, state) when is_map_key(state.nodes, id),

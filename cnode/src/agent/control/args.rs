@@ -50,6 +50,25 @@ impl<'a> Args<'a> {
             .transpose()
     }
 
+    /// Texts, none when they are not there.
+    pub(super) fn optional_texts(&self, key: &str, max: usize) -> Result<Vec<String>, Refusal> {
+        let Some(term) = self.0.map_get(key) else {
+            return Ok(Vec::new());
+        };
+        let wrong = || wrong(key, &format!("a list of at most {max} binaries that hold utf-8"));
+        let items = term
+            .as_list()
+            .filter(|items| items.len() <= max)
+            .ok_or_else(wrong)?;
+        items
+            .iter()
+            .map(|item| {
+                let text = item.as_str().filter(|text| text.len() <= TEXT_MAX);
+                text.map(str::to_owned).ok_or_else(wrong)
+            })
+            .collect()
+    }
+
     /// Sixteen bytes, when they are there.
     pub(super) fn optional_link(&self, key: &str) -> Result<Option<[u8; 16]>, Refusal> {
         let Some(term) = self.0.map_get(key) else {

@@ -1,7 +1,7 @@
 //! The commands of the control socket.
 
 use std::{
-    net::{Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::PathBuf,
     sync::Arc,
     time::Duration,
@@ -20,9 +20,12 @@ use crate::{
     agent::{
         dir::AgentDir,
         paths,
-        registry::{NodeRequest, Owner, Registry, ServiceRequest, answer, chosen_socket},
+        registry::{
+            NodeListens, NodeRequest, Owner, Registry, ServiceRequest, SessionName, answer, chosen_socket,
+        },
         takeover::Order,
     },
+    epmd::{Epmd, HOSTS_MAX},
     log_limit::LogLimit,
     mesh::ServiceName,
     proxy::{
@@ -30,6 +33,7 @@ use crate::{
         cause::{Cause, Refusal},
         links::{LinkId, LinkSnapshot, LinkTable, Purpose, RefusalRecord},
         local::Endpoint,
+        plain::PlainPorts,
     },
 };
 
@@ -64,6 +68,9 @@ pub(in crate::agent) struct Context {
     /// The mesh's kind.
     pub(in crate::agent) mesh: &'static str,
     pub(in crate::agent) upstreams: Budget,
+    /// Ports for nodes of plain distribution.
+    pub(in crate::agent) ports: Arc<PlainPorts>,
+    pub(in crate::agent) epmd: Option<Arc<Epmd>>,
     /// [`QUESTIONS_MAX`] permits.
     pub(in crate::agent) questions: Semaphore,
     /// [`super::diagnosis::PROBES_MAX`] permits.
@@ -117,6 +124,7 @@ impl Context {
         let (owner, args) = (client.owner, Args(args));
         match command {
             "register_node" => self.register_node(owner, args).await,
+            "register_session" => self.register_session(owner, &args),
             "register_service" => self.register_service(owner, args).await,
             "deregister" => {
                 self.registry.deregister(owner, args.text("id")?).await?;
@@ -135,6 +143,8 @@ impl Context {
                 }
                 Ok(map([("existed", Term::from(existed))]))
             }
+            "node_port" => self.node_port(&args).await,
+            "epmd" => self.epmd(owner, &args).await,
             "check" => self.in_turn(client, &self.questions, self.check(&args)).await,
             "names" => self.in_turn(client, &self.questions, self.names()).await,
             "services" => self.in_turn(client, &self.questions, self.services()).await,
@@ -183,7 +193,7 @@ impl Context {
         let name = args.text("node")?;
         let request = NodeRequest {
             node: name,
-            socket: args.text("socket")?,
+            listens: node_listens(&args)?,
             creation: args.optional_int("creation")?,
             secret: args.optional_secret("secret")?,
             hidden: args.optional_bool("hidden")?.unwrap_or(false),
@@ -197,6 +207,15 @@ impl Context {
             ("instance", text(name)),
             ("spiffe", text(node.spiffe.to_string())),
         ]))
+    }
+
+    fn register_session(&self, owner: Owner, args: &Args<'_>) -> Result<Term, Refusal> {
+        let name = match args.optional_text("node")? {
+            Some(node) => SessionName::Node(node),
+            None => SessionName::Host(args.text("host")?),
+        };
+        let secret = self.registry.register_session(owner, name)?;
+        Ok(map([("secret", Term::binary(*secret.expose()))]))
     }
 
     async fn register_service(&self, owner: Owner, args: Args<'_>) -> Result<Term, Refusal> {
@@ -292,6 +311,42 @@ impl Context {
         ]))
     }
 
+    /// Where nodes of plain distribution dial another one.
+    async fn node_port(&self, args: &Args<'_>) -> Result<Term, Refusal> {
+        let (node, ip) = (args.text("node")?, loopback(args)?);
+        if !self.registry.knows(node).await? {
+            return Err(Cause::NoSuchNode.because(format!("no agent has a node {node}")));
+        }
+        let fault = |error| Cause::NotReady.because(format!("no port can be had: {error}"));
+        let port = self.ports.port(ip, node).map_err(fault)?;
+        Ok(map([("ip", text(ip.to_string())), ("port", Term::from(port))]))
+    }
+
+    /// What a VM of plain distribution is started with.
+    async fn epmd(&self, owner: Owner, args: &Args<'_>) -> Result<Term, Refusal> {
+        let Some(epmd) = &self.epmd else {
+            return Err(Cause::Unsupported.because("this agent is not EPMD: start it with --epmd"));
+        };
+        let hosts = args.optional_texts("hosts", HOSTS_MAX)?;
+        if !hosts.is_empty() && !self.registry.trust().is_operator(owner.peer) {
+            return Err(Cause::NotPermitted.because(format!(
+                "hosts: only those of the mesh's nodes have an address, unless the agent's user or root asks; uid {} is \
+                 neither",
+                owner.peer.uid
+            )));
+        }
+        let hosts = epmd.add_hosts(hosts).await?;
+        let hosts = hosts
+            .into_iter()
+            .map(|(host, ip)| map([("host", text(host)), ("address", text(ip.to_string()))]));
+        Ok(map([
+            ("port", Term::from(epmd.port())),
+            ("host", text(epmd.host())),
+            ("inetrc", text(epmd.inetrc().to_string_lossy())),
+            ("hosts", Term::list(hosts)),
+        ]))
+    }
+
     async fn check(&self, args: &Args<'_>) -> Result<Term, Refusal> {
         let decision = self.proxy.check(args.text("from")?, args.text("to")?).await;
         let (cause, why) = match &decision {
@@ -379,6 +434,26 @@ impl Context {
     }
 }
 
+/// `socket`, or the `port` of a node of plain distribution.
+fn node_listens<'a>(args: &Args<'a>) -> Result<NodeListens<'a>, Refusal> {
+    match args.optional_int("port")? {
+        None => Ok(NodeListens::Socket(args.text("socket")?)),
+        Some(port) => {
+            let port = u16::try_from(port).map_err(|_| wrong("port", "a port"))?;
+            Ok(NodeListens::Plain(SocketAddr::new(loopback(args)?, port)))
+        }
+    }
+}
+
+/// The loopback address of `family`.
+fn loopback(args: &Args<'_>) -> Result<IpAddr, Refusal> {
+    match args.term("family").map(Term::as_atom) {
+        None | Some(Some("inet")) => Ok(Ipv4Addr::LOCALHOST.into()),
+        Some(Some("inet6")) => Ok(Ipv6Addr::LOCALHOST.into()),
+        Some(_) => Err(wrong("family", "inet or inet6")),
+    }
+}
+
 /// `{tcp, Ip, Port}` or `{uds, Path}`.
 fn endpoint(term: &Term) -> Result<Endpoint, Refusal> {
     let endpoint = match term.as_tuple() {
@@ -415,7 +490,7 @@ fn listen(term: &Term, path: PathBuf) -> Result<Listen, Refusal> {
 
 fn endpoint_term(endpoint: &Endpoint) -> Term {
     match endpoint {
-        Endpoint::Tcp(address) => Term::tuple([
+        Endpoint::Tcp(address) | Endpoint::PlainNode(address) => Term::tuple([
             Term::atom("tcp"),
             text(address.ip().to_string()),
             Term::from(address.port()),

@@ -105,7 +105,9 @@ impl Context {
 
     pub(super) async fn doctor(&self) -> Result<Term, Refusal> {
         let registry = &self.registry;
-        let mut findings = doctor::findings(registry.place(), &self.proxy, registry.mesh().as_ref()).await;
+        let epmd = self.epmd.as_deref();
+        let mesh = registry.mesh().as_ref();
+        let mut findings = doctor::findings(registry.place(), &self.proxy, mesh, epmd).await;
         findings.extend(doctor::predecessors(&registry.predecessors().list()));
         Ok(map([("findings", Term::list(findings.iter().map(finding_term)))]))
     }

@@ -175,7 +175,7 @@ impl Carriers {
         }
         let local = match endpoint {
             Endpoint::Tcp(address) => *address,
-            Endpoint::NodeSocket(_) => {
+            Endpoint::NodeSocket(_) | Endpoint::PlainNode(_) => {
                 let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await;
                 let listener = listener.map_err(|error| no_port(&error))?;
                 let address = listener.local_addr().map_err(|error| no_port(&error))?;

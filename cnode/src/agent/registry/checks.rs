@@ -72,6 +72,16 @@ pub(super) fn node_socket(vm: &Path, socket: &str, peer: Peer) -> Result<PathBuf
     Ok(path)
 }
 
+/// Whose port it is, is asked at each connection to it.
+pub(super) fn plain_node(address: SocketAddr) -> Result<Endpoint, Refusal> {
+    if address.ip().is_loopback() && address.port() != 0 {
+        return Ok(Endpoint::PlainNode(address));
+    }
+    Err(Cause::InvalidRequest.because(format!(
+        "a node of plain distribution at {address}: wanted a port on loopback"
+    )))
+}
+
 pub(super) fn creation(creation: i64) -> Result<u32, Refusal> {
     u32::try_from(creation)
         .ok()

@@ -11,6 +11,7 @@ mod handed;
 pub mod options;
 mod pending;
 mod reserved;
+mod session;
 
 use std::{
     collections::HashMap,
@@ -28,6 +29,8 @@ pub(super) use handed::{Handed, HandedInstance, HandedInstances, HandedPorts};
 use options::{Options, SidecarKind};
 use pending::Pending;
 pub(super) use reserved::Reserved;
+pub(super) use session::HandedSession;
+pub use session::SessionName;
 use tokio::{
     sync::{Notify, mpsc},
     time::timeout,
@@ -82,6 +85,8 @@ pub struct Registry {
     trust: Trust,
     place: Place,
     carriers: Carriers,
+    // Held for a registration or a release, never across an await; `state` is taken inside, never around it.
+    sessions: Mutex<session::Held>,
     /// [`RECLAIM_TIME`], but in tests.
     reclaim: Duration,
     /// Nodes have come or gone.
@@ -112,8 +117,8 @@ pub struct Place {
 pub struct NodeRequest<'a> {
     /// Its name.
     pub node: &'a str,
-    /// The socket that it listens on.
-    pub socket: &'a str,
+    /// Where it takes connections.
+    pub listens: NodeListens<'a>,
     /// The one that it runs with, when it was registered with an agent before.
     pub creation: Option<i64>,
     /// The secret that it had from that agent.
@@ -122,6 +127,15 @@ pub struct NodeRequest<'a> {
     pub hidden: bool,
     /// What its entry says beyond its name.
     pub options: Options,
+}
+
+/// Where a node takes connections.
+#[derive(Debug, Clone, Copy)]
+pub enum NodeListens<'a> {
+    /// At a Unix socket in [`Place::vm`].
+    Socket(&'a str),
+    /// At a loopback port, by plain distribution.
+    Plain(SocketAddr),
 }
 
 /// A registered node.
@@ -228,6 +242,7 @@ impl Registry {
             trust,
             place,
             carriers,
+            sessions: Mutex::default(),
             reclaim: RECLAIM_TIME,
             renamed: Notify::new(),
             state: Mutex::new(state),
@@ -292,15 +307,13 @@ impl Registry {
             .map_err(|error| Cause::InvalidName.because(format!("node {:?}: {error}", request.node)))?;
         self.permit(owner.peer, &service)?;
         request.options.permit(owner.peer, &self.trust)?;
-        if !self.place.hosts.iter().any(|owned| owned == host) {
-            return Err(Cause::HostNotOwned.because(format!(
-                "host part {host:?} of {:?} is not one of this agent's: {}; start it with --host {host} to \
-                 own that one too",
-                request.node,
-                self.place.hosts.join(", ")
-            )));
-        }
-        let socket = checks::node_socket(&self.place.vm, request.socket, owner.peer)?;
+        self.own_host(request.node, host)?;
+        let endpoint = match request.listens {
+            NodeListens::Socket(socket) => {
+                Endpoint::NodeSocket(checks::node_socket(&self.place.vm, socket, owner.peer)?)
+            }
+            NodeListens::Plain(address) => checks::plain_node(address)?,
+        };
         let brought = request.creation.map(checks::creation).transpose()?;
         let reserved = |state: &State| {
             state
@@ -323,7 +336,7 @@ impl Registry {
                 pending,
                 Wish {
                     instance,
-                    endpoint: Endpoint::NodeSocket(socket),
+                    endpoint,
                     owner,
                     options: request.options,
                 },
@@ -341,6 +354,27 @@ impl Registry {
             service,
             spiffe,
         })
+    }
+
+    /// A creation for a node that the mesh is not told of.
+    pub(crate) fn fresh_creation(&self) -> u32 {
+        self.lock().creations.next(None)
+    }
+
+    /// Whether there is a passing node of this name, here or elsewhere.
+    ///
+    /// # Errors
+    /// When the mesh does not answer.
+    pub(crate) async fn knows(&self, node: &str) -> Result<bool, Refusal> {
+        Ok(self.local.by_node(node).is_some() || answer(self.mesh.node(node)).await?.is_some())
+    }
+
+    /// The names of all nodes that are registered here.
+    pub(crate) fn local_nodes(&self) -> Vec<String> {
+        let all = self.local.all();
+        all.iter()
+            .filter_map(|local| local.instance.node.clone())
+            .collect()
     }
 
     /// Registers a service: it is in the mesh when this returns.
@@ -443,11 +477,23 @@ impl Registry {
             })
             .collect()
         };
+        self.release_sessions(owner);
         self.cut_links_later(ids.iter().filter_map(|id| self.local.remove(id)).collect());
         self.renamed.notify_one();
         // What is pending takes itself away when it finds its owner gone.
         join_all(ids.iter().map(|id| self.leave(id))).await;
         ids.len()
+    }
+
+    fn own_host(&self, node: &str, host: &str) -> Result<(), Refusal> {
+        if self.place.hosts.iter().any(|owned| owned == host) {
+            return Ok(());
+        }
+        Err(Cause::HostNotOwned.because(format!(
+            "host part {host:?} of {node:?} is not one of this agent's: {}; start it with --host {host} to own that one \
+             too",
+            self.place.hosts.join(", ")
+        )))
     }
 
     fn permit(&self, peer: Peer, service: &ServiceName) -> Result<(), Refusal> {
@@ -714,7 +760,7 @@ fn owner_gone() -> Refusal {
 }
 
 /// The mesh's answer; none in time is none, and so a no.
-pub(super) async fn answer<T>(question: Answer<'_, T>) -> Result<T, Refusal> {
+pub(crate) async fn answer<T>(question: Answer<'_, T>) -> Result<T, Refusal> {
     match timeout(MESH_TIME, question).await {
         Ok(answer) => answer.map_err(refused),
         Err(_) => Err(silent()),

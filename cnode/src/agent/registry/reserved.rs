@@ -24,7 +24,7 @@ use crate::{
     agent::trust::Peer,
     proxy::{
         cause::{Cause, Refusal},
-        local::{SECRET_LEN, Secret},
+        local::{Endpoint, SECRET_LEN, Secret},
     },
 };
 
@@ -118,6 +118,8 @@ impl Registry {
     /// Who holds a name, or may come back for it.
     fn holders(&self) -> Vec<Holder> {
         let nodes = self.local.all().into_iter().filter_map(|local| {
+            // A node that registers the EPMD way has no secret to show.
+            matches!(local.endpoint, Endpoint::NodeSocket(_)).then_some(())?;
             Some(Holder {
                 node: local.instance.node.clone()?,
                 uid: local.uid,
@@ -182,8 +184,8 @@ mod tests {
         }
     }
 
-    #[tokio::test(start_paused = true)]
-    async fn a_name_is_its_holders_until_the_time_is_over() {
+    #[test]
+    fn a_name_is_its_holders_until_the_time_is_over() {
         let temp = tempfile::tempdir().unwrap();
         let file = temp.path().join("names.json");
         let (secret, other) = (Secret::generate().unwrap(), Secret::generate().unwrap());
@@ -208,8 +210,8 @@ mod tests {
                 "{refusal}"
             );
         }
-        tokio::time::advance(Duration::from_secs(10)).await;
-        reserved.check("shop@h1", peer(8), None).unwrap();
+        let over = Reserved::load(&file, Duration::ZERO);
+        over.check("shop@h1", peer(8), None).unwrap();
     }
 
     #[test]

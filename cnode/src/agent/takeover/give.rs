@@ -109,11 +109,18 @@ pub(in crate::agent) async fn give(
 ) -> io::Result<()> {
     let channel = &mut successor.channel;
     let given = give_all(channel, dir, registry, listeners, clients).await;
-    let Err(error) = given else { return Ok(()) };
+    match given {
+        Ok(()) => Ok(()),
+        Err(error) => Err(refuse(successor, error.to_string()).await),
+    }
+}
+
+/// Tells the successor that this process goes on.
+pub(in crate::agent) async fn refuse(successor: &mut Successor, text: String) -> io::Error {
+    let abort = Give::Abort { text: text.clone() };
     // It may be gone.
-    let text = error.to_string();
-    let _ = channel.send(&Give::Abort { text }, &[]).await;
-    Err(error)
+    let _ = successor.channel.send(&abort, &[]).await;
+    io::Error::other(text)
 }
 
 async fn give_all(
@@ -123,7 +130,6 @@ async fn give_all(
     listeners: &Listeners,
     clients: &Clients,
 ) -> io::Result<()> {
-    registry.can_be_handed().map_err(io::Error::other)?;
     let (lock, made) = dir.handed()?;
     let (handed, instances) = registry.handed()?;
     let mut files = vec![
@@ -164,7 +170,13 @@ async fn give_all(
         let files: Vec<_> = listeners.iter().map(AsFd::as_fd).collect();
         channel.send(&Give::Instance(Box::new(instance)), &files).await?;
     }
+    let sessions = registry.handed_sessions();
+    let held = sessions.len();
+    for session in sessions {
+        channel.send(&Give::Session(session), &[]).await?;
+    }
     let all = Give::All {
+        sessions: held,
         clients: clients.parked.len(),
         upstreams,
         instances: count,

@@ -5,7 +5,7 @@ use std::{net::SocketAddr, path::PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    agent::registry::{Handed, HandedInstance},
+    agent::registry::{Handed, HandedInstance, HandedSession},
     mesh::ServiceName,
     proxy::{
         Forwarded, Upstream,
@@ -88,8 +88,11 @@ pub(super) enum Give {
     },
     /// A registration, and the listeners of its own ports.
     Instance(Box<HandedInstance>),
+    /// A session.
+    Session(HandedSession),
     /// So many there were.
     All {
+        sessions: usize,
         clients: usize,
         upstreams: usize,
         instances: usize,

@@ -33,7 +33,7 @@ use std::{
 };
 
 pub(super) use follow::{Follower, merge};
-pub(super) use give::{About, Given, Listeners, give};
+pub(super) use give::{About, Given, Listeners, give, refuse};
 pub(super) use message::Order;
 pub use message::TAKEOVER_VERSIONS;
 use message::{Answer, Hello, Role, Welcome};

@@ -14,7 +14,7 @@ use crate::{
     agent::{
         config::{AgentConfig, MeshKind},
         control::{CLIENTS_MAX, UPSTREAMS_MAX, server::FREEZE_TIME},
-        registry::{Handed, HandedInstances, INSTANCES_MAX},
+        registry::{Handed, HandedInstances, HandedSession, INSTANCES_MAX},
     },
     mesh::{Mesh, MeshError},
     proxy::Upstream,
@@ -76,6 +76,7 @@ pub(in crate::agent) struct Taken {
     pub(in crate::agent) http: Option<OwnedFd>,
     pub(in crate::agent) clients: Vec<TakenClient>,
     pub(in crate::agent) instances: HandedInstances,
+    pub(in crate::agent) sessions: Vec<HandedSession>,
 }
 
 /// A client, and its upstreams.
@@ -240,6 +241,7 @@ async fn receive_all(channel: &mut Channel) -> Result<Taken, TakeFault> {
         http: http.then(|| channel.file()).transpose()?,
         clients: Vec::new(),
         instances: Vec::new(),
+        sessions: Vec::new(),
     };
     let mut listeners = 0;
     loop {
@@ -266,12 +268,19 @@ async fn receive_all(channel: &mut Channel) -> Result<Taken, TakeFault> {
                 let ports = ports.collect::<io::Result<_>>()?;
                 taken.instances.push((*instance, ports));
             }
+            Give::Session(session) if taken.sessions.len() < INSTANCES_MAX => taken.sessions.push(session),
             Give::All {
                 clients,
                 upstreams,
                 instances,
-            } if (clients, upstreams, instances)
-                == (taken.clients.len(), listeners, taken.instances.len()) =>
+                sessions,
+            } if (clients, upstreams, instances, sessions)
+                == (
+                    taken.clients.len(),
+                    listeners,
+                    taken.instances.len(),
+                    taken.sessions.len(),
+                ) =>
             {
                 return Ok(taken);
             }

@@ -20,14 +20,42 @@ pub(super) struct NodeFlags<'a> {
     pub(super) short: bool,
     pub(super) cookie: Option<&'a str>,
     pub(super) hidden: bool,
-    pub(super) ebin: &'a Path,
+    pub(super) carrier: Carrier<'a>,
+    /// With plain distribution: IPv6.
+    pub(super) inet6: bool,
+}
+
+/// What the node's distribution goes by.
+pub(super) enum Carrier<'a> {
+    /// Our own, whose modules are there.
+    Meshx(&'a Path),
+    /// Plain distribution on loopback; our module, which is there, stands for the port mapper.
+    Plain(&'a Path),
+    /// Plain distribution on loopback of an unmodified VM.
+    Epmd,
 }
 
 impl NodeFlags<'_> {
     /// The flags, quoted. `-no_epmd` also keeps the emulator from starting one.
     pub(super) fn to_erl_flags(&self) -> OsString {
-        let mut words: Vec<&OsStr> = ["-proto_dist", "meshx", "-no_epmd", "-pa"].map(OsStr::new).into();
-        words.push(self.ebin.as_os_str());
+        let mut words: Vec<&OsStr> = Vec::new();
+        let mut flags = |flags: &[&'static str]| words.extend(flags.iter().map(|flag| OsStr::new(*flag)));
+        match self.carrier {
+            Carrier::Meshx(_) => flags(&["-proto_dist", "meshx", "-no_epmd"]),
+            Carrier::Plain(_) => flags(&["-epmd_module", "meshx_epmd", "-start_epmd", "false"]),
+            Carrier::Epmd => flags(&["-start_epmd", "false"]),
+        }
+        if !matches!(self.carrier, Carrier::Meshx(_)) {
+            // The agent alone is to connect.
+            flags(&["-kernel", "inet_dist_use_interface"]);
+            match self.inet6 {
+                true => flags(&["{0,0,0,0,0,0,0,1}", "-proto_dist", "inet6_tcp"]),
+                false => flags(&["{127,0,0,1}"]),
+            }
+        }
+        if let Carrier::Meshx(ebin) | Carrier::Plain(ebin) = self.carrier {
+            words.extend([OsStr::new("-pa"), ebin.as_os_str()]);
+        }
         words.push(OsStr::new(if self.short { "-sname" } else { "-name" }));
         words.push(OsStr::new(self.name));
         if let Some(cookie) = self.cookie {
@@ -199,7 +227,8 @@ mod tests {
             short: false,
             cookie: Some("a 'b\"c\\d$e`f;g*(h)~i"),
             hidden: true,
-            ebin: Path::new("/tmp/with  two blanks/it's \"x\"/ünï/$HOME/ebin"),
+            inet6: false,
+            carrier: Carrier::Meshx(Path::new("/tmp/with  two blanks/it's \"x\"/ünï/$HOME/ebin")),
         };
         // No -name here, lest the emulator start distribution.
         let line = flags
@@ -227,6 +256,36 @@ mod tests {
                 "{wanted} not in\n{text}\nfrom {line}"
             );
         }
+    }
+
+    #[test]
+    fn a_plain_node_listens_on_loopback_alone() {
+        let flags = |carrier, inet6| {
+            NodeFlags {
+                name: "shop@h1",
+                short: true,
+                cookie: None,
+                hidden: false,
+                carrier,
+                inet6,
+            }
+            .to_erl_flags()
+            .into_string()
+            .unwrap()
+        };
+        assert_eq!(
+            flags(Carrier::Epmd, false),
+            "-start_epmd false -kernel inet_dist_use_interface \\{127,0,0,1\\} -sname shop@h1"
+        );
+        let six = flags(Carrier::Plain(Path::new("/e")), true);
+        assert!(
+            six.contains("-epmd_module meshx_epmd") && six.contains("-pa /e"),
+            "{six}"
+        );
+        assert!(
+            six.contains("inet_dist_use_interface \\{0,0,0,0,0,0,0,1\\} -proto_dist inet6_tcp"),
+            "{six}"
+        );
     }
 
     const ERL_FLAGS_NAME: &str = "ERL_FLAGS";

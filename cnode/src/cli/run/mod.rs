@@ -2,6 +2,7 @@
 
 mod ebin;
 mod flags;
+mod plain;
 
 use std::{
     ffi::OsString,
@@ -10,7 +11,9 @@ use std::{
     process::{Command, ExitCode},
 };
 
-use flags::NodeFlags;
+use flags::{Carrier, NodeFlags};
+use plain::PlainArgs;
+pub(super) use plain::{InetrcArgs, inetrc};
 
 use super::{Failure, block_on, connect};
 use crate::agent::paths::DIR_VARIABLE;
@@ -23,7 +26,7 @@ const OWN_FLAGS: &str = "MESHX_RUN_FLAGS";
 /// Run a command whose Erlang or Elixir node joins the mesh
 ///
 /// Sets ERL_FLAGS and MESHX_DIR, then executes COMMAND in this process. erl, elixir, iex and mix read
-/// ERL_FLAGS.
+/// ERL_FLAGS. With --epmd it sets ERL_EPMD_PORT and ERL_INETRC, too.
 #[derive(Debug, clap::Args)]
 pub(super) struct RunArgs {
     /// Node name, NAME@HOST with a host that the agent owns
@@ -43,6 +46,8 @@ pub(super) struct RunArgs {
     /// Where meshx's compiled Erlang modules are [default: $MESHX_EBIN, then the _build directory here]
     #[arg(long, value_name = "DIR")]
     ebin: Option<PathBuf>,
+    #[command(flatten)]
+    plain: PlainArgs,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<OsString>,
@@ -53,14 +58,22 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     if let Some(cookie) = &args.cookie {
         flags::check_cookie(cookie).map_err(Failure::usage)?;
     }
-    let dir = agent_for(&args)?;
-    let ebin = ebin::find(args.ebin.as_deref())?;
+    let (dir, environment) = agent_for(&args)?;
+    let ebin = match args.plain.epmd {
+        true => PathBuf::new(),
+        false => ebin::find(args.ebin.as_deref())?,
+    };
     let own = NodeFlags {
         name: &args.name,
         short: args.sname,
         cookie: args.cookie.as_deref(),
         hidden: args.hidden,
-        ebin: &ebin,
+        carrier: match (args.plain.epmd, args.plain.plain) {
+            (true, _) => Carrier::Epmd,
+            (false, true) => Carrier::Plain(&ebin),
+            (false, false) => Carrier::Meshx(&ebin),
+        },
+        inet6: args.plain.inet6,
     }
     .to_erl_flags();
     let present = std::env::var_os(ERL_FLAGS).unwrap_or_default();
@@ -74,6 +87,7 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         .env(ERL_FLAGS, flags::prepend(&own, &present, &outer))
         .env(OWN_FLAGS, &own)
         .env(DIR_VARIABLE, dir)
+        .envs(environment)
         .exec();
     Err(Failure::new(
         127,
@@ -81,8 +95,9 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     ))
 }
 
-/// The directory of the agent that will serve this node, when it answers and owns the host.
-fn agent_for(args: &RunArgs) -> Result<PathBuf, Failure> {
+/// The directory of the agent that will serve this node, when it answers and owns the host, and what else the node's
+/// environment needs.
+fn agent_for(args: &RunArgs) -> Result<(PathBuf, plain::Environment), Failure> {
     block_on(async {
         let client = connect(args.dir.as_deref()).await?;
         let hosts = &client.hello().hosts;
@@ -96,6 +111,7 @@ fn agent_for(args: &RunArgs) -> Result<PathBuf, Failure> {
                 hosts.join(", ")
             )));
         }
-        Ok(client.dir().to_path_buf())
+        let environment = args.plain.environment(&client, &args.name).await?;
+        Ok((client.dir().to_path_buf(), environment))
     })
 }

@@ -8,6 +8,7 @@ mod hostile;
 mod links;
 mod reproof;
 mod services;
+mod sessions;
 mod sidecars;
 mod spoofing;
 mod why;

@@ -6,8 +6,8 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 /// A socket that listens.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Listener {
-    pub(super) address: SocketAddr,
+pub(crate) struct Listener {
+    pub(crate) address: SocketAddr,
     uid: u32,
     inode: u64,
     /// Name and id; none for a process that this user may not look into.
@@ -16,7 +16,7 @@ pub(super) struct Listener {
 
 impl Listener {
     /// In words.
-    pub(super) fn owner(&self) -> String {
+    pub(crate) fn owner(&self) -> String {
         match &self.process {
             Some((name, pid)) => format!("{name} (pid {pid})"),
             None => format!("a process of uid {}", self.uid),
@@ -25,7 +25,7 @@ impl Listener {
 }
 
 /// All sockets that listen on this port, of IPv4 first.
-pub(super) fn on_port(port: u16) -> io::Result<Vec<Listener>> {
+pub(crate) fn on_port(port: u16) -> io::Result<Vec<Listener>> {
     let mut found = parse(&fs::read_to_string("/proc/net/tcp")?, port);
     // A kernel without IPv6 has no such file.
     found.extend(parse(

@@ -14,7 +14,7 @@
 -behaviour(gen_statem).
 
 -export([start/0, start_link/0, call/2, call/3, await/0, subscribe/0]).
--export([register_node/3, deregister_node/0, secret/0, credentials/1, link/4]).
+-export([register_node/3, register_plain_node/3, deregister_node/0, secret/0, credentials/1, link/4]).
 -export([init/1, callback_mode/0, handle_event/4, terminate/3, format_status/1]).
 -export_type([result/0]).
 
@@ -44,7 +44,8 @@
 
 -record(node, {
     name :: binary(),
-    path :: binary(),
+    %% What `register_node' tells of where it listens.
+    listens :: #{socket := binary()} | #{port := inet:port_number(), family := inet | inet6},
     hidden :: boolean(),
     kernel :: pid(),
     monitor :: reference(),
@@ -125,7 +126,8 @@ await() ->
     ask(await).
 
 %% The calling process gets `{meshx_agent, up}' and `{meshx_agent, down}' from now on: what it registered must be
-%% registered again after `up'. It also gets the events about sidecars, `{meshx_agent, {proxy_output | proxy_down, Args}}'.
+%% registered again after `up'. It also gets the events of watches and about sidecars,
+%% `{meshx_agent, {nodes | proxy_output | proxy_down, Args}}'.
 -spec subscribe() -> {ok, #{state := up | down}} | {error, {atom(), binary()}}.
 subscribe() ->
     ask({subscribe, self()}).
@@ -135,7 +137,13 @@ subscribe() ->
 -spec register_node(binary(), {port(), binary()}, boolean()) ->
     {ok, meshx_control:registration()} | {error, {atom(), binary()}}.
 register_node(Name, {Listen, Path}, Hidden) ->
-    ask({register_node, self(), Name, Listen, Path, Hidden}).
+    ask({register_node, self(), Name, Listen, #{socket => Path}, Hidden}).
+
+%% Registers the node of this VM, which speaks plain distribution at a port of loopback. The caller is net_kernel.
+-spec register_plain_node(binary(), {inet:port_number(), inet | inet6}, boolean()) ->
+    {ok, meshx_control:registration()} | {error, {atom(), binary()}}.
+register_plain_node(Name, {Port, Family}, Hidden) ->
+    ask({register_node, self(), Name, none, #{port => Port, family => Family}, Hidden}).
 
 -spec deregister_node() -> ok.
 deregister_node() ->
@@ -251,9 +259,10 @@ handle_event({call, From}, _, disconnected, #data{error = Error}) ->
     {keep_state_and_data, {reply, From, {error, Error}}};
 handle_event({call, From}, {call, Command, Args, Timeout}, ready, Data) ->
     request(Command, Args, {call, From}, Timeout, Data);
-handle_event({call, From}, {register_node, Kernel, Name, Listen, Path, Hidden}, ready, Data) ->
-    true = link(Listen),
-    Node = #node{name = Name, path = Path, hidden = Hidden, kernel = Kernel, monitor = monitor(process, Kernel)},
+handle_event({call, From}, {register_node, Kernel, Name, Listen, Listens, Hidden}, ready, Data) ->
+    %% Without this client nobody would cut its links. What the agent cuts itself needs nobody.
+    true = Listen =:= none orelse link(Listen),
+    Node = #node{name = Name, listens = Listens, hidden = Hidden, kernel = Kernel, monitor = monitor(process, Kernel)},
     register_at_agent({register, From}, forget_node(Data, Node));
 handle_event({timeout, register}, _, ready, #data{node = #node{registration = undefined}} = Data) ->
     register_at_agent({register, undefined}, Data);
@@ -506,6 +515,9 @@ received({event, Event, #{id := Id} = Args}, ready, Data) when
 ->
     tell({Event, Args}, Data),
     keep_state_and_data;
+received({event, nodes, #{watch := Watch, nodes := Nodes} = Args}, ready, Data) when is_binary(Watch), is_list(Nodes) ->
+    tell({nodes, Args}, Data),
+    keep_state_and_data;
 received({event, protocol_error, #{text := Text}}, _, Data) when is_binary(Text) ->
     lost({invalid_request, <<"the agent did not understand this client: ", Text/binary>>}, Data);
 received({event, Event, _}, _, _) ->
@@ -559,8 +571,8 @@ session({error, _} = Error, _, From, Data) ->
     {keep_state, Data, [{reply, From, Error}]}.
 
 register_at_agent(Kind, #data{node = Node} = Data) ->
-    #node{name = Name, path = Path, hidden = Hidden, creation = Creation, proof = Proof} = Node,
-    Args = #{node => Name, socket => Path, hidden => Hidden},
+    #node{name = Name, listens = Listens, hidden = Hidden, creation = Creation, proof = Proof} = Node,
+    Args = Listens#{node => Name, hidden => Hidden},
     Full =
         case Creation of
             undefined -> Args;

@@ -138,7 +138,7 @@ vocabulary() ->
         [certs, serial, issuer, not_before, not_after, chain, roots, subject] ++
         [steps, what, fix, findings, level, warning] ++
         [proxy_output, proxy_down, stream, stdout, stderr, line, final] ++
-        [allowed, at, hidden] ++ meshx_frame:causes().
+        [allowed, at, hidden, ip, port, watch] ++ meshx_frame:causes().
 
 text(Format, Args) ->
     unicode:characters_to_binary(io_lib:format(Format, Args)).

@@ -14,6 +14,8 @@
 -export([tick/1, getstat/1]).
 %% For `meshx_adapter_dist'.
 -export([hs_data/3, up/0, failed/2, boot_error/3]).
+%% For `meshx_epmd'.
+-export([patiently/1, hidden/0]).
 
 -include_lib("kernel/include/dist_util.hrl").
 -include_lib("kernel/include/net_address.hrl").
@@ -115,11 +117,13 @@ listen_in_agents_dir() ->
 listen_and_register(Node) ->
     case listen_in_agents_dir() of
         {ok, Socket, Path} ->
-            Patience = #{
-                name_taken => deadline(?NAME_FREE_WITHIN),
-                not_ready => deadline(ready_within())
-            },
-            register(Node, Socket, Path, Patience);
+            case patiently(fun() -> meshx_agent:register_node(Node, {Socket, Path}, hidden()) end) of
+                {ok, Registration} ->
+                    {ok, Socket, Path, Registration};
+                {error, _} = Error ->
+                    unlisten(Socket, Path),
+                    Error
+            end;
         {error, _} = Error ->
             Error
     end.
@@ -132,27 +136,33 @@ listen_at(Path) ->
         {error, Reason} -> {error, {unreachable, text("cannot listen at ~ts: ~ts", [Path, inet:format_error(Reason)])}}
     end.
 
+%% Registers. A refusal that may pass by itself is not taken at once for an answer.
+-spec patiently(fun(() -> {ok, map()} | {error, {atom(), binary()}})) -> {ok, map()} | {error, {atom(), binary()}}.
+patiently(Register) ->
+    patiently(Register, #{
+        name_taken => deadline(?NAME_FREE_WITHIN),
+        not_ready => deadline(ready_within())
+    }).
+
 %% `Patience' says until when a refusal by some cause may pass by itself.
-register(Node, Socket, Path, Patience) ->
-    case meshx_agent:register_node(Node, {Socket, Path}, hidden()) of
-        {ok, Registration} ->
-            {ok, Socket, Path, Registration};
-        {error, {Cause, _} = Error} ->
+patiently(Register, Patience) ->
+    case Register() of
+        {error, {Cause, _}} = Error ->
             case Patience of
                 #{Cause := Deadline} ->
                     case left(Deadline) of
                         0 ->
-                            unlisten(Socket, Path),
-                            {error, Error};
+                            Error;
                         _ ->
                             receive
-                            after ?REGISTER_AGAIN -> register(Node, Socket, Path, Patience)
+                            after ?REGISTER_AGAIN -> patiently(Register, Patience)
                             end
                     end;
                 #{} ->
-                    unlisten(Socket, Path),
-                    {error, Error}
-            end
+                    Error
+            end;
+        {ok, _} = Registered ->
+            Registered
     end.
 
 ready_within() ->

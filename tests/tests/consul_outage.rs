@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use meshx_tests::consul::{Consul, Setup};
-use meshx_tests::{Agent, Beam, BeamBuilder};
+use meshx_tests::{Agent, Beam, BeamBuilder, traffic};
 
 /// A check is refreshed every 5 s, and a registration tried again with a growing pause: three times that.
 const BACK: Duration = Duration::from_secs(60);
@@ -29,16 +29,7 @@ fn world(setup: Setup) -> World {
     shop.expect("MeshxNode.connect(:cart@h2)", ":ok").unwrap();
     shop.expect("Shop.CartClient.call(:echo, 1, 30_000)", "1")
         .unwrap();
-    // One call after the other, by RPC and by distribution, until it is told to stop.
-    shop.eval(
-        "seq = fn f, n, bad -> r = [Shop.CartClient.call(:echo, n, 5_000, 0), :erpc.call(:cart@h2, Function, :identity, [n], 5_000)]; \
-         bad = if r == [n, n], do: bad, else: [r | bad]; \
-         receive do :stop -> {n, bad} after 5 -> f.(f, n + 1, bad) end end; :made",
-    )
-    .unwrap();
-    shop.eval(":net_kernel.monitor_nodes(true)").unwrap();
-    shop.eval("task = Task.async(fn -> seq.(seq, 1, []) end)")
-        .unwrap();
+    traffic::start(&mut shop).unwrap();
     World {
         consul,
         h1,
@@ -51,18 +42,9 @@ fn world(setup: Setup) -> World {
 
 /// The calls went on all the time, and the link never ended.
 fn nothing_was_noticed(world: &mut World) {
-    let shop = &mut world.shop;
-    shop.eval("send(task.pid, :stop); {n, bad} = Task.await(task); n")
-        .unwrap();
-    let calls = shop.eval("n").unwrap();
+    let calls = traffic::stop(&mut world.shop).unwrap();
     println!("{calls} pairs of calls");
-    assert!(calls.parse::<u32>().unwrap() > 20, "{calls}");
-    shop.expect("bad", "[]").unwrap();
-    shop.expect(
-        "receive do {:nodedown, node} -> node after 0 -> :none end",
-        ":none",
-    )
-    .unwrap();
+    assert!(calls > 20, "{calls}");
 }
 
 fn all_are_back(consul: &Consul) {

@@ -341,15 +341,25 @@ fn agents_of_two_authorities_do_not_believe_each_other() {
     let mesh = Mesh::new().unwrap();
     let http = ["--http", "127.0.0.1:0"];
     let h1 = mesh.agent_with("a", "127.0.0.2", &["h1"], &http).unwrap();
-    // Somebody has made the authority anew while the first agent ran.
-    let anew = Mesh::new().unwrap();
-    drop(anew.agent("x", "127.0.0.4", &["h9"]).unwrap());
-    for file in ["ca.pem", "ca.key"] {
-        std::fs::copy(anew.mesh_dir().join(file), mesh.mesh_dir().join(file)).unwrap();
-    }
-    let h2 = mesh.agent("b", "127.0.0.3", &["h2"]).unwrap();
+    // A mesh of the same name with an authority of its own, as a restored backup would be.
+    let other = Mesh::new().unwrap();
+    drop(other.agent("x", "127.0.0.4", &["h9"]).unwrap());
+    std::fs::copy(
+        mesh.mesh_dir().join("mesh.json"),
+        other.mesh_dir().join("mesh.json"),
+    )
+    .unwrap();
+    let h2 = other.agent("b", "127.0.0.3", &["h2"]).unwrap();
     let mut shop = Beam::start(&h1, "shop@h1").unwrap();
     let _cart = node(&h2, "cart@h2");
+    // Each knows the other's nodes: what an agent registers, and the lock that shows that it lives.
+    let agents = [&mesh, &other].map(|mesh| mesh.mesh_dir().join("agents"));
+    for (from, to) in [(0, 1), (1, 0)] {
+        for file in std::fs::read_dir(&agents[from]).unwrap() {
+            let file = file.unwrap();
+            let _ = std::fs::hard_link(file.path(), agents[to].join(file.file_name()));
+        }
+    }
     let (code, text) = see(&h1, &["why", "shop@h1", "cart@h2"]);
     assert_eq!(code, REFUSED, "{text}");
     line(&text, "no", "tls");

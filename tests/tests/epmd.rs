@@ -105,3 +105,25 @@ fn unmodified_vms_and_nodes_of_our_carrier_are_one_cluster() {
             .trim_matches('"')
     );
 }
+
+#[test]
+fn an_unmodified_vm_of_ipv6_meets_one_of_ipv4() {
+    let mesh = Mesh::new().unwrap();
+    let agent = |name, ip, host| {
+        let options = ["--epmd=0", "--epmd-nodes", "*"];
+        mesh.agent_with(name, ip, &[host], &options).unwrap()
+    };
+    let (h1, h2) = (
+        agent("a", "127.0.0.2", "h1.mesh"),
+        agent("b", "127.0.0.3", "h2.mesh"),
+    );
+    let mut six = BeamBuilder::new("shop@h1.mesh")
+        .run_options(&["--epmd", "--inet6", "--reach", "h2.mesh"])
+        .start(&h1)
+        .unwrap();
+    let mut four = unmodified("cart@h2.mesh", &["h1.mesh"]).start(&h2).unwrap();
+    six.expect("Node.connect(:\"cart@h2.mesh\")", "true").unwrap();
+    four.expect("Node.list()", "[:\"shop@h1.mesh\"]").unwrap();
+    four.expect("Node.disconnect(:\"shop@h1.mesh\")", "true").unwrap();
+    four.expect("Node.connect(:\"shop@h1.mesh\")", "true").unwrap();
+}

@@ -3,17 +3,17 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use meshx_dist::name_frame::{peek_name_frame, refusal_status};
-use meshx_tests::epmd::{Alive, alive2, dial, dial_as, names, port_please, send_name};
+use meshx_tests::epmd::{
+    Alive, STRANGER, alive2, dial, dial_as, exchange_as_stranger, names, port_please, send_name,
+};
 use meshx_tests::{Agent, Mesh, wait_until};
 
 const HERE: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 /// For what happens at once.
 const SOON: Duration = Duration::from_secs(10);
-const STRANGER: &str = "4711";
 
 fn agent(mesh: &Mesh, name: &str, ip: &str, host: &str, more: &[&str]) -> Agent {
     let options = [
@@ -206,38 +206,9 @@ fn both_directions_are_asked_for_and_a_denial_cuts() {
     assert!(at.elapsed() < Duration::from_secs(9), "{:?}", at.elapsed());
 }
 
-/// Runs a shell command as another user.
-fn as_stranger(script: &str) -> String {
-    assert!(
-        rustix::process::geteuid().is_root(),
-        "this test starts a process of another user: run it as root"
-    );
-    let output = Command::new("setpriv")
-        .args([
-            "--reuid",
-            STRANGER,
-            "--regid",
-            STRANGER,
-            "--clear-groups",
-            "bash",
-            "-c",
-            script,
-        ])
-        .output()
-        .unwrap();
-    String::from_utf8_lossy(&output.stdout).into_owned()
-}
-
-/// In bash: sends `bytes` to a loopback port and prints what comes back, in hexadecimal.
-fn exchange(port: u16, bytes: &[u8]) -> String {
-    let escaped: String = bytes.iter().map(|byte| format!("\\x{byte:02x}")).collect();
-    format!(
-        "exec 3<>/dev/tcp/127.0.0.1/{port}; printf '{escaped}' >&3; timeout 10 od -An -v -tx1 -w1000 <&3 | tr -d ' \\n'"
-    )
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+/// All that comes back to another user.
+fn as_stranger(port: u16, bytes: &[u8]) -> Vec<u8> {
+    exchange_as_stranger(port, bytes, 10).unwrap()
 }
 
 #[test]
@@ -251,11 +222,8 @@ fn another_user_has_neither_our_names_nor_our_nodes() {
     };
     let node = |name: &str| meshx_dist::epmd::Node::new(name, 9, meshx_dist::epmd::NodeType::Normal);
     // Not the service that the name stands for: no rule lets that user be it.
-    let refused = as_stranger(&exchange(
-        epmd,
-        &request(meshx_dist::epmd::Request::Alive2(node("shop"))),
-    ));
-    assert_eq!(refused, "760100000000");
+    let refused = as_stranger(epmd, &request(meshx_dist::epmd::Request::Alive2(node("shop"))));
+    assert_eq!(refused, [118, 1, 0, 0, 0, 0]);
     h1.process
         .wait_log("uid 4711 (gid 4294967295) may not be service shop", SOON)
         .unwrap();
@@ -267,14 +235,13 @@ fn another_user_has_neither_our_names_nor_our_nodes() {
         ("shop@h1", "uid 4711 dials as shop@h1, wanted uid 0"),
         ("tool@h1", "reaches nodes of its own user only"),
     ] {
-        let answer = as_stranger(&exchange(port, &send_name(name)));
-        assert_eq!(answer, hex(refusal_status()), "{name}");
+        assert_eq!(as_stranger(port, &send_name(name)), refusal_status(), "{name}");
         h1.process.wait_log(why, SOON).unwrap();
     }
     // Of a tool they may know the name, not the port.
     let _tool = Alive::register(epmd, "rpc-7-shop").unwrap();
     let asked = request(meshx_dist::epmd::Request::PortPlease2(b"rpc-7-shop".to_vec()));
-    assert_eq!(as_stranger(&exchange(epmd, &asked)), "7701");
+    assert_eq!(as_stranger(epmd, &asked), [119, 1]);
     assert!(port_please(HERE, epmd, "rpc-7-shop").unwrap().is_some());
 }
 
@@ -286,11 +253,12 @@ fn a_port_that_another_user_has_is_not_the_nodes() {
     let script = "use IO::Socket::INET; $| = 1; my $s = IO::Socket::INET->new(LocalAddr => '127.0.0.1', Listen => 1); \
                   print $s->sockport, \"\n\"; my $c = $s->accept; print sysread($c, my $b, 1), \" bytes\n\";";
     assert!(rustix::process::geteuid().is_root(), "run this as root");
+    let uid = STRANGER.to_string();
     let arguments = [
         "--reuid",
-        STRANGER,
+        &uid,
         "--regid",
-        STRANGER,
+        &uid,
         "--clear-groups",
         "perl",
         "-e",

@@ -4,7 +4,8 @@
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant};
 
-use meshx_tests::epmd::{Alive, names, port_please};
+use meshx_dist::epmd::{Node, NodeType, Request};
+use meshx_tests::epmd::{Alive, exchange_as_stranger, names, port_please};
 use meshx_tests::{Agent, BeamBuilder, Mesh};
 
 const HERE: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
@@ -87,6 +88,35 @@ fn whoever_asks_early_is_kept_waiting_until_the_name_is_there() {
     // And one that starts now is another.
     drop(again);
     assert_ne!(Alive::register(port, "shop").unwrap().creation, creation);
+}
+
+#[test]
+fn a_name_is_kept_for_its_user_over_a_restart() {
+    let mesh = Mesh::new().unwrap();
+    let start = |port: u16| {
+        let place = format!("--epmd=127.0.0.1:{port}");
+        let options = [&place, "--epmd-nodes", "*", "--allow-register", "uid:4711=*"];
+        mesh.agent_with("a", "127.0.0.2", &["h1"], &options).unwrap()
+    };
+    let mut h1 = start(0);
+    let port = h1.epmd().unwrap();
+    let alive = |name: &str| {
+        let mut bytes = Vec::new();
+        let node = Node::new(name, 9, NodeType::Normal);
+        Request::Alive2(node).encode(&mut bytes).unwrap();
+        exchange_as_stranger(port, &bytes, 1).unwrap()
+    };
+    let _shop = Alive::register(port, "shop").unwrap();
+    let kept = h1.dir().join("epmd.json");
+    let written = || std::fs::read_to_string(&kept).is_ok_and(|text| text.contains("shop"));
+    meshx_tests::wait_until(Duration::from_secs(10), written).unwrap();
+    assert_eq!(alive("other")[..2], [118, 0], "that user may be every service");
+    h1.process.kill();
+    let h1 = start(port);
+    assert_eq!(alive("shop"), [118, 1, 0, 0, 0, 0]);
+    h1.process
+        .wait_log("and is kept for it", Duration::from_secs(10))
+        .unwrap();
 }
 
 #[test]

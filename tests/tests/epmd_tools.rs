@@ -48,13 +48,15 @@ fn epmd_names_erl_call_and_a_c_node() {
         .unwrap();
     assert!(text(&kill).contains("not allowed"), "{}", text(&kill));
 
-    let arguments = ["-n", "shop@127.0.0.1", "-c", COOKIE, "-a", "erlang node"];
-    let called = Command::new("erl_call")
-        .args(arguments)
-        .env("ERL_EPMD_PORT", &port)
-        .output()
-        .unwrap();
-    assert_eq!(text(&called).trim(), "'shop@127.0.0.1'");
+    let call = || {
+        let arguments = ["-n", "shop@127.0.0.1", "-c", COOKIE, "-a", "erlang node"];
+        let called = Command::new("erl_call")
+            .args(arguments)
+            .env("ERL_EPMD_PORT", &port)
+            .output();
+        text(&called.unwrap())
+    };
+    assert_eq!(call().trim(), "'shop@127.0.0.1'");
 
     let program = libei::compile(EI_NODE);
     let arguments = ["ei@127.0.0.1", COOKIE, "shop@127.0.0.1"];
@@ -75,5 +77,10 @@ fn epmd_names_erl_call_and_a_c_node() {
         "true",
     )
     .unwrap();
+    assert!(!call().contains("'shop@127.0.0.1'"));
+    agent
+        .process
+        .wait_log("intention_denied", Duration::from_secs(10))
+        .unwrap();
     std::fs::remove_file(program).unwrap();
 }

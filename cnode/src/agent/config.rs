@@ -23,6 +23,7 @@ use crate::mesh::{
     NameError, ServiceName,
     consul::{ConsulArgs, ConsulFile, ConsulSettings},
 };
+use crate::proxy::Balance;
 
 /// The agent's options. In the file they have the same names, with `_` for `-`.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -66,6 +67,9 @@ pub struct AgentArgs {
     /// Give each instance an inbound port of its own out of this range, for foreign proxies that send no SNI [default: none, all share one]
     #[arg(long, value_name = "FIRST-LAST")]
     pub instance_ports: Option<String>,
+    /// Which instance of a service is dialled first: least-loaded, or round-robin; both by weight [default: least-loaded]
+    #[arg(long, value_name = "HOW")]
+    pub balance: Option<String>,
     /// The consul program, for sidecars of the kind connect_proxy [default: consul, out of PATH]
     #[arg(long, value_name = "PROGRAM")]
     pub consul_program: Option<PathBuf>,
@@ -135,6 +139,8 @@ pub struct AgentConfig {
     pub node_service: NodeService,
     /// What carries the traffic of what does not say.
     pub data_plane: SidecarKind,
+    /// Which instance of a service is dialled first.
+    pub balance: Balance,
     /// The consul program: a name for PATH, or a path.
     pub consul_program: PathBuf,
     /// The Envoy program, likewise.
@@ -242,6 +248,7 @@ struct FileSettings {
     node_service: Option<String>,
     data_plane: Option<String>,
     instance_ports: Option<String>,
+    balance: Option<String>,
     consul_program: Option<PathBuf>,
     envoy_program: Option<PathBuf>,
     #[serde(default)]
@@ -341,6 +348,8 @@ impl AgentConfig {
             host: args.epmd_host.or(file.epmd_host),
         };
         let epmd = faults.check(epmd.checked(&hosts)).flatten();
+        let balance = args.balance.or(file.balance);
+        let balance = faults.check(parse_balance(balance.as_deref()));
         if let (Some(mesh), Some(kind)) = (&mesh, &data_plane)
             && matches!(mesh, MeshKind::Embedded { .. })
             && *kind != SidecarKind::Native
@@ -356,6 +365,7 @@ impl AgentConfig {
                 Ok(Self {
                     node_service: node_service.unwrap_or_default(),
                     data_plane: data_plane.unwrap_or(SidecarKind::Native),
+                    balance: balance.unwrap_or_default(),
                     consul_program: args
                         .consul_program
                         .or(file.consul_program)
@@ -553,6 +563,11 @@ fn parse_data_plane(text: Option<&str>) -> Result<SidecarKind, String> {
         .ok_or_else(|| format!("data-plane {text:?}: wanted native, connect_proxy or envoy"))
 }
 
+fn parse_balance(text: Option<&str>) -> Result<Balance, String> {
+    let text = text.unwrap_or("least-loaded");
+    Balance::parse(text).ok_or_else(|| format!("balance {text:?}: wanted least-loaded or round-robin"))
+}
+
 fn port_range(text: &str) -> Result<RangeInclusive<u16>, String> {
     let ends = text.split_once('-').and_then(|(first, last)| {
         let (first, last): (u16, u16) = (first.parse().ok()?, last.parse().ok()?);
@@ -607,6 +622,7 @@ mod tests {
             node_service: Some("host".into()),
             data_plane: Some("nginx".into()),
             instance_ports: Some("9-8".into()),
+            balance: Some("at will".into()),
             ..AgentArgs::default()
         };
         let text = AgentConfig::from_args(args).unwrap_err().to_string();
@@ -624,10 +640,11 @@ mod tests {
             "host",
             "nginx",
             "9-8",
+            "at will",
         ] {
             assert!(text.contains(seen), "{seen} not in {text}");
         }
-        assert_eq!(text.lines().count(), 13, "{text}");
+        assert_eq!(text.lines().count(), 14, "{text}");
     }
 
     #[test]

@@ -558,11 +558,12 @@ impl Heritage {
         for TakenClient {
             id,
             greeted,
+            watches,
             stream,
             upstreams: of_client,
         } in taken.clients
         {
-            let client = clients.resume(stream, id, greeted, &context)?;
+            let client = clients.resume(stream, id, greeted, watches, &context)?;
             upstreams.extend(
                 of_client
                     .into_iter()
@@ -616,6 +617,7 @@ fn context(
     let settings = Settings {
         allow_unverified_peers: config.allow_unverified_peers,
         session_service: config.session_service.clone(),
+        balance: config.balance,
         ..Settings::default()
     };
     let proxy = Proxy::new(mesh.clone(), local.clone(), links.clone(), settings);

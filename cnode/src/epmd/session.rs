@@ -12,7 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::{Duration, Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info};
+use tracing::debug;
 
 use super::kept::KeptName;
 use super::names::Place;
@@ -272,7 +272,7 @@ impl Epmd {
         }
     }
 
-    /// The nodes of this host.
+    /// The nodes of this host; port 0 for what there is no room for.
     fn all_names(&self, here: IpAddr) -> Vec<(String, u16)> {
         let own = |node: &str| {
             let (name, host) = node.split_once('@')?;
@@ -282,7 +282,7 @@ impl Epmd {
             // A node's name outside EPMD may be one that a listing cannot show.
             let name =
                 own(&node).filter(|name| !name.contains(|c: char| c.is_whitespace() || c.is_control()))?;
-            Some((name, self.ports.port(here, &node).ok()?))
+            Some((name, self.ports.port_if_room(here, &node).unwrap_or_default()))
         });
         let mut names: Vec<_> = of_mesh.chain(self.names.tools()).collect();
         names.sort();
@@ -294,7 +294,6 @@ impl Held {
     async fn end(&mut self) {
         if let Some(owner) = self.owner.take() {
             self.epmd.registry.release(owner).await;
-            info!(name = self.name, "EPMD registration ended");
         }
     }
 }
@@ -303,6 +302,7 @@ impl Drop for Held {
     /// When its connection had to make room in the middle of its registration.
     fn drop(&mut self) {
         if let Some(owner) = self.owner.take() {
+            self.epmd.kept.forget_name(&self.name);
             let registry = self.epmd.registry.clone();
             tokio::spawn(async move { registry.release(owner).await });
         }

@@ -10,7 +10,7 @@ pub mod consul;
 pub mod embedded;
 pub mod observed;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -95,6 +95,8 @@ pub struct Listed {
     pub status: String,
     /// Its tags.
     pub tags: Vec<String>,
+    /// Its share of the service's links.
+    pub weight: u32,
 }
 
 impl Listed {
@@ -190,6 +192,12 @@ pub trait Catalogue: Send + Sync {
         Box::pin(std::future::ready(Err(MeshError::Unsupported(
             "this mesh does not tell which instances are gone".to_owned(),
         ))))
+    }
+
+    /// How many of a service's links each of its instances should get, by id, as far as this is known at the moment;
+    /// those that are not named count 1.
+    fn weights(&self, _service: &ServiceName) -> HashMap<String, u32> {
+        HashMap::new()
     }
 
     /// All passing nodes.

@@ -1,5 +1,6 @@
 //! A mesh whose answers are counted, for metrics.
 
+use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -144,6 +145,10 @@ impl Catalogue for Observed {
 
     fn instances(&self, service: &ServiceName) -> Answer<'_, Vec<Instance>> {
         self.recall(self.mesh.instances(service))
+    }
+
+    fn weights(&self, service: &ServiceName) -> HashMap<String, u32> {
+        self.mesh.weights(service)
     }
 
     fn present(&self, service: &ServiceName) -> Answer<'_, Present> {

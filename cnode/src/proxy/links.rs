@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
+use std::hash::Hash;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -155,6 +156,12 @@ impl LinkInfo {
         }
     }
 
+    /// The instance of a service that this agent chose.
+    fn chosen_instance(&self) -> Option<&str> {
+        let chosen = self.direction != Direction::Inbound && self.purpose != Purpose::Dist;
+        chosen.then_some(&self.remote)
+    }
+
     /// End of this end's certificate, unix seconds; none where this agent showed none.
     pub fn local_not_after(&self) -> Option<i64> {
         self.proof.as_ref().map(|proof| proof.shown.not_after)
@@ -273,6 +280,8 @@ struct LiveLinks {
     by_id: HashMap<LinkId, Arc<Live>>,
     /// How many each service has dialled.
     dialled: HashMap<Dialler, usize>,
+    /// How many lead to each instance of a service, which is not a node.
+    to_instance: HashMap<String, usize>,
     pairs: Pairs,
 }
 
@@ -363,12 +372,22 @@ impl LinkTable {
             )));
         }
         *dialled += 1;
+        if let Some(instance) = live.info.chosen_instance() {
+            *links.to_instance.entry(instance.to_owned()).or_default() += 1;
+        }
         links.by_id.insert(id, live.clone());
         drop(links);
         Ok(LinkGuard {
             table: self.clone(),
             live,
         })
+    }
+
+    /// How many live links this agent has made to each of these instances.
+    pub(super) fn to_instances<'a>(&self, ids: impl Iterator<Item = &'a str>) -> Vec<usize> {
+        let links = lock(&self.inner.live);
+        ids.map(|id| links.to_instance.get(id).copied().unwrap_or_default())
+            .collect()
     }
 
     /// All live links, in no order.
@@ -585,6 +604,14 @@ impl LinkGuard {
         self.live.pair.get_or_init(|| links.pairs.opened(&self.live.info));
     }
 
+    /// Whether nodes are at its ends, which can be told why it ends, and another agent tells the other one.
+    pub(super) fn is_between_nodes_of_two_agents(&self) -> bool {
+        let LinkInfo {
+            purpose, direction, ..
+        } = &self.live.info;
+        *purpose == Purpose::Dist && *direction != Direction::Local
+    }
+
     /// Where to count.
     pub fn counters(&self) -> &Arc<Counters> {
         &self.live.counters
@@ -603,12 +630,19 @@ impl Drop for LinkGuard {
         if let Some(pair) = self.live.pair.get() {
             links.pairs.closed(pair, self.live.counters.both());
         }
-        let dialler = self.live.info.dialler();
-        if let Some(dialled) = links.dialled.get_mut(&dialler) {
-            *dialled = dialled.saturating_sub(1);
-            if *dialled == 0 {
-                links.dialled.remove(&dialler);
-            }
+        take_one(&mut links.dialled, &self.live.info.dialler());
+        if let Some(instance) = self.live.info.chosen_instance() {
+            take_one(&mut links.to_instance, &instance.to_owned());
+        }
+    }
+}
+
+/// One less of this; none is no entry.
+fn take_one<K: Eq + Hash>(counts: &mut HashMap<K, usize>, key: &K) {
+    if let Some(count) = counts.get_mut(key) {
+        *count = count.saturating_sub(1);
+        if *count == 0 {
+            counts.remove(key);
         }
     }
 }

@@ -17,6 +17,7 @@
 //! [`cause::Cause`], which the caller, the log and the counters tell alike.
 
 pub(crate) mod admission;
+mod balance;
 pub mod cause;
 mod dial;
 mod endpoint;
@@ -50,6 +51,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+pub use balance::Balance;
 pub use listener::Listener;
 pub use proof::Proof;
 pub(crate) use reproof::{Elsewhere, Forwarded};
@@ -61,6 +63,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::admission::Admission;
+use self::balance::Balancer;
 use self::cause::{Cause, Refusal};
 use self::frames::Duplex;
 use self::links::{LinkGuard, LinkId, LinkTable, Purpose};
@@ -96,6 +99,8 @@ pub struct Settings {
     pub instance_gone_after: Duration,
     /// How long the ends of a cut link may take to close it with the reason.
     pub cut_grace: Duration,
+    /// Which instance of a service is dialled first.
+    pub balance: Balance,
     /// Whether nodes may be dialled through sidecars of another make, which keep to themselves whom they have verified:
     /// anybody who may reach the node's service may then claim any node's name.
     pub allow_unverified_peers: bool,
@@ -118,6 +123,7 @@ impl Default for Settings {
             instance_look: Duration::from_secs(5),
             instance_gone_after: Duration::from_secs(60),
             cut_grace: Duration::from_secs(1),
+            balance: Balance::default(),
             allow_unverified_peers: false,
             session_service: None,
         }
@@ -129,6 +135,7 @@ pub struct Proxy {
     mesh: Arc<dyn Mesh>,
     local: LocalTable,
     links: LinkTable,
+    balancer: Balancer,
     settings: Settings,
     /// Of all inbound ports together: whoever floods many of them takes no more than by one.
     inbound: Arc<Admission>,
@@ -157,6 +164,7 @@ impl Proxy {
             local,
             links,
             inbound: Admission::new(settings.max_pending),
+            balancer: Balancer::new(settings.balance),
             settings,
             refusals: std::array::from_fn(|_| LogLimit::new("refused links")),
             closed: CancellationToken::new(),

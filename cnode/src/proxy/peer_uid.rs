@@ -135,8 +135,12 @@ fn uid(answer: &[u8], client: SocketAddr, here: SocketAddr) -> Result<u32, Strin
         _ => return Err("the kernel's answer is not understood".to_owned()),
     }
     // Without such a socket the kernel gives one that listens there.
-    let wanted = addresses(client, here);
-    if answer.get(HEADER + 4..HEADER + 4 + wanted.len()) != Some(wanted.as_slice()) {
+    let is_of = |client, here| {
+        let wanted = addresses(client, here);
+        answer.get(HEADER + 4..HEADER + 4 + wanted.len()) == Some(wanted.as_slice())
+    };
+    // An IPv6 socket that reaches an IPv4 one is told with mapped addresses.
+    if !is_of(client, here) && !is_of(mapped(client), mapped(here)) {
         return Err(format!("{client} has no socket to {here} any more"));
     }
     let (uid, inode) = (word(HEADER + ANSWER - 8), word(HEADER + ANSWER - 4));
@@ -173,6 +177,13 @@ fn family(address: SocketAddr) -> u8 {
     family.as_raw() as u8
 }
 
+fn mapped(address: SocketAddr) -> SocketAddr {
+    match address.ip() {
+        IpAddr::V4(ip) => SocketAddr::new(ip.to_ipv6_mapped().into(), address.port()),
+        IpAddr::V6(_) => address,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -190,6 +201,19 @@ mod tests {
             assert_eq!(of(&stream), Ok(own), "{ip}");
             assert_eq!(of(&client), Ok(own), "{ip}: the accepted end");
         }
+    }
+
+    #[tokio::test]
+    async fn an_ipv6_client_of_an_ipv4_address_is_known() {
+        let listener = TcpListener::bind("127.0.0.9:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let client = TcpStream::connect(format!("[::ffff:127.0.0.9]:{port}"))
+            .await
+            .unwrap();
+        let (stream, _) = listener.accept().await.unwrap();
+        assert_eq!(of(&stream), Ok(rustix::process::geteuid().as_raw()));
+        drop(client);
+        assert!(of(&stream).is_err());
     }
 
     /// The kernel says uid 0 of a socket that no process has any more.

@@ -84,6 +84,18 @@ impl PlainPorts {
     /// # Errors
     /// When it cannot be opened.
     pub fn port(&self, ip: IpAddr, target: &str) -> io::Result<u16> {
+        self.open(ip, target, true)
+    }
+
+    /// As [`PlainPorts::port`], but not in the place of another one.
+    ///
+    /// # Errors
+    /// When it cannot be opened, or there is no room.
+    pub fn port_if_room(&self, ip: IpAddr, target: &str) -> io::Result<u16> {
+        self.open(ip, target, false)
+    }
+
+    fn open(&self, ip: IpAddr, target: &str, make_room: bool) -> io::Result<u16> {
         if !ip.is_loopback() {
             let text = format!("{ip} is not on loopback");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
@@ -94,6 +106,13 @@ impl PlainPorts {
         if let Some(open) = ports.open.get_mut(&key) {
             open.asked = asked;
             return Ok(open.port);
+        }
+        if !make_room && ports.open.len() >= self.max {
+            let text = format!(
+                "{} ports are open, no more are opened (PLAIN_PORTS_MAX)",
+                self.max
+            );
+            return Err(io::Error::other(text));
         }
         let listener = std::net::TcpListener::bind((ip, 0))?;
         listener.set_nonblocking(true)?;

@@ -7,7 +7,6 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use meshx_dist::flags::DistFlags;
 use meshx_dist::name_frame::{clear_published, peek_name_frame};
 
 use super::Proxy;
@@ -147,14 +146,14 @@ pub(crate) fn gone_session(session: &Session) -> Refusal {
 }
 
 /// Holds the name message at the front of `bytes` against the name that was claimed. That of a session gets the flags
-/// of a hidden node. Only a session may leave its name to the other end.
+/// of a hidden node. A message that leaves its name to the other end has a host for a name, so it is of a session without
+/// one, or is refused.
 pub(super) fn check_name(bytes: &mut [u8], claimed: &str, is_session: bool) -> Result<(), Refusal> {
     let fault = |error| Cause::InvalidRequest.because(format!("distribution handshake: {error}"));
     let Some(frame) = peek_name_frame(bytes).map_err(fault)? else {
         return Err(Cause::InvalidRequest.because("distribution handshake: no whole name message"));
     };
-    let wants_name = frame.flags.contains(DistFlags::NAME_ME);
-    if frame.name != claimed || wants_name != (is_session && !claimed.contains('@')) {
+    if frame.name != claimed {
         let text = format!("{claimed} names itself {:?} in the handshake", frame.name);
         return Err(Cause::IdentityMismatch.because(text));
     }

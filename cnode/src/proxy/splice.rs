@@ -5,7 +5,7 @@ use std::io;
 use std::task::Poll;
 use std::time::Duration;
 
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
 use super::flow::{BUFFER, Flow};
@@ -37,7 +37,17 @@ pub(super) async fn splice(
         () = link.cut().cancelled() => {}
         ended = both => {
             tracing::debug!(?ended, "link ended");
-            return ended;
+            if ended.is_ok() || !link.is_between_nodes_of_two_agents() {
+                return ended;
+            }
+            // Without a goodbye: the other agent may have cut it by a rule that this one is just about to hear of. The
+            // node is to be told that, and not that the connection was closed. Who ends here for another reason says
+            // goodbye, so that nobody waits there.
+            let goodbye = timeout(grace, remote.shutdown());
+            let (_, cut) = tokio::join!(goodbye, timeout(grace, link.cut().cancelled()));
+            if cut.is_err() {
+                return ended;
+            }
         }
     }
     // The far end is closed at once. The near one hears the reason from its agent and closes by itself, so that the

@@ -14,6 +14,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::admission::{Admission, Slot};
+use super::balance::Candidate;
 use super::cause::{Cause, Refusal};
 use super::frames::{Duplex, silent};
 use super::links::{Direction, LinkGuard, LinkId, LinkInfo, Purpose};
@@ -243,14 +244,20 @@ impl Proxy {
         let candidates = self.candidates(&upstream.target, upstream.instance.as_deref());
         for candidate in candidates.await? {
             match self.reach_candidate(upstream, &candidate, link).await {
-                Err(refusal) if is_of_one_instance(&refusal) => last = Some(refusal),
-                decided => return decided,
+                Err(refusal) if is_of_one_instance(&refusal) => {
+                    self.balancer.failed(&candidate.id);
+                    last = Some(refusal);
+                }
+                decided => {
+                    self.balancer.succeeded(&candidate.id);
+                    return decided;
+                }
             }
         }
         Err(last.unwrap_or_else(|| no_such_service(&upstream.target)))
     }
 
-    /// The instances to try: those on this agent first, the others in a random order.
+    /// The instances to try, in this order.
     pub(super) async fn candidates(
         &self,
         target: &ServiceName,
@@ -259,13 +266,17 @@ impl Proxy {
         let mut all = self.ask(self.mesh.instances(target)).await?;
         let wanted = |id: &str| instance.is_none_or(|instance| instance == id);
         all.retain(|instance| instance.node.is_none() && wanted(&instance.id));
-        let mut keyed = Vec::with_capacity(all.len());
-        for instance in all {
-            let random = getrandom::u32().map_err(|error| Cause::NotReady.because(error.to_string()))?;
-            keyed.push((self.local.by_id(&instance.id).is_none(), random, instance));
-        }
-        keyed.sort_by_key(|(elsewhere, random, _)| (*elsewhere, *random));
-        Ok(keyed.into_iter().map(|(_, _, instance)| instance).collect())
+        let weights = self.mesh.weights(target);
+        let links = self
+            .links
+            .to_instances(all.iter().map(|instance| instance.id.as_str()));
+        let candidates = all.into_iter().zip(links).map(|(instance, links)| Candidate {
+            here: self.local.by_id(&instance.id).is_some(),
+            weight: weights.get(&instance.id).copied().unwrap_or(1),
+            links,
+            instance,
+        });
+        Ok(self.balancer.order(target, candidates.collect()))
     }
 
     async fn reach_candidate(
@@ -342,7 +353,11 @@ impl Proxy {
     }
 }
 
-/// Another instance may still answer; a no by rule or certificate holds for all of them.
+/// Another instance may still answer, and no byte of the link has gone anywhere; a no by rule or certificate holds for
+/// all of them.
 pub(super) fn is_of_one_instance(refusal: &Refusal) -> bool {
-    matches!(refusal.cause, Cause::Unreachable | Cause::NoSuchService)
+    matches!(
+        refusal.cause,
+        Cause::Unreachable | Cause::NoSuchService | Cause::Timeout
+    )
 }

@@ -6,6 +6,8 @@ mod hostile;
 mod library;
 mod lifecycle;
 mod registration;
+mod sessions;
 mod support;
 mod takeover;
 mod trust;
+mod watches;

@@ -235,7 +235,7 @@ pub(crate) fn hello_args(min: i64, max: i64) -> Term {
     ])
 }
 
-pub(crate) fn cause(result: Result<Term, Refused>) -> String {
+pub(crate) fn cause<T: std::fmt::Debug>(result: Result<T, Refused>) -> String {
     let (cause, text) = result.expect_err("a refusal");
     println!("{cause}: {text}");
     cause

@@ -15,6 +15,7 @@ use super::{
     message::{map, text},
     options::{options, token},
     upstreams::{Budget, Upstreams},
+    watches::Watches,
 };
 use crate::{
     agent::{
@@ -83,15 +84,21 @@ pub(in crate::agent) struct Context {
 pub(in crate::agent) struct Client {
     pub(in crate::agent) owner: Owner,
     pub(in crate::agent) upstreams: Upstreams,
+    pub(in crate::agent) watches: Watches,
     /// One permit, held while the mesh is asked for it. Closed when the client has gone: what waits is given up.
     pub(super) asking: Semaphore,
 }
 
 impl Client {
     pub(super) fn new(owner: Owner) -> Self {
+        Self::with_watches(owner, Watches::new())
+    }
+
+    pub(super) fn with_watches(owner: Owner, watches: Watches) -> Self {
         Self {
             owner,
             upstreams: Upstreams::new(),
+            watches,
             asking: Semaphore::new(1),
         }
     }
@@ -167,7 +174,7 @@ impl Context {
         }
     }
 
-    async fn in_turn<T>(
+    pub(super) async fn in_turn<T>(
         &self,
         client: &Client,
         turns: &Semaphore,

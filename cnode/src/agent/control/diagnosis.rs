@@ -118,6 +118,7 @@ fn listed_term(listed: Listed, own: &str) -> Term {
         instance,
         status,
         tags,
+        weight,
     } = listed;
     let protocol = match instance.protocol {
         Protocol::Meshx => "meshx",
@@ -131,6 +132,7 @@ fn listed_term(listed: Listed, own: &str) -> Term {
         ("agent", text(instance.agent)),
         ("protocol", Term::atom(protocol)),
         ("status", text(status)),
+        ("weight", Term::Int(weight.into())),
         ("tags", Term::list(tags.iter().map(text))),
     ];
     pairs.extend(instance.node.map(|node| ("node", text(node))));

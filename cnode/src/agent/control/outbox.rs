@@ -128,9 +128,9 @@ mod tests {
         outbox.send(b"one ".to_vec());
         outbox.send(b"two".to_vec());
         drop(outbox);
-        let mut text = String::new();
-        far.read_to_string(&mut text).await.unwrap();
-        assert_eq!(text, "one two");
+        let mut text = [0; 7];
+        far.read_exact(&mut text).await.unwrap();
+        assert_eq!(&text, b"one two");
         assert!(writing.await.unwrap().is_some());
         assert!(!stop.is_cancelled());
     }

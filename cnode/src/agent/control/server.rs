@@ -1,6 +1,6 @@
 //! Accepts control connections. A slow, broken or hostile client is nobody else's concern.
 
-use std::{io, pin::pin, sync::Arc, time::Duration};
+use std::{collections::HashMap, io, pin::pin, sync::Arc, time::Duration};
 
 use tokio::{
     net::{UnixListener, UnixStream},
@@ -14,11 +14,15 @@ use super::{
     message::{event, map, text},
     session::{self, Parked},
     slots::Slots,
+    watches::Watches,
 };
-use crate::agent::{
-    paths,
-    registry::{MESH_TIME, Owner},
-    trust::Peer,
+use crate::{
+    agent::{
+        paths,
+        registry::{MESH_TIME, Owner},
+        trust::Peer,
+    },
+    mesh::ServiceName,
 };
 
 /// Pause after the system could not give a connection (no descriptor left): others may close meanwhile.
@@ -55,11 +59,13 @@ impl Clients {
         stream: UnixStream,
         id: u64,
         greeted: bool,
+        watches: HashMap<String, Vec<ServiceName>>,
         context: &Context,
     ) -> io::Result<Arc<Client>> {
         let peer = Peer::of(&stream)?;
         let slot = self.slots.take(peer.uid).map_err(io::Error::other)?;
-        let parked = Parked::new(stream, Client::new(Owner { id, peer }), greeted, slot, context);
+        let client = Client::with_watches(Owner { id, peer }, Watches::of(watches));
+        let parked = Parked::new(stream, client, greeted, slot, context);
         let client = parked.client.clone();
         self.parked.push(parked);
         Ok(client)

@@ -19,12 +19,13 @@ use tracing::{debug, info, warn};
 
 use super::{
     UNANSWERED_MAX,
-    args::TEXT_MAX,
+    args::{Args, TEXT_MAX},
     commands::{Client, Context, PROGRAM, is_question},
     frame::{Next, REQUEST_MAX, read_frame_unless},
     message::{Request, VERSIONS, event, map, reply, text},
     outbox::Outbox,
     slots::Slot,
+    watches::{self, watch},
 };
 use crate::{
     agent::{
@@ -119,6 +120,7 @@ pub(super) async fn run(
         unanswered: Arc::default(),
         commands: TaskTracker::new(),
     };
+    watches::resume(&session.context, &session.client, &session.outbox);
     let quiet = CancellationToken::new();
     let mut forwarding = tokio::spawn(session.forward_events(events, quiet.clone()));
     let frozen = tokio::select! {
@@ -136,6 +138,7 @@ pub(super) async fn run(
         let settle = async {
             commands.close();
             commands.wait().await;
+            client.watches.pause();
             quiet.cancel();
             let events = (&mut forwarding).await.ok();
             // With the last outbox gone the writer ends once it has written what waits.
@@ -176,6 +179,7 @@ async fn end(client: &Client, context: &Context, commands: &TaskTracker) {
     let upstreams = client.upstreams.close_all();
     let order = Order::ClientGone { owner: owner.id };
     context.registry.predecessors().order(&order);
+    client.watches.close_all();
     client.asking.close();
     let released = context.registry.release(owner.id).await;
     commands.close();
@@ -324,7 +328,12 @@ impl Session {
         let (context, client) = (self.context.clone(), self.client.clone());
         let (outbox, unanswered) = (self.outbox.clone(), self.unanswered.clone());
         self.commands.spawn(async move {
-            let running = context.run(&client, &request.command, &request.args);
+            let running = async {
+                match request.command.as_str() {
+                    "watch" => watch(&context, &client, &outbox, &Args(&request.args)),
+                    _ => context.run(&client, &request.command, &request.args).await,
+                }
+            };
             // What changes nothing need not be waited for: it is asked again.
             let hurry = async {
                 freeze.cancelled().await;

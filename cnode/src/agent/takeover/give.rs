@@ -153,6 +153,7 @@ async fn give_all(
         let client = Give::Client {
             id,
             greeted: parked.greeted,
+            watches: parked.client.watches.handed(),
         };
         channel.send(&client, &[parked.stream.as_fd()]).await?;
         for (name, upstream, listener) in parked.client.upstreams.handed()? {

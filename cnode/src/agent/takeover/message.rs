@@ -1,6 +1,6 @@
 //! What two processes of one agent tell each other (`docs/operations.md`, "Upgrading").
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{collections::HashMap, net::SocketAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -79,7 +79,13 @@ pub(super) enum Give {
         registry: Handed,
     },
     /// A client's connection.
-    Client { id: u64, greeted: bool },
+    Client {
+        id: u64,
+        greeted: bool,
+        /// Services that it watches the nodes of, by the watches' names.
+        #[serde(default)]
+        watches: HashMap<String, Vec<ServiceName>>,
+    },
     /// An upstream's listener.
     Upstream {
         owner: u64,

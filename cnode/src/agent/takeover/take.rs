@@ -1,6 +1,6 @@
 //! The side that takes over.
 
-use std::{io, net::SocketAddr, os::fd::OwnedFd, time::Duration};
+use std::{collections::HashMap, io, net::SocketAddr, os::fd::OwnedFd, time::Duration};
 
 use tokio::{net::UnixStream, time::timeout};
 
@@ -16,7 +16,7 @@ use crate::{
         control::{CLIENTS_MAX, UPSTREAMS_MAX, server::FREEZE_TIME},
         registry::{Handed, HandedInstances, HandedSession, INSTANCES_MAX},
     },
-    mesh::{Mesh, MeshError},
+    mesh::{Mesh, MeshError, ServiceName},
     proxy::Upstream,
 };
 
@@ -83,6 +83,7 @@ pub(in crate::agent) struct Taken {
 pub(in crate::agent) struct TakenClient {
     pub(in crate::agent) id: u64,
     pub(in crate::agent) greeted: bool,
+    pub(in crate::agent) watches: HashMap<String, Vec<ServiceName>>,
     pub(in crate::agent) stream: UnixStream,
     pub(in crate::agent) upstreams: Vec<(String, Upstream, OwnedFd)>,
 }
@@ -246,11 +247,12 @@ async fn receive_all(channel: &mut Channel) -> Result<Taken, TakeFault> {
     let mut listeners = 0;
     loop {
         match next(channel).await? {
-            Give::Client { id, greeted } if taken.clients.len() < CLIENTS_MAX => {
+            Give::Client { id, greeted, watches } if taken.clients.len() < CLIENTS_MAX => {
                 let stream = std::os::unix::net::UnixStream::from(channel.file()?);
                 taken.clients.push(TakenClient {
                     id,
                     greeted,
+                    watches,
                     stream: UnixStream::from_std(stream)?,
                     upstreams: Vec::new(),
                 });

@@ -121,6 +121,16 @@ impl Catalogue {
         }
     }
 
+    /// The weights of the instances in the warm copy.
+    pub(super) fn weights(&self, service: &ServiceName) -> HashMap<String, u32> {
+        let copy = lock(&self.warm(service).copy).clone();
+        let known = copy.and_then(|copy| copy.borrow().value.clone());
+        let listed = known.iter().flat_map(|known| known.iter());
+        listed
+            .map(|listed| (listed.instance.id.clone(), listed.weight))
+            .collect()
+    }
+
     /// The instances of a service that is watched, as long as the watch sees.
     pub(super) async fn present(&self, service: &ServiceName) -> Result<Present, MeshError> {
         // It begins the watch of a service that is there.
@@ -369,6 +379,14 @@ pub(super) struct ServiceAnswer {
     connect: Option<ConnectAnswer>,
     #[serde(default)]
     proxy: Option<ProxyAnswer>,
+    #[serde(default)]
+    weights: Option<WeightsAnswer>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct WeightsAnswer {
+    passing: u32,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -449,6 +467,8 @@ fn read_health(reply: &Reply, service: &ServiceName) -> Result<Known, Fault> {
         Some(Listed {
             instance: instance?,
             status: status(entry.checks.as_deref().unwrap_or_default()),
+            // Only passing instances are dialled.
+            weight: entry.service.weights.map_or(1, |weights| weights.passing),
             tags: entry.service.tags.unwrap_or_default(),
         })
     };

@@ -300,6 +300,10 @@ impl Catalogue for ConsulMesh {
         Box::pin(async move { self.catalogue.passing(&service).await })
     }
 
+    fn weights(&self, service: &ServiceName) -> HashMap<String, u32> {
+        self.catalogue.weights(service)
+    }
+
     fn present(&self, service: &ServiceName) -> Answer<'_, Present> {
         let service = service.clone();
         Box::pin(async move { self.catalogue.present(&service).await })

@@ -284,6 +284,7 @@ impl Catalogue for EmbeddedMesh {
                 // A dead agent's instances are not there at all.
                 status: "passing".to_owned(),
                 tags: Vec::new(),
+                weight: 1,
             };
             Ok(catalogue::instances(&inner.dir)?
                 .into_iter()

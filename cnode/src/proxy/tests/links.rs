@@ -319,6 +319,30 @@ async fn a_cut_tells_the_owner_and_ends_both_halves() {
 }
 
 #[tokio::test]
+async fn the_end_whose_agent_hears_of_a_rule_later_is_told_all_the_same() {
+    let world = World::new();
+    let patient = Settings {
+        cut_grace: PATIENCE,
+        ..settings()
+    };
+    let h1 = world.host("h1", "127.0.0.2").await;
+    let h2 = world.host_with("h2", "127.0.0.3", patient).await;
+    let (shop, cart) = (h1.node("shop@h1").await, h2.node("cart@h2").await);
+    let mut events = h2.links.subscribe(1);
+    let (near, _far) = shop.link(&cart).await;
+    world.rule("shop", "cart", Action::Deny);
+    assert_eq!(h1.proxy.reauthorize().await, 1);
+    drop(near);
+    until("the first agent is done with it", || {
+        h1.links.snapshot().is_empty()
+    })
+    .await;
+    assert_eq!(h2.proxy.reauthorize().await, 1);
+    let event = soon("the event", events.recv()).await.unwrap();
+    assert_eq!(event.cause, Cause::IntentionDenied);
+}
+
+#[tokio::test]
 async fn links_outlive_rules_that_cannot_be_read() {
     let world = World::new();
     let (h1, _h2, shop, cart) = pair(&world).await;

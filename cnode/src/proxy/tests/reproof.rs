@@ -112,7 +112,6 @@ async fn ten_leaf_rotations_and_one_of_the_root_drop_no_link_and_refuse_none() {
         "{one:?} {other:?}"
     );
     assert_eq!(h1.all_refusals() + h2.all_refusals(), 0);
-    assert_eq!((one.unproven, other.unproven), (0, 0));
     assert_eq!(one.dialled.failed + other.accepted.failed, 0);
     let proven: u64 = one.pairs.iter().map(|pair| pair.proven).sum();
     assert!(proven >= 2 * 13, "{one:?}");
@@ -158,7 +157,8 @@ async fn a_certificate_that_ended_cuts_only_who_could_have_shown_another() {
     let cart = h2.node("cart@h2").await;
     let (_, _echo) = tcp(&h2, "echo-a").await;
     let forger = Forger::of_mesh(&world, &h1).await;
-    let ends = unix_now() + 3;
+    // Both handshakes are done by then, on a machine that does much else, too.
+    let ends = unix_now() + 8;
     let leaf = forger.leaf_until(&h1, &[h1.spiffe("shop").to_string()], ends);
 
     let asked = request(Purpose::Dist, "cart", "cart@h2", "shop@h1");
@@ -214,6 +214,25 @@ async fn a_proof_is_taken_only_from_the_same_two_ends() {
         until("the log", || h2.refusals(Cause::IdentityMismatch) == refusals + 1).await;
         unchanged();
     }
+    // A service that is here as well, with the certificate of that.
+    let _search = h2.node("search@h2").await;
+    let mut stream = secure(&h2, &leaf, "search").await.unwrap();
+    let asked = asks(link, "search", "cart@h2", "shop@h1");
+    let refusal = ask(&mut stream, &asked).await.unwrap().unwrap_err();
+    assert_eq!(refusal.cause, Cause::IdentityMismatch);
+    unchanged();
+    // A link of a foreign data plane is believed by its own handshake alone.
+    let _echo = tcp(&h2, "echo-a").await;
+    let mut foreign = secure_as(Protocol::Connect, &h2, &leaf, "echo").await.unwrap();
+    soon("a greeting", foreign.read_exact(&mut [0; 6])).await.unwrap();
+    let live = h2.links.snapshot();
+    let of_foreign = live.iter().find(|live| live.info.local == "echo-a").unwrap();
+    let mut stream = secure(&h2, &leaf, "echo").await.unwrap();
+    let asked = asks(of_foreign.info.id, "echo", "echo-a", "");
+    let refusal = ask(&mut stream, &asked).await.unwrap().unwrap_err();
+    assert_eq!(refusal.cause, Cause::InvalidRequest);
+    drop((foreign, stream));
+    until("two links", || h2.links.snapshot().len() == 2).await;
     // No link, and one that this agent dialled: the next request is answered all the same.
     let mut stream = secure(&h2, &leaf, "cart").await.unwrap();
     for id in [LinkId([9; 16]), outbound] {

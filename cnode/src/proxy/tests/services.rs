@@ -137,6 +137,48 @@ async fn any_instance_that_answers_will_do() {
 }
 
 #[tokio::test]
+async fn links_are_spread_over_the_instances_and_who_fails_is_left_alone() {
+    let world = World::new();
+    let (h1, h2, h3) = (
+        world.host("h1", "127.0.0.2").await,
+        world.host("h2", "127.0.0.3").await,
+        world.host("h3", "127.0.0.4").await,
+    );
+    let (a, b) = (tcp(&h2, "echo-a").await, tcp(&h3, "echo-b").await);
+    let _handle = h1.proxy.upstream(upstream(&h1, None)).unwrap();
+    let mut live = Vec::new();
+    for _ in 0..8 {
+        let mut stream = UnixStream::connect(h1.dir.join("up.sock")).await.unwrap();
+        let mut name = [0; 6];
+        soon("a greeting", stream.read_exact(&mut name)).await.unwrap();
+        live.push((String::from_utf8(name.to_vec()).unwrap(), stream));
+    }
+    // Each went where there were fewer.
+    let to = |id: &str| live.iter().filter(|(name, _)| name == id).count();
+    assert_eq!((to("echo-a"), to("echo-b")), (4, 4));
+    drop(live);
+    until("no links", || h1.links.snapshot().is_empty()).await;
+
+    // Its agent is gone: a few find that out, without losing their own link, and then nobody tries any more.
+    h3.tasks.iter().for_each(AbortHandle::abort);
+    until("a closed port", || {
+        std::net::TcpStream::connect(h3.address).is_err()
+    })
+    .await;
+    for _ in 0..32 {
+        assert_eq!(greeting(&h1).await, "echo-a");
+    }
+    let target = ServiceName::new("echo").unwrap();
+    let order = h1.proxy.candidates(&target, None).await.unwrap();
+    assert_eq!(
+        order.iter().map(|i| i.id.as_str()).collect::<Vec<_>>(),
+        ["echo-a", "echo-b"]
+    );
+    assert_eq!(h1.all_refusals(), 0);
+    drop((a, b));
+}
+
+#[tokio::test]
 async fn one_instance_can_be_asked_for() {
     let world = World::new();
     let (h1, h2) = (

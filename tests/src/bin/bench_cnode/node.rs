@@ -16,7 +16,9 @@ pub(crate) fn run(arguments: &[String]) -> Result<()> {
     };
     let port = port.parse().context("the EPMD's port")?;
     let epmd = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
+    // One, as a program of libei has one: with more, another is woken for each piece that comes while the first reads.
     let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
         .enable_all()
         .build()
         .context("start the runtime")?;

@@ -201,3 +201,20 @@ async fn what_is_present_is_told_only_while_the_watch_sees() {
     })
     .await;
 }
+
+#[tokio::test]
+async fn weights_are_those_of_the_catalogue() {
+    let mut heavy = health("shop", "shop@h2");
+    heavy["Service"]["Weights"] = json!({ "Passing": 7, "Warning": 1 });
+    let entries = json!([heavy, health("shop", "shop@h3")]).to_string();
+    let mock = Mock::new(move |uri, _| match (uri.path(), index_of(uri)) {
+        ("/v1/health/connect/shop", 0) => answer(5, entries.clone()),
+        _ => None,
+    })
+    .await;
+    let (mesh, shop) = (mock.mesh(), service("shop"));
+    assert!(mesh.weights(&shop).is_empty(), "nothing is known yet");
+    assert_eq!(mesh.instances(&shop).await.unwrap().len(), 2);
+    let weights = mesh.weights(&shop);
+    assert_eq!((weights["shop@h2"], weights["shop@h3"]), (7, 1));
+}

@@ -23,7 +23,7 @@ OTP_VERSIONS ?= 27 29
 ON_OTP = PATH=$(CARGO_TARGET_DIR)/otp/$*/bin:$$PATH MIX_BUILD_ROOT=_build/otp-$*
 # What a version of OTP may change.
 OTP_TESTS := c_node cluster command_line hostile ownership refusals rpc spoofing
-OTP_RUST_TESTS := beam libei node_calls node_connections node_exits node_hostile_beam node_libei node_links node_soak node_spawned
+OTP_RUST_TESTS := beam libei node_calls node_connections node_exits node_hostile_beam node_links node_soak node_spawned
 
 .PHONY: build demo test bench-cnode bench-mesh bench-rpc preflight-demo preflight-test lint test-rust test-elixir built-for-end-to-end test-end-to-end test-consul test-otp fuzz clean
 

@@ -40,9 +40,5 @@ defmodule Meshx do
   A node `shop@h1` is an instance of the service `shop`: the part before `@` is what a certificate names and what
   rules are about, the host part belongs to the agent that owns it. Host parts are not resolved, so they need neither
   DNS nor a dot, and `-name` and `-sname` nodes meet.
-
-  ## Limits of this version
-
-    * `-epmd_module` is not offered: a node uses the carrier, or no mesh.
   """
 end

@@ -134,7 +134,7 @@ vocabulary() ->
         [creation, secret, service, instance, spiffe, id, name, address, tcp, uds, upstream, existed] ++
         [nodes, node, host, local, links, direction, outbound, inbound, remote, local_spiffe, remote_spiffe] ++
         [verified, remote_agent, purpose, dist, rpc, since, bytes_in, bytes_out, local_not_after, remote_not_after] ++
-        [services, protocol, meshx, connect, status, tags, intentions, default, source, destination, action] ++
+        [services, protocol, meshx, connect, status, weight, tags, intentions, default, source, destination, action] ++
         [certs, serial, issuer, not_before, not_after, chain, roots, subject] ++
         [steps, what, fix, findings, level, warning] ++
         [proxy_output, proxy_down, stream, stdout, stderr, line, final] ++

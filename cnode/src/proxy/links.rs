@@ -604,12 +604,14 @@ impl LinkGuard {
         self.live.pair.get_or_init(|| links.pairs.opened(&self.live.info));
     }
 
-    /// Whether nodes are at its ends, which can be told why it ends, and another agent tells the other one.
-    pub(super) fn is_between_nodes_of_two_agents(&self) -> bool {
-        let LinkInfo {
-            purpose, direction, ..
-        } = &self.live.info;
-        *purpose == Purpose::Dist && *direction != Direction::Local
+    /// Whether nodes are at its ends, which can be told why it ends.
+    pub(super) fn is_dist(&self) -> bool {
+        self.live.info.purpose == Purpose::Dist
+    }
+
+    /// Whether another agent has its other end.
+    pub(super) fn has_other_agent(&self) -> bool {
+        self.live.info.direction != Direction::Local
     }
 
     /// Where to count.

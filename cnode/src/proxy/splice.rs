@@ -37,7 +37,7 @@ pub(super) async fn splice(
         () = link.cut().cancelled() => {}
         ended = both => {
             tracing::debug!(?ended, "link ended");
-            if ended.is_ok() || !link.is_between_nodes_of_two_agents() {
+            if ended.is_ok() || !(link.is_dist() && link.has_other_agent()) {
                 return ended;
             }
             // Without a goodbye: the other agent may have cut it by a rule that this one is just about to hear of. The
@@ -50,9 +50,12 @@ pub(super) async fn splice(
             }
         }
     }
-    // The far end is closed at once. The near one hears the reason from its agent and closes by itself, so that the
-    // node can tell its processes why.
+    // The far end is closed at once. A node at the near one hears the reason from its agent and closes by itself, so that
+    // it can tell its processes why; a service has no ear for it.
     drop(remote);
+    if !link.is_dist() {
+        return Ok(());
+    }
     let mut discarded = vec![0; BUFFER];
     let closed = async { while local.read(&mut discarded).await.is_ok_and(|read| read > 0) {} };
     let _ = timeout(grace, closed).await;

@@ -96,6 +96,26 @@ async fn a_service_is_reached_through_a_local_socket() {
 }
 
 #[tokio::test]
+async fn a_client_whose_pair_is_denied_is_closed_at_once() {
+    let world = World::new();
+    let patient = Settings {
+        cut_grace: PATIENCE,
+        ..settings()
+    };
+    let h1 = world.host_with("h1", "127.0.0.2", patient).await;
+    let h2 = world.host("h2", "127.0.0.3").await;
+    tcp(&h2, "echo-a").await;
+    let _handle = h1.proxy.upstream(upstream(&h1, None)).unwrap();
+    let mut stream = UnixStream::connect(h1.dir.join("up.sock")).await.unwrap();
+    stream.read_exact(&mut [0; 6]).await.unwrap();
+    world.rule("web", "echo", Action::Deny);
+    let began = std::time::Instant::now();
+    assert_eq!(h1.proxy.reauthorize().await, 1);
+    rest(&mut stream).await;
+    assert!(began.elapsed() < PATIENCE / 2, "it waits for no reason");
+}
+
+#[tokio::test]
 async fn any_instance_that_answers_will_do() {
     let world = World::new();
     let (h1, h2) = (

@@ -30,7 +30,11 @@
 -define(MAX_UNANSWERED, 64).
 -define(MAX_ABANDONED, 32).
 -define(BACKOFF_MIN, 50).
--define(BACKOFF_MAX, 5000).
+%% A connection to the agent of this host costs next to nothing, and links wait for it.
+-define(BACKOFF_MAX, 1000).
+%% Links that ended so shortly before the control connection ended for the same reason, in milliseconds.
+-define(SAME_END, 1000).
+-define(MAX_ENDED, 1024).
 
 -define(NEVER_CONNECTED, {not_ready, <<"not connected to the agent yet">>}).
 
@@ -47,6 +51,8 @@
     monitor :: reference(),
     %% Known once registered, and kept over the agent's restarts.
     creation :: undefined | pos_integer(),
+    %% The last registration's secret, by which the next agent knows this node again.
+    proof :: undefined | fun(() -> meshx_frame:secret()),
     %% Absent while the agent does not know the node. The secret is inside a fun, so that printing shows none.
     registration :: undefined | #{secret := fun(() -> meshx_frame:secret()), _ => _}
 }).
@@ -71,7 +77,10 @@
     refusals = 0 :: non_neg_integer(),
     %% Why there is no connection: the last thing that went wrong.
     error = ?NEVER_CONNECTED :: {atom(), binary()},
-    subscribers = #{} :: #{pid() => reference()}
+    subscribers = #{} :: #{pid() => reference()},
+    %% Links that have ended lately, newest first, and those to make again.
+    ended = [] :: [{integer(), meshx_links:ended()}],
+    again = [] :: [meshx_links:ended()]
 }).
 
 %% === Public
@@ -280,9 +289,14 @@ handle_event(info, {'DOWN', Monitor, process, _, _}, State, #data{node = #node{m
     end;
 handle_event(info, {'DOWN', _, process, Pid, _}, _, Data) ->
     {keep_state, Data#data{subscribers = maps:remove(Pid, Data#data.subscribers)}};
-handle_event(info, {'EXIT', Pid, _}, _, _) when is_pid(Pid) ->
-    meshx_links:down(Pid),
-    keep_state_and_data;
+handle_event(info, {'EXIT', Pid, _}, _, #data{ended = Ended} = Data) when is_pid(Pid) ->
+    case meshx_links:down(Pid) of
+        [] ->
+            keep_state_and_data;
+        Links ->
+            Now = erlang:monotonic_time(millisecond),
+            {keep_state, Data#data{ended = lists:sublist([{Now, Link} || Link <- Links] ++ Ended, ?MAX_ENDED)}}
+    end;
 handle_event(info, _, _, _) ->
     keep_state_and_data.
 
@@ -391,9 +405,18 @@ lost({Cause, Text} = Error, #data{socket = Socket, pending = Pending, waiting = 
             node = unregistered(Data#data.node),
             session = undefined,
             error = Error,
-            failures = Failures + 1
+            failures = Failures + 1,
+            ended = [],
+            again = lists:usort(lost_links(Data) ++ Data#data.again)
         },
         [{{timeout, reconnect}, backoff(Failures), again} | Timers ++ Replies]}.
+
+%% What ended with the agent, or will.
+lost_links(#data{hello = Hello}) when map_size(Hello) =:= 0 ->
+    [];
+lost_links(#data{ended = Ended}) ->
+    Since = erlang:monotonic_time(millisecond) - ?SAME_END,
+    [Link || {At, Link} <- Ended, At >= Since] ++ meshx_links:live().
 
 waited(_, {_, From}) -> From =/= undefined;
 waited(_, {session, _, _}) -> true;
@@ -547,12 +570,13 @@ session({ok, Secret}, Self, From, Data) ->
 session({error, _} = Error, _, From, Data) ->
     {keep_state, Data, [{reply, From, Error}]}.
 
-register_at_agent(Kind, #data{node = #node{name = Name, listens = Listens, hidden = Hidden, creation = Creation}} = Data) ->
+register_at_agent(Kind, #data{node = Node} = Data) ->
+    #node{name = Name, listens = Listens, hidden = Hidden, creation = Creation, proof = Proof} = Node,
     Args = Listens#{node => Name, hidden => Hidden},
     Full =
         case Creation of
             undefined -> Args;
-            _ -> Args#{creation => Creation}
+            _ -> Args#{creation => Creation, secret => Proof()}
         end,
     request(register_node, Full, Kind, ?CALL_TIMEOUT, Data).
 
@@ -569,11 +593,14 @@ registered({ok, _}, From, #data{node = undefined} = Data) ->
     {next_state, State, Lost, Actions ++ replies({register, From}, {error, Lost#data.error})};
 registered({ok, Registration}, From, #data{node = Node} = Data) ->
     #{secret := Secret, creation := Creation} = Registration,
+    Proof = fun() -> Secret end,
     Known = Node#node{
         creation = first(Node#node.creation, Creation),
-        registration = Registration#{secret := fun() -> Secret end}
+        proof = Proof,
+        registration = Registration#{secret := Proof}
     },
-    {keep_state, Data#data{node = Known, refusals = 0}, replies({register, From}, {ok, Registration})};
+    meshx_again:connect(Data#data.again),
+    {keep_state, Data#data{node = Known, refusals = 0, again = []}, replies({register, From}, {ok, Registration})};
 registered({error, {Cause, Text} = Error}, undefined, #data{refusals = Refusals} = Data) ->
     %% A node that runs: try for as long as it does.
     ?LOG_ERROR("meshx: the agent refuses this node: ~ts: ~ts", [Cause, Text]),

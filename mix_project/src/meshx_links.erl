@@ -3,14 +3,16 @@
 %% and the caller of `Node.connect/1' finds it at once.
 -module(meshx_links).
 
--export([new/0, add/5, named/2, up/1, down/1, port/1, list/0, refuse/3, refusal/1]).
--export_type([direction/0, refusal/0]).
+-export([new/0, add/5, named/2, up/1, down/1, live/0, port/1, list/0, refuse/3, refusal/1]).
+-export_type([direction/0, refusal/0, ended/0]).
 
 -define(TABLE, meshx_links).
 %% Refusals kept, one per node name. Names come from this VM's own calls, so this is only a bound on memory.
 -define(MAX_REFUSALS, 1024).
 
 -type direction() :: outbound | inbound.
+%% A node, and whether it was connected hidden.
+-type ended() :: {Node :: binary(), Hidden :: boolean()}.
 -type refusal() :: #{cause := atom(), text := binary(), at := integer(), monotonic := integer()}.
 
 -spec new() -> ok.
@@ -35,21 +37,33 @@ named(Link, Node) ->
     true = ets:insert(?TABLE, {Key, Port, Owner, Peer#{node => atom_to_binary(Node, utf8)}}),
     ok.
 
-%% Notes that the nodes' handshake is done.
+%% Notes that the nodes' handshake is done; the other node is connected when this is called.
 -spec up(meshx_frame:link_id()) -> ok.
 up(Link) ->
-    [{Key, Port, Owner, Peer}] = ets:lookup(?TABLE, {link, Link}),
-    true = ets:insert(?TABLE, {Key, Port, Owner, Peer#{up := true}}),
+    [{Key, Port, Owner, #{node := Node} = Peer}] = ets:lookup(?TABLE, {link, Link}),
+    Hidden = [Name || Name <- nodes(hidden), atom_to_binary(Name, utf8) =:= Node],
+    true = ets:insert(?TABLE, {Key, Port, Owner, Peer#{up := true, hidden => Hidden =/= []}}),
     ok.
 
-%% Forgets the links of a process that ended.
--spec down(pid()) -> ok.
+%% Forgets the links of a process that ended, and says to whom they were up.
+-spec down(pid()) -> [ended()].
 down(Owner) ->
-    try ets:match_delete(?TABLE, {{link, '_'}, '_', Owner, '_'}) of
-        true -> ok
+    Pattern = {{link, '_'}, '_', Owner, '$1'},
+    try
+        Peers = ets:match(?TABLE, Pattern),
+        ets:match_delete(?TABLE, Pattern),
+        ended([Peer || [Peer] <- Peers])
     catch
-        error:badarg -> ok
+        error:badarg -> []
     end.
+
+%% To whom links are up.
+-spec live() -> [ended()].
+live() ->
+    ended([Peer || {_, Peer} <- list()]).
+
+ended(Peers) ->
+    [{Node, Hidden} || #{up := true, node := Node, hidden := Hidden} <- Peers].
 
 -spec port(meshx_frame:link_id()) -> {ok, port()} | error.
 port(Link) ->

@@ -71,12 +71,30 @@ impl Mesh {
     }
 }
 
+/// An agent's process and its ready line.
+fn spawn(
+    name: &str,
+    program: &Path,
+    arguments: &[String],
+    environment: &[(String, String)],
+) -> Result<(Process, String)> {
+    let mut process = Process::start(&format!("agent {name}"), program, arguments, |c| {
+        c.env("RUST_LOG", "info").envs(environment.iter().cloned());
+    })?;
+    let ready = process.wait_for(START, |line| {
+        line.starts_with("meshx agent ready").then(|| line.to_owned())
+    })?;
+    Ok((process, ready))
+}
+
 /// A running agent.
 #[derive(Debug)]
 pub struct Agent {
     /// The process itself.
     pub process: Process,
+    name: String,
     dir: PathBuf,
+    arguments: Vec<String>,
     environment: Vec<(String, String)>,
     inbound: String,
     http: Option<String>,
@@ -105,21 +123,32 @@ impl Agent {
             arguments.extend(["--host".into(), (*host).to_owned()]);
         }
         arguments.extend(options.iter().map(|o| (*o).to_owned()));
-        let mut process = Process::start(&format!("agent {name}"), program("meshx")?, arguments, |c| {
-            c.env("RUST_LOG", "info").envs(environment.iter().cloned());
-        })?;
-        let ready = process.wait_for(START, |line| {
-            line.starts_with("meshx agent ready").then(|| line.to_owned())
-        })?;
+        let (process, ready) = spawn(name, &program("meshx")?, &arguments, environment)?;
         let field = |name: &str| ready.split(' ').find_map(|field| field.strip_prefix(name));
         Ok(Self {
             process,
+            name: name.to_owned(),
             dir: dir.to_owned(),
+            arguments,
             environment: environment.to_vec(),
             inbound: field("inbound=").unwrap_or_default().to_owned(),
             http: field("http=").map(str::to_owned),
             epmd: field("epmd=").and_then(|port| port.parse().ok()),
         })
+    }
+
+    /// Has it taken over by a process of `program` (`meshx agent --takeover`), which is this agent from now on. Returns
+    /// the process that was taken over.
+    ///
+    /// # Errors
+    /// When the new process does not get ready; the old one is this agent still.
+    pub fn take_over(&mut self, program: &Path) -> Result<Process> {
+        let arguments = [&self.arguments[..], &["--takeover".to_owned()]].concat();
+        let (process, ready) = spawn(&self.name, program, &arguments, &self.environment)?;
+        if !ready.contains(&format!("inbound={} ", self.inbound)) {
+            return Err(format!("{ready}: wanted inbound={}", self.inbound));
+        }
+        Ok(std::mem::replace(&mut self.process, process))
     }
 
     /// Its directory, with the sockets.

@@ -196,12 +196,17 @@ impl Process {
         at
     }
 
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        let _ = rustix::process::kill_process(self.group, signal);
+    }
+
     /// SIGTERM, then its exit status.
     ///
     /// # Errors
     /// When it has not ended within `timeout`; it is killed then.
     pub fn terminate(&mut self, timeout: Duration) -> Result<ExitStatus> {
-        let _ = rustix::process::kill_process(self.group, Signal::TERM);
+        self.signal(Signal::TERM);
         self.wait_exit(timeout)
     }
 

@@ -7,6 +7,7 @@ use std::{
     net::SocketAddr,
     ops::RangeInclusive,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use serde::Deserialize;
@@ -102,7 +103,16 @@ pub struct AgentArgs {
     /// How log lines look: text or json [default: text]
     #[arg(long, value_name = "FORMAT")]
     pub log_format: Option<String>,
+    /// How long live links may go on after SIGTERM, in seconds [default: 5]
+    #[arg(long, value_name = "SECONDS")]
+    pub drain_time: Option<u64>,
+    /// Take over from the agent that runs in the directory, which keeps its live links until they end; start as usual when none does
+    #[arg(long)]
+    pub takeover: bool,
 }
+
+/// How long live links may go on after SIGTERM when nothing else is said.
+pub const DRAIN_TIME: Duration = Duration::from_secs(5);
 
 /// Everything an agent needs to know to start.
 #[derive(Debug, Clone)]
@@ -139,6 +149,10 @@ pub struct AgentConfig {
     pub instance_ports: Option<RangeInclusive<u16>>,
     /// Links of nodes behind foreign sidecars are taken.
     pub allow_unverified_peers: bool,
+    /// How long live links may go on once the agent is told to end.
+    pub drain_time: Duration,
+    /// Take over from the agent that runs in the directory, if one does.
+    pub takeover: bool,
     /// The agent stands in for EPMD.
     pub epmd: Option<EpmdConfig>,
     /// What sessions are beyond their own user's nodes here, and whose sessions are let in.
@@ -239,6 +253,7 @@ struct FileSettings {
     envoy_program: Option<PathBuf>,
     #[serde(default)]
     allow_unverified_peers: bool,
+    drain_time: Option<u64>,
     session_service: Option<String>,
     #[serde(default)]
     epmd: Vec<String>,
@@ -374,6 +389,11 @@ impl AgentConfig {
                     trust: Trust::new(paths::uid(), rules),
                     access: Access { socket_mode, group },
                     log_format,
+                    drain_time: args
+                        .drain_time
+                        .or(file.drain_time)
+                        .map_or(DRAIN_TIME, Duration::from_secs),
+                    takeover: args.takeover,
                 })
             }
             _ => Err(ConfigErrors(faults.0)),

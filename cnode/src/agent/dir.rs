@@ -7,12 +7,14 @@ use std::{
     collections::HashSet,
     fs::{self, DirBuilder, File, OpenOptions},
     io,
+    os::fd::OwnedFd,
     os::unix::{
         ffi::OsStrExt,
         fs::{DirBuilderExt, FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt},
         net::UnixListener,
     },
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
@@ -23,7 +25,9 @@ use rustix::{
 };
 use tracing::{debug, warn};
 
-use super::paths::{self, CONTROL_SOCKET, DIST_SOCKET, DirError, SIDECAR_DIR, UP_DIR, VM_DIR};
+use super::paths::{
+    self, CONTROL_SOCKET, DIST_SOCKET, DirError, NAMES_FILE, SIDECAR_DIR, TAKEOVER_SOCKET, UP_DIR, VM_DIR,
+};
 
 const LOCK: &str = "agent.lock";
 /// A younger socket is left alone by [`AgentDir::sweep`]: its owner may be between making the file and
@@ -74,8 +78,8 @@ pub struct AgentDir {
     path: PathBuf,
     access: Access,
     made: bool,
-    /// Held as long as this agent lives.
-    _lock: File,
+    /// Held as long as this agent lives; none once a successor of this process has the directory.
+    lock: Mutex<Option<File>>,
     /// Held on the directory itself, shared: whoever cleans temporary directories by age leaves what lies in a
     /// locked one (systemd-tmpfiles(8)).
     _occupied: File,
@@ -95,16 +99,7 @@ impl AgentDir {
         let path = path.canonicalize().map_err(DirError::io(&path, "resolve"))?;
         paths::check_length(&path)?;
         let lock = take_lock(&path)?;
-        let occupied = File::open(&path).map_err(DirError::io(&path, "open"))?;
-        flock(&occupied, FlockOperation::NonBlockingLockShared)
-            .map_err(|error| DirError::io(&path, "lock")(error.into()))?;
-        let dir = Self {
-            path,
-            access,
-            made,
-            _lock: lock,
-            _occupied: occupied,
-        };
+        let dir = Self::locked(path, access, made, lock)?;
         // Only now: a second agent must not change a living one's directory.
         let owner = fs::symlink_metadata(&dir.path)
             .map_err(DirError::io(&dir.path, "read"))?
@@ -128,11 +123,52 @@ impl AgentDir {
             }
             dir.restrict(&path, access.shared_mode())?;
         }
-        for name in [CONTROL_SOCKET, DIST_SOCKET] {
+        for name in [CONTROL_SOCKET, DIST_SOCKET, TAKEOVER_SOCKET] {
             remove_socket(&dir.path.join(name))?;
         }
         dir.sweep();
         Ok(dir)
+    }
+
+    /// The directory of a predecessor of this process, which hands over its lock and whether it has `made` the
+    /// directory. Everything in it stays.
+    ///
+    /// # Errors
+    /// [`DirError`].
+    pub fn take_over(path: &Path, access: Access, made: bool, lock: OwnedFd) -> Result<Self, DirError> {
+        let path = paths::checked_client_dir(path)?;
+        let path = path.canonicalize().map_err(DirError::io(&path, "resolve"))?;
+        Self::locked(path, access, made, lock.into())
+    }
+
+    fn locked(path: PathBuf, access: Access, made: bool, lock: File) -> Result<Self, DirError> {
+        let occupied = File::open(&path).map_err(DirError::io(&path, "open"))?;
+        flock(&occupied, FlockOperation::NonBlockingLockShared)
+            .map_err(|error| DirError::io(&path, "lock")(error.into()))?;
+        Ok(Self {
+            path,
+            access,
+            made,
+            lock: Mutex::new(Some(lock)),
+            _occupied: occupied,
+        })
+    }
+
+    /// Its lock, for a successor of this process, and whether the directory was made by this agent.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub fn handed(&self) -> io::Result<(OwnedFd, bool)> {
+        let lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let lock = lock
+            .as_ref()
+            .ok_or_else(|| io::Error::other("the directory is handed over"))?;
+        Ok((lock.try_clone()?.into(), self.made))
+    }
+
+    /// A successor of this process has it: nothing in it is this process's any more.
+    pub fn hand_over(&self) {
+        self.lock.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
     /// The directory itself, absolute and without symbolic links.
@@ -155,6 +191,11 @@ impl AgentDir {
         self.path.join(SIDECAR_DIR)
     }
 
+    /// The file by which names outlive an agent that is killed.
+    pub fn names(&self) -> PathBuf {
+        self.path.join(NAMES_FILE)
+    }
+
     /// The dist socket's path.
     pub fn dist_socket(&self) -> PathBuf {
         self.path.join(DIST_SOCKET)
@@ -175,7 +216,12 @@ impl AgentDir {
         listener
             .set_nonblocking(true)
             .map_err(DirError::io(&path, "listen"))?;
-        self.restrict(&path, self.access.socket_mode)?;
+        // Whoever takes over gets every client's connection: that is for the agent's own user.
+        let mode = match name {
+            TAKEOVER_SOCKET => 0o600,
+            _ => self.access.socket_mode,
+        };
+        self.restrict(&path, mode)?;
         Ok(listener)
     }
 
@@ -210,8 +256,11 @@ impl AgentDir {
 
     /// Takes away what this agent put there. Directories stay when somebody's sockets are still in them.
     pub fn remove(&self) {
+        if self.lock.lock().unwrap_or_else(PoisonError::into_inner).is_none() {
+            return;
+        }
         self.sweep();
-        for name in [CONTROL_SOCKET, DIST_SOCKET, LOCK] {
+        for name in [CONTROL_SOCKET, DIST_SOCKET, TAKEOVER_SOCKET, NAMES_FILE, LOCK] {
             let path = self.path.join(name);
             if let Err(error) = fs::remove_file(&path)
                 && error.kind() != io::ErrorKind::NotFound

@@ -14,6 +14,7 @@ use tokio::{
 use super::{
     certificate::Certificate,
     registry::{Place, answer},
+    takeover::Draining,
 };
 use crate::{
     epmd::Epmd,
@@ -111,6 +112,17 @@ async fn inbound(place: &Place, proxy: &Proxy, instances: &[Arc<LocalInstance>])
             "other agents dial this address: open the port, or name another one with --advertise",
         ),
     }
+}
+
+/// Earlier processes of this agent that hold links still.
+pub(super) fn predecessors(list: &[Draining]) -> impl Iterator<Item = Finding> + '_ {
+    list.iter().map(|one| {
+        let text = format!(
+            "a draining predecessor (pid {}, {}) holds {} links; it ends with the last of them",
+            one.pid, one.program, one.links
+        );
+        finding(Level::Ok, "predecessor", text, "")
+    })
 }
 
 /// Whether it can be told who connects to the listeners of upstreams: else they refuse everybody.

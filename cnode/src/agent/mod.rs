@@ -11,6 +11,7 @@ pub mod hosts;
 pub mod paths;
 pub mod registry;
 pub mod sidecar;
+pub mod takeover;
 pub mod trust;
 
-pub use daemon::{Agent, STOP_TIME, StartError};
+pub use daemon::{Agent, Event, STOP_TIME, StartError};

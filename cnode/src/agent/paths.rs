@@ -18,6 +18,10 @@ pub const MESH_DIR_VARIABLE: &str = "MESHX_MESH_DIR";
 pub const CONTROL_SOCKET: &str = "control.sock";
 /// Name of the dist socket in the agent's directory.
 pub const DIST_SOCKET: &str = "dist.sock";
+/// Name of the socket in the agent's directory by which another process of it takes over.
+pub const TAKEOVER_SOCKET: &str = "takeover.sock";
+/// Name of the file in the agent's directory by which names outlive an agent that is killed.
+pub const NAMES_FILE: &str = "names.json";
 /// Directory below the agent's in which nodes make the sockets that they listen on.
 pub const VM_DIR: &str = "vm";
 /// Directory below the agent's for the sockets of services and upstreams.

@@ -9,9 +9,9 @@ use rustix::{
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
-use super::{EX_OSERR, EX_SOFTWARE, EX_UNAVAILABLE, Failure, print};
+use super::{EX_OSERR, EX_SOFTWARE, EX_UNAVAILABLE, Failure, notify, print};
 use crate::agent::{
-    Agent,
+    Agent, Event,
     config::{AgentArgs, AgentConfig, LogFormat},
 };
 
@@ -33,18 +33,37 @@ async fn serve(config: AgentConfig) -> Result<ExitCode, Failure> {
     let mut signals = Signals::listen().map_err(|error| Failure::new(EX_OSERR, error.to_string()))?;
     let started = Agent::start(config).await;
     let mut agent = started.map_err(|error| Failure::new(EX_UNAVAILABLE, error.to_string()))?;
+    if let Err(error) = notify::ready() {
+        tracing::warn!(%error, "systemd cannot be told that the agent serves");
+    }
     let result = match print(&format!("{}\n", agent.ready_line())) {
         Err(failure) => Err(failure),
-        Ok(()) => tokio::select! {
-            signal = signals.next() => {
-                tracing::info!(signal, "ending");
-                Ok(ExitCode::SUCCESS)
-            }
-            () = agent.failed() => Err(Failure::new(EX_SOFTWARE, "the agent failed, the log says how")),
-        },
+        Ok(()) => run_until(&mut agent, &mut signals).await,
     };
     agent.stop().await;
     result
+}
+
+async fn run_until(agent: &mut Agent, signals: &mut Signals) -> Result<ExitCode, Failure> {
+    loop {
+        tokio::select! {
+            signal = signals.next() => {
+                tracing::info!(signal, "ending");
+                tokio::select! {
+                    () = agent.drain() => {}
+                    signal = signals.next() => tracing::info!(signal, "ending now"),
+                }
+                return Ok(ExitCode::SUCCESS);
+            }
+            event = agent.run() => match event {
+                Event::Successor(successor) => agent.hand_over(successor).await,
+                Event::Ended => return Ok(ExitCode::SUCCESS),
+                Event::Failed => {
+                    return Err(Failure::new(EX_SOFTWARE, "the agent failed, the log says how"));
+                }
+            },
+        }
+    }
 }
 
 struct Signals {

@@ -11,6 +11,7 @@ mod links;
 mod mesh;
 mod names;
 mod node;
+mod notify;
 mod report;
 mod rules;
 mod run;

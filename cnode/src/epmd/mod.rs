@@ -301,7 +301,7 @@ impl Epmd {
         let admission = self.admission.clone();
         let (epmd, until) = (self, stop.clone());
         let session = move |(stream, _), slot| epmd.clone().session(stream, slot, stop.clone());
-        listener::serve(Listener::Epmd, listener, admission, until, session).await;
+        listener::serve(Listener::Epmd, listener.into(), admission, until, session).await;
     }
 
     /// The address with the chosen port; no listener when somebody else has the place.

@@ -223,6 +223,7 @@ impl Epmd {
             let request = NodeRequest {
                 node: &full,
                 listens: NodeListens::Plain(SocketAddr::new(own_loopback(here), node.port)),
+                secret: None,
                 creation: brought.map(i64::from),
                 hidden: node.node_type == NodeType::Hidden,
                 options: Options::default(),

@@ -23,12 +23,12 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Accepts connections with these limits.
 pub(super) struct Bounded {
-    listener: TcpListener,
+    listener: Arc<TcpListener>,
     slots: Arc<Semaphore>,
 }
 
 impl Bounded {
-    pub(super) fn new(listener: TcpListener) -> Self {
+    pub(super) fn new(listener: Arc<TcpListener>) -> Self {
         Self {
             listener,
             slots: Arc::new(Semaphore::new(CONNECTIONS_MAX)),

@@ -19,6 +19,15 @@ pub(super) fn render(sources: &Sources, sample: &Sample) -> String {
     links(&mut page, &totals);
     reproofs(&mut page, &totals);
     registrations(&mut page, sources);
+    let predecessors = sources.predecessors.list();
+    page.family(
+        "meshx_predecessors",
+        GAUGE,
+        "Earlier processes of this agent that hold links still.",
+    );
+    page.value(&[], predecessors.len());
+    page.family("meshx_predecessor_links", GAUGE, "Links that they hold.");
+    page.value(&[], predecessors.iter().map(|one| one.links).sum::<usize>());
     page.family(
         "meshx_certificate_expiry_timestamp_seconds",
         GAUGE,

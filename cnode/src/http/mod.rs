@@ -22,6 +22,7 @@ use tokio::net::TcpListener;
 
 use self::listener::Bounded;
 use self::sample::Samples;
+use crate::agent::takeover::Predecessors;
 use crate::mesh::Mesh;
 use crate::mesh::observed::Answers;
 use crate::proxy::Proxy;
@@ -40,6 +41,8 @@ pub struct Sources {
     pub proxy: Arc<Proxy>,
     /// Everything about links comes from here.
     pub links: LinkTable,
+    /// Earlier processes of this agent.
+    pub predecessors: Predecessors,
 }
 
 struct Served {
@@ -47,8 +50,9 @@ struct Served {
     samples: Samples,
 }
 
-/// Serves until dropped.
-pub async fn serve(listener: TcpListener, sources: Sources) {
+/// Serves until dropped, or until the data plane takes no connections any more.
+pub async fn serve(listener: impl Into<Arc<TcpListener>>, sources: Sources) {
+    let listener = listener.into();
     let served = Arc::new(Served {
         sources,
         samples: Samples::default(),
@@ -59,9 +63,13 @@ pub async fn serve(listener: TcpListener, sources: Sources) {
         .route("/ready", get(ready))
         .layer(map_response(last_word))
         .with_state(served.clone());
-    let serving = axum::serve(Bounded::new(listener), app);
+    let proxy = served.sources.proxy.clone();
+    let closed = async move { proxy.wait_closed().await };
+    let serving = axum::serve(Bounded::new(listener), app).with_graceful_shutdown(closed);
     tokio::select! {
-        result = serving.into_future() => tracing::error!(?result, "http is no longer served"),
+        result = serving.into_future() => if !served.sources.proxy.is_closed() {
+            tracing::error!(?result, "http is no longer served");
+        },
         () = served.samples.keep(&served.sources) => {}
     }
 }

@@ -54,6 +54,7 @@ impl Server {
             answers,
             proxy,
             links: links.clone(),
+            predecessors: Predecessors::default(),
         };
         let task = tokio::spawn(serve(listener, sources)).abort_handle();
         Self {

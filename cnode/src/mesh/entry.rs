@@ -5,10 +5,12 @@ use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
+
 use super::{Instance, MeshError, ServiceName};
 
 /// An instance, and all that its registration says beyond it.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Entry {
     /// The instance.
     pub instance: Instance,
@@ -76,7 +78,7 @@ impl Entry {
 }
 
 /// Weights of an instance by the state of its checks (Consul: `Weights`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Weights {
     /// While it passes.
     pub passing: u32,
@@ -85,7 +87,7 @@ pub struct Weights {
 }
 
 /// Who carries an instance's traffic.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DataPlane {
     /// The agent itself.
     Native,
@@ -94,7 +96,7 @@ pub enum DataPlane {
 }
 
 /// The sidecar of an instance, as its registration has it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Sidecar {
     /// Where the proxy hands inbound connections to, on loopback.
     pub local: SocketAddr,
@@ -105,7 +107,7 @@ pub struct Sidecar {
 }
 
 /// A service that a sidecar leads to.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SidecarUpstream {
     /// The service.
     pub target: ServiceName,
@@ -113,8 +115,20 @@ pub struct SidecarUpstream {
     pub bind: SocketAddr,
 }
 
+/// An entry that is registered, in the hands of one agent process or its successor.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Kept {
+    /// What is registered.
+    pub entry: Entry,
+    /// The client's own token for its service.
+    pub token: Option<Token>,
+    /// Where an adopted one is reached, by its registration.
+    pub address: Option<SocketAddr>,
+}
+
 /// A mesh's secret of a client. Never shown.
-#[derive(Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
 pub struct Token(String);
 
 impl Token {

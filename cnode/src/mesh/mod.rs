@@ -11,9 +11,11 @@ pub mod embedded;
 pub mod observed;
 
 use std::collections::{HashMap, HashSet};
+use std::io;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 
-pub use entry::{DataPlane, Entry, Sidecar, SidecarUpstream, Token, Weights};
+pub use entry::{DataPlane, Entry, Kept, Sidecar, SidecarUpstream, Token, Weights};
 use futures::future::BoxFuture;
 pub use identity::{
     Identity, MAX_NODE_NAME, MAX_SERVICE_NAME, MAX_SPIFFE_ID, NameError, ServiceName, SpiffeId, split_node,
@@ -237,6 +239,28 @@ pub trait Registration: Send + Sync {
 
     /// Resolves when the catalogue has this instance of our own as passing, sidecar included.
     fn passing(&self, id: &str) -> Answer<'_, ()>;
+
+    /// What makes a successor of this process the same agent to the mesh: the lock of its entry, where there is one.
+    ///
+    /// # Errors
+    /// What the system said.
+    fn entry_lock(&self) -> io::Result<Option<OwnedFd>> {
+        Ok(None)
+    }
+
+    /// A successor keeps the entries of this agent from now on: they are left alone, and questions about them are
+    /// answered as before.
+    fn hand_over(&self) {}
+
+    /// Keeps what a predecessor of this process has registered.
+    fn take_over(&self, kept: Vec<Kept>) -> Answer<'_, ()> {
+        Box::pin(async move {
+            for kept in kept {
+                self.register(&kept.entry).await?;
+            }
+            Ok(())
+        })
+    }
 }
 
 /// How a finding is to be taken.

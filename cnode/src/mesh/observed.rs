@@ -1,7 +1,9 @@
 //! A mesh whose answers are counted, for metrics.
 
 use std::collections::HashMap;
+use std::io;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -11,7 +13,7 @@ use rustls::pki_types::CertificateDer;
 
 use super::{
     Answer, Authorization, Catalogue, Certificates, Decision, Diagnosis, Entry, Finding, Identity, Instance,
-    Intentions, Listed, Mesh, MeshError, Present, Registration, ServiceName, SpiffeId, Token,
+    Intentions, Kept, Listed, Mesh, MeshError, Present, Registration, ServiceName, SpiffeId, Token,
 };
 
 /// How a mesh has answered so far. Clones share the counts.
@@ -195,6 +197,18 @@ impl Registration for Observed {
 
     fn passing(&self, id: &str) -> Answer<'_, ()> {
         self.wait(self.mesh.passing(id))
+    }
+
+    fn entry_lock(&self) -> io::Result<Option<OwnedFd>> {
+        self.mesh.entry_lock()
+    }
+
+    fn hand_over(&self) {
+        self.mesh.hand_over();
+    }
+
+    fn take_over(&self, kept: Vec<Kept>) -> Answer<'_, ()> {
+        self.ask(self.mesh.take_over(kept))
     }
 }
 

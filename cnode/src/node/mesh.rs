@@ -27,7 +27,7 @@ use crate::proxy::wire::{Accept, Connect, ConnectReply, MAX_DIST_FRAME};
 /// How an agent that is gone is looked for.
 const RETRY: Backoff = Backoff {
     min: Duration::from_millis(200),
-    max: Duration::from_secs(10),
+    max: Duration::from_secs(1),
 };
 
 /// A node that an agent carries.
@@ -163,9 +163,12 @@ impl Mesh {
     /// Registers again, with the running creation, as after an agent's restart.
     async fn register_again(&self) -> Result<mpsc::Receiver<Event>, ClientError> {
         let control = ControlClient::connect(self.agent_dir.as_deref()).await?;
-        let creation = self.registration().creation;
-        let (registration, events) =
-            register(control, &self.node, self.hidden, &self.socket, Some(creation)).await?;
+        let (creation, secret) = {
+            let registration = self.registration();
+            (registration.creation, registration.secret.clone())
+        };
+        let before = Some((creation, secret));
+        let (registration, events) = register(control, &self.node, self.hidden, &self.socket, before).await?;
         if registration.creation != creation {
             return Err(ClientError::Protocol(format!(
                 "the agent gave creation {}, wanted the running one, {creation}",
@@ -246,7 +249,7 @@ async fn register(
     node: &str,
     hidden: bool,
     socket: &Path,
-    creation: Option<u32>,
+    before: Option<(u32, Secret)>,
 ) -> Result<(Registration, mpsc::Receiver<Event>), ClientError> {
     let events = control.events();
     let path = socket
@@ -258,8 +261,11 @@ async fn register(
         ("hidden", Term::from(hidden)),
     ];
     let [a, b, c] = common;
-    let args = match creation {
-        Some(creation) => map([a, b, c, ("creation", Term::from(creation))]),
+    let args = match before {
+        Some((creation, secret)) => {
+            let creation = ("creation", Term::from(creation));
+            map([a, b, c, creation, ("secret", Term::binary(*secret.expose()))])
+        }
         None => map([a, b, c]),
     };
     let answer = control.request("register_node", args).await?;

@@ -9,7 +9,6 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
-use tokio_util::sync::CancellationToken;
 
 use super::admission::Slot;
 use super::cause::{Cause, Refusal};
@@ -54,20 +53,21 @@ pub(super) type Decided = (Box<dyn Duplex>, Box<dyn Duplex>, LinkGuard);
 
 impl Proxy {
     /// Serves the inbound port until dropped, and its links with it.
-    pub async fn serve_inbound(self: Arc<Self>, listener: TcpListener) {
-        self.serve_port(listener, None).await;
+    pub async fn serve_inbound(self: Arc<Self>, listener: impl Into<Arc<TcpListener>>) {
+        self.serve_port(listener.into(), None).await;
     }
 
     /// Serves an inbound port that leads to this one instance, until dropped, and its links with it. Proxies of another
     /// make that don't say whom they dial need one.
-    pub async fn serve_instance(self: Arc<Self>, listener: TcpListener, instance: String) {
-        self.serve_port(listener, Some(instance.into())).await;
+    pub async fn serve_instance(self: Arc<Self>, listener: impl Into<Arc<TcpListener>>, instance: String) {
+        self.serve_port(listener.into(), Some(instance.into())).await;
     }
 
-    async fn serve_port(self: Arc<Self>, listener: TcpListener, only: Option<Arc<str>>) {
+    async fn serve_port(self: Arc<Self>, listener: Arc<TcpListener>, only: Option<Arc<str>>) {
         let link = |(stream, peer), slot| self.clone().inbound_link(stream, peer, only.clone(), slot);
-        let (admission, never) = (self.inbound.clone(), CancellationToken::new());
-        listener::serve(Listener::Inbound, listener, admission, never, link).await;
+        let (admission, closed) = (self.inbound.clone(), self.closed.clone());
+        let serve = listener::serve(Listener::Inbound, listener, admission, closed, link);
+        self.serving.track_future(serve).await;
     }
 
     async fn inbound_link(

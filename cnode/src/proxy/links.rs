@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
@@ -32,7 +33,7 @@ pub const DESCRIPTORS_KEPT: u64 = 512;
 pub const LINKS_PER_SERVICE_MAX: usize = 4096;
 
 /// The 16 bytes that name a link at both of its ends.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct LinkId(pub [u8; 16]);
 
 impl LinkId {
@@ -58,7 +59,7 @@ impl fmt::Debug for LinkId {
 }
 
 /// Which end made a link.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Direction {
     /// An instance of this agent dialled another agent, or a proxy of another make.
     Outbound,
@@ -82,7 +83,7 @@ impl Direction {
 }
 
 /// What a link carries. The numbers are those of the `meshx/1` request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Purpose {
     /// Erlang distribution.
     Dist = 1,
@@ -115,7 +116,7 @@ impl Purpose {
 struct Dialler(SpiffeId, bool);
 
 /// What is known of a link from its start.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct LinkInfo {
     /// Its name.
     pub id: LinkId,
@@ -136,6 +137,7 @@ pub struct LinkInfo {
     /// Where the other agent or proxy is; none on a local link.
     pub remote_agent: Option<SocketAddr>,
     /// What the ends have proven to each other last; none where this agent showed and saw no certificate.
+    #[serde(skip)]
     pub proof: Option<Proof>,
     /// Registered instances that are ends of it here: it ends with them.
     pub instances: Vec<String>,
@@ -181,7 +183,7 @@ impl LinkInfo {
 }
 
 /// A live link as seen at one moment.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct LinkSnapshot {
     /// What is known from its start.
     pub info: LinkInfo,
@@ -194,7 +196,7 @@ pub struct LinkSnapshot {
 }
 
 /// Tells the owner of an end to close a link.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CutEvent {
     /// The link.
     pub link: LinkId,
@@ -457,6 +459,20 @@ impl LinkTable {
             .map(|live| live.info.id)
             .collect();
         links.into_iter().filter(|id| self.cut(*id, cause, text)).count()
+    }
+
+    /// Cuts all links. Says how many.
+    pub fn cut_all(&self, cause: Cause, text: &str) -> usize {
+        let all: Vec<LinkId> = lock(&self.inner.live).by_id.keys().copied().collect();
+        all.into_iter().filter(|id| self.cut(*id, cause, text)).count()
+    }
+
+    /// Hands a cut event that another table's link has brought to a control connection of this one.
+    pub(crate) fn tell(&self, owner: u64, event: CutEvent) {
+        if let Some(sender) = lock(&self.inner.owners).get(&owner) {
+            // A full queue loses only the reason; the link ends either way.
+            let _ = sender.try_send(event);
+        }
     }
 
     /// The cut events for one control connection, until the receiver is dropped.

@@ -88,7 +88,7 @@ impl Accept for UnixListener {
 /// Serves `listener` until `closed`, then what it has accepted until that ends. Dropped, it ends everything.
 pub(crate) async fn serve<L: Accept, F>(
     at: Listener,
-    listener: L,
+    listener: Arc<L>,
     admission: Arc<Admission>,
     closed: CancellationToken,
     link: impl Fn(L::Connection, Slot) -> F,

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use futures::future::BoxFuture;
+use serde::{Deserialize, Serialize};
 use subtle::ConstantTimeEq;
 
 use super::cause::{Cause, Refusal};
@@ -57,7 +58,7 @@ impl fmt::Debug for Secret {
 }
 
 /// Where an instance takes connections from its agent.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Endpoint {
     /// A node's own Unix socket: it is sent an ACCEPT frame first.
     NodeSocket(PathBuf),
@@ -210,6 +211,11 @@ impl LocalTable {
     /// Whether another node gave this name to a session of this control connection.
     pub fn was_given(&self, owner: u64, name: &str) -> bool {
         self.sessions().was_given(owner, name)
+    }
+
+    /// All sessions, in no order.
+    pub(crate) fn all_sessions(&self) -> Vec<Arc<Session>> {
+        self.sessions().all()
     }
 
     /// Takes away all sessions of one control connection.

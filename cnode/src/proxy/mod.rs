@@ -47,16 +47,20 @@ pub mod why;
 pub mod wire;
 
 use std::future::Future;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 pub use balance::Balance;
 pub use listener::Listener;
 pub use proof::Proof;
+pub(crate) use reproof::{Elsewhere, Forwarded};
 pub use sessions::Session;
 pub(crate) use sessions::gone_session;
 pub use upstream::{Listen, Upstream, UpstreamHandle, UpstreamLinks};
+
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use self::admission::Admission;
 use self::balance::Balancer;
@@ -137,6 +141,11 @@ pub struct Proxy {
     inbound: Arc<Admission>,
     /// One for each kind of listener, so that who floods one hides nothing of the others.
     refusals: [LogLimit; Listener::ALL.len()],
+    /// Fires when no listener takes connections any more.
+    closed: CancellationToken,
+    /// What listeners serve, links included.
+    serving: TaskTracker,
+    elsewhere: OnceLock<Arc<dyn Elsewhere>>,
 }
 
 impl std::fmt::Debug for Proxy {
@@ -158,7 +167,30 @@ impl Proxy {
             balancer: Balancer::new(settings.balance),
             settings,
             refusals: std::array::from_fn(|_| LogLimit::new("refused links")),
+            closed: CancellationToken::new(),
+            serving: TaskTracker::new(),
+            elsewhere: OnceLock::new(),
         })
+    }
+
+    /// Takes no more connections at any of its listeners, for good. What was taken goes on, under the rules as before.
+    pub fn close(&self) {
+        self.closed.cancel();
+        self.serving.close();
+    }
+
+    /// Returns when everything that came in before [`Proxy::close`] has ended.
+    pub async fn drained(&self) {
+        self.serving.wait().await;
+    }
+
+    /// Returns after [`Proxy::close`].
+    pub(crate) async fn wait_closed(&self) {
+        self.closed.cancelled().await;
+    }
+
+    pub(crate) fn is_closed(&self) -> bool {
+        self.closed.is_cancelled()
     }
 
     async fn find_node(&self, node: &str) -> Result<Instance, Refusal> {

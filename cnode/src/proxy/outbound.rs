@@ -6,7 +6,6 @@ use std::sync::Arc;
 use meshx_dist::name_frame::refusal_status;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::timeout;
-use tokio_util::sync::CancellationToken;
 
 use super::admission::{Admission, Slot};
 use super::cause::{Cause, Refusal};
@@ -71,13 +70,12 @@ enum Who {
 
 impl Proxy {
     /// Serves the dist socket until dropped, and its links with it.
-    pub async fn serve_dist(self: Arc<Self>, listener: UnixListener) {
+    pub async fn serve_dist(self: Arc<Self>, listener: impl Into<Arc<UnixListener>>) {
         let link = |(stream, _), slot| self.clone().dist_link(stream, slot);
-        let (admission, never) = (
-            Admission::new(self.settings.max_pending),
-            CancellationToken::new(),
-        );
-        listener::serve(Listener::Dist, listener, admission, never, link).await;
+        let (listener, closed) = (listener.into(), self.closed.clone());
+        let admission = Admission::new(self.settings.max_pending);
+        let serve = listener::serve(Listener::Dist, listener, admission, closed, link);
+        self.serving.track_future(serve).await;
     }
 
     async fn dist_link(self: Arc<Self>, mut stream: UnixStream, slot: Slot) {

@@ -72,6 +72,12 @@ impl PlainPorts {
         }
     }
 
+    /// Whether none is open, and no link of a closed one lives.
+    pub(crate) fn is_empty(&self) -> bool {
+        let ports = self.lock();
+        ports.open.is_empty() && ports.closed.iter().all(AbortHandle::is_finished)
+    }
+
     /// The port of the loopback address `ip` that leads to the node `target`. Whether one may go there is decided for
     /// each connection.
     ///
@@ -116,14 +122,14 @@ impl PlainPorts {
         let (proxy, admission, closed) = (
             self.proxy.clone(),
             self.admission.clone(),
-            CancellationToken::new(),
+            self.proxy.closed.child_token(),
         );
         let (target, until) = (key.1.clone(), closed.clone());
         let serve = async move {
             let link = |(stream, _), slot| proxy.clone().plain_link(stream, target.clone(), slot);
-            listener::serve(Listener::Plain, listener, admission, until, link).await;
+            listener::serve(Listener::Plain, listener.into(), admission, until, link).await;
         };
-        let task = tokio::spawn(serve).abort_handle();
+        let task = tokio::spawn(self.proxy.serving.track_future(serve)).abort_handle();
         let open = Open {
             port,
             asked,

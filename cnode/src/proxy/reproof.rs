@@ -13,8 +13,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures::future::BoxFuture;
 use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
+use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinSet, yield_now};
@@ -270,7 +272,15 @@ impl Proxy {
         let deadline = self.settings.frame_timeout;
         let mut request = first;
         for _ in 0..REPROOFS_PER_CONNECTION {
-            let answer = self.reprove(&request, peer, shown);
+            let answer = match self.elsewhere.get() {
+                Some(elsewhere)
+                    if request.asked == Asked::Reproof && self.links.get(request.link).is_none() =>
+                {
+                    let theirs = elsewhere.reprove(Forwarded::new(&request, peer, shown)).await;
+                    theirs.unwrap_or_else(|| Err(no_such_link(request.link)))
+                }
+                _ => self.reprove(&request, peer, &shown.service, &shown.identity),
+            };
             if let Err(refusal) = &answer {
                 self.links.count_unproven();
                 // A link that has just ended is nobody's fault.
@@ -292,11 +302,17 @@ impl Proxy {
     }
 
     /// Believes a live link by this handshake, when it is between the same two services and instances as the link.
-    fn reprove(&self, request: &Request, peer: &Peer, shown: &Shown) -> Result<(), Refusal> {
+    fn reprove(
+        &self,
+        request: &Request,
+        peer: &Peer,
+        shown: &ServiceName,
+        identity: &Arc<Identity>,
+    ) -> Result<(), Refusal> {
         if request.asked != Asked::Reproof {
             return Err(Cause::Limit.because("a connection that proves links can become none"));
         }
-        let none = || Cause::InvalidRequest.because(format!("no live link {} came in here", request.link));
+        let none = || no_such_link(request.link);
         let info = self.links.get(request.link).ok_or_else(none)?.info;
         let native = info.proof.as_ref().is_some_and(Proof::is_native);
         if info.direction != Direction::Inbound || !native {
@@ -305,8 +321,8 @@ impl Proxy {
         // The service is what was proven; a mesh that was set up anew has another trust domain.
         let same_peer = info.remote_spiffe.in_domain(peer.id.trust_domain()) == peer.id;
         let same_node = info.purpose != Purpose::Dist || info.remote == request.node;
-        let same_end = info.local_spiffe.service() == &shown.service && info.local == request.instance;
-        if !(same_peer && same_node && same_end && request.service == shown.service.as_ref()) {
+        let same_end = info.local_spiffe.service() == shown && info.local == request.instance;
+        if !(same_peer && same_node && same_end && request.service == shown.as_ref()) {
             return Err(Cause::IdentityMismatch.because(format!(
                 "{} proves link {} from {:?} to {:?}, which is one of {} from {} to {}",
                 peer.id,
@@ -318,8 +334,98 @@ impl Proxy {
                 info.local
             )));
         }
-        let proof = Proof::new(&shown.identity, peer, Protocol::Meshx);
+        let proof = Proof::new(identity, peer, Protocol::Meshx);
         self.links.prove(request.link, proof, None);
         Ok(())
     }
+
+    /// Whom to ask about links that this process does not know.
+    pub(crate) fn ask_elsewhere(&self, elsewhere: Arc<dyn Elsewhere>) {
+        // Once is enough.
+        let _ = self.elsewhere.set(elsewhere);
+    }
+
+    /// Believes a live link by a handshake that another process of this agent has answered; none when this one does
+    /// not hold it.
+    pub(crate) async fn reprove_forwarded(&self, forwarded: Forwarded) -> Option<Result<(), Refusal>> {
+        let link = forwarded.request.link;
+        self.links.get(link)?;
+        let answer = self.reprove_held(forwarded).await;
+        match &answer {
+            Ok(()) => tracing::info!(%link, "a link of this process was proven anew"),
+            Err(refusal) => tracing::warn!(%link, %refusal, "a link of this process was not proven anew"),
+        }
+        Some(answer)
+    }
+
+    async fn reprove_held(&self, forwarded: Forwarded) -> Result<(), Refusal> {
+        let Forwarded {
+            request,
+            shown,
+            chain,
+        } = forwarded;
+        let identity = self.ask(self.mesh.identity(&shown)).await?;
+        let chain: Vec<CertificateDer<'static>> = chain.into_iter().map(CertificateDer::from).collect();
+        let peer = Peer::of(&chain, identity.id.trust_domain())
+            .map_err(|error| Cause::CertificateInvalid.because(error.to_string()))?;
+        if !peer.leads_to(&identity.roots, unix_now(), false) {
+            let text = format!("{} does not lead to a root of the mesh", peer.id);
+            return Err(Cause::UnknownAuthority.because(text));
+        }
+        let request = Request {
+            asked: Asked::Reproof,
+            link: request.link,
+            service: request.service,
+            instance: request.instance,
+            node: request.node,
+        };
+        self.reprove(&request, &peer, &shown, &identity)
+    }
+}
+
+/// Other processes of this agent that hold links (`agent::takeover`).
+pub(crate) trait Elsewhere: Send + Sync {
+    /// The answer of the one that holds the link; none when none does.
+    fn reprove(&self, forwarded: Forwarded) -> BoxFuture<'_, Option<Result<(), Refusal>>>;
+}
+
+/// A proof of a link that another process of this agent holds than the one whose port it came in at.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Forwarded {
+    request: ForwardedRequest,
+    /// Whose certificate was shown.
+    shown: ServiceName,
+    /// Who came, verified: the leaf, then the intermediates, in DER.
+    chain: Vec<Vec<u8>>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct ForwardedRequest {
+    link: LinkId,
+    service: String,
+    instance: String,
+    node: String,
+}
+
+impl Forwarded {
+    fn new(request: &Request, peer: &Peer, shown: &Shown) -> Self {
+        Self {
+            request: ForwardedRequest {
+                link: request.link,
+                service: request.service.clone(),
+                instance: request.instance.clone(),
+                node: request.node.clone(),
+            },
+            shown: shown.service.clone(),
+            chain: peer
+                .chain
+                .iter()
+                .map(|certificate| certificate.to_vec())
+                .collect(),
+        }
+    }
+}
+
+fn no_such_link(link: LinkId) -> Refusal {
+    Cause::InvalidRequest.because(format!("no live link {link} came in here"))
 }

@@ -46,7 +46,7 @@ impl Session {
         self.given().as_deref() == Some(name)
     }
 
-    pub(super) fn given(&self) -> MutexGuard<'_, Option<String>> {
+    pub(crate) fn given(&self) -> MutexGuard<'_, Option<String>> {
         self.given.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -58,6 +58,10 @@ pub(super) struct Sessions(HashMap<String, Arc<Session>>);
 impl Sessions {
     pub(super) fn insert(&mut self, session: Session) {
         self.0.insert(session.id.clone(), Arc::new(session));
+    }
+
+    pub(super) fn all(&self) -> Vec<Arc<Session>> {
+        self.0.values().cloned().collect()
     }
 
     pub(super) fn get(&self, id: &str) -> Option<Arc<Session>> {

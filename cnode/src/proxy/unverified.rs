@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
-use tokio_util::sync::CancellationToken;
 
 use super::admission::{Admission, Slot};
 use super::cause::{Cause, Refusal};
@@ -26,14 +25,13 @@ const LEAVING: Duration = Duration::from_millis(100);
 impl Proxy {
     /// Serves the loopback port that the sidecar of this node hands inbound connections to, until dropped, and its links
     /// with it.
-    pub async fn serve_unverified(self: Arc<Self>, listener: TcpListener, instance: String) {
+    pub async fn serve_unverified(self: Arc<Self>, listener: impl Into<Arc<TcpListener>>, instance: String) {
         let instance: Arc<str> = instance.into();
         let link = |(stream, peer), slot| self.clone().unverified_link(stream, peer, instance.clone(), slot);
-        let (admission, never) = (
-            Admission::new(self.settings.max_pending),
-            CancellationToken::new(),
-        );
-        listener::serve(Listener::Unverified, listener, admission, never, link).await;
+        let (listener, closed) = (listener.into(), self.closed.clone());
+        let admission = Admission::new(self.settings.max_pending);
+        let serve = listener::serve(Listener::Unverified, listener, admission, closed, link);
+        self.serving.track_future(serve).await;
     }
 
     async fn unverified_link(

@@ -2,10 +2,12 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
+use serde::{Deserialize, Serialize};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
@@ -21,7 +23,7 @@ use super::{Attempt, Proxy, no_such_service, peer_uid};
 use crate::mesh::{Instance, ServiceName};
 
 /// Who dials whom through a local socket.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Upstream {
     /// The service whose certificate is shown. The caller has checked that the uid may be it.
     pub source: ServiceName,
@@ -43,7 +45,7 @@ pub struct Upstream {
 }
 
 /// Where an upstream takes connections.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Listen {
     /// A Unix socket, mode 0600.
     Uds(PathBuf),
@@ -51,11 +53,14 @@ pub enum Listen {
     Tcp(SocketAddr),
 }
 
-/// A listening upstream. Dropping it closes the listener and its links, and removes the socket.
+/// A listening upstream. Dropping it closes the listener and its links, and removes the socket, which it leaves when
+/// the proxy takes no connections any more: it may be a successor's.
 #[derive(Debug)]
 pub struct UpstreamHandle {
-    listen: Listen,
+    upstream: Arc<Upstream>,
+    listener: Weak<dyn AsFd + Send + Sync>,
     closed: CancellationToken,
+    proxy: Arc<Proxy>,
     links: Option<UpstreamLinks>,
 }
 
@@ -68,7 +73,15 @@ pub struct UpstreamLinks {
 impl UpstreamHandle {
     /// Where it takes connections; the port is the chosen one.
     pub fn address(&self) -> &Listen {
-        &self.listen
+        &self.upstream.listen
+    }
+
+    /// What a successor of this process needs to serve it.
+    pub(crate) fn handed(&self) -> io::Result<(Upstream, OwnedFd)> {
+        let listener = self.listener.upgrade();
+        let listener =
+            listener.ok_or_else(|| io::Error::other("an upstream takes no connections any more"))?;
+        Ok(((*self.upstream).clone(), listener.as_fd().try_clone_to_owned()?))
     }
 
     /// Takes no more connections. Its live links end with `cut`; else they go on, under the rules and owned as before,
@@ -81,7 +94,9 @@ impl UpstreamHandle {
 impl Drop for UpstreamHandle {
     fn drop(&mut self) {
         self.closed.cancel();
-        if let Listen::Uds(path) = &self.listen {
+        if let Listen::Uds(path) = &self.upstream.listen
+            && !self.proxy.is_closed()
+        {
             let _ = std::fs::remove_file(path);
         }
     }
@@ -146,23 +161,39 @@ impl Proxy {
         }
     }
 
+    /// Serves an upstream whose socket a predecessor of this process has made.
+    pub(crate) fn resume_upstream(
+        self: &Arc<Self>,
+        upstream: Upstream,
+        listener: OwnedFd,
+    ) -> io::Result<UpstreamHandle> {
+        Ok(match &upstream.listen {
+            Listen::Uds(_) => self.spawn_upstream(UnixListener::from_std(listener.into())?, upstream),
+            Listen::Tcp(_) => self.spawn_upstream(TcpListener::from_std(listener.into())?, upstream),
+        })
+    }
+
     fn spawn_upstream<L, S, A>(self: &Arc<Self>, listener: L, upstream: Upstream) -> UpstreamHandle
     where
-        L: Accept<Connection = (S, A)> + Send + Sync + 'static,
+        L: Accept<Connection = (S, A)> + AsFd + Send + Sync + 'static,
         S: Client,
         A: Send + 'static,
     {
-        let (proxy, listen, closed) = (self.clone(), upstream.listen.clone(), CancellationToken::new());
-        let (upstream, until) = (Arc::new(upstream), closed.clone());
+        let (proxy, closed) = (self.clone(), self.closed.child_token());
+        let (upstream, listener) = (Arc::new(upstream), Arc::new(listener));
+        let (served, until) = (upstream.clone(), closed.clone());
+        let weak: Weak<dyn AsFd + Send + Sync> = Arc::<L>::downgrade(&listener);
         let serve = async move {
             let admission = Admission::new(proxy.settings.max_pending);
-            let link = |(stream, _), slot| proxy.clone().upstream_link(stream, upstream.clone(), slot);
+            let link = |(stream, _), slot| proxy.clone().upstream_link(stream, served.clone(), slot);
             listener::serve(Listener::Upstream, listener, admission, until, link).await;
         };
-        let task = tokio::spawn(serve).abort_handle();
+        let task = tokio::spawn(self.serving.track_future(serve)).abort_handle();
         UpstreamHandle {
-            listen,
+            upstream,
+            listener: weak,
             closed,
+            proxy: self.clone(),
             links: Some(UpstreamLinks { task }),
         }
     }

@@ -8,7 +8,9 @@ use std::{
     process::{Command, Stdio},
 };
 
+use meshx::agent::control::message::{map, text};
 use meshx::mesh::embedded::{Action, MeshDir, Rules};
+use meshx_etf::Term;
 use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 
 use crate::support::{Agent, PATIENCE, creation, echo_link, temp, until};
@@ -106,14 +108,42 @@ fn a_living_nodes_socket_outlives_the_agent() {
 fn after_sigkill_the_directory_is_used_again() {
     let root = temp();
     let other = Agent::start(root.path(), "b", &["h2"], &[]);
+    let mut proof: Option<(i64, Vec<u8>)> = None;
     for _ in 0..2 {
         let mut agent = Agent::start(root.path(), "a", &["h1"], &[]);
         let socket = agent.vm().join("s");
         let _ = fs::remove_file(&socket);
         let _listener = UnixListener::bind(&socket).unwrap();
         let mut client = agent.connect();
-        client.register("shop@h1", &socket).unwrap();
+        let mut node = client.register("shop@h1", &socket);
+        if let Some((before, secret)) = &proof {
+            // Its name is kept for who proves to have held it.
+            let (cause, said) = node.unwrap_err();
+            assert!(
+                cause == "not_ready" && said.contains("shop@h1 is reserved"),
+                "{cause}: {said}"
+            );
+            let back = |secret: Term| {
+                map([
+                    ("node", text("shop@h1")),
+                    ("socket", text(socket.to_str().unwrap())),
+                    ("creation", Term::Int(*before)),
+                    ("secret", secret),
+                ])
+            };
+            let wrong = client.ask("register_node", back(Term::binary([7; 32])));
+            assert_eq!(wrong.unwrap_err().0, "not_ready");
+            node = client.ask("register_node", back(Term::binary(&secret[..])));
+            assert_eq!(creation(node.as_ref().unwrap()), *before);
+        }
+        let node = node.unwrap();
+        let secret = node.map_get("secret").unwrap().as_binary().unwrap();
+        proof = Some((creation(&node), secret.to_vec()));
         assert_eq!(other.names(), ["shop@h1"]);
+        // What is noted of it is in the file.
+        until(PATIENCE, "the name to be noted", || {
+            fs::read_to_string(agent.dir.join("names.json")).is_ok_and(|names| names.contains("shop@h1"))
+        });
         agent.child.kill().unwrap();
         agent.wait_exit();
         assert!(

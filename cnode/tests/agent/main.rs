@@ -8,5 +8,6 @@ mod lifecycle;
 mod registration;
 mod sessions;
 mod support;
+mod takeover;
 mod trust;
 mod watches;

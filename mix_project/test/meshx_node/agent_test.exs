@@ -136,18 +136,37 @@ defmodule MeshxNode.AgentTest do
       start_node(context, "cart@h2")
       assert TestNode.call(shop, :net_adm, :ping, [:cart@h2]) == :pong
       before = ScriptedAgent.nodes(agent)["shop@h1"]
+      assert before.proof == nil
 
       stop_agent()
       agent = start_agent(context)
       again = ScriptedAgent.await_node(agent, "shop@h1")
       assert again.resumed
       assert again.creation == before.creation
+      assert again.proof == before.secret
       assert again.secret != before.secret
       assert again.socket == before.socket
 
       ScriptedAgent.await_node(agent, "cart@h2")
       assert TestNode.call(shop, MeshxNode, :connect, [:cart@h2]) == :ok
       assert TestNode.call(shop, :erpc, :call, [:cart@h2, :erlang, :node, []]) == :cart@h2
+    end
+
+    test "links come back by themselves, hidden ones hidden", context do
+      start_agent(context)
+      shop = start_node(context, "shop@h1")
+      start_node(context, "cart@h2")
+      start_node(context, "audit@h2")
+      assert TestNode.call(shop, :net_kernel, :connect_node, [:cart@h2])
+      assert TestNode.call(shop, :net_kernel, :hidden_connect_node, [:audit@h2])
+      watch = TestNode.cast(shop, :meshx_test_node, :await_nodes, [[:cart@h2], [:audit@h2]])
+      assert_receive {^watch, :ok}, 20_000
+      lost = TestNode.cast(shop, :meshx_test_node, :await_nodes, [[], []])
+      stop_agent()
+      assert_receive {^lost, :ok}, 20_000
+      start_agent(context)
+      back = TestNode.cast(shop, :meshx_test_node, :await_nodes, [[:cart@h2], [:audit@h2]])
+      assert_receive {^back, :ok}, 20_000
     end
 
     test "a node that is refused then goes on asking", context do

@@ -2,7 +2,7 @@
 %% on stdout. The BEAM halts when stdin ends, so it never outlives the test run.
 -module(meshx_test_node).
 
--export([start/0, big/1, big_call/2, nodedown_reason/2, monitored_call/2, hold/0, ticked/2, meet/2, agent_events/1]).
+-export([start/0, big/1, big_call/2, nodedown_reason/2, monitored_call/2, hold/0, ticked/2, meet/2, agent_events/1, await_nodes/2]).
 -export([printed_status/0, kill_client/0]).
 
 start() ->
@@ -112,3 +112,19 @@ printed_status() ->
     unicode:characters_to_binary(io_lib:format("~0p ~0p", [sys:get_status(meshx_agent), sys:get_state(meshx_agent)])).
 
 kill_client() -> exit(whereis(meshx_agent), kill).
+
+%% Returns once just these nodes are connected visibly, and those hidden. Makes no link itself.
+await_nodes(Visible, Hidden) ->
+    net_kernel:monitor_nodes(true, [{node_type, all}]),
+    await_nodes(fun() -> {nodes(visible), nodes(hidden)} end, Visible, Hidden).
+
+await_nodes(Connected, Visible, Hidden) ->
+    case Connected() of
+        {Visible, Hidden} ->
+            net_kernel:monitor_nodes(false, [{node_type, all}]),
+            ok;
+        _ ->
+            receive
+                {Change, _, _} when Change =:= nodeup; Change =:= nodedown -> await_nodes(Connected, Visible, Hidden)
+            end
+    end.

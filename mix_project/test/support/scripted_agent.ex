@@ -25,7 +25,7 @@ defmodule Meshx.ScriptedAgent do
   @doc "Replaces a script, see the module."
   def set(agent, key, fun), do: GenServer.call(agent, {:set, key, fun})
 
-  @doc "What is registered: name => %{socket, secret, creation, hidden, count}."
+  @doc "What is registered: name => %{socket, secret, creation, proof, hidden, count}."
   def nodes(agent), do: GenServer.call(agent, :nodes)
 
   @doc "The links that were made: [{link id, source, target}], newest first."
@@ -309,6 +309,7 @@ defmodule Meshx.ScriptedAgent do
         secret: :crypto.strong_rand_bytes(32),
         creation: Map.get(args, :creation, 1000 + System.unique_integer([:positive])),
         resumed: Map.has_key?(args, :creation),
+        proof: args[:secret],
         hidden: args.hidden,
         owner: owner,
         count: count

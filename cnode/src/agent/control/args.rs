@@ -2,7 +2,10 @@
 
 use meshx_etf::Term;
 
-use crate::proxy::cause::{Cause, Refusal};
+use crate::proxy::{
+    cause::{Cause, Refusal},
+    local::{SECRET_LEN, Secret},
+};
 
 /// Longest text that any argument may be, unless a command says less.
 pub(super) const TEXT_MAX: usize = 1024;
@@ -75,6 +78,18 @@ impl<'a> Args<'a> {
         bytes.map(Some).ok_or_else(|| wrong(key, "a binary of 16 bytes"))
     }
 
+    /// A registration's secret, when it is there.
+    pub(super) fn optional_secret(&self, key: &str) -> Result<Option<Secret>, Refusal> {
+        let Some(term) = self.0.map_get(key) else {
+            return Ok(None);
+        };
+        let bytes = term.as_binary().and_then(|bytes| bytes.try_into().ok());
+        let secret = bytes.map(Secret::from_bytes);
+        secret
+            .map(Some)
+            .ok_or_else(|| wrong(key, &format!("a binary of {SECRET_LEN} bytes")))
+    }
+
     /// Whatever is there.
     pub(super) fn term(&self, key: &str) -> Option<&'a Term> {
         self.0.map_get(key)
@@ -122,6 +137,7 @@ mod tests {
             args.optional_int("node").unwrap_err(),
             args.optional_bool("n").unwrap_err(),
             args.optional_link("node").unwrap_err(),
+            args.optional_secret("link").unwrap_err(),
         ] {
             assert_eq!(error.cause, Cause::InvalidRequest, "{error}");
         }

@@ -24,6 +24,7 @@ use crate::{
         registry::{
             NodeListens, NodeRequest, Owner, Registry, ServiceRequest, SessionName, answer, chosen_socket,
         },
+        takeover::Order,
     },
     epmd::{Epmd, HOSTS_MAX},
     log_limit::LogLimit,
@@ -44,6 +45,20 @@ pub const PROGRAM: &str = concat!("meshx ", env!("CARGO_PKG_VERSION"));
 pub(in crate::agent) const QUESTIONS_MAX: usize = 8;
 /// A killed VM's sockets are free this long after its connection closed: its process ends in between.
 const SWEEP_DELAY: Duration = Duration::from_millis(1500);
+
+/// Whether a command only asks the mesh or other agents, and may be asked again.
+pub(super) fn is_question(command: &str) -> bool {
+    [
+        "check",
+        "names",
+        "services",
+        "intentions",
+        "certs",
+        "why",
+        "doctor",
+    ]
+    .contains(&command)
+}
 
 /// What all sessions share.
 pub(in crate::agent) struct Context {
@@ -66,20 +81,24 @@ pub(in crate::agent) struct Context {
 }
 
 /// One session, as its commands see it.
-pub(super) struct Client {
-    pub(super) owner: Owner,
-    pub(super) upstreams: Upstreams,
-    pub(super) watches: Watches,
+pub(in crate::agent) struct Client {
+    pub(in crate::agent) owner: Owner,
+    pub(in crate::agent) upstreams: Upstreams,
+    pub(in crate::agent) watches: Watches,
     /// One permit, held while the mesh is asked for it. Closed when the client has gone: what waits is given up.
     pub(super) asking: Semaphore,
 }
 
 impl Client {
     pub(super) fn new(owner: Owner) -> Self {
+        Self::with_watches(owner, Watches::new())
+    }
+
+    pub(super) fn with_watches(owner: Owner, watches: Watches) -> Self {
         Self {
             owner,
             upstreams: Upstreams::new(),
-            watches: Watches::new(),
+            watches,
             asking: Semaphore::new(1),
         }
     }
@@ -121,7 +140,14 @@ impl Context {
             "connect" => self.connect(client, &args).await,
             "disconnect" => {
                 let cut = args.optional_bool("cut")?.unwrap_or(true);
-                let existed = client.upstreams.close(args.text("upstream")?, cut);
+                let id = args.text("upstream")?;
+                let existed = client.upstreams.close(id, cut);
+                if cut {
+                    let (owner, id) = (owner.id, id.to_owned());
+                    self.registry
+                        .predecessors()
+                        .order(&Order::CloseUpstream { owner, id });
+                }
                 Ok(map([("existed", Term::from(existed))]))
             }
             "node_port" => self.node_port(&args).await,
@@ -133,12 +159,13 @@ impl Context {
             "certs" => self.in_turn(client, &self.questions, self.certs()).await,
             "why" => self.in_turn(client, &self.probes, self.why(client, &args)).await,
             "doctor" => self.in_turn(client, &self.probes, self.doctor()).await,
-            "links" => Ok(map([(
-                "links",
-                Term::list(self.links.snapshot().iter().map(link_term)),
-            )])),
+            "links" => {
+                let mut links = self.links.snapshot();
+                links.extend(self.registry.predecessors().links().await);
+                Ok(map([("links", Term::list(links.iter().map(link_term)))]))
+            }
             "refusal" => self.refusal(&args),
-            "cut" => self.cut(owner, &args),
+            "cut" => self.cut(owner, &args).await,
             "hello" => Err(Cause::InvalidRequest.because("hello was said already")),
             other => {
                 let other: String = other.chars().take(64).collect();
@@ -175,6 +202,7 @@ impl Context {
             node: name,
             listens: node_listens(&args)?,
             creation: args.optional_int("creation")?,
+            secret: args.optional_secret("secret")?,
             hidden: args.optional_bool("hidden")?.unwrap_or(false),
             options: options(&args, name, Some(name))?,
         };
@@ -216,6 +244,9 @@ impl Context {
 
     /// A socket in `up/`, or a loopback port, for this client's user alone.
     async fn connect(&self, client: &Client, args: &Args<'_>) -> Result<Term, Refusal> {
+        if self.proxy.is_closed() {
+            return Err(Cause::NotReady.because("this agent ends: another one may take its place"));
+        }
         let peer = client.owner.peer;
         let name = |key| {
             let text = args.text(key)?;
@@ -374,13 +405,20 @@ impl Context {
     }
 
     /// The connection that owns an end may cut a link, and the agent's operator any.
-    fn cut(&self, owner: Owner, args: &Args<'_>) -> Result<Term, Refusal> {
+    async fn cut(&self, owner: Owner, args: &Args<'_>) -> Result<Term, Refusal> {
         let id = args
             .optional_link("link")?
             .ok_or_else(|| missing("link", "a binary of 16 bytes"))?;
         let reason = args.text("reason")?;
         let gone = || Cause::InvalidRequest.because(format!("there is no live link {}", LinkId(id)));
-        let link = self.links.get(LinkId(id)).ok_or_else(gone)?;
+        let (link, earlier) = match self.links.get(LinkId(id)) {
+            Some(link) => (link, false),
+            None => {
+                let earlier = self.registry.predecessors().links().await;
+                let found = earlier.into_iter().find(|link| link.info.id == LinkId(id));
+                (found.ok_or_else(gone)?, true)
+            }
+        };
         if !link.info.owners.contains(&owner.id) && !self.registry.trust().is_operator(owner.peer) {
             return Err(Cause::NotPermitted.because(format!(
                 "link {} is not of this connection, and uid {} is neither the agent's nor root",
@@ -388,6 +426,14 @@ impl Context {
             )));
         }
         let reason = format!("cut on request of uid {}: {reason}", owner.peer.uid);
+        if earlier {
+            self.registry.predecessors().order(&Order::Cut {
+                link: LinkId(id),
+                cause: Cause::IntentionDenied,
+                text: reason,
+            });
+            return Ok(map([]));
+        }
         match self.links.cut(LinkId(id), Cause::IntentionDenied, &reason) {
             true => Ok(map([])),
             false => Err(gone()),

@@ -107,7 +107,8 @@ impl Context {
         let registry = &self.registry;
         let epmd = self.epmd.as_deref();
         let mesh = registry.mesh().as_ref();
-        let findings = doctor::findings(registry.place(), &self.proxy, mesh, epmd).await;
+        let mut findings = doctor::findings(registry.place(), &self.proxy, mesh, epmd).await;
+        findings.extend(doctor::predecessors(&registry.predecessors().list()));
         Ok(map([("findings", Term::list(findings.iter().map(finding_term)))]))
     }
 }

@@ -1,6 +1,6 @@
 //! Frames of the control socket: a 32-bit length and that many bytes.
 
-use std::{io, time::Duration};
+use std::{future::pending, io, time::Duration};
 
 use tokio::{
     io::{AsyncRead, AsyncReadExt},
@@ -55,9 +55,37 @@ pub async fn read_frame<R: AsyncRead + Unpin>(
     reader: &mut R,
     max: usize,
 ) -> Result<Option<Vec<u8>>, FrameError> {
+    match read_frame_unless(reader, max, pending()).await? {
+        Next::Frame(frame) => Ok(Some(frame)),
+        Next::Closed | Next::Stopped => Ok(None),
+    }
+}
+
+/// What comes next on a connection.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// A whole frame.
+    Frame(Vec<u8>),
+    /// The other side has closed between two.
+    Closed,
+    /// Nothing of a frame was read when it was to stop.
+    Stopped,
+}
+
+/// As [`read_frame`], until `stop` resolves between two frames.
+pub(super) async fn read_frame_unless<R: AsyncRead + Unpin>(
+    reader: &mut R,
+    max: usize,
+    stop: impl Future<Output = ()>,
+) -> Result<Next, FrameError> {
     let mut length = [0; 4];
-    if reader.read(&mut length[..1]).await? == 0 {
-        return Ok(None);
+    tokio::select! {
+        // A frame whose first byte is read is read whole.
+        biased;
+        () = stop => return Ok(Next::Stopped),
+        read = reader.read(&mut length[..1]) => if read? == 0 {
+            return Ok(Next::Closed);
+        },
     }
     let rest = async {
         reader.read_exact(&mut length[1..]).await?;
@@ -72,7 +100,7 @@ pub async fn read_frame<R: AsyncRead + Unpin>(
         if payload.len() < len {
             return Err(FrameError::Cut);
         }
-        Ok(Some(payload))
+        Ok(Next::Frame(payload))
     };
     timeout(FRAME_TIME, rest).await.map_err(|_| FrameError::Slow)?
 }
@@ -129,6 +157,30 @@ mod tests {
             );
         }
         assert_eq!(read_frame(&mut &framed(b"")[..], 9).await.unwrap(), Some(vec![]));
+    }
+
+    #[tokio::test]
+    async fn a_stop_comes_between_two_frames_and_loses_nothing() {
+        let (mut near, mut far) = tokio::io::duplex(64);
+        near.write_all(&framed(b"one")).await.unwrap();
+        let ready = || std::future::ready(());
+        assert_eq!(
+            read_frame_unless(&mut far, 9, ready()).await.unwrap(),
+            Next::Stopped
+        );
+        assert_eq!(
+            read_frame_unless(&mut far, 9, pending()).await.unwrap(),
+            Next::Frame(b"one".to_vec())
+        );
+        // Stopped while it waits for the rest: the frame is still read whole.
+        let two = framed(b"two");
+        near.write_all(&two[..2]).await.unwrap();
+        let stop = tokio_util::sync::CancellationToken::new();
+        let mut reading = Box::pin(read_frame_unless(&mut far, 9, stop.cancelled()));
+        assert!(futures::poll!(&mut reading).is_pending());
+        stop.cancel();
+        near.write_all(&two[2..]).await.unwrap();
+        assert_eq!(reading.await.unwrap(), Next::Frame(b"two".to_vec()));
     }
 
     proptest! {

@@ -8,13 +8,14 @@ pub mod message;
 mod options;
 mod outbox;
 pub(in crate::agent) mod server;
-mod session;
+pub(in crate::agent) mod session;
 mod slots;
 pub(in crate::agent) mod upstreams;
 mod watches;
 
 pub use commands::PROGRAM;
 pub use outbox::{QUEUE_BYTES_MAX, QUEUE_FRAMES_MAX, WRITE_TIME};
+pub use server::FREEZE_TIME;
 pub use session::HELLO_TIME;
 pub use slots::{CLIENTS_MAX, CLIENTS_PER_USER_MAX};
 pub use upstreams::{UPSTREAMS_MAX, UPSTREAMS_PER_CLIENT_MAX};

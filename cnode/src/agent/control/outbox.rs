@@ -85,14 +85,15 @@ impl Outbox {
 }
 
 impl Queue {
-    /// Writes until every [`Outbox`] is dropped or the client takes no more.
-    pub(super) async fn write_to<W: AsyncWrite + Unpin>(mut self, mut writer: W) {
+    /// Writes until every [`Outbox`] is dropped, and gives the writer back, or until the client takes no more.
+    pub(super) async fn write_to<W: AsyncWrite + Unpin>(mut self, mut writer: W) -> Option<W> {
         while let Some(frame) = self.frames.recv().await {
             match timeout(WRITE_TIME, writer.write_all(&frame)).await {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => {
                     tracing::debug!(%error, "a client takes no more");
-                    break;
+                    self.stop.cancel();
+                    return None;
                 }
                 Err(_) => {
                     tracing::warn!(
@@ -100,12 +101,13 @@ impl Queue {
                         "a client did not read a frame within {} s",
                         WRITE_TIME.as_secs()
                     );
-                    break;
+                    self.stop.cancel();
+                    return None;
                 }
             }
             self.waiting.fetch_sub(frame.len(), Ordering::Relaxed);
         }
-        self.stop.cancel();
+        Some(writer)
     }
 }
 
@@ -118,7 +120,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn frames_are_written_in_order_and_the_end_is_told() {
+    async fn frames_are_written_in_order_and_the_writer_comes_back() {
         let stop = CancellationToken::new();
         let (outbox, queue) = Outbox::new(stop.clone());
         let (near, mut far) = tokio::io::duplex(4);
@@ -126,10 +128,21 @@ mod tests {
         outbox.send(b"one ".to_vec());
         outbox.send(b"two".to_vec());
         drop(outbox);
-        let mut text = String::new();
-        far.read_to_string(&mut text).await.unwrap();
-        assert_eq!(text, "one two");
-        writing.await.unwrap();
+        let mut text = [0; 7];
+        far.read_exact(&mut text).await.unwrap();
+        assert_eq!(&text, b"one two");
+        assert!(writing.await.unwrap().is_some());
+        assert!(!stop.is_cancelled());
+    }
+
+    #[tokio::test]
+    async fn a_client_that_takes_no_more_is_given_up() {
+        let stop = CancellationToken::new();
+        let (outbox, queue) = Outbox::new(stop.clone());
+        let (near, far) = tokio::io::duplex(4);
+        drop(far);
+        outbox.send(b"one".to_vec());
+        assert!(queue.write_to(near).await.is_none());
         assert!(stop.is_cancelled());
     }
 

@@ -1,51 +1,111 @@
 //! Accepts control connections. A slow, broken or hostile client is nobody else's concern.
 
-use std::{
-    io,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::{collections::HashMap, io, pin::pin, sync::Arc, time::Duration};
 
-use tokio::net::{UnixListener, UnixStream};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio::{
+    net::{UnixListener, UnixStream},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use super::{
-    commands::Context,
+    commands::{Client, Context},
     message::{event, map, text},
-    session,
+    session::{self, Parked},
     slots::Slots,
+    watches::Watches,
 };
-use crate::agent::{paths, registry::Owner, trust::Peer};
+use crate::{
+    agent::{
+        paths,
+        registry::{MESH_TIME, Owner},
+        trust::Peer,
+    },
+    mesh::ServiceName,
+};
 
 /// Pause after the system could not give a connection (no descriptor left): others may close meanwhile.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Serves until `stop` fires, then until every session has given up what it registered.
-pub(in crate::agent) async fn serve(listener: UnixListener, context: Arc<Context>, stop: CancellationToken) {
-    let slots = Slots::new(paths::uid());
-    let sessions = TaskTracker::new();
-    let next_id = AtomicU64::new(1);
+/// How long clients may take to come between two frames when they are frozen: a registration that waits for the mesh
+/// is through by then. Who has not is dropped.
+pub const FREEZE_TIME: Duration = MESH_TIME.saturating_add(Duration::from_secs(1));
+
+/// The clients of an agent, while none of them is served.
+pub(in crate::agent) struct Clients {
+    pub(in crate::agent) parked: Vec<Parked>,
+    /// The id of the next one's connection.
+    pub(in crate::agent) next_id: u64,
+    slots: Slots,
+}
+
+impl Clients {
+    /// None yet; connections are counted from `next_id`.
+    pub(in crate::agent) fn new(next_id: u64) -> Self {
+        Self {
+            parked: Vec::new(),
+            next_id,
+            slots: Slots::new(paths::uid()),
+        }
+    }
+
+    /// A client of a predecessor of this process.
+    ///
+    /// # Errors
+    /// When the system does not know who it is, or there are too many.
+    pub(in crate::agent) fn resume(
+        &mut self,
+        stream: UnixStream,
+        id: u64,
+        greeted: bool,
+        watches: HashMap<String, Vec<ServiceName>>,
+        context: &Context,
+    ) -> io::Result<Arc<Client>> {
+        let peer = Peer::of(&stream)?;
+        let slot = self.slots.take(peer.uid).map_err(io::Error::other)?;
+        let client = Client::with_watches(Owner { id, peer }, Watches::of(watches));
+        let parked = Parked::new(stream, client, greeted, slot, context);
+        let client = parked.client.clone();
+        self.parked.push(parked);
+        Ok(client)
+    }
+}
+
+/// Serves until `stop` fires, then until every session has given up what it registered; or until `freeze` fires, and
+/// gives the clients back.
+pub(in crate::agent) async fn serve(
+    listener: Arc<UnixListener>,
+    context: Arc<Context>,
+    mut clients: Clients,
+    stop: CancellationToken,
+    freeze: CancellationToken,
+) -> Clients {
+    let all = stop.child_token();
+    let mut sessions = JoinSet::new();
+    let run = |parked| session::run(parked, context.clone(), all.child_token(), freeze.clone());
+    for parked in clients.parked.drain(..) {
+        sessions.spawn(run(parked));
+    }
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
+            Some(ended) = sessions.join_next() => {
+                clients.parked.extend(ended.ok().flatten());
+                continue;
+            }
+            () = freeze.cancelled() => break,
             () = stop.cancelled() => break,
         };
         match accepted.and_then(|(stream, _)| Ok((Peer::of(&stream)?, stream))) {
-            Ok((peer, stream)) => match slots.take(peer.uid) {
+            Ok((peer, stream)) => match clients.slots.take(peer.uid) {
                 Ok(slot) => {
-                    let owner = Owner {
-                        id: next_id.fetch_add(1, Ordering::Relaxed),
+                    let client = Client::new(Owner {
+                        id: clients.next_id,
                         peer,
-                    };
-                    let session = session::run(stream, owner, context.clone(), stop.child_token());
-                    sessions.spawn(async move {
-                        session.await;
-                        drop(slot);
                     });
+                    clients.next_id += 1;
+                    sessions.spawn(run(Parked::new(stream, client, false, slot, &context)));
                 }
                 Err(refusal) => {
                     if context.log.admit() {
@@ -62,8 +122,20 @@ pub(in crate::agent) async fn serve(listener: UnixListener, context: Arc<Context
         }
     }
     drop(listener);
-    sessions.close();
-    sessions.wait().await;
+    let mut late = pin!(tokio::time::sleep(FREEZE_TIME));
+    loop {
+        tokio::select! {
+            ended = sessions.join_next() => match ended {
+                Some(ended) => clients.parked.extend(ended.ok().flatten()),
+                None => return clients,
+            },
+            () = &mut late, if !all.is_cancelled() => {
+                let left = sessions.len();
+                warn!(left, "clients were not between two frames within {} s: dropped", FREEZE_TIME.as_secs());
+                all.cancel();
+            }
+        }
+    }
 }
 
 /// Says why, if the socket takes it at once, and closes.

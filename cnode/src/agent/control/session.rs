@@ -12,7 +12,7 @@ use meshx_etf::Term;
 use tokio::{
     net::{UnixStream, unix::OwnedReadHalf},
     sync::mpsc,
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, info, warn};
@@ -20,16 +20,18 @@ use tracing::{debug, info, warn};
 use super::{
     UNANSWERED_MAX,
     args::{Args, TEXT_MAX},
-    commands::{Client, Context, PROGRAM},
-    frame::{REQUEST_MAX, read_frame},
+    commands::{Client, Context, PROGRAM, is_question},
+    frame::{Next, REQUEST_MAX, read_frame_unless},
     message::{Request, VERSIONS, event, map, reply, text},
     outbox::Outbox,
-    watches::watch,
+    slots::Slot,
+    watches::{self, watch},
 };
 use crate::{
     agent::{
         registry::Owner,
         sidecar::{SidecarEvent, SidecarEventKind, Stream},
+        takeover::Order,
     },
     proxy::{
         cause::{Cause, Refusal},
@@ -39,32 +41,152 @@ use crate::{
 
 /// `hello` must be there, whole, within this time.
 pub const HELLO_TIME: Duration = Duration::from_secs(5);
+/// How long a question to the mesh may go on when its client is to come between two frames.
+const QUESTION_GRACE: Duration = Duration::from_secs(1);
 /// How long the last words to a client may take.
 const FAREWELL_TIME: Duration = Duration::from_secs(1);
 
-/// Serves one client until it closes, breaks the protocol, does not read, or `stop` fires.
-pub(super) async fn run(stream: UnixStream, owner: Owner, context: Arc<Context>, stop: CancellationToken) {
-    let (reader, writer) = stream.into_split();
+/// A client whose every frame is read and answered: this process may serve it, or another one.
+pub(in crate::agent) struct Parked {
+    /// Its connection.
+    pub(in crate::agent) stream: UnixStream,
+    pub(in crate::agent) client: Arc<Client>,
+    /// Whether its hello was answered.
+    pub(in crate::agent) greeted: bool,
+    /// What it is told unasked.
+    events: Events,
+    pub(super) slot: Slot,
+}
+
+/// Events for one client.
+struct Events {
+    cuts: mpsc::Receiver<CutEvent>,
+    sidecars: mpsc::Receiver<SidecarEvent>,
+}
+
+impl Parked {
+    /// A successor of this process has its connection; what is left is for the links that live.
+    pub(in crate::agent) fn leave(self) -> (Arc<Client>, (u64, mpsc::Receiver<CutEvent>)) {
+        let owner = self.client.owner.id;
+        (self.client, (owner, self.events.cuts))
+    }
+
+    /// A client that comes now, or one of a predecessor of this process.
+    pub(super) fn new(
+        stream: UnixStream,
+        client: Client,
+        greeted: bool,
+        slot: Slot,
+        context: &Context,
+    ) -> Self {
+        let owner = client.owner.id;
+        let events = Events {
+            cuts: context.links.subscribe(owner),
+            sidecars: context.registry.enter(owner),
+        };
+        Self {
+            stream,
+            client: Arc::new(client),
+            greeted,
+            events,
+            slot,
+        }
+    }
+}
+
+/// Serves one client until it closes, breaks the protocol, does not read, or `stop` fires. Once `freeze` has fired it
+/// comes back as soon as it is between two frames.
+pub(super) async fn run(
+    parked: Parked,
+    context: Arc<Context>,
+    stop: CancellationToken,
+    freeze: CancellationToken,
+) -> Option<Parked> {
+    let Parked {
+        stream,
+        client,
+        mut greeted,
+        events,
+        slot,
+    } = parked;
+    let owner = client.owner;
+    let (mut reader, writer) = stream.into_split();
     let (outbox, queue) = Outbox::new(stop.clone());
-    let writing = tokio::spawn(queue.write_to(writer));
+    let mut writing = tokio::spawn(queue.write_to(writer));
     let session = Session {
-        client: Arc::new(Client::new(owner)),
+        client,
         context,
         outbox,
         unanswered: Arc::default(),
         commands: TaskTracker::new(),
     };
-    let sidecars = session.context.registry.enter(owner.id);
-    let events = tokio::spawn(session.forward_events(sidecars));
-    tokio::select! {
-        () = session.converse(reader) => {}
-        () = stop.cancelled() => {}
+    watches::resume(&session.context, &session.client, &session.outbox);
+    let quiet = CancellationToken::new();
+    let mut forwarding = tokio::spawn(session.forward_events(events, quiet.clone()));
+    let frozen = tokio::select! {
+        frozen = session.converse(&mut reader, &mut greeted, &freeze) => frozen,
+        () = stop.cancelled() => false,
+    };
+    let Session {
+        client,
+        context,
+        outbox,
+        commands,
+        ..
+    } = session;
+    if frozen {
+        let settle = async {
+            commands.close();
+            commands.wait().await;
+            client.watches.pause();
+            quiet.cancel();
+            let events = (&mut forwarding).await.ok();
+            // With the last outbox gone the writer ends once it has written what waits.
+            drop(outbox);
+            let writer = (&mut writing).await.ok().flatten();
+            events.zip(writer)
+        };
+        let settled = tokio::select! {
+            settled = settle => settled,
+            () = stop.cancelled() => None,
+        };
+        if let Some((events, writer)) = settled
+            && let Ok(stream) = reader.reunite(writer)
+        {
+            return Some(Parked {
+                stream,
+                client,
+                greeted,
+                events,
+                slot,
+            });
+        }
+        end(&client, &context, &commands).await;
+        return None;
     }
-    events.abort();
-    session.end().await;
-    // With the last outbox gone the writer ends once it has written what waits.
+    forwarding.abort();
+    end(&client, &context, &commands).await;
+    drop(outbox);
     if timeout(FAREWELL_TIME, writing).await.is_err() {
         debug!(client = owner.id, "did not read the last words");
+    }
+    None
+}
+
+/// Gives up what was registered. What is still being registered finds its owner gone.
+async fn end(client: &Client, context: &Context, commands: &TaskTracker) {
+    let owner = client.owner;
+    let upstreams = client.upstreams.close_all();
+    let order = Order::ClientGone { owner: owner.id };
+    context.registry.predecessors().order(&order);
+    client.watches.close_all();
+    client.asking.close();
+    let released = context.registry.release(owner.id).await;
+    commands.close();
+    commands.wait().await;
+    debug!(client = owner.id, released, upstreams, "client gone");
+    if released > 0 {
+        context.sweep_later();
     }
 }
 
@@ -77,32 +199,53 @@ struct Session {
 }
 
 impl Session {
-    async fn converse(&self, mut reader: OwnedReadHalf) {
-        let hello = timeout(HELLO_TIME, read_frame(&mut reader, REQUEST_MAX)).await;
-        let greeted = match hello {
-            Ok(Ok(Some(frame))) => self.greet(&frame),
-            Ok(Ok(None)) => return,
-            Ok(Err(error)) => Err(error.to_string()),
-            Err(_) => Err(format!("no hello within {} s", HELLO_TIME.as_secs())),
-        };
-        let fault = match greeted {
-            Ok(true) => self.serve(&mut reader).await,
-            Ok(false) => return,
-            Err(fault) => Err(fault),
-        };
-        if let Err(fault) = fault {
-            if self.context.log.admit() {
-                warn!(
-                    client = self.client.owner.id,
-                    uid = self.client.owner.peer.uid,
-                    pid = self.client.owner.peer.pid,
-                    cause = "protocol_error",
-                    text = fault,
-                    "client dropped"
-                );
+    /// True when it was frozen.
+    async fn converse(
+        &self,
+        reader: &mut OwnedReadHalf,
+        greeted: &mut bool,
+        freeze: &CancellationToken,
+    ) -> bool {
+        if !*greeted {
+            let hello = read_frame_unless(reader, REQUEST_MAX, freeze.cancelled());
+            let answered = match timeout(HELLO_TIME, hello).await {
+                Ok(Ok(Next::Frame(frame))) => self.greet(&frame),
+                Ok(Ok(Next::Closed)) => return false,
+                Ok(Ok(Next::Stopped)) => return true,
+                Ok(Err(error)) => Err(error.to_string()),
+                Err(_) => Err(format!("no hello within {} s", HELLO_TIME.as_secs())),
+            };
+            match answered {
+                Ok(true) => *greeted = true,
+                Ok(false) => return false,
+                Err(fault) => {
+                    self.drop_client(fault);
+                    return false;
+                }
             }
-            self.send(event("protocol_error", map([("text", text(fault))])));
         }
+        match self.serve(reader, freeze).await {
+            Ok(frozen) => frozen,
+            Err(fault) => {
+                self.drop_client(fault);
+                false
+            }
+        }
+    }
+
+    /// It does not speak the protocol.
+    fn drop_client(&self, fault: String) {
+        if self.context.log.admit() {
+            warn!(
+                client = self.client.owner.id,
+                uid = self.client.owner.peer.uid,
+                pid = self.client.owner.peer.pid,
+                cause = "protocol_error",
+                text = fault,
+                "client dropped"
+            );
+        }
+        self.send(event("protocol_error", map([("text", text(fault))])));
     }
 
     /// False when the client was answered no; an error when it did not speak the protocol.
@@ -157,13 +300,15 @@ impl Session {
         Ok(self.context.describe(version))
     }
 
-    /// Until the client closes; an error when it breaks the protocol.
-    async fn serve(&self, reader: &mut OwnedReadHalf) -> Result<(), String> {
+    /// Until the client closes, or it is frozen (true); an error when it breaks the protocol.
+    async fn serve(&self, reader: &mut OwnedReadHalf, freeze: &CancellationToken) -> Result<bool, String> {
         loop {
-            let frame = read_frame(reader, REQUEST_MAX)
-                .await
-                .map_err(|error| error.to_string())?;
-            let Some(frame) = frame else { return Ok(()) };
+            let next = read_frame_unless(reader, REQUEST_MAX, freeze.cancelled()).await;
+            let frame = match next.map_err(|error| error.to_string())? {
+                Next::Frame(frame) => frame,
+                Next::Closed => return Ok(false),
+                Next::Stopped => return Ok(true),
+            };
             let request = Request::decode(&frame)?;
             if self.unanswered.fetch_add(1, Ordering::Relaxed) >= UNANSWERED_MAX {
                 self.unanswered.fetch_sub(1, Ordering::Relaxed);
@@ -174,18 +319,31 @@ impl Session {
                 self.send(reply(request.id, Err(&refusal)));
                 continue;
             }
-            self.start(request);
+            self.start(request, freeze.clone());
         }
     }
 
     /// Commands run beside each other: one that waits for the mesh holds up no other.
-    fn start(&self, request: Request) {
+    fn start(&self, request: Request, freeze: CancellationToken) {
         let (context, client) = (self.context.clone(), self.client.clone());
         let (outbox, unanswered) = (self.outbox.clone(), self.unanswered.clone());
         self.commands.spawn(async move {
-            let result = match request.command.as_str() {
-                "watch" => watch(&context, &client, &outbox, &Args(&request.args)),
-                _ => context.run(&client, &request.command, &request.args).await,
+            let running = async {
+                match request.command.as_str() {
+                    "watch" => watch(&context, &client, &outbox, &Args(&request.args)),
+                    _ => context.run(&client, &request.command, &request.args).await,
+                }
+            };
+            // What changes nothing need not be waited for: it is asked again.
+            let hurry = async {
+                freeze.cancelled().await;
+                sleep(QUESTION_GRACE).await;
+            };
+            let result = tokio::select! {
+                result = running => result,
+                () = hurry, if is_question(&request.command) => {
+                    Err(Cause::NotReady.because("another process takes this agent over: ask it again"))
+                }
             };
             if let Err(refusal) = &result {
                 log_refusal(&context, client.owner, &request.command, refusal);
@@ -195,43 +353,30 @@ impl Session {
         });
     }
 
+    /// Until `quiet` fires: what has not been told then is told later, by whoever has the events.
     fn forward_events(
         &self,
-        mut sidecars: mpsc::Receiver<SidecarEvent>,
-    ) -> impl Future<Output = ()> + Send + 'static {
-        let mut cuts = self.context.links.subscribe(self.client.owner.id);
+        mut events: Events,
+        quiet: CancellationToken,
+    ) -> impl Future<Output = Events> + Send + 'static {
         let outbox = self.outbox.clone();
         async move {
             loop {
                 let frame = tokio::select! {
                     biased;
-                    Some(cut) = cuts.recv() => cut_event(cut),
-                    Some(sidecar) = sidecars.recv() => {
+                    () = quiet.cancelled() => return events,
+                    Some(cut) = events.cuts.recv() => cut_event(cut),
+                    Some(sidecar) = events.sidecars.recv() => {
                         // A proxy that talks much must not cost its client the connection.
                         if outbox.is_crowded() && matches!(sidecar.kind, SidecarEventKind::Output { .. }) {
                             continue;
                         }
                         sidecar_event(sidecar)
                     }
-                    else => return,
+                    else => return events,
                 };
                 send(&outbox, frame);
             }
-        }
-    }
-
-    /// Gives up what was registered. What is still being registered finds its owner gone.
-    async fn end(self) {
-        let owner = self.client.owner;
-        let upstreams = self.client.upstreams.close_all();
-        self.client.watches.close_all();
-        self.client.asking.close();
-        let released = self.context.registry.release(owner.id).await;
-        self.commands.close();
-        self.commands.wait().await;
-        debug!(client = owner.id, released, upstreams, "client gone");
-        if released > 0 {
-            self.context.sweep_later();
         }
     }
 

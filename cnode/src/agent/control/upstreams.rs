@@ -2,13 +2,15 @@
 
 use std::{
     collections::HashMap,
+    io,
+    os::fd::OwnedFd,
     sync::{Arc, Mutex, PoisonError},
 };
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::proxy::{
-    Listen, UpstreamHandle, UpstreamLinks,
+    Listen, Upstream, UpstreamHandle, UpstreamLinks,
     cause::{Cause, Refusal},
 };
 
@@ -29,7 +31,7 @@ impl Default for Budget {
 
 /// Those of one client; all close when it is dropped.
 #[derive(Debug)]
-pub(super) struct Upstreams {
+pub(in crate::agent) struct Upstreams {
     /// None once the client has gone: what is opened late closes at once.
     // Held for a look-up or a change, never across an await.
     open: Mutex<Option<HashMap<String, Open>>>,
@@ -56,7 +58,7 @@ impl Upstreams {
     }
 
     /// Opens one under this id, and says where it takes connections.
-    pub(super) fn open(
+    pub(in crate::agent) fn open(
         &self,
         id: &str,
         budget: &Budget,
@@ -91,7 +93,7 @@ impl Upstreams {
     }
 
     /// Takes no more connections at it; its live links end with `cut`. False when none of this id takes any.
-    pub(super) fn close(&self, id: &str, cut: bool) -> bool {
+    pub(in crate::agent) fn close(&self, id: &str, cut: bool) -> bool {
         let mut guard = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(upstreams) = guard.as_mut() else {
             return false;
@@ -118,7 +120,25 @@ impl Upstreams {
         }
     }
 
-    pub(super) fn close_all(&self) -> usize {
+    /// Those that take connections, for a successor of this process.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub(in crate::agent) fn handed(&self) -> io::Result<Vec<(String, Upstream, OwnedFd)>> {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let listening = open.iter().flatten().filter_map(|(id, open)| match &open.state {
+            Listening::Yes(handle) => Some((id, handle)),
+            Listening::No(_) => None,
+        });
+        listening
+            .map(|(id, handle)| {
+                let (upstream, listener) = handle.handed()?;
+                Ok((id.clone(), upstream, listener))
+            })
+            .collect()
+    }
+
+    pub(in crate::agent) fn close_all(&self) -> usize {
         let open = self.open.lock().unwrap_or_else(PoisonError::into_inner).take();
         open.map_or(0, |open| open.len())
     }

@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -32,33 +32,73 @@ const LOOK: Duration = Duration::from_millis(500);
 
 /// Those of one client, by name; all end when it goes.
 #[derive(Debug)]
-pub(super) struct Watches {
+pub(in crate::agent) struct Watches {
     /// None once the client has gone.
     // Held for a change, never across an await.
-    running: Mutex<Option<HashMap<String, AbortHandle>>>,
+    running: Mutex<Option<HashMap<String, Watch>>>,
+}
+
+#[derive(Debug)]
+struct Watch {
+    services: Vec<ServiceName>,
+    /// None while the client is not served.
+    task: Option<AbortHandle>,
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        if let Some(task) = &self.task {
+            task.abort();
+        }
+    }
 }
 
 impl Watches {
     pub(super) fn new() -> Self {
+        Self::of(HashMap::new())
+    }
+
+    /// Those that a predecessor of this process had, by name.
+    pub(super) fn of(all: HashMap<String, Vec<ServiceName>>) -> Self {
+        let watch = |(name, services)| (name, Watch { services, task: None });
         Self {
-            running: Mutex::new(Some(HashMap::new())),
+            running: Mutex::new(Some(all.into_iter().map(watch).collect())),
         }
     }
 
     pub(super) fn close_all(&self) {
-        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner).take();
-        running.into_iter().flatten().for_each(|(_, watch)| watch.abort());
+        self.lock().take();
+    }
+
+    /// Tells nothing more before [`resume`].
+    pub(super) fn pause(&self) {
+        for watch in self.lock().iter_mut().flat_map(HashMap::values_mut) {
+            if let Some(task) = watch.task.take() {
+                task.abort();
+            }
+        }
+    }
+
+    /// All, by name, for a successor of this process.
+    pub(in crate::agent) fn handed(&self) -> HashMap<String, Vec<ServiceName>> {
+        let running = self.lock();
+        let all = running.iter().flatten();
+        all.map(|(name, watch)| (name.clone(), watch.services.clone()))
+            .collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<HashMap<String, Watch>>> {
+        // Nothing that can panic runs under the lock, so what it holds is whole.
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Begins one in the place of that of the same name, or only ends that.
-    fn replace(&self, name: &str, begin: Option<impl FnOnce() -> AbortHandle>) -> Result<(), Refusal> {
-        let mut guard = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+    fn replace(&self, name: &str, begin: Option<impl FnOnce() -> Watch>) -> Result<(), Refusal> {
+        let mut guard = self.lock();
         let Some(running) = guard.as_mut() else {
             return Err(Cause::InvalidRequest.because("the connection that asked for it has ended"));
         };
-        if let Some(before) = running.remove(name) {
-            before.abort();
-        }
+        running.remove(name);
         let Some(begin) = begin else { return Ok(()) };
         if running.len() >= WATCHES_PER_CLIENT_MAX {
             return Err(Cause::Limit.because(format!(
@@ -85,13 +125,33 @@ pub(super) fn watch(
     });
     let services: Vec<_> = services.collect::<Result<_, _>>()?;
     let is_end = services.is_empty();
-    let begin = || {
-        let (context, client, outbox) = (context.clone(), client.clone(), outbox.clone());
-        let name = name.to_owned();
-        tokio::spawn(async move { follow(&context, &client, &outbox, &name, &services).await }).abort_handle()
+    let begin = || Watch {
+        task: Some(begin(context, client, outbox, name, &services)),
+        services,
     };
     client.watches.replace(name, (!is_end).then_some(begin))?;
     Ok(map([]))
+}
+
+/// Goes on with what was paused, or is a predecessor's.
+pub(super) fn resume(context: &Arc<Context>, client: &Arc<Client>, outbox: &Outbox) {
+    for (name, watch) in client.watches.lock().iter_mut().flatten() {
+        let services = &watch.services;
+        let task = &mut watch.task;
+        task.get_or_insert_with(|| begin(context, client, outbox, name, services));
+    }
+}
+
+fn begin(
+    context: &Arc<Context>,
+    client: &Arc<Client>,
+    outbox: &Outbox,
+    name: &str,
+    services: &[ServiceName],
+) -> AbortHandle {
+    let (context, client, outbox) = (context.clone(), client.clone(), outbox.clone());
+    let (name, services) = (name.to_owned(), services.to_vec());
+    tokio::spawn(async move { follow(&context, &client, &outbox, &name, &services).await }).abort_handle()
 }
 
 async fn follow(context: &Context, client: &Client, outbox: &Outbox, name: &str, services: &[ServiceName]) {

@@ -5,11 +5,13 @@ use std::{
     fmt, io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     ops::RangeInclusive,
-    sync::{Arc, PoisonError},
+    os::fd::{AsFd, OwnedFd},
+    sync::{Arc, PoisonError, Weak},
     time::Duration,
 };
 
 use futures::future::BoxFuture;
+use serde::{Deserialize, Serialize};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{Mutex, mpsc},
@@ -50,8 +52,26 @@ pub struct Carriers {
 /// What an instance has for itself while it is registered. Dropped, it ends.
 #[derive(Debug, Default)]
 pub(super) struct Carried {
-    tasks: Vec<AbortHandle>,
+    ports: Vec<Port>,
     sidecar: Option<Arc<Ports>>,
+}
+
+/// A port that leads to one instance, and who serves it.
+#[derive(Debug)]
+struct Port {
+    kind: PortKind,
+    listener: Weak<TcpListener>,
+    task: AbortHandle,
+}
+
+/// What is spoken at an instance's own port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PortKind {
+    /// Mutual TLS, as at the port that all share.
+    Inbound,
+    /// What a sidecar hands over in clear.
+    Unverified,
 }
 
 impl Carried {
@@ -64,9 +84,58 @@ impl Carried {
 }
 
 impl Carried {
+    /// A sidecar is the child of this process: no other can have it.
+    pub(super) fn has_sidecar(&self) -> bool {
+        self.sidecar.is_some()
+    }
+
+    /// The ports that a successor of this process is to serve.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub(super) fn handed(&self) -> io::Result<Vec<(PortKind, OwnedFd)>> {
+        let handed = self.ports.iter().map(|port| {
+            let listener = port.listener.upgrade();
+            let listener = listener.ok_or_else(|| io::Error::other("a port is not served any more"))?;
+            Ok((port.kind, listener.as_fd().try_clone_to_owned()?))
+        });
+        handed.collect()
+    }
+
+    /// Serves the ports that a predecessor of this process had opened.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub(super) fn resume(proxy: &Arc<Proxy>, id: &str, ports: Vec<(PortKind, OwnedFd)>) -> io::Result<Self> {
+        let mut carried = Self::default();
+        for (kind, listener) in ports {
+            carried.serve(
+                proxy,
+                kind,
+                TcpListener::from_std(listener.into())?,
+                id.to_owned(),
+            );
+        }
+        Ok(carried)
+    }
+
+    fn serve(&mut self, proxy: &Arc<Proxy>, kind: PortKind, listener: TcpListener, id: String) {
+        let (listener, proxy) = (Arc::new(listener), proxy.clone());
+        let weak = Arc::downgrade(&listener);
+        let task = match kind {
+            PortKind::Inbound => tokio::spawn(proxy.serve_instance(listener, id)),
+            PortKind::Unverified => tokio::spawn(proxy.serve_unverified(listener, id)),
+        };
+        self.ports.push(Port {
+            kind,
+            listener: weak,
+            task: task.abort_handle(),
+        });
+    }
+
     /// Ends it for good: when this returns, nothing of it registers the instance again.
     pub(super) async fn end(mut self) {
-        self.tasks.drain(..).for_each(|task| task.abort());
+        self.ports.drain(..).for_each(|port| port.task.abort());
         if let Some(ports) = self.sidecar.take() {
             ports.running().take();
             *ports.entry.lock().await = None;
@@ -76,7 +145,7 @@ impl Carried {
 
 impl Drop for Carried {
     fn drop(&mut self) {
-        self.tasks.iter().for_each(AbortHandle::abort);
+        self.ports.iter().for_each(|port| port.task.abort());
         if let Some(ports) = &self.sidecar {
             ports.running().take();
         }
@@ -100,8 +169,7 @@ impl Carriers {
                 let listener = self.own_port(ports).await?;
                 let port = listener.local_addr().map_err(|error| no_port(&error))?.port();
                 entry.instance.address.set_port(port);
-                let serving = self.proxy.clone().serve_instance(listener, id);
-                carried.tasks.push(tokio::spawn(serving).abort_handle());
+                carried.serve(&self.proxy, PortKind::Inbound, listener, id);
             }
             return Ok(carried);
         }
@@ -111,8 +179,7 @@ impl Carriers {
                 let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await;
                 let listener = listener.map_err(|error| no_port(&error))?;
                 let address = listener.local_addr().map_err(|error| no_port(&error))?;
-                let serving = self.proxy.clone().serve_unverified(listener, id);
-                carried.tasks.push(tokio::spawn(serving).abort_handle());
+                carried.serve(&self.proxy, PortKind::Unverified, listener, id);
                 address
             }
             Endpoint::Uds(path) => {
@@ -156,8 +223,7 @@ impl Carriers {
                  to the agent"
             ))
         })?;
-        let serving = self.proxy.clone().serve_instance(listener, id.to_owned());
-        carried.tasks.push(tokio::spawn(serving).abort_handle());
+        carried.serve(&self.proxy, PortKind::Inbound, listener, id.to_owned());
         Ok(())
     }
 

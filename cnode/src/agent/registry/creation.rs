@@ -23,6 +23,18 @@ impl Creations {
         })
     }
 
+    /// Goes on where a predecessor of this process stopped.
+    pub(super) fn resume(next: u32) -> Self {
+        Self {
+            next: next.max(LOWEST),
+        }
+    }
+
+    /// The one that comes next.
+    pub(super) fn upcoming(&self) -> u32 {
+        self.next
+    }
+
     /// The one that a node runs with already, or a fresh one.
     pub(super) fn next(&mut self, brought: Option<u32>) -> u32 {
         match brought {

@@ -7,8 +7,10 @@
 pub mod carrier;
 mod checks;
 mod creation;
+mod handed;
 pub mod options;
 mod pending;
+mod reserved;
 mod session;
 
 use std::{
@@ -23,19 +25,26 @@ use carrier::{Carried, Carriers, Told};
 pub(super) use checks::chosen_socket;
 use creation::Creations;
 use futures::future::join_all;
+pub(super) use handed::{Handed, HandedInstance, HandedInstances, HandedPorts};
 use options::{Options, SidecarKind};
 use pending::Pending;
+pub(super) use reserved::Reserved;
+pub(super) use session::HandedSession;
 pub use session::SessionName;
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::{Notify, mpsc},
+    time::timeout,
+};
 use tracing::{info, warn};
 
 use super::{
     config::NodeService,
     sidecar::SidecarEvent,
+    takeover::{Order, Predecessors},
     trust::{Peer, Trust},
 };
 use crate::{
-    mesh::{Answer, DataPlane, Instance, Mesh, MeshError, Protocol, ServiceName, SpiffeId},
+    mesh::{Answer, DataPlane, Instance, Kept, Mesh, MeshError, Protocol, ServiceName, SpiffeId},
     proxy::{
         cause::{Cause, Refusal},
         gone,
@@ -72,6 +81,7 @@ pub struct Registry {
     mesh: Arc<dyn Mesh>,
     local: LocalTable,
     links: LinkTable,
+    predecessors: Predecessors,
     trust: Trust,
     place: Place,
     carriers: Carriers,
@@ -79,6 +89,8 @@ pub struct Registry {
     sessions: Mutex<session::Held>,
     /// [`RECLAIM_TIME`], but in tests.
     reclaim: Duration,
+    /// Nodes have come or gone.
+    renamed: Notify,
     // Held for a look-up or a change, never across an await.
     state: Mutex<State>,
 }
@@ -109,6 +121,8 @@ pub struct NodeRequest<'a> {
     pub listens: NodeListens<'a>,
     /// The one that it runs with, when it was registered with an agent before.
     pub creation: Option<i64>,
+    /// The secret that it had from that agent.
+    pub secret: Option<Secret>,
     /// A hidden node is registered like any other; the log says so.
     pub hidden: bool,
     /// What its entry says beyond its name.
@@ -169,6 +183,9 @@ struct State {
     ids: HashMap<String, Entry>,
     creations: Creations,
     services: u64,
+    /// Nothing more is registered.
+    closing: bool,
+    reserved: Reserved,
 }
 
 /// A control connection.
@@ -183,6 +200,8 @@ struct Client {
 struct Entry {
     owner: u64,
     phase: Phase,
+    /// What the mesh was told, once it is live.
+    kept: Option<Kept>,
     /// Ends with the entry, or before.
     carried: Option<Carried>,
 }
@@ -212,18 +231,27 @@ impl Registry {
             ids: HashMap::new(),
             creations: Creations::new()?,
             services: 0,
+            closing: false,
+            reserved: Reserved::default(),
         };
         Ok(Self {
             mesh,
             local,
             links,
+            predecessors: Predecessors::default(),
             trust,
             place,
             carriers,
             sessions: Mutex::default(),
             reclaim: RECLAIM_TIME,
+            renamed: Notify::new(),
             state: Mutex::new(state),
         })
+    }
+
+    /// Keeps these names for their holders.
+    pub(in crate::agent) fn reserve_names(&self, reserved: Reserved) {
+        self.lock().reserved = reserved;
     }
 
     /// Who may be which service.
@@ -239,6 +267,11 @@ impl Registry {
     /// What the agent's own entries say.
     pub fn place(&self) -> &Place {
         &self.place
+    }
+
+    /// Earlier processes of this agent that still hold links.
+    pub(in crate::agent) fn predecessors(&self) -> &Predecessors {
+        &self.predecessors
     }
 
     /// What carries the traffic of instances.
@@ -282,6 +315,12 @@ impl Registry {
             NodeListens::Plain(address) => checks::plain_node(address)?,
         };
         let brought = request.creation.map(checks::creation).transpose()?;
+        let reserved = |state: &State| {
+            state
+                .reserved
+                .check(request.node, owner.peer, request.secret.as_ref())
+        };
+        reserved(&self.lock())?;
         let elsewhere = answer(self.mesh.node(request.node)).await?;
         if let Some(other) = elsewhere.filter(|other| other.agent != self.place.agent) {
             return Err(Cause::NameTaken.because(format!(
@@ -303,6 +342,8 @@ impl Registry {
                 },
             )
             .await?;
+        self.lock().reserved.forget(request.node);
+        self.renamed.notify_one();
         info!(
             node = request.node, %service, creation, hidden = request.hidden, returned = brought.is_some(),
             uid = owner.peer.uid, client = owner.id, "node registered"
@@ -407,8 +448,20 @@ impl Registry {
             );
         }
         self.drop_local(id);
+        self.renamed.notify_one();
         self.leave(id).await;
         Ok(())
+    }
+
+    /// The agent ends: what is registered goes from the mesh, and nothing more is registered. Live links stay.
+    pub async fn leave_mesh(&self) {
+        let ids: Vec<String> = {
+            let mut state = self.lock();
+            state.closing = true;
+            let live = state.ids.iter().filter(|(_, entry)| entry.phase == Phase::Live);
+            live.map(|(id, _)| id.clone()).collect()
+        };
+        join_all(ids.iter().map(|id| self.take_out_of_mesh(id))).await;
     }
 
     /// A control connection has ended: what it registered goes. Says how much that was.
@@ -426,6 +479,7 @@ impl Registry {
         };
         self.release_sessions(owner);
         self.cut_links_later(ids.iter().filter_map(|id| self.local.remove(id)).collect());
+        self.renamed.notify_one();
         // What is pending takes itself away when it finds its owner gone.
         join_all(ids.iter().map(|id| self.leave(id))).await;
         ids.len()
@@ -469,6 +523,9 @@ impl Registry {
     fn reserve(self: &Arc<Self>, owner: Owner, id: &str) -> Result<Pending, Refusal> {
         let mut guard = self.lock();
         let state = &mut *guard;
+        if state.closing {
+            return Err(Cause::NotReady.because("this agent ends: another one may take its place"));
+        }
         if state.ids.contains_key(id) {
             return Err(Cause::NameTaken.because(format!("{id} is registered with this agent")));
         }
@@ -489,6 +546,7 @@ impl Registry {
             Entry {
                 owner: owner.id,
                 phase: Phase::Pending,
+                kept: None,
                 carried: None,
             },
         );
@@ -525,12 +583,17 @@ impl Registry {
         })?;
         let id = entry.instance.id.clone();
         let mesh = self.mesh.clone();
+        let kept = Kept {
+            entry: entry.clone(),
+            token: options.token.clone(),
+            address: None,
+        };
         let mut registering = tokio::spawn(async move { mesh.register(&entry).await });
         match timeout(MESH_TIME, &mut registering).await {
             Ok(Ok(Ok(()))) => {
                 let started = self.start(&id, owner, kind, &options, &mut carried).await;
                 let live = match started {
-                    Ok(()) if pending.to_live(owner.id, carried) => {
+                    Ok(()) if pending.to_live(owner.id, kept, carried) => {
                         return Ok((secret, identity.id.clone()));
                     }
                     Ok(()) => owner_gone(),
@@ -608,6 +671,11 @@ impl Registry {
     fn cut_links(&self, instance: &Instance) {
         let Refusal { cause, text } = gone(instance);
         let cut = self.links.cut_instance(&instance.id, cause, &text);
+        self.predecessors.order(&Order::CutInstance {
+            id: instance.id.clone(),
+            cause,
+            text,
+        });
         if cut > 0 {
             info!(
                 id = instance.id,
@@ -629,7 +697,9 @@ impl Registry {
                 return;
             };
             for local in left {
-                if registry.local.by_id(&local.instance.id).is_none() {
+                // A successor of this process sees to it.
+                let ours = !registry.carriers.proxy.is_closed();
+                if ours && registry.local.by_id(&local.instance.id).is_none() {
                     registry.cut_links(&local.instance);
                 }
             }

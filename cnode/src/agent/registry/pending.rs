@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::{Phase, Registry, carrier::Carried};
+use crate::mesh::Kept;
 
 /// A reserved id; free again when dropped before it is live.
 pub(super) struct Pending {
@@ -16,12 +17,13 @@ impl Pending {
     }
 
     /// False when the owner has gone meanwhile; what the instance has for itself ends then.
-    pub(super) fn to_live(&self, owner: u64, carried: Carried) -> bool {
+    pub(super) fn to_live(&self, owner: u64, kept: Kept, carried: Carried) -> bool {
         let mut guard = self.registry.lock();
         let state = &mut *guard;
         match state.ids.get_mut(&self.id) {
             Some(entry) if state.owners.contains_key(&owner) => {
                 entry.phase = Phase::Live;
+                entry.kept = Some(kept);
                 entry.carried = Some(carried);
                 true
             }

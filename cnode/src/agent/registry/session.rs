@@ -5,15 +5,17 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use serde::{Deserialize, Serialize};
+
 use super::{Owner, Registry, checks, pending::Pending};
 use crate::{
-    agent::hosts,
+    agent::{hosts, takeover::Order},
     mesh::ServiceName,
     proxy::{
         Session,
         cause::{Cause, Refusal},
         gone_session,
-        local::Secret,
+        local::{SECRET_LEN, Secret},
     },
 };
 
@@ -24,6 +26,17 @@ pub enum SessionName<'a> {
     Node(&'a str),
     /// The host of a node that gets its name from the node that it dials (`-name undefined`).
     Host(&'a str),
+}
+
+/// A session in the hands of a successor of this process.
+#[derive(Serialize, Deserialize)]
+pub(in crate::agent) struct HandedSession {
+    id: String,
+    name: String,
+    secret: [u8; SECRET_LEN],
+    /// Its control connection.
+    owner: u64,
+    given: Option<String>,
 }
 
 /// The names that sessions hold, by the control connections that they live by.
@@ -114,12 +127,62 @@ impl Registry {
                 return;
             };
             for session in gone {
-                if registry.local.session(&session.id).is_none() {
+                // A successor of this process sees to it.
+                let ours = !registry.carriers.proxy.is_closed();
+                if ours && registry.local.session(&session.id).is_none() {
                     let Refusal { cause, text } = gone_session(&session);
                     registry.links.cut_instance(&session.id, cause, &text);
+                    let id = session.id.clone();
+                    registry
+                        .predecessors
+                        .order(&Order::CutInstance { id, cause, text });
                 }
             }
         });
+    }
+
+    /// All sessions, for a successor of this process.
+    pub(in crate::agent) fn handed_sessions(&self) -> Vec<HandedSession> {
+        let sessions = self.local.all_sessions().into_iter();
+        sessions
+            .map(|session| HandedSession {
+                id: session.id.clone(),
+                name: session.name.clone(),
+                secret: *session.secret.expose(),
+                owner: session.owner,
+                given: session.given().clone(),
+            })
+            .collect()
+    }
+
+    /// Knows the sessions of a predecessor of this process, whose clients have entered.
+    ///
+    /// # Errors
+    /// A text, when one has no client, or there are too many.
+    pub(in crate::agent) fn resume_sessions(
+        self: &Arc<Self>,
+        sessions: Vec<HandedSession>,
+        owners: &HashMap<u64, Owner>,
+    ) -> Result<(), String> {
+        let mut held = self.held_sessions();
+        for session in sessions {
+            let none = || format!("{} belongs to a connection that was not handed over", session.id);
+            let owner = *owners.get(&session.owner).ok_or_else(none)?;
+            let reserved = self
+                .reserve(owner, &session.id)
+                .map_err(|refusal| refusal.to_string())?;
+            held.entry(owner.id).or_default().push(reserved);
+            self.local.insert_session(Session {
+                id: session.id,
+                name: session.name,
+                secret: Secret::from_bytes(session.secret),
+                owner: owner.id,
+                uid: owner.peer.uid,
+                acts_as: self.session_service(owner),
+                given: Mutex::new(session.given),
+            });
+        }
+        Ok(())
     }
 
     fn held_sessions(&self) -> MutexGuard<'_, Held> {

@@ -32,7 +32,7 @@ use self::client::Client;
 use self::registration::Registrar;
 use super::{
     Answer, Authorization, Catalogue, Certificates, Decision, Diagnosis, Entry, Finding, Identity, Instance,
-    Intentions, Listed, MeshError, Present, Registration, ServiceName, SpiffeId, Token,
+    Intentions, Kept, Listed, MeshError, Present, Registration, ServiceName, SpiffeId, Token,
 };
 
 /// Metadata of our entries: the node name, the agent's id, and what is spoken at the address.
@@ -92,6 +92,22 @@ impl ConsulMesh {
         hosts: Vec<String>,
         advertise: SocketAddr,
     ) -> Result<Arc<Self>, MeshError> {
+        let mesh = Self::succeed(settings, agent, hosts, advertise)?;
+        tokio::spawn(mesh.registrar.clone().keep_all());
+        Ok(mesh)
+    }
+
+    /// As [`ConsulMesh::open`], in the place of another process of the same id: nothing is kept, nor taken away, before
+    /// [`Registration::take_over`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn succeed(
+        settings: ConsulSettings,
+        agent: &str,
+        hosts: Vec<String>,
+        advertise: SocketAddr,
+    ) -> Result<Arc<Self>, MeshError> {
         let client = Arc::new(Client::new(settings)?);
         let tokens = Arc::<Tokens>::default();
         let stop = CancellationToken::new();
@@ -110,9 +126,8 @@ impl ConsulMesh {
             catalogue.clone(),
             agent,
             hosts,
-            stop.clone(),
+            stop.child_token(),
         );
-        tokio::spawn(registrar.clone().keep_all());
         tokio::spawn(forget_idle(
             certificates.clone(),
             catalogue.clone(),
@@ -375,6 +390,31 @@ impl Registration for ConsulMesh {
             })?;
             let passes = |listed: &Listed| listed.instance.id == id && listed.is_passing();
             self.catalogue.wait(&service, passes).await;
+            Ok(())
+        })
+    }
+
+    fn hand_over(&self) {
+        self.registrar.stop.cancel();
+    }
+
+    fn take_over(&self, kept: Vec<Kept>) -> Answer<'_, ()> {
+        Box::pin(async move {
+            for Kept {
+                entry,
+                token,
+                address,
+            } in kept
+            {
+                let service = &entry.instance.service;
+                if let Some(token) = token {
+                    self.tokens.set(service, token)?;
+                    self.certificates.forget(service);
+                }
+                self.registrar
+                    .hold(&entry, self.registrar.current(service), address);
+            }
+            tokio::spawn(self.registrar.clone().keep_all());
             Ok(())
         })
     }

@@ -36,6 +36,7 @@ pub(super) struct Registrar {
     pub(super) agent: String,
     hosts: Vec<String>,
     pub(super) began: Instant,
+    /// Fires when nothing is kept any more: the mesh ends, or a successor of this process keeps it.
     pub(super) stop: CancellationToken,
     pub(super) compare: Notify,
     /// Whether the last refresh of any check found no Consul.
@@ -274,7 +275,7 @@ impl Registrar {
         Ok(token)
     }
 
-    fn hold(self: &Arc<Self>, entry: &Entry, token: Option<Token>, address: Option<SocketAddr>) {
+    pub(super) fn hold(self: &Arc<Self>, entry: &Entry, token: Option<Token>, address: Option<SocketAddr>) {
         let id = entry.instance.id.clone();
         let ended = self.stop.child_token();
         let held = Held {

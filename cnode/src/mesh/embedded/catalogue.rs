@@ -1,7 +1,10 @@
 //! Which agents live, and what they serve.
 
 use std::fs::{self, File};
+use std::io;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -58,7 +61,10 @@ pub(super) struct OwnEntry {
     entry: Mutex<AgentEntry>,
     dir: MeshDir,
     id: String,
-    _alive: File,
+    /// The lock; none once a successor of this process has the entry.
+    alive: Mutex<Option<File>>,
+    /// Before it is taken over, the entry is the predecessor's.
+    ours: AtomicBool,
 }
 
 impl OwnEntry {
@@ -83,8 +89,50 @@ impl OwnEntry {
             entry: Mutex::new(entry),
             dir: dir.clone(),
             id,
-            _alive: alive,
+            alive: Mutex::new(Some(alive)),
+            ours: AtomicBool::new(true),
         })
+    }
+
+    /// The entry of a predecessor of this process, whose lock is handed on: as old as it was. Written by
+    /// [`OwnEntry::take_over`].
+    pub(super) fn succeed(dir: &MeshDir, mut entry: AgentEntry, lock: File) -> Result<Self, MeshError> {
+        let name = format!("agents/{}.json", entry.id);
+        let gone = || MeshError::Unavailable(format!("{name}: the predecessor's entry is gone"));
+        let text = dir.read(&name)?.ok_or_else(gone)?;
+        let before: AgentEntry = serde_json::from_str(&text)
+            .map_err(|error| MeshError::Unavailable(format!("{name}: {error}")))?;
+        entry.started = before.started;
+        let id = entry.id.clone();
+        Ok(Self {
+            entry: Mutex::new(entry),
+            dir: dir.clone(),
+            id,
+            alive: Mutex::new(Some(lock)),
+            ours: AtomicBool::new(false),
+        })
+    }
+
+    pub(super) fn take_over(&self, dir: &MeshDir, instances: Vec<Instance>) -> Result<(), MeshError> {
+        self.ours.store(true, Ordering::Relaxed);
+        let _lock = dir.lock()?;
+        let mut own = self.entry.lock().unwrap_or_else(PoisonError::into_inner);
+        own.instances = instances;
+        write(dir, &own)
+    }
+
+    pub(super) fn lock(&self) -> io::Result<Option<OwnedFd>> {
+        let alive = self.alive.lock().unwrap_or_else(PoisonError::into_inner);
+        alive
+            .as_ref()
+            .map(|lock| lock.try_clone().map(OwnedFd::from))
+            .transpose()
+    }
+
+    /// The lock is the successor's alone from now on.
+    pub(super) fn hand_over(&self) {
+        self.ours.store(false, Ordering::Relaxed);
+        self.alive.lock().unwrap_or_else(PoisonError::into_inner).take();
     }
 
     pub(super) fn register(&self, dir: &MeshDir, instance: Instance) -> Result<(), MeshError> {
@@ -147,6 +195,9 @@ impl OwnEntry {
 
 impl Drop for OwnEntry {
     fn drop(&mut self) {
+        if !self.ours.load(Ordering::Relaxed) {
+            return;
+        }
         // Only the entry: another agent may open the lock file at this moment. The next one sweeps it.
         let _ = fs::remove_file(self.dir.join(&format!("agents/{}.json", self.id)));
     }

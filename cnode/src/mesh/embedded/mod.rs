@@ -14,7 +14,9 @@ mod rules;
 
 use std::collections::HashMap;
 use std::fs::File;
+use std::io;
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -30,7 +32,8 @@ use rustls::pki_types::CertificateDer;
 
 use super::{
     Answer, Authorization, Catalogue, Certificates, Decision, Diagnosis, Entry, Finding, Identity, Instance,
-    Intention, Intentions, Level, Listed, MeshError, Present, Registration, ServiceName, SpiffeId, Token,
+    Intention, Intentions, Kept, Level, Listed, MeshError, Present, Registration, ServiceName, SpiffeId,
+    Token,
 };
 use crate::proxy::links::unix_now;
 
@@ -87,6 +90,33 @@ impl EmbeddedMesh {
         hosts: Vec<String>,
         advertise: SocketAddr,
     ) -> Result<Self, MeshError> {
+        Self::join(dir, agent, hosts, advertise, OwnEntry::open)
+    }
+
+    /// As [`EmbeddedMesh::open`], in the place of an agent that hands over the lock of its entry
+    /// ([`Registration::entry_lock`]); its entry stays as it is until [`Registration::take_over`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn succeed(
+        dir: &Path,
+        agent: &str,
+        hosts: Vec<String>,
+        advertise: SocketAddr,
+        lock: OwnedFd,
+    ) -> Result<Self, MeshError> {
+        Self::join(dir, agent, hosts, advertise, |dir, entry| {
+            OwnEntry::succeed(dir, entry, lock.into())
+        })
+    }
+
+    fn join(
+        dir: &Path,
+        agent: &str,
+        hosts: Vec<String>,
+        advertise: SocketAddr,
+        enter: impl FnOnce(&MeshDir, AgentEntry) -> Result<OwnEntry, MeshError>,
+    ) -> Result<Self, MeshError> {
         if !advertise.ip().is_loopback() {
             return Err(MeshError::Refused(format!(
                 "the embedded mesh is for one machine: {advertise} is not a loopback address"
@@ -95,7 +125,7 @@ impl EmbeddedMesh {
         let dir = MeshDir::open(dir)?;
         let lock = dir.lock()?;
         let authority = Authority::open(&dir)?;
-        let own = OwnEntry::open(&dir, AgentEntry::new(agent, hosts, advertise)?)?;
+        let own = enter(&dir, AgentEntry::new(agent, hosts, advertise)?)?;
         drop(lock);
         for conflict in own.host_conflicts(&dir)? {
             tracing::warn!(agent, %conflict, "two agents own the same host name");
@@ -330,6 +360,19 @@ impl Registration for EmbeddedMesh {
     fn passing(&self, _: &str) -> Answer<'_, ()> {
         // There are no checks: what is registered passes.
         Box::pin(std::future::ready(Ok(())))
+    }
+
+    fn entry_lock(&self) -> io::Result<Option<OwnedFd>> {
+        self.inner.own.lock()
+    }
+
+    fn hand_over(&self) {
+        self.inner.own.hand_over();
+    }
+
+    fn take_over(&self, kept: Vec<Kept>) -> Answer<'_, ()> {
+        let instances = kept.into_iter().map(|kept| kept.entry.instance).collect();
+        self.blocking(move |inner| inner.own.take_over(&inner.dir, instances))
     }
 }
 

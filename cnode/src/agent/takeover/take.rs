@@ -1,0 +1,322 @@
+//! The side that takes over.
+
+use std::{collections::HashMap, io, net::SocketAddr, os::fd::OwnedFd, time::Duration};
+
+use tokio::{net::UnixStream, time::timeout};
+
+use super::{
+    Meeting, Role,
+    give::PREPARE_TIME,
+    message::{Give, Take, Welcome},
+    wire::{Channel, invalid},
+};
+use crate::{
+    agent::{
+        config::{AgentConfig, MeshKind},
+        control::{CLIENTS_MAX, UPSTREAMS_MAX, server::FREEZE_TIME},
+        registry::{Handed, HandedInstances, HandedSession, INSTANCES_MAX},
+    },
+    mesh::{Mesh, MeshError, ServiceName},
+    proxy::Upstream,
+};
+
+/// How long everything may take to come: clients may take [`FREEZE_TIME`] to come between two frames.
+const GIVE_TIME: Duration = FREEZE_TIME.saturating_add(Duration::from_secs(10));
+/// How long certificates may take to come.
+const CERTIFICATES_TIME: Duration = PREPARE_TIME.saturating_sub(Duration::from_secs(10));
+
+/// Why a takeover came to nothing.
+#[derive(Debug)]
+pub(in crate::agent) enum TakeFault {
+    /// The predecessor ended, or may have: its lock tells.
+    Gone(String),
+    /// It serves on.
+    Refused(String),
+}
+
+impl From<io::Error> for TakeFault {
+    fn from(error: io::Error) -> Self {
+        Self::Gone(error.to_string())
+    }
+}
+
+/// A predecessor that has welcomed this process.
+pub(in crate::agent) struct Predecessor {
+    channel: Channel,
+    welcome: Box<Welcome>,
+    /// The lock of the agent's entry in the mesh.
+    pub(in crate::agent) lock: Option<OwnedFd>,
+}
+
+impl Predecessor {
+    pub(in crate::agent) fn program(&self) -> &str {
+        &self.welcome.program
+    }
+
+    /// The agent's id in the mesh.
+    pub(in crate::agent) fn agent(&self) -> &str {
+        &self.welcome.agent
+    }
+
+    pub(in crate::agent) fn advertise(&self) -> SocketAddr {
+        self.welcome.advertise
+    }
+}
+
+/// Everything that the predecessor had.
+pub(in crate::agent) struct Taken {
+    pub(in crate::agent) made: bool,
+    pub(in crate::agent) next_id: u64,
+    pub(in crate::agent) registry: Handed,
+    pub(in crate::agent) lock: OwnedFd,
+    pub(in crate::agent) control: OwnedFd,
+    pub(in crate::agent) dist: OwnedFd,
+    pub(in crate::agent) takeover: OwnedFd,
+    pub(in crate::agent) inbound: OwnedFd,
+    pub(in crate::agent) http: Option<OwnedFd>,
+    pub(in crate::agent) clients: Vec<TakenClient>,
+    pub(in crate::agent) instances: HandedInstances,
+    pub(in crate::agent) sessions: Vec<HandedSession>,
+}
+
+/// A client, and its upstreams.
+pub(in crate::agent) struct TakenClient {
+    pub(in crate::agent) id: u64,
+    pub(in crate::agent) greeted: bool,
+    pub(in crate::agent) watches: HashMap<String, Vec<ServiceName>>,
+    pub(in crate::agent) stream: UnixStream,
+    pub(in crate::agent) upstreams: Vec<(String, Upstream, OwnedFd)>,
+}
+
+/// Whoever serves in the directory of `config`, when it is what `config` describes.
+pub(in crate::agent) async fn find(config: &AgentConfig) -> Result<Option<Predecessor>, TakeFault> {
+    let meeting = super::meet(&super::socket(&config.dir), Role::Successor).await;
+    let meeting = meeting.map_err(|error| match error.kind() {
+        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe => {
+            error.into()
+        }
+        _ => TakeFault::Refused(error.to_string()),
+    })?;
+    let Some(Meeting { mut channel, welcome }) = meeting else {
+        return Ok(None);
+    };
+    if let Err(text) = same(config, &welcome) {
+        let _ = channel.send(&Take::Failed { text: text.clone() }, &[]).await;
+        return Err(TakeFault::Refused(text));
+    }
+    let lock = match welcome.entry_lock {
+        true => Some(channel.file()?),
+        false => None,
+    };
+    Ok(Some(Predecessor {
+        channel,
+        welcome,
+        lock,
+    }))
+}
+
+/// What other agents and the mesh know of an agent cannot change while it runs.
+fn same(config: &AgentConfig, welcome: &Welcome) -> Result<(), String> {
+    let port = |seen: SocketAddr, wanted: SocketAddr| match wanted.port() {
+        0 => seen.ip() == wanted.ip(),
+        _ => seen == wanted,
+    };
+    let differs = |what: &str, seen: String, wanted: String| {
+        Err(format!(
+            "{what} is {seen} and would be {wanted}, which a takeover cannot change: stop the agent and start it anew"
+        ))
+    };
+    if config.mesh.name() != welcome.mesh {
+        return differs("the mesh", welcome.mesh.clone(), config.mesh.name().to_owned());
+    }
+    if let MeshKind::Embedded { dir } = &config.mesh {
+        let wanted = dir.canonicalize().unwrap_or_else(|_| dir.clone());
+        if welcome.mesh_dir.as_deref() != Some(&wanted) {
+            let seen = format!("{:?}", welcome.mesh_dir);
+            return differs("--mesh-dir", seen, wanted.display().to_string());
+        }
+    }
+    if !port(welcome.bind, config.bind) {
+        return differs("--bind", welcome.bind.to_string(), config.bind.to_string());
+    }
+    let advertise = config.advertise.unwrap_or(SocketAddr::new(config.bind.ip(), 0));
+    if !port(welcome.advertise, advertise) {
+        return differs(
+            "--advertise",
+            welcome.advertise.to_string(),
+            advertise.to_string(),
+        );
+    }
+    match (welcome.http, config.http) {
+        (None, None) => Ok(()),
+        (Some(seen), Some(wanted)) if port(seen, wanted) => Ok(()),
+        (seen, wanted) => {
+            let text = |http: Option<SocketAddr>| http.map_or("off".to_owned(), |http| http.to_string());
+            differs("--http", text(seen), text(wanted))
+        }
+    }
+}
+
+/// Until the mesh has given every certificate that links will need.
+pub(in crate::agent) async fn prepare(
+    predecessor: &mut Predecessor,
+    mesh: &dyn Mesh,
+) -> Result<(), TakeFault> {
+    let services = &predecessor.welcome.services;
+    let asking = services.iter().map(|service| async move {
+        match mesh.identity(service).await {
+            // A client's own token may be wanted for it, and comes with the rest.
+            Ok(_) | Err(MeshError::Forbidden(_) | MeshError::Refused(_)) => Ok(()),
+            Err(error) => Err(format!("no certificate for {service} yet: {error}")),
+        }
+    });
+    let asked = timeout(CERTIFICATES_TIME, futures::future::join_all(asking)).await;
+    let prepared = match asked {
+        Ok(answers) => answers
+            .into_iter()
+            .collect::<Result<Vec<()>, String>>()
+            .map(|_| ()),
+        Err(_) => Err(format!(
+            "the mesh did not give certificates for {} services within {} s",
+            services.len(),
+            CERTIFICATES_TIME.as_secs()
+        )),
+    };
+    match prepared {
+        Ok(()) => Ok(()),
+        Err(text) => Err(fail(predecessor, text).await),
+    }
+}
+
+/// Tells the predecessor that this process cannot serve.
+pub(in crate::agent) async fn fail(predecessor: &mut Predecessor, text: String) -> TakeFault {
+    let _ = predecessor
+        .channel
+        .send(&Take::Failed { text: text.clone() }, &[])
+        .await;
+    TakeFault::Refused(text)
+}
+
+/// Everything; from here on clients wait.
+pub(in crate::agent) async fn receive(predecessor: &mut Predecessor) -> Result<Taken, TakeFault> {
+    let channel = &mut predecessor.channel;
+    channel.send(&Take::Begin, &[]).await?;
+    match timeout(GIVE_TIME, receive_all(channel)).await {
+        Ok(taken) => taken,
+        Err(_) => Err(TakeFault::Gone(format!(
+            "the predecessor did not hand over within {} s",
+            GIVE_TIME.as_secs()
+        ))),
+    }
+}
+
+async fn next(channel: &mut Channel) -> Result<Give, TakeFault> {
+    match channel.receive_late().await? {
+        Some(Give::Abort { text }) => Err(TakeFault::Refused(text)),
+        Some(given) => Ok(given),
+        None => Err(TakeFault::Gone(
+            "the predecessor closed the connection".to_owned(),
+        )),
+    }
+}
+
+async fn receive_all(channel: &mut Channel) -> Result<Taken, TakeFault> {
+    let Give::Agent {
+        made,
+        next_id,
+        http,
+        registry,
+    } = next(channel).await?
+    else {
+        return Err(unwanted("agent"));
+    };
+    let mut taken = Taken {
+        made,
+        next_id,
+        registry,
+        lock: channel.file()?,
+        control: channel.file()?,
+        dist: channel.file()?,
+        takeover: channel.file()?,
+        inbound: channel.file()?,
+        http: http.then(|| channel.file()).transpose()?,
+        clients: Vec::new(),
+        instances: Vec::new(),
+        sessions: Vec::new(),
+    };
+    let mut listeners = 0;
+    loop {
+        match next(channel).await? {
+            Give::Client { id, greeted, watches } if taken.clients.len() < CLIENTS_MAX => {
+                let stream = std::os::unix::net::UnixStream::from(channel.file()?);
+                taken.clients.push(TakenClient {
+                    id,
+                    greeted,
+                    watches,
+                    stream: UnixStream::from_std(stream)?,
+                    upstreams: Vec::new(),
+                });
+            }
+            Give::Upstream { owner, id, upstream } if listeners < UPSTREAMS_MAX => {
+                listeners += 1;
+                let file = channel.file()?;
+                match taken.clients.last_mut() {
+                    Some(client) if client.id == owner => client.upstreams.push((id, upstream, file)),
+                    _ => return Err(unwanted("upstream of the last client")),
+                }
+            }
+            Give::Instance(instance) if taken.instances.len() < INSTANCES_MAX => {
+                let ports = instance.ports.iter().map(|_| channel.file());
+                let ports = ports.collect::<io::Result<_>>()?;
+                taken.instances.push((*instance, ports));
+            }
+            Give::Session(session) if taken.sessions.len() < INSTANCES_MAX => taken.sessions.push(session),
+            Give::All {
+                clients,
+                upstreams,
+                instances,
+                sessions,
+            } if (clients, upstreams, instances, sessions)
+                == (
+                    taken.clients.len(),
+                    listeners,
+                    taken.instances.len(),
+                    taken.sessions.len(),
+                ) =>
+            {
+                return Ok(taken);
+            }
+            _ => {
+                return Err(unwanted(
+                    "further client, upstream or registration, or the right number",
+                ));
+            }
+        }
+    }
+}
+
+fn unwanted(wanted: &str) -> TakeFault {
+    invalid(format!("the predecessor sent something else, wanted: {wanted}")).into()
+}
+
+/// Says that this process has everything, and waits for the word to serve. When this returns without an error, the
+/// predecessor waits for [`serving`], or has ended.
+pub(in crate::agent) async fn ready(predecessor: &mut Predecessor) -> Result<(), TakeFault> {
+    let channel = &mut predecessor.channel;
+    channel.send(&Take::Ready, &[]).await?;
+    match timeout(GIVE_TIME, next(channel)).await {
+        Ok(Ok(Give::Commit)) => Ok(()),
+        Ok(Ok(_)) => Err(unwanted("commit")),
+        Ok(Err(fault)) => Err(fault),
+        Err(_) => Err(TakeFault::Gone(
+            "the predecessor gave no word to serve".to_owned(),
+        )),
+    }
+}
+
+/// This process serves: the predecessor takes no more connections.
+pub(in crate::agent) async fn serving(mut predecessor: Predecessor) {
+    if let Err(error) = predecessor.channel.send(&Take::Serving, &[]).await {
+        tracing::warn!(%error, "the predecessor has ended");
+    }
+}

@@ -1,0 +1,325 @@
+//! One process of an agent takes over from another, and whatever goes wrong leaves one that serves.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    os::unix::{
+        fs::{MetadataExt, PermissionsExt},
+        net::{UnixListener, UnixStream},
+        process::CommandExt,
+    },
+    path::Path,
+    process::{Command, Output},
+};
+
+use meshx::agent::{control::message::map, takeover::TAKEOVER_VERSIONS};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+
+use crate::support::{Agent, Client, PATIENCE, creation, echo_link, temp, until};
+
+/// Another process of the agent, as the one that serves sees it.
+struct Peer(UnixStream);
+
+impl Peer {
+    fn connect(agent: &Agent) -> Self {
+        Self(UnixStream::connect(agent.dir.join("takeover.sock")).unwrap())
+    }
+
+    fn send(&mut self, message: &Value) {
+        let bytes = message.to_string().into_bytes();
+        self.0.write_all(&(bytes.len() as u32).to_be_bytes()).unwrap();
+        self.0.write_all(&bytes).unwrap();
+    }
+
+    /// None when the other side has closed. Open files that come with it are dropped.
+    fn receive(&mut self) -> Option<Value> {
+        let mut length = [0; 4];
+        self.0.read_exact(&mut length).ok()?;
+        let mut payload = vec![0; u32::from_be_bytes(length) as usize];
+        self.0.read_exact(&mut payload).unwrap();
+        Some(serde_json::from_slice(&payload).unwrap())
+    }
+
+    fn hello(&mut self, versions: (u32, u32)) -> Value {
+        self.send(
+            &json!({"versions": [versions.0, versions.1], "program": "meshx 9.9", "role": "successor"}),
+        );
+        self.receive().unwrap()
+    }
+
+    /// Welcomed, as soon as no earlier one is any more.
+    fn welcomed(agent: &Agent, versions: (u32, u32)) -> (Self, Value) {
+        let mut welcome = None;
+        until(PATIENCE, "a welcome", || {
+            let mut peer = Self::connect(agent);
+            let answer = peer.hello(versions);
+            let welcomed = answer.get("welcome").is_some();
+            welcome = Some((peer, answer));
+            welcomed
+        });
+        welcome.unwrap()
+    }
+
+    /// Everything up to and with the message of this name.
+    fn receive_until(&mut self, name: &str) {
+        while self.receive().unwrap().get(name).is_none() {}
+    }
+}
+
+/// A client with a registered node that the agent must keep.
+fn client(agent: &Agent) -> (Client, UnixListener) {
+    let mut client = agent.connect();
+    let socket = agent.vm().join("shop");
+    let listener = UnixListener::bind(&socket).unwrap();
+    client.register("shop@h1", &socket).unwrap();
+    (client, listener)
+}
+
+fn take_over(root: &Path, agent: &Agent, options: &[&str]) -> Output {
+    let mut command = Agent::command(root, &agent.dir, &["h1"]);
+    command.arg("--takeover").args(options).output().unwrap()
+}
+
+#[test]
+fn a_client_keeps_its_connection_its_names_and_its_links() {
+    let root = temp();
+    let mut first = Agent::start(root.path(), "a", &["h1"], &[]);
+    let mut client = first.connect();
+    let socket = first.vm().join("shop");
+    let _listener = UnixListener::bind(&socket).unwrap();
+    let node = client.register("shop@h1", &socket).unwrap();
+    let mut stranger = first.stranger();
+    let (link, [mut near, mut far]) = echo_link(&mut client);
+
+    let second = Agent::start(root.path(), "a", &["h1"], &["--takeover"]);
+    assert_eq!(second.ready, first.ready);
+    // The connection is the same; its registrations, too, and no other may have the name.
+    assert_eq!(second.names(), ["shop@h1"]);
+    let other = second.vm().join("other");
+    let _other = UnixListener::bind(&other).unwrap();
+    let taken = second.connect().register("shop@h1", &other);
+    assert_eq!(taken.unwrap_err().0, "name_taken");
+    stranger.hello();
+    // The link is the first process's, is shown by the second, and carries bytes.
+    let shown = client.ask("links", map([])).unwrap();
+    assert!(shown.to_string().contains(&link), "{shown}");
+    near.write_all(b"more").unwrap();
+    let mut bytes = [0; 4];
+    far.read_exact(&mut bytes).unwrap();
+    assert_eq!(&bytes, b"more");
+    assert!(first.child.try_wait().unwrap().is_none(), "it holds a link");
+    second.wait_log(&["a predecessor holds links"]);
+
+    // A third at once, and the link is held still.
+    let mut third = Agent::start(root.path(), "a", &["h1"], &["--takeover"]);
+    let shown = || {
+        let links = third.connect().ask("links", map([])).unwrap();
+        links.to_string().contains(&link)
+    };
+    until(PATIENCE, "the first process to tell the third of its link", shown);
+    let deregister = map([("id", meshx::agent::control::message::text("shop@h1"))]);
+    client.ask("deregister", deregister).unwrap();
+    let again = client.register("shop@h1", &socket).unwrap();
+    assert_ne!(creation(&again), creation(&node), "creations are counted on");
+
+    // With its client the link ends, and then the first process.
+    drop(client);
+    assert_eq!(near.read(&mut bytes).unwrap(), 0);
+    assert!(first.wait_exit().success());
+    assert!(first.log().contains("the last link has ended"));
+    third.signal(Signal::TERM);
+    assert!(third.wait_exit().success());
+    assert!(!third.dir.join("control.sock").exists());
+}
+
+#[test]
+fn releases_that_have_no_version_in_common_part_and_neighbours_agree() {
+    let root = temp();
+    let agent = Agent::start(root.path(), "a", &["h1"], &[]);
+    let (mut client, _listener) = client(&agent);
+    let (low, high) = TAKEOVER_VERSIONS;
+    for versions in [(high, high + 1), (low.saturating_sub(1), high)] {
+        let (_peer, welcome) = Peer::welcomed(&agent, versions);
+        assert_eq!(welcome["welcome"]["version"], high, "{welcome}");
+    }
+    let refused = Peer::connect(&agent).hello((high + 1, high + 2));
+    let text = refused["refused"]["text"].as_str().unwrap();
+    let wanted = format!("meshx 9.9 speaks versions {} to {}", high + 1, high + 2);
+    assert!(
+        text.contains(&wanted) && text.contains(env!("CARGO_PKG_VERSION")),
+        "{text}"
+    );
+    agent.wait_log(&["takeover", &wanted]);
+    client.ask("names", map([])).unwrap();
+}
+
+#[test]
+fn a_successor_that_ends_at_any_step_leaves_the_agent_as_it_was() {
+    let root = temp();
+    let agent = Agent::start(root.path(), "a", &["h1"], &[]);
+    let (mut client, _listener) = client(&agent);
+    let (link, [mut near, mut far]) = echo_link(&mut client);
+    let steps = [
+        "hello",
+        "welcome",
+        "begin",
+        "everything",
+        "ready",
+        "commit",
+        "failed",
+        "nonsense",
+    ];
+    for (at, step) in steps.into_iter().enumerate() {
+        let mut peer = match step {
+            "hello" => Peer::connect(&agent),
+            _ => Peer::welcomed(&agent, TAKEOVER_VERSIONS).0,
+        };
+        if at > 1 {
+            peer.send(&json!("begin"));
+        }
+        if at > 2 {
+            peer.receive_until("all");
+        }
+        match step {
+            "ready" => peer.send(&json!("ready")),
+            "commit" => {
+                peer.send(&json!("ready"));
+                assert_eq!(peer.receive().unwrap(), "commit");
+            }
+            "failed" => peer.send(&json!({"failed": {"text": "the moon is full"}})),
+            "nonsense" => peer.send(&json!({"serve": "you"})),
+            _ => {}
+        }
+        drop(peer);
+        // Asked over the connection that was there before, which waits until the agent serves it again.
+        let names = client.ask("names", map([])).unwrap();
+        assert!(names.to_string().contains("shop@h1"), "{step}: {names}");
+        let links = client.ask("links", map([])).unwrap();
+        assert!(links.to_string().contains(&link), "{step}: {links}");
+        near.write_all(b"ping").unwrap();
+        far.read_exact(&mut [0; 4]).unwrap();
+    }
+    agent.wait_log(&["the takeover failed", "the moon is full"]);
+    // After all that it can still be taken over.
+    let second = Agent::start(root.path(), "a", &["h1"], &["--takeover"]);
+    assert_eq!(second.names(), ["shop@h1"]);
+}
+
+#[test]
+fn what_a_takeover_cannot_change_is_refused_and_both_tell_it() {
+    let root = temp();
+    let agent = Agent::start(root.path(), "a", &["h1"], &[]);
+    let (mut client, _listener) = client(&agent);
+    let elsewhere = root.path().join("elsewhere");
+    for (option, value) in [
+        ("--bind", "127.0.0.9:0"),
+        ("--advertise", "127.0.0.9:1"),
+        ("--http", "127.0.0.1:0"),
+        ("--mesh-dir", elsewhere.to_str().unwrap()),
+    ] {
+        let mut command = Agent::command(root.path(), &agent.dir, &["h1"]);
+        if option == "--mesh-dir" {
+            command = Command::new(env!("CARGO_BIN_EXE_meshx"));
+            command
+                .args(["agent", "--mesh", "embedded", "--dir"])
+                .arg(&agent.dir);
+        }
+        let output = command.args(["--takeover", option, value]).output().unwrap();
+        assert_eq!(output.status.code(), Some(69), "{option}");
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(text.contains(option) && text.contains("cannot change"), "{text}");
+        agent.wait_log(&[option, "cannot change"]);
+        client.ask("names", map([])).unwrap();
+    }
+}
+
+#[test]
+fn without_an_agent_or_with_one_that_ends_in_between_it_starts_anew() {
+    let root = temp();
+    let first = Agent::start(root.path(), "a", &["h1"], &["--takeover"]);
+    assert!(first.log().contains("nothing to take over"));
+    drop(first);
+
+    // A predecessor that is killed after its welcome: its lock is free then.
+    let dir = root.path().join("a");
+    fs::remove_file(dir.join("takeover.sock")).unwrap();
+    let listener = UnixListener::bind(dir.join("takeover.sock")).unwrap();
+    let dying = std::thread::spawn(move || {
+        let mut peer = Peer(listener.accept().unwrap().0);
+        assert_eq!(peer.receive().unwrap()["role"], "successor");
+        drop(peer);
+    });
+    let second = Agent::start(root.path(), "a", &["h1"], &["--takeover"]);
+    dying.join().unwrap();
+    second.wait_log(&["the takeover broke off"]);
+    assert!(second.names().is_empty(), "it serves");
+}
+
+#[test]
+fn an_agent_that_refuses_is_left_alone() {
+    let root = temp();
+    let agent = Agent::start(root.path(), "a", &["h1"], &[]);
+    let (mut client, _listener) = client(&agent);
+    // While one takeover is under way, a second one is refused.
+    let mut slow = Peer::connect(&agent);
+    slow.hello(TAKEOVER_VERSIONS);
+    let output = take_over(root.path(), &agent, &[]);
+    assert_eq!(output.status.code(), Some(69));
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        text.contains("cannot take over: another takeover is under way"),
+        "{text}"
+    );
+    client.ask("names", map([])).unwrap();
+}
+
+#[test]
+fn only_the_agents_own_user_may_take_over() {
+    assert!(
+        rustix::process::geteuid().is_root(),
+        "this test starts a process of another user: run it as root"
+    );
+    let root = temp();
+    fs::set_permissions(root.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let agent = Agent::start(root.path(), "a", &["h1"], &["--socket-mode", "0666"]);
+    let socket = agent.dir.join("takeover.sock");
+    assert_eq!(
+        fs::metadata(&socket).unwrap().mode() & 0o777,
+        0o600,
+        "whatever the others' mode is"
+    );
+    // Were the mode another one, the kernel's word on who calls would still count.
+    fs::set_permissions(&socket, fs::Permissions::from_mode(0o666)).unwrap();
+    let program = root.path().join("helper");
+    fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let output = Command::new(&program)
+        .args(["--exact", "takeover::stranger_process", "--nocapture", "--quiet"])
+        .env(STRANGER, &socket)
+        .uid(4711)
+        .gid(4711)
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("stranger: nothing"), "{text}");
+    agent.wait_log(&["a takeover was refused", "uid 4711"]);
+}
+
+const STRANGER: &str = "MESHX_TEST_STRANGER";
+
+/// Not a test of its own: what another user runs.
+#[test]
+fn stranger_process() {
+    let Ok(socket) = std::env::var(STRANGER) else {
+        return;
+    };
+    let mut peer = Peer(UnixStream::connect(socket).unwrap());
+    let bytes = br#"{"versions": [1, 1], "program": "mischief", "role": "successor"}"#;
+    let _ = peer.0.write_all(&(bytes.len() as u32).to_be_bytes());
+    let _ = peer.0.write_all(bytes);
+    match peer.receive() {
+        None => println!("\nstranger: nothing"),
+        Some(answer) => println!("\nstranger: {answer}"),
+    }
+}

@@ -229,9 +229,12 @@ fn upgrades(
     let World { h1, shop, .. } = &mut world;
 
     // The link of the nodes is the first process's still, and everybody is told so.
-    let doctor = h1.meshx(&["doctor"]).unwrap();
-    let doctor = String::from_utf8_lossy(&doctor.stdout).into_owned();
-    assert!(doctor.contains("a draining predecessor (pid"), "{doctor}");
+    let mut told = String::new();
+    let tells = || {
+        told = String::from_utf8_lossy(&h1.meshx(&["doctor"]).unwrap().stdout).into_owned();
+        told.contains("a draining predecessor (pid")
+    };
+    wait_until(SOON, tells).unwrap_or_else(|()| panic!("{told}"));
     let links = h1.meshx_ok(&["links"]).unwrap();
     assert!(links.contains("cart@h2"), "{links}");
 

@@ -7,7 +7,7 @@ use tokio::{
     io::AsyncWriteExt,
     net::UnixStream,
     sync::mpsc,
-    time::{MissedTickBehavior, interval, sleep, timeout},
+    time::{Instant, MissedTickBehavior, interval, sleep, timeout},
 };
 use tracing::{debug, info};
 
@@ -56,7 +56,12 @@ impl Follower {
                         program = welcome.program,
                         "told the successor of the links that are left"
                     );
+                    let began = Instant::now();
                     self.obey(channel.stream).await;
+                    // Whoever served was taken over, too: the next one listens already.
+                    if began.elapsed() > RETRY {
+                        continue;
+                    }
                 }
                 Ok(None) => {}
                 Err(error) => debug!(%error, "whoever serves does not talk"),

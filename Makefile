@@ -98,7 +98,7 @@ test-otp-%: built-for-end-to-end
 	cd mix_project && $(ON_OTP) $(TEST_ENV) mix test --warnings-as-errors
 	cd examples/shop && $(ON_OTP) MIX_ENV=prod MESHX_NIF=require mix do deps.get, compile --warnings-as-errors
 	$(ON_OTP) cargo test -p meshx-tests --locked --no-fail-fast $(OTP_TESTS:%=--test %)
-	$(ON_OTP) MESHX_LIBEI=$(CARGO_TARGET_DIR)/otp/$*/root/usr/lib/erlang/usr \
+	$(ON_OTP) MESHX_LIBEI=$(CARGO_TARGET_DIR)/otp/$*/debian/usr/lib/erlang/usr \
 	    cargo test --workspace --exclude meshx-tests --exclude meshx_nif --locked --no-fail-fast $(OTP_RUST_TESTS:%=--test %)
 
 # Everything that knows Consul; without CONSUL on the one that the other tests use.

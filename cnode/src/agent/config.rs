@@ -79,7 +79,7 @@ pub struct AgentArgs {
     /// Let nodes behind foreign sidecars in, whose names nobody has proved
     #[arg(long)]
     pub allow_unverified_peers: bool,
-    /// Stand in for EPMD on loopback, for nodes of plain distribution; =PORT or =IP:PORT for another place than 127.0.0.1:4369 and [::1]:4369 [default: off]
+    /// Stand in for EPMD on loopback, for nodes of plain distribution; =PORT or =IP:PORT for another place than port 4369 of 127.0.0.1 and ::1 [default: off]
     #[arg(long, value_name = "PLACE", num_args = 0..=1, require_equals = true, default_missing_value = "4369")]
     pub epmd: Vec<String>,
     /// Names that may be registered by EPMD, without a secret: the part before the @, as shop or shop*; may be given more than once [default: none]

@@ -160,13 +160,13 @@ defmodule MeshxNode.AgentTest do
       assert TestNode.call(shop, :net_kernel, :connect_node, [:cart@h2])
       assert TestNode.call(shop, :net_kernel, :hidden_connect_node, [:audit@h2])
       watch = TestNode.cast(shop, :meshx_test_node, :await_nodes, [[:cart@h2], [:audit@h2]])
-      assert_receive {^watch, :ok}, 20_000
+      assert_receive {^watch, {:ok, :ok}}, 20_000
       lost = TestNode.cast(shop, :meshx_test_node, :await_nodes, [[], []])
       stop_agent()
-      assert_receive {^lost, :ok}, 20_000
+      assert_receive {^lost, {:ok, :ok}}, 20_000
       start_agent(context)
       back = TestNode.cast(shop, :meshx_test_node, :await_nodes, [[:cart@h2], [:audit@h2]])
-      assert_receive {^back, :ok}, 20_000
+      assert_receive {^back, {:ok, :ok}}, 20_000
     end
 
     test "a node that is refused then goes on asking", context do

@@ -3,19 +3,11 @@
 
 use std::process::Command;
 
-#[test]
-fn bench_rpc_measures_and_writes_its_tables() {
-    let output = Command::new(env!("CARGO_BIN_EXE_bench_rpc"))
-        .args([
-            "--rounds",
-            "1",
-            "--ms",
-            "20",
-            "--row",
-            "1",
-            "--peers",
-            "rpc,tls,mesh",
-        ])
+/// Runs a benchmark for one short round; its report must have all of `wanted`.
+fn measures(program: &str, arguments: &[&str], wanted: &[&str]) {
+    let output = Command::new(program)
+        .args(["--rounds", "1"])
+        .args(arguments)
         .output()
         .unwrap();
     let (text, log) = (
@@ -24,65 +16,55 @@ fn bench_rpc_measures_and_writes_its_tables() {
     );
     assert!(output.status.success(), "{text}\n{log}");
     // One round decides nothing, and says so.
-    for wanted in [
-        "| 64 B x 1 ",
-        "| 64 B x 128 ",
-        "| MeshxRpc, agents ",
-        "undecided",
-        "bench/rpc.svg",
-    ] {
+    for wanted in wanted.iter().chain(&["undecided"]) {
         assert!(text.contains(wanted), "{wanted:?} is missing in\n{text}\n{log}");
     }
     assert!(!text.contains("NaN") && !text.contains("| met "), "{text}");
+}
+
+#[test]
+fn bench_rpc_measures_and_writes_its_tables() {
+    measures(
+        env!("CARGO_BIN_EXE_bench_rpc"),
+        &["--ms", "20", "--row", "1", "--peers", "rpc,tls,mesh"],
+        &[
+            "| 64 B x 1 ",
+            "| 64 B x 128 ",
+            "| MeshxRpc, agents ",
+            "bench/rpc.svg",
+        ],
+    );
 }
 
 #[test]
 fn bench_mesh_measures_and_writes_its_tables() {
-    let output = Command::new(env!("CARGO_BIN_EXE_bench_mesh"))
-        .args(["--rounds", "1", "--ms", "20"])
-        .output()
-        .unwrap();
-    let (text, log) = (
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr),
+    measures(
+        env!("CARGO_BIN_EXE_bench_mesh"),
+        &["--ms", "20"],
+        &[
+            "| native ",
+            "| native / inet_tls_dist ",
+            "| native / built-in proxies ",
+            "| native / Envoy pair ",
+            "| carrier alone / inet_tcp_dist ",
+            "bench/mesh.svg",
+        ],
     );
-    assert!(output.status.success(), "{text}\n{log}");
-    for wanted in [
-        "| native ",
-        "| native / inet_tls_dist ",
-        "| native / built-in proxies ",
-        "| native / Envoy pair ",
-        "| carrier alone / inet_tcp_dist ",
-        "undecided",
-        "bench/mesh.svg",
-    ] {
-        assert!(text.contains(wanted), "{wanted:?} is missing in\n{text}\n{log}");
-    }
-    assert!(!text.contains("NaN") && !text.contains("| met "), "{text}");
 }
 
 #[test]
 fn bench_cnode_measures_and_writes_its_table() {
-    let output = Command::new(env!("CARGO_BIN_EXE_bench_cnode"))
-        .args(["--rounds", "1", "--percent", "1"])
-        .output()
-        .unwrap();
-    let (text, log) = (
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr),
+    measures(
+        env!("CARGO_BIN_EXE_bench_cnode"),
+        &["--percent", "1"],
+        &[
+            "| decode 10k maps ",
+            "| walk 10k maps ",
+            "| messages/s to a BEAM, 64 B ",
+            "| CPU per message from a BEAM, 16 KiB ",
+            "| GenServer.call round trip from a BEAM ",
+            "- 1000 monitors in our node: ",
+            "bench/cnode.svg",
+        ],
     );
-    assert!(output.status.success(), "{text}\n{log}");
-    for wanted in [
-        "| decode 10k maps ",
-        "| walk 10k maps ",
-        "| messages/s to a BEAM, 64 B ",
-        "| CPU per message from a BEAM, 16 KiB ",
-        "| GenServer.call round trip from a BEAM ",
-        "- 1000 monitors in our node: ",
-        "undecided",
-        "bench/cnode.svg",
-    ] {
-        assert!(text.contains(wanted), "{wanted:?} is missing in\n{text}\n{log}");
-    }
-    assert!(!text.contains("NaN") && !text.contains("| met "), "{text}");
 }

@@ -5,6 +5,7 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
 use std::time::{Duration, Instant};
 
+use meshx_dist::flags::DistFlags;
 use meshx_dist::name_frame::{peek_name_frame, refusal_status};
 use meshx_tests::epmd::{
     Alive, STRANGER, alive2, dial, dial_as, exchange_as_stranger, names, port_please, send_name,
@@ -51,16 +52,16 @@ fn address_of(h1: &Agent, host: &str) -> IpAddr {
     address
 }
 
-/// The name of the next link that reaches this node.
-fn next_name(node: &Alive) -> String {
+/// The name of the next link that reaches this node, and whether it is a visible node's.
+fn next_name(node: &Alive) -> (String, bool) {
     let (mut stream, _) = node.listener.accept().unwrap();
     stream.set_read_timeout(Some(SOON)).unwrap();
     let mut bytes = Vec::new();
     loop {
         if let Some(frame) = peek_name_frame(&bytes).unwrap() {
-            let name = frame.name.to_owned();
+            let seen = (frame.name.to_owned(), frame.flags.contains(DistFlags::PUBLISHED));
             stream.write_all(b"\x00\x03sok").unwrap();
-            return name;
+            return seen;
         }
         let mut byte = [0];
         stream.read_exact(&mut byte).unwrap();
@@ -68,11 +69,12 @@ fn next_name(node: &Alive) -> String {
     }
 }
 
-/// A link that is taken: the far end's status comes back.
+/// A link that is taken: the far end's status comes back. Who is not registered is hidden, whatever it says.
 fn reaches(ip: IpAddr, port: u16, as_name: &str, node: &Alive) {
     let mut stream = dial((ip, port).into()).unwrap();
     stream.write_all(&send_name(as_name)).unwrap();
-    assert_eq!(next_name(node), as_name);
+    let registered = as_name != "tool@h1";
+    assert_eq!(next_name(node), (as_name.to_owned(), registered));
     let mut status = [0; 5];
     stream.read_exact(&mut status).unwrap();
     assert_eq!(&status, b"\x00\x03sok");
@@ -196,7 +198,7 @@ fn both_directions_are_asked_for_and_a_denial_cuts() {
     }
     let mut live = dial((far, port).into()).unwrap();
     live.write_all(&send_name("shop@h1")).unwrap();
-    assert_eq!(next_name(&cart), "shop@h1");
+    assert_eq!(next_name(&cart), ("shop@h1".to_owned(), true));
     h1.meshx_ok(&["deny", "cart", "shop"]).unwrap();
     let at = Instant::now();
     let mut rest = Vec::new();

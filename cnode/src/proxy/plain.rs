@@ -23,6 +23,7 @@ use super::links::{Direction, LinkGuard, LinkId, LinkInfo, Purpose};
 use super::listener::{self, Listener};
 use super::local::Endpoint;
 use super::outbound::{Dialler, Prepared};
+use super::sessions::check_name;
 use super::unverified::has_left;
 use super::{Attempt, Proxy, peer_uid};
 use crate::mesh::split_node;
@@ -225,7 +226,7 @@ impl Proxy {
         let deadline = self.settings.frame_timeout;
         let named = read_name(stream, deadline).await;
         attempt.is_probe = matches!(&named, Err(left) if left.cause == Cause::Unreachable);
-        let (name, bytes) = named?;
+        let (name, mut bytes) = named?;
         attempt.source.clone_from(&name);
         let link = LinkId::generate()?;
         attempt.link = Some(link);
@@ -250,7 +251,11 @@ impl Proxy {
                     .await?;
                 (remote, link, preface)
             }
-            None => self.prepare_session(&name, uid, &attempt.target, link).await?,
+            None => {
+                // It is hidden, as every session is.
+                check_name(&mut bytes, &name, true)?;
+                self.prepare_session(&name, uid, &attempt.target, link).await?
+            }
         };
         first.extend_from_slice(&bytes);
         write_all(&mut remote, &first, deadline).await?;

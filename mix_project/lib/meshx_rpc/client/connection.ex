@@ -103,13 +103,6 @@ defmodule MeshxRpc.Client.Connection do
   def handle_info({:tcp, socket, bytes}, %{link: %{socket: socket}} = state),
     do: state |> read(bytes) |> continue()
 
-  def handle_info({:tcp_passive, socket}, %{link: %{socket: socket}} = state) do
-    case Link.activate(state.link) do
-      :ok -> continue(state)
-      {:error, reason} -> state |> lost(reason) |> continue()
-    end
-  end
-
   # What was left after a write.
   def handle_info(:timeout, state), do: continue(state)
 

@@ -73,16 +73,12 @@ defmodule MeshxRpc.Server.Connection do
     end
   end
 
-  def handle_info({:tcp, _socket, _bytes}, %{phase: :closing} = state), do: continue(state)
+  def handle_info({:tcp, _socket, _bytes}, %{phase: :closing} = state),
+    do: continue(%{state | link: Link.took(state.link)})
 
   def handle_info({:tcp, _socket, bytes}, state), do: state |> read(bytes) |> continue()
 
-  def handle_info({:tcp_passive, _socket}, state) do
-    case Link.activate(state.link) do
-      :ok -> continue(state)
-      {:error, reason} -> broken(state, reason)
-    end
-  end
+  def handle_info({:tcp_passive, _socket}, state), do: continue(state)
 
   def handle_info({:done, pid, stream, done}, state),
     do: state |> done(pid, stream, done) |> continue()

@@ -15,6 +15,7 @@ pub mod fuzz;
 mod process;
 pub mod tls;
 pub mod traffic;
+pub mod upgrade;
 
 pub use agent::{Agent, Mesh};
 pub use beam::{Beam, BeamBuilder, COOKIE, ebin};

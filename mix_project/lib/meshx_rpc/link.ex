@@ -10,7 +10,10 @@ defmodule MeshxRpc.Link do
   alias MeshxRpc.{Address, Frame, Shared, Writer}
 
   @batch 524_288
+  # Reads of at most 128 KiB that may wait for us. They are granted anew before they are used up: a socket that stops
+  # and begins to read costs both VMs several system calls and wake-ups of threads, each time.
   @reads 32
+  @grant 16
   # Control frames are answers to what a peer sends, so one that sends and does not read could pile them up.
   @max_control 4_194_304
 
@@ -26,7 +29,9 @@ defmodule MeshxRpc.Link do
     out_size: 0,
     dirty: false,
     written: 0,
-    blocked: false
+    blocked: false,
+    # Reads until the next grant.
+    reads: @grant
   ]
 
   @type t :: %__MODULE__{}
@@ -71,12 +76,26 @@ defmodule MeshxRpc.Link do
   defp crc(codec, 1), do: Function.capture(codec, :crc32, 1)
   defp crc(codec, 2), do: Function.capture(codec, :crc32c, 1)
 
-  @doc "Lets the socket deliver some reads; `{:tcp_passive, socket}` comes when they are used up."
+  @doc """
+  Lets the socket deliver its first reads. `{:tcp_passive, socket}` comes when it has none left, and says nothing: it goes
+  on when `took/1` grants more.
+  """
   @spec activate(t()) :: :ok | {:error, term()}
   def activate(link), do: :inet.setopts(link.socket, active: @reads)
 
+  @doc "One read was taken. A socket that is closed says so by itself."
+  @spec took(t()) :: t()
+  def took(%{reads: reads} = link) when reads > 1, do: %{link | reads: reads - 1}
+
+  def took(link) do
+    _ = :inet.setopts(link.socket, active: @grant)
+    %{link | reads: @grant}
+  end
+
   @doc "Gives one read to the codec. Bytes that the codec wants to be sent are queued, or sent while the hello lasts."
   def feed(link, bytes) do
+    link = took(link)
+
     case link.module.feed(link.codec, bytes) do
       {:ok, codec, events, out} ->
         bounded(queue(%{link | codec: codec}, out), events)

@@ -8,10 +8,9 @@ defmodule MeshxRpc.Client.Connection do
   # are answered with `:closed`. While it is `:up` the pool's table has a row for it.
 
   use GenServer
-  require Logger
 
-  alias MeshxRpc.{Address, Frame, Hello, Link, Options, Reason, Refs, Shared, Telemetry, Writer}
-  alias MeshxRpc.Client.{Backoff, Calls, Growth, Upstream}
+  alias MeshxRpc.{Frame, Hello, Link, Options, Reason, Refs, Shared, Telemetry, Writer}
+  alias MeshxRpc.Client.{Backoff, Calls, Dial, Growth, Listing, Liveness, Report, Successor}
 
   # Messages that are collected for one write.
   @collect 32
@@ -50,14 +49,8 @@ defmodule MeshxRpc.Client.Connection do
     heard: nil
   ]
 
-  def child_spec({config, index, _table, _load} = argument) do
-    child_spec(argument, {config.id, index}, nil)
-  end
-
-  # One that has made room for another ends normally, and is not started again.
-  defp child_spec(argument, id, before) do
-    %{id: id, start: {__MODULE__, :start_link, [argument, id, before]}, restart: :transient}
-  end
+  def child_spec({config, index, _table, _load} = argument),
+    do: Successor.child_spec(argument, {config.id, index}, nil)
 
   @doc "`before` is the connection that this one is to replace, as soon as it is up."
   def start_link({config, _index, _table, _load} = argument, id \\ nil, before \\ nil),
@@ -67,14 +60,11 @@ defmodule MeshxRpc.Client.Connection do
   def init({{config, index, table, load}, id, before}) do
     # What a connection that crashed has left.
     unless before && Process.alive?(before) do
-      :ets.delete(table, index)
-      :ets.delete(table, {:direct, index})
+      Listing.clear(table, index)
       :counters.put(load, index, 0)
     end
 
-    for [pid] <- :ets.match(table, {{:metadata, :"$1"}, :_}),
-        not Process.alive?(pid),
-        do: :ets.delete(table, {:metadata, pid})
+    Listing.forget_dead(table)
 
     calls = Calls.new(load, index)
 
@@ -112,13 +102,6 @@ defmodule MeshxRpc.Client.Connection do
 
   def handle_info({:tcp, socket, bytes}, %{link: %{socket: socket}} = state),
     do: state |> read(bytes) |> continue()
-
-  def handle_info({:tcp_passive, socket}, %{link: %{socket: socket}} = state) do
-    case Link.activate(state.link) do
-      :ok -> continue(state)
-      {:error, reason} -> state |> lost(reason) |> continue()
-    end
-  end
 
   # What was left after a write.
   def handle_info(:timeout, state), do: continue(state)
@@ -164,10 +147,10 @@ defmodule MeshxRpc.Client.Connection do
   end
 
   def handle_info({:timeout, timer, :ping}, %{ping_timer: timer} = state),
-    do: state |> listen_for() |> continue()
+    do: state |> alive() |> continue()
 
   # One beyond the pool's size, that is not needed any more.
-  def handle_info(:leave, state), do: state |> unlist() |> replaced() |> continue()
+  def handle_info(:leave, state), do: state |> Listing.leave() |> replaced() |> continue()
 
   def handle_info(_of_a_connection_that_is_gone, state), do: continue(state)
 
@@ -193,57 +176,46 @@ defmodule MeshxRpc.Client.Connection do
         refs: nil
     }
 
-    with {:ok, address} <- address(state),
-         state = %{state | address: address},
-         :ok <- protected(state),
-         {:ok, socket} <-
-           at(state, Address.connect(address, config.timeout_connect, config.socket_opts)) do
+    with {:ok, address, socket} <- Dial.socket(config, state.table, state.failed) do
       # Calls are bounded by their callers, results by `max_bytes`.
       link = Link.new(socket, :client, config, 0xFFFF_FFFF)
       refs = Refs.local(config)
       hello = Hello.hello(Options.reveal(config, refs), Hello.nonce())
       link = Link.queue(link, Frame.hello(hello))
       timer = :erlang.start_timer(config.timeout_hsk, self(), :hello)
-      state = %{state | link: link, phase: :hello, hello: hello, refs: refs, timer: timer}
+
+      state = %{
+        state
+        | address: address,
+          link: link,
+          phase: :hello,
+          hello: hello,
+          refs: refs,
+          timer: timer
+      }
 
       case Link.activate(link) do
         :ok -> {:noreply, state}
         {:error, reason} -> state |> lost(reason) |> continue()
       end
     else
-      {:error, reason, state} ->
-        state = tell(state, :hsk, {:connect, reason})
-        {:noreply, again(%{state | failed: state.address}, {:connect, reason}, :proxy)}
+      {:error, {:connect, address}, reason} ->
+        state = Report.tell(%{state | address: address}, :hsk, {:connect, reason})
+        {:noreply, again(%{state | failed: address}, {:connect, reason}, :proxy)}
 
-      {:error, reason} ->
-        state = tell(state, :hsk, {:mesh, reason})
+      {:error, :mesh, reason} ->
+        state = Report.tell(state, :hsk, {:mesh, reason})
         {:noreply, again(state, {:mesh, reason}, :proxy)}
     end
-  end
-
-  # The mesh may give an address that leads away from this host.
-  defp protected(state) do
-    with {:error, text} <- Options.protected(state.config, state.address),
-         do: {:error, {:auth, text}, state}
-  end
-
-  defp at(_state, {:ok, socket}), do: {:ok, socket}
-  defp at(state, {:error, reason}), do: {:error, reason, state}
-
-  defp address(%{config: %{mesh: nil, address: address}}), do: {:ok, address}
-
-  defp address(state) do
-    [{:upstream, upstream}] = :ets.lookup(state.table, :upstream)
-    Upstream.address(upstream, state.failed)
   end
 
   # The connection is over, or was never there: answer who waits, and try again later.
   defp lost(%{link: nil} = state, _reason), do: state
 
   defp lost(state, reason) do
-    state = unlist(state)
-    state = tell(state, event_of(state, reason), reason)
-    :ets.delete(state.table, {:metadata, self()})
+    state = Listing.leave(state)
+    state = Report.tell(state, Report.event_of(state), reason)
+    Listing.forget(state.table)
     Link.close(state.link)
 
     for timer <- [state.timer, state.send_timer, state.ping_timer],
@@ -279,47 +251,6 @@ defmodule MeshxRpc.Client.Connection do
     end
   end
 
-  # Which event of 0.1 it is that a connection ends.
-  defp event_of(%{phase: phase}, _reason) when phase not in [:up, :draining], do: :hsk
-
-  defp event_of(%{calls: calls, link: link}, _reason) do
-    cond do
-      Calls.empty?(calls) -> :idle
-      link.blocked -> :send
-      true -> :recv
-    end
-  end
-
-  # `reason` is `:ok`, or why. Without listeners it costs a look; handlers run elsewhere.
-  defp tell(state, name, reason) do
-    if Telemetry.on?(state.config.telemetry, name) do
-      key = if name == :hsk, do: :hsk, else: :idle
-      time = [{key, Telemetry.now() - state.since}]
-
-      metadata = Map.merge(metadata(state), %{result: Telemetry.cause(reason), state: state.phase})
-
-      Telemetry.emit_aside(
-        state.config.telemetry,
-        name,
-        Telemetry.measurements(time: time),
-        Map.delete(metadata, :block)
-      )
-    end
-
-    state
-  end
-
-  defp metadata(state) do
-    %{
-      address: state.address || state.config.address,
-      hsk_ref: state.hsk_ref,
-      local: state.refs,
-      remote: state.agreed && state.agreed.remote,
-      socket: state.link && state.link.socket,
-      block: state.agreed && state.agreed.block
-    }
-  end
-
   # Another has taken its place, or it is not needed any more.
   defp again(%{replaced: :done} = state, _reason, _kind), do: %{state | timer: nil}
 
@@ -334,66 +265,17 @@ defmodule MeshxRpc.Client.Connection do
     # A hello that failed once will not do better at once.
     attempt = if kind == :hello, do: 20, else: state.attempt
     timer = :erlang.start_timer(Backoff.wait(attempt, longest), self(), :connect)
-    :ets.insert(state.table, {{:down, state.index}, reason})
-    log(%{state | timer: timer, attempt: state.attempt + 1}, kind, reason)
+    Listing.down(state.table, state.index, reason)
+    Report.log(%{state | timer: timer, attempt: state.attempt + 1}, kind, reason)
   end
 
   defp extra?(%{config: %{pool_opts: %{size: size}}, index: index}), do: index > size
 
-  # Calls are not to come here any more. Another connection may have taken the place.
-  defp unlist(%{table: table, index: index} = state) do
-    :ets.match_delete(table, {index, self(), :_, :_})
-    :ets.match_delete(table, {{:direct, index}, self(), :_})
-    state
-  end
-
-  # A server that has said nothing since the last time is asked to, and one that was asked is gone.
-  defp listen_for(%{config: config, link: link} = state) do
-    %{bytes: heard} = link.module.stats(link.codec)
-    {asked?, before} = state.heard
-
-    cond do
-      heard != before ->
-        listening(state, false, heard)
-
-      asked? ->
-        text = "the server has said nothing for #{2 * config.ping_interval} ms"
-        lost(state, {:timeout, text})
-
-      true ->
-        ping = Frame.ping(<<System.unique_integer()::64>>)
-        listening(%{state | link: Link.queue(link, ping)}, true, heard)
+  defp alive(state) do
+    case Liveness.look(state) do
+      {:ok, state} -> state
+      {:silent, text} -> lost(state, {:timeout, text})
     end
-  end
-
-  defp listening(state, asked?, heard) do
-    timer = :erlang.start_timer(state.config.ping_interval, self(), :ping)
-    %{state | ping_timer: timer, heard: {asked?, heard}}
-  end
-
-  # Once for each reason, not once for each try.
-  defp log(%{logged: reason} = state, _kind, reason), do: state
-
-  # That one was our own wish.
-  defp log(state, _kind, :idle), do: state
-
-  defp log(%{config: %{quiet_on_hsk_error?: true}} = state, :hello, reason),
-    do: %{state | logged: reason}
-
-  defp log(state, _kind, reason) do
-    text =
-      case reason do
-        {cause, text} when is_binary(text) -> "#{cause}: #{text}"
-        other -> inspect(other)
-      end
-
-    where = if state.address, do: inspect(state.address), else: inspect(state.config.mesh.service)
-
-    Logger.warning(
-      "MeshxRpc.Client #{inspect(state.config.id)}: no connection to #{where}: #{text}"
-    )
-
-    %{state | logged: reason}
   end
 
   # Events
@@ -420,7 +302,6 @@ defmodule MeshxRpc.Client.Connection do
   defp event(:ready, %{phase: :hello, agreed: agreed} = state) when agreed != nil do
     :erlang.cancel_timer(state.timer)
     link = Link.agree(state.link, agreed, Map.get(state.config, :writer, []))
-    :ets.delete(state.table, {:down, state.index})
     calls = Calls.renew(state.calls, Shared.taken(link.shared))
 
     state = %{
@@ -434,22 +315,11 @@ defmodule MeshxRpc.Client.Connection do
         logged: nil
     }
 
-    tell(state, :hsk, :ok)
-    # Calls ask for it, and only measured ones.
-    :ets.insert(state.table, {{:metadata, self()}, metadata(state)})
-
-    direct = %{
-      socket: link.socket,
-      shared: link.shared,
-      block: min(agreed.block, agreed.peer_stream_window),
-      crc: link.writer.crc
-    }
-
-    row = {state.index, self(), agreed.peer_max_message, agreed.trace}
-    :ets.insert(state.table, [row, {{:direct, state.index}, self(), direct}])
+    Report.tell(state, :hsk, :ok)
+    Listing.enter(state, Report.metadata(state))
     Growth.up(state.table, state.index)
     if state.before, do: send(state.before, :replaced)
-    state = listening(%{state | before: nil}, false, 0)
+    state = Liveness.start(%{state | before: nil})
     watch_idle(%{state | since: Telemetry.now()})
   end
 
@@ -514,7 +384,7 @@ defmodule MeshxRpc.Client.Connection do
 
   # No new calls; over as soon as there are no old ones.
   defp drain(state, reason) do
-    state = unlist(state)
+    state = Listing.leave(state)
 
     if Calls.empty?(state.calls) do
       lost(state, reason)
@@ -693,21 +563,11 @@ defmodule MeshxRpc.Client.Connection do
   # The stream ids are nearly used up, or too many were left out. Another connection is made beside this one, which takes calls until that one is
   # up; the ids that are left are many more than can be asked for meanwhile.
   defp retire(%{phase: :up, replaced: nil} = state) do
-    if extra?(state), do: Growth.drains(state.table, state.index), else: start_another(state)
+    if extra?(state), do: Growth.drains(state.table, state.index), else: Successor.start(state)
     %{state | replaced: :asked}
   end
 
   defp retire(state), do: used_up(state)
-
-  defp start_another(state) do
-    %{config: config, index: index, table: table, calls: calls} = state
-    {name, index_or_more} = state.id || {config.id, index}
-    {place, generation} = if is_tuple(index_or_more), do: index_or_more, else: {index_or_more, 0}
-    id = {name, {place, generation + 1}}
-    spec = child_spec({config, index, table, calls.load}, id, self())
-    # The supervisor may be waiting for us.
-    spawn(fn -> Supervisor.start_child(config.id, spec) end)
-  end
 
   # It is not needed any more. Callers that have found it just before may still ask it.
   defp replaced(%{phase: phase} = state) do
@@ -724,22 +584,12 @@ defmodule MeshxRpc.Client.Connection do
   # Claimed, no caller writes beside us while we close.
   defp over(%{link: link} = state) do
     if Calls.empty?(state.calls) and (link == nil or Shared.claim?(link.shared)) do
-      unless extra?(state), do: delete_child(state)
+      unless extra?(state), do: Successor.delete_me(state)
       if link, do: Link.close(link)
       {:stop, :normal, refuse_late(state)}
     else
       replaced(state) |> continue()
     end
-  end
-
-  defp delete_child(%{config: config, id: id, index: index}) do
-    old = self()
-
-    spawn(fn ->
-      monitor = Process.monitor(old)
-      receive do: ({:DOWN, ^monitor, :process, _pid, _reason} -> :ok)
-      Supervisor.delete_child(config.id, id || {config.id, index})
-    end)
   end
 
   defp refuse_late(state) do

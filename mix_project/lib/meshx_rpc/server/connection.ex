@@ -10,7 +10,7 @@ defmodule MeshxRpc.Server.Connection do
   require Logger
 
   alias MeshxRpc.{Address, Frame, Hello, Link, Options, Refs, Shared, Telemetry, Term, Writer}
-  alias MeshxRpc.Server.{Functions, Task}
+  alias MeshxRpc.Server.{Alarm, Functions, Report, Task}
 
   @linger 1_000
   # How often a connection that drains looks whether it has.
@@ -73,16 +73,12 @@ defmodule MeshxRpc.Server.Connection do
     end
   end
 
-  def handle_info({:tcp, _socket, _bytes}, %{phase: :closing} = state), do: continue(state)
+  def handle_info({:tcp, _socket, _bytes}, %{phase: :closing} = state),
+    do: continue(%{state | link: Link.took(state.link)})
 
   def handle_info({:tcp, _socket, bytes}, state), do: state |> read(bytes) |> continue()
 
-  def handle_info({:tcp_passive, _socket}, state) do
-    case Link.activate(state.link) do
-      :ok -> continue(state)
-      {:error, reason} -> broken(state, reason)
-    end
-  end
+  def handle_info({:tcp_passive, _socket}, state), do: continue(state)
 
   def handle_info({:done, pid, stream, done}, state),
     do: state |> done(pid, stream, done) |> continue()
@@ -96,21 +92,16 @@ defmodule MeshxRpc.Server.Connection do
   def handle_info({:inet_reply, _socket, {:error, reason}}, state), do: broken(state, reason)
 
   def handle_info({:tcp_closed, _socket}, state) do
-    if state.streams != %{}, do: tell(state, :recv, :tcp_closed)
+    if state.streams != %{}, do: Report.tell(state, :recv, :tcp_closed)
     {:stop, :normal, state}
   end
 
   def handle_info({:tcp_error, _socket, reason}, state), do: broken(state, reason)
 
   def handle_info({:timeout, timer, :alarm}, %{alarm: {timer, _at}} = state) do
-    now = System.monotonic_time(:millisecond)
-    late = for {stream, %{until: until}} <- state.streams, until <= now, do: stream
+    late = Alarm.late(state.streams)
     state = Enum.reduce(late, %{state | alarm: nil}, &too_late/2)
-
-    next =
-      for {_stream, %{until: until}} <- state.streams, reduce: :infinity, do: (at -> min(at, until))
-
-    continue(if next == :infinity, do: state, else: alarm(state, next))
+    continue(%{state | alarm: Alarm.next(state.streams)})
   end
 
   def handle_info({:timeout, _timer, :alarm}, state), do: continue(state)
@@ -139,7 +130,7 @@ defmodule MeshxRpc.Server.Connection do
   # Too many are in their hello, and this is the oldest. It ends at once: lingering ones would fill the server.
   def handle_info(:evicted, %{phase: phase} = state) when phase in [:hello, :auth] do
     text = "#{state.config.max_hello} newer connections are in their hello (max_hello)"
-    log(state, :full, text)
+    Report.log(state, :full, text)
     Link.shutdown(state.link, Frame.refused(:full, text))
     {:stop, :normal, state}
   end
@@ -172,7 +163,12 @@ defmodule MeshxRpc.Server.Connection do
   def handle_info({:timeout, _timer, :linger}, state), do: {:stop, :normal, state}
 
   def handle_info({:timeout, timer, :send}, %{send_timer: timer} = state) do
-    log(state, :timeout, "the client left our bytes unread for #{state.config.timeout_send} ms")
+    Report.log(
+      state,
+      :timeout,
+      "the client left our bytes unread for #{state.config.timeout_send} ms"
+    )
+
     {:stop, :normal, state}
   end
 
@@ -247,7 +243,7 @@ defmodule MeshxRpc.Server.Connection do
 
       :error ->
         text = "a window of stream #{stream} grew beyond 2147483647 bytes"
-        log(state, :protocol, text)
+        Report.log(state, :protocol, text)
         close(state, goaway(state, :protocol, text))
     end
   end
@@ -259,7 +255,7 @@ defmodule MeshxRpc.Server.Connection do
     do: forget(state, stream)
 
   defp event({:refused, cause, text}, state) do
-    tell(state, :hsk, {cause, Link.printable(text)})
+    Report.tell(state, :hsk, {cause, Link.printable(text)})
 
     unless state.config.quiet_on_hsk_error? do
       Logger.warning(
@@ -285,12 +281,15 @@ defmodule MeshxRpc.Server.Connection do
           start(state, stream, kind, deadline, fun, flag, argument)
         else
           text = "#{state.config.max_concurrency} requests run (max_concurrency)"
-          state |> tell_refused(kind, fun, stream, argument, :full) |> reset(stream, :full, text)
+
+          state
+          |> Report.tell_refused(kind, fun, stream, argument, :full)
+          |> reset(stream, :full, text)
         end
 
       {:error, state} ->
         state
-        |> tell_refused(kind, fun, stream, argument, :undef)
+        |> Report.tell_refused(kind, fun, stream, argument, :undef)
         |> answer(stream, {:error, Term.encode_error(Term.undef(state.config.module, fun))})
     end
   end
@@ -309,7 +308,7 @@ defmodule MeshxRpc.Server.Connection do
 
   defp up(state) do
     send(state.listener, {:up, self()})
-    tell(state, :hsk, :ok)
+    Report.tell(state, :hsk, :ok)
     %{config: config, agreed: agreed} = state
     link = Link.agree(state.link, agreed, [])
 
@@ -342,7 +341,7 @@ defmodule MeshxRpc.Server.Connection do
 
       {:error, link, events, out, cause, text} ->
         state = events(%{state | link: link}, events)
-        unless state.phase == :closing, do: log(state, cause, text)
+        unless state.phase == :closing, do: Report.log(state, cause, text)
         close(state, out)
     end
   end
@@ -359,24 +358,19 @@ defmodule MeshxRpc.Server.Connection do
   defp start(state, fun, request, measured), do: Task.start(state.task, fun, request, measured)
 
   defp start(state, stream, kind, deadline, fun, flag, argument) do
-    measured = measured(state, kind, fun, stream, argument)
+    measured = Report.measured(state, kind, fun, stream, argument)
     pid = start(state, fun, {stream, kind, flag, argument}, measured)
 
     execute = state.config.timeout_execute
     reason = if execute < deadline, do: :killed, else: :timeout
 
-    until =
-      case min(deadline, execute) do
-        :infinity -> :infinity
-        milliseconds -> System.monotonic_time(:millisecond) + milliseconds
-      end
-
+    until = Alarm.until(min(deadline, execute))
     request = %{pid: pid, until: until, reason: reason, kind: kind, measured: measured}
-    state = if earlier?(state.alarm, until), do: alarm(state, until), else: state
 
     state = %{
       state
-      | streams: Map.put(state.streams, stream, request),
+      | alarm: Alarm.set(state.alarm, until),
+        streams: Map.put(state.streams, stream, request),
         pids: Map.put(state.pids, pid, stream)
     }
 
@@ -398,7 +392,7 @@ defmodule MeshxRpc.Server.Connection do
         reason = Term.exit_reason(reason)
 
         state
-        |> tell_ended(stream, reason)
+        |> Report.tell_ended(stream, reason)
         |> finish(stream, {:error, Term.encode_error(reason)})
 
       _over ->
@@ -411,18 +405,6 @@ defmodule MeshxRpc.Server.Connection do
     kind = state.streams[stream].kind
     state = finished(state, stream)
     if kind == :call, do: answer(state, stream, done), else: over(state, stream)
-  end
-
-  # One timer for all requests, at the first moment in which one of them is to end: setting and cancelling one
-  # for each costs more than looking through them now and then.
-  defp earlier?(_alarm, :infinity), do: false
-  defp earlier?(nil, _until), do: true
-  defp earlier?({_timer, at}, until), do: until < at
-
-  defp alarm(state, until) do
-    with {timer, _at} <- state.alarm, do: :erlang.cancel_timer(timer, async: true, info: false)
-    timer = :erlang.start_timer(until, self(), :alarm, abs: true)
-    %{state | alarm: {timer, until}}
   end
 
   # `:timeout` by the caller's deadline, `:killed` by our `timeout_execute`.
@@ -440,7 +422,7 @@ defmodule MeshxRpc.Server.Connection do
 
   defp kill(state, stream, reason) do
     Process.exit(state.streams[stream].pid, :kill)
-    tell_ended(state, stream, reason)
+    Report.tell_ended(state, stream, reason)
   end
 
   defp forget(state, stream) do
@@ -546,7 +528,7 @@ defmodule MeshxRpc.Server.Connection do
   defp write(state), do: {:noreply, state}
 
   defp broken(state, reason) do
-    tell(state, if(state.link && state.link.blocked, do: :send, else: :recv), reason)
+    Report.tell(state, if(state.link && state.link.blocked, do: :send, else: :recv), reason)
 
     Logger.debug(
       "MeshxRpc.Server #{inspect(state.config.id)}: connection of #{state.peer} broke: #{inspect(reason)}"
@@ -585,7 +567,7 @@ defmodule MeshxRpc.Server.Connection do
   # The end
 
   defp refuse(state, cause, text) do
-    log(state, cause, text)
+    Report.log(state, cause, text)
     close(state, if(state.config.quiet_on_hsk_error?, do: [], else: Frame.refused(cause, text)))
   end
 
@@ -597,88 +579,5 @@ defmodule MeshxRpc.Server.Connection do
     Link.shutdown(state.link, frames)
     _ = :erlang.start_timer(@linger, self(), :linger)
     %{state | phase: :closing}
-  end
-
-  # Telemetry. Handlers of the user's run elsewhere, and without one it costs a look.
-
-  defp tell(state, name, reason) do
-    if Telemetry.on?(state.config.telemetry, name) do
-      time = if name == :hsk, do: [hsk: Telemetry.now() - state.since], else: []
-
-      Telemetry.emit_aside(
-        state.config.telemetry,
-        name,
-        Telemetry.measurements(time: time),
-        Map.merge(metadata(state), %{result: Telemetry.cause(reason), state: state.phase})
-      )
-    end
-
-    :ok
-  end
-
-  defp tell_refused(state, kind, fun, stream, argument, reason) do
-    with %{} = measured <- measured(state, kind, fun, stream, argument),
-         do: tell_request(state, measured, reason)
-
-    state
-  end
-
-  defp tell_ended(state, stream, reason) do
-    with %{measured: %{} = measured} <- state.streams[stream],
-         do: tell_request(state, measured, reason)
-
-    state
-  end
-
-  defp tell_request(state, measured, reason) do
-    time = [exec: Telemetry.now() - measured.began]
-
-    Telemetry.emit_aside(
-      state.config.telemetry,
-      measured.fun_req,
-      Task.measurements(measured, 0, time),
-      Task.metadata(measured, Telemetry.result({:error_rpc, reason}))
-    )
-  end
-
-  # What is told of a request, when somebody listens. What casts and streams are made of is not told.
-  defp measured(_state, _kind, {:internal, _name}, _stream, _argument), do: nil
-  defp measured(_state, _kind, <<0, _::binary>>, _stream, _argument), do: nil
-
-  defp measured(state, kind, fun, stream, argument) do
-    if Telemetry.on?(state.config.telemetry, kind) do
-      Map.merge(metadata(state), %{
-        fun_name: fun,
-        fun_req: kind,
-        req_ref: stream,
-        state: :reply,
-        received: byte_size(argument),
-        block: state.agreed.block,
-        began: Telemetry.now()
-      })
-    end
-  end
-
-  defp metadata(state) do
-    %{
-      address: state.config.address,
-      peer: state.peer,
-      hsk_ref: state.hsk_ref,
-      local: state.refs,
-      remote: state.agreed && state.agreed.remote,
-      socket: state.link && state.link.socket
-    }
-  end
-
-  defp log(%{config: config} = state, cause, text) do
-    tell(state, if(state.phase == :up, do: :recv, else: :hsk), {cause, text})
-
-    unless config.quiet_on_hsk_error? and state.phase != :up,
-      do:
-        Logger.warning(
-          "MeshxRpc.Server #{inspect(config.id)} refuses #{state.peer}: #{cause}: #{text}"
-        )
-
-    :ok
   end
 end

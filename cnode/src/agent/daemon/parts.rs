@@ -3,7 +3,8 @@
 use std::{io, net::SocketAddr, os::fd::OwnedFd, sync::Arc};
 
 use rustix::process::{Resource, getrlimit};
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::{net::TcpListener, sync::Semaphore, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::StartError;
@@ -13,12 +14,15 @@ use crate::{
         control::{
             commands::{Context, QUESTIONS_MAX},
             diagnosis::PROBES_MAX,
+            server::Clients,
             upstreams::Budget,
         },
         dir::AgentDir,
         registry::{self, Registry, carrier::Carriers},
         sidecar::{self, ConsulProgram, Sidecars},
+        takeover::Listeners,
     },
+    epmd::{self, Epmd},
     log_limit::LogLimit,
     mesh::{Mesh, MeshError, consul::ConsulMesh, embedded::EmbeddedMesh, observed::Observed},
     proxy::{
@@ -28,6 +32,23 @@ use crate::{
         plain::PlainPorts,
     },
 };
+
+/// All that serves.
+pub(super) struct Parts {
+    pub(super) context: Context,
+    pub(super) listeners: Listeners,
+    pub(super) clients: Clients,
+    pub(super) epmd: Option<(Arc<Epmd>, epmd::Serving)>,
+}
+
+pub(super) fn serve_epmd(
+    (epmd, serving): (Arc<Epmd>, epmd::Serving),
+    stop: &CancellationToken,
+    freeze: &CancellationToken,
+) -> (Arc<Epmd>, JoinHandle<epmd::Serving>) {
+    let running = epmd.clone().serve(serving, stop.clone(), freeze.clone());
+    (epmd, tokio::spawn(running))
+}
 
 /// Registry, data plane and all that clients ask; nothing serves yet.
 pub(super) fn context(

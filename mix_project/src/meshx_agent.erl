@@ -16,15 +16,13 @@
 -export([start/0, start_link/0, call/2, call/3, await/0, subscribe/0]).
 -export([register_node/3, register_plain_node/3, deregister_node/0, secret/0, credentials/1, link/4]).
 -export([init/1, callback_mode/0, handle_event/4, terminate/3, format_status/1]).
--export_type([result/0]).
+-export_type([result/0, name/0]).
 
 -include_lib("kernel/include/logger.hrl").
 
 -define(CALL_TIMEOUT, 5000).
--define(CONNECT_TIMEOUT, 1000).
 %% The agent gives a client 5 s for hello (docs/mesh-protocol.md); the client gives as long.
 -define(HELLO_TIMEOUT, 5000).
--define(SEND_TIMEOUT, 5000).
 -define(DEREGISTER_TIMEOUT, 1000).
 %% Unanswered requests: the agent's limit. This many that nobody waits for any more mean that it is stuck.
 -define(MAX_UNANSWERED, 64).
@@ -61,14 +59,8 @@
     socket :: undefined | port(),
     hello = #{} :: map(),
     next_id = 1 :: pos_integer(),
-    %% What to do with a reply; `abandoned' when its caller gave up.
-    pending = #{} :: #{
-        integer() =>
-            {call, gen_statem:from()}
-            | {register, undefined | gen_statem:from()}
-            | {session, name(), gen_statem:from()}
-            | abandoned
-    },
+    %% What to do with a reply.
+    pending = #{} :: #{integer() => meshx_pending:kind()},
     waiting = [] :: [gen_statem:from()],
     node :: undefined | #node{},
     %% A VM that does not listen: what it called itself, and its secret, inside a fun, while the agent knows it.
@@ -324,36 +316,13 @@ arity(Arity) -> Arity.
 %% === Connection
 
 connect(Data) ->
-    case open() of
+    case meshx_control_socket:open() of
         {ok, Socket} -> greet(Socket, Data);
         {error, Error} -> lost(Error, Data)
     end.
 
-open() ->
-    case meshx_dir:find() of
-        {ok, Dir} ->
-            Path = meshx_dir:control_socket(Dir),
-            %% The inet backend whatever -kernel inet_backend says: the same as for links.
-            Options =
-                [{inet_backend, inet}, binary, {packet, 4}, {packet_size, meshx_control:max_frame()}] ++
-                    [{active, once}, {send_timeout, ?SEND_TIMEOUT}, {send_timeout_close, true}],
-            case gen_tcp:connect({local, Path}, 0, Options, ?CONNECT_TIMEOUT) of
-                {ok, Socket} -> {ok, Socket};
-                {error, Reason} -> {error, {unreachable, text("no agent at ~ts: ~ts", [Path, inet:format_error(Reason)])}}
-            end;
-        {error, _} = Error ->
-            Error
-    end.
-
 greet(Socket, Data) ->
-    Hello = #{
-        versions => {1, 1},
-        features => [],
-        client => text("erlang/otp-~ts", [erlang:system_info(otp_release)]),
-        os_pid => list_to_integer(os:getpid())
-    },
-    {ok, Frame} = meshx_control:request(0, hello, Hello),
-    case gen_tcp:send(Socket, Frame) of
+    case meshx_control_socket:greet(Socket) of
         ok ->
             {next_state, greeting, Data#data{socket = Socket}, [
                 {state_timeout, ?HELLO_TIMEOUT, hello}, {{timeout, reconnect}, cancel}
@@ -392,7 +361,7 @@ lost({Cause, Text} = Error, #data{socket = Socket, pending = Pending, waiting = 
         0 -> ok;
         _ -> tell(down, Data)
     end,
-    Waiters = [from(Kind) || Kind <- maps:values(maps:filter(fun waited/2, Pending))] ++ Waiting,
+    Waiters = [meshx_pending:from(Kind) || Kind <- maps:values(maps:filter(fun meshx_pending:is_waited/2, Pending))] ++ Waiting,
     Timers = [{{timeout, {request, Id}}, cancel} || Id <- maps:keys(Pending)],
     Replies = [{reply, From, {error, Error}} || From <- Waiters],
     Failures = Data#data.failures,
@@ -418,13 +387,6 @@ lost_links(#data{ended = Ended}) ->
     Since = erlang:monotonic_time(millisecond) - ?SAME_END,
     [Link || {At, Link} <- Ended, At >= Since] ++ meshx_links:live().
 
-waited(_, {_, From}) -> From =/= undefined;
-waited(_, {session, _, _}) -> true;
-waited(_, abandoned) -> false.
-
-from({session, _, From}) -> From;
-from({_, From}) -> From.
-
 unregistered(undefined) -> undefined;
 unregistered(Node) -> Node#node{registration = undefined}.
 
@@ -442,13 +404,13 @@ request(Command, Args, Kind, Timeout, #data{next_id = Id, pending = Pending} = D
     case meshx_control:request(Id, Command, Args) of
         {ok, _} when map_size(Pending) >= ?MAX_UNANSWERED ->
             {keep_state, Data,
-                replies(Kind, {error, {limit, text("~b requests to the agent unanswered, at most ~b", [
+                meshx_pending:replies(Kind, {error, {limit, text("~b requests to the agent unanswered, at most ~b", [
                     map_size(Pending), ?MAX_UNANSWERED
                 ])}})};
         {ok, Frame} ->
             case gen_tcp:send(Data#data.socket, Frame) of
                 ok ->
-                    {keep_state, Data#data{next_id = next_id(Id), pending = Pending#{Id => Kind}},
+                    {keep_state, Data#data{next_id = meshx_pending:next_id(Id), pending = Pending#{Id => Kind}},
                         {{timeout, {request, Id}}, Timeout, Timeout}};
                 {error, Reason} ->
                     lost(
@@ -457,17 +419,8 @@ request(Command, Args, Kind, Timeout, #data{next_id = Id, pending = Pending} = D
                     )
             end;
         {error, _} = Error ->
-            {keep_state, Data, replies(Kind, Error)}
+            {keep_state, Data, meshx_pending:replies(Kind, Error)}
     end.
-
-%% Below 2^27, so that the number is an INTEGER_EXT everywhere; 0 is hello's.
-next_id(Id) when Id >= 16#7ffffff -> 1;
-next_id(Id) -> Id + 1.
-
-replies({_, undefined}, _) -> [];
-replies({session, _, From}, Reply) -> [{reply, From, Reply}];
-replies({_, From}, Reply) -> [{reply, From, Reply}];
-replies(abandoned, _) -> [].
 
 %% The place of a request that timed out stays taken until its answer: the agent counts it too.
 expired(Id, Timeout, #data{pending = Pending} = Data) ->
@@ -485,7 +438,7 @@ abandon(Kind, Error, #data{pending = Pending} = Data) ->
         true ->
             {next_state, State, Lost, Actions} =
                 lost({timeout, text("the agent left ~b requests unanswered", [Abandoned])}, Data),
-            {next_state, State, Lost, Actions ++ replies(Kind, Error)};
+            {next_state, State, Lost, Actions ++ meshx_pending:replies(Kind, Error)};
         false ->
             finish(Kind, Error, Data)
     end.
@@ -539,7 +492,7 @@ answered(Id, Reply, #data{pending = Pending} = Data) ->
 
 finish({register, From}, Reply, Data) -> registered(meshx_control:registration(Reply), From, Data);
 finish({session, Self, From}, Reply, Data) -> session(meshx_control:session(Reply), Self, From, Data);
-finish(Kind, Reply, Data) -> {keep_state, Data, replies(Kind, Reply)}.
+finish(Kind, Reply, Data) -> {keep_state, Data, meshx_pending:replies(Kind, Reply)}.
 
 cut(Link, Cause, Text) ->
     case meshx_links:port(Link) of
@@ -590,7 +543,7 @@ registered({ok, _}, From, #data{node = undefined} = Data) ->
     %% net_kernel ended meanwhile. The agent still knows the node: end the connection that owns it.
     {next_state, State, Lost, Actions} =
         lost({not_ready, <<"the distribution ended during the node's registration">>}, Data),
-    {next_state, State, Lost, Actions ++ replies({register, From}, {error, Lost#data.error})};
+    {next_state, State, Lost, Actions ++ meshx_pending:replies({register, From}, {error, Lost#data.error})};
 registered({ok, Registration}, From, #data{node = Node} = Data) ->
     #{secret := Secret, creation := Creation} = Registration,
     Proof = fun() -> Secret end,
@@ -600,7 +553,7 @@ registered({ok, Registration}, From, #data{node = Node} = Data) ->
         registration = Registration#{secret := Proof}
     },
     meshx_again:connect(Data#data.again),
-    {keep_state, Data#data{node = Known, refusals = 0, again = []}, replies({register, From}, {ok, Registration})};
+    {keep_state, Data#data{node = Known, refusals = 0, again = []}, meshx_pending:replies({register, From}, {ok, Registration})};
 registered({error, {Cause, Text} = Error}, undefined, #data{refusals = Refusals} = Data) ->
     %% A node that runs: try for as long as it does.
     ?LOG_ERROR("meshx: the agent refuses this node: ~ts: ~ts", [Cause, Text]),

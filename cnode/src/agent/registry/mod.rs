@@ -7,9 +7,12 @@
 pub mod carrier;
 mod checks;
 mod creation;
+mod enlist;
 mod handed;
+mod leave;
 pub mod options;
 mod pending;
+mod request;
 mod reserved;
 mod session;
 
@@ -21,13 +24,13 @@ use std::{
     time::Duration,
 };
 
-use carrier::{Carried, Carriers, Told};
+use carrier::{Carried, Carriers};
 pub(super) use checks::chosen_socket;
 use creation::Creations;
-use futures::future::join_all;
+use enlist::Wish;
 pub(super) use handed::{Handed, HandedInstance, HandedInstances, HandedPorts};
-use options::{Options, SidecarKind};
 use pending::Pending;
+pub use request::{Node, NodeListens, NodeRequest, Service, ServiceRequest};
 pub(super) use reserved::Reserved;
 pub(super) use session::HandedSession;
 pub use session::SessionName;
@@ -35,21 +38,20 @@ use tokio::{
     sync::{Notify, mpsc},
     time::timeout,
 };
-use tracing::{info, warn};
+use tracing::info;
 
 use super::{
     config::NodeService,
     sidecar::SidecarEvent,
-    takeover::{Order, Predecessors},
+    takeover::Predecessors,
     trust::{Peer, Trust},
 };
 use crate::{
-    mesh::{Answer, DataPlane, Instance, Kept, Mesh, MeshError, Protocol, ServiceName, SpiffeId},
+    mesh::{Answer, Instance, Kept, Mesh, MeshError, Protocol, ServiceName},
     proxy::{
         cause::{Cause, Refusal},
-        gone,
         links::LinkTable,
-        local::{Endpoint, LocalInstance, LocalTable, Secret},
+        local::{Endpoint, LocalTable},
     },
 };
 
@@ -110,71 +112,6 @@ pub struct Place {
     pub up: PathBuf,
     /// Which service a node is an instance of.
     pub node_service: NodeService,
-}
-
-/// A node's wish to be registered.
-#[derive(Debug, Clone)]
-pub struct NodeRequest<'a> {
-    /// Its name.
-    pub node: &'a str,
-    /// Where it takes connections.
-    pub listens: NodeListens<'a>,
-    /// The one that it runs with, when it was registered with an agent before.
-    pub creation: Option<i64>,
-    /// The secret that it had from that agent.
-    pub secret: Option<Secret>,
-    /// A hidden node is registered like any other; the log says so.
-    pub hidden: bool,
-    /// What its entry says beyond its name.
-    pub options: Options,
-}
-
-/// Where a node takes connections.
-#[derive(Debug, Clone, Copy)]
-pub enum NodeListens<'a> {
-    /// At a Unix socket in [`Place::vm`].
-    Socket(&'a str),
-    /// At a loopback port, by plain distribution.
-    Plain(SocketAddr),
-}
-
-/// A registered node.
-#[derive(Debug)]
-pub struct Node {
-    /// Differs from that of every earlier registration.
-    pub creation: u32,
-    /// Proves its later connections.
-    pub secret: Secret,
-    /// The service that its certificate names.
-    pub service: ServiceName,
-    /// The identity in that certificate.
-    pub spiffe: SpiffeId,
-}
-
-/// A service's wish to be registered.
-#[derive(Debug, Clone)]
-pub struct ServiceRequest<'a> {
-    /// Its name.
-    pub name: &'a str,
-    /// The instance's; the agent makes one when there is none.
-    pub id: Option<&'a str>,
-    /// Where it takes connections; the agent chooses a socket when there is none.
-    pub address: Option<Endpoint>,
-    /// What its entry says beyond its name and address.
-    pub options: Options,
-}
-
-/// A registered service.
-#[derive(Debug)]
-pub struct Service {
-    /// The instance's id.
-    pub id: String,
-    /// The service.
-    pub service: ServiceName,
-    /// The identity in its certificate.
-    pub spiffe: SpiffeId,
-    /// Where the agent connects to it.
-    pub address: Endpoint,
 }
 
 #[derive(Debug)]
@@ -430,61 +367,6 @@ impl Registry {
             .is_some_and(|entry| entry.owner == owner && entry.phase == Phase::Live)
     }
 
-    /// Takes away one registration of this connection.
-    ///
-    /// # Errors
-    /// `invalid_request` when it has none of this id.
-    pub async fn deregister(self: &Arc<Self>, owner: Owner, id: &str) -> Result<(), Refusal> {
-        let leaving = match self.lock().ids.get_mut(id) {
-            Some(entry) if entry.owner == owner.id && entry.phase == Phase::Live => {
-                entry.phase = Phase::Leaving;
-                true
-            }
-            _ => false,
-        };
-        if !leaving {
-            return Err(
-                Cause::InvalidRequest.because(format!("{id:?} is not registered through this connection"))
-            );
-        }
-        self.drop_local(id);
-        self.renamed.notify_one();
-        self.leave(id).await;
-        Ok(())
-    }
-
-    /// The agent ends: what is registered goes from the mesh, and nothing more is registered. Live links stay.
-    pub async fn leave_mesh(&self) {
-        let ids: Vec<String> = {
-            let mut state = self.lock();
-            state.closing = true;
-            let live = state.ids.iter().filter(|(_, entry)| entry.phase == Phase::Live);
-            live.map(|(id, _)| id.clone()).collect()
-        };
-        join_all(ids.iter().map(|id| self.take_out_of_mesh(id))).await;
-    }
-
-    /// A control connection has ended: what it registered goes. Says how much that was.
-    pub async fn release(self: &Arc<Self>, owner: u64) -> usize {
-        let ids: Vec<String> = {
-            let mut state = self.lock();
-            state.owners.remove(&owner);
-            let of_owner = |entry: &&mut Entry| entry.owner == owner && entry.phase == Phase::Live;
-            let live = state.ids.iter_mut().filter(|(_, entry)| of_owner(entry));
-            live.map(|(id, entry)| {
-                entry.phase = Phase::Leaving;
-                id.clone()
-            })
-            .collect()
-        };
-        self.release_sessions(owner);
-        self.cut_links_later(ids.iter().filter_map(|id| self.local.remove(id)).collect());
-        self.renamed.notify_one();
-        // What is pending takes itself away when it finds its owner gone.
-        join_all(ids.iter().map(|id| self.leave(id))).await;
-        ids.len()
-    }
-
     fn own_host(&self, node: &str, host: &str) -> Result<(), Refusal> {
         if self.place.hosts.iter().any(|owned| owned == host) {
             return Ok(());
@@ -553,184 +435,6 @@ impl Registry {
         Ok(Pending::new(self.clone(), id.to_owned()))
     }
 
-    /// From reserved to live: locally first, so that whoever finds it in the mesh can reach it.
-    async fn enlist(self: &Arc<Self>, pending: Pending, wish: Wish) -> Result<(Secret, SpiffeId), Refusal> {
-        let Wish {
-            instance,
-            endpoint,
-            owner,
-            options,
-        } = wish;
-        if let Some(token) = options.token.clone() {
-            answer(self.mesh.present_token(&instance.service, token)).await?;
-        }
-        let identity = answer(self.mesh.identity(&instance.service)).await?;
-        let secret = Secret::generate()
-            .map_err(|error| Cause::NotReady.because(format!("the system gave no random bytes: {error}")))?;
-        let kind = options.sidecar.as_ref().unwrap_or(&self.carriers.default).clone();
-        let mut entry = options.entry(instance, DataPlane::Native);
-        let mut carried = self
-            .carriers
-            .prepare(&self.mesh, &kind, &mut entry, &endpoint)
-            .await?;
-        self.local.insert(LocalInstance {
-            instance: entry.instance.clone(),
-            secret: secret.clone(),
-            endpoint,
-            owner: owner.id,
-            uid: owner.peer.uid,
-            sidecar: carried.upstreams(),
-        })?;
-        let id = entry.instance.id.clone();
-        let mesh = self.mesh.clone();
-        let kept = Kept {
-            entry: entry.clone(),
-            token: options.token.clone(),
-            address: None,
-        };
-        let mut registering = tokio::spawn(async move { mesh.register(&entry).await });
-        match timeout(MESH_TIME, &mut registering).await {
-            Ok(Ok(Ok(()))) => {
-                let started = self.start(&id, owner, kind, &options, &mut carried).await;
-                let live = match started {
-                    Ok(()) if pending.to_live(owner.id, kept, carried) => {
-                        return Ok((secret, identity.id.clone()));
-                    }
-                    Ok(()) => owner_gone(),
-                    Err(refusal) => refusal,
-                };
-                self.drop_local(&id);
-                tokio::spawn(pending.withdraw());
-                Err(live)
-            }
-            Ok(Ok(Err(error))) => {
-                self.drop_local(&id);
-                Err(refused(error))
-            }
-            Ok(Err(error)) => {
-                self.drop_local(&id);
-                Err(Cause::NotReady.because(error.to_string()))
-            }
-            Err(_) => {
-                self.drop_local(&id);
-                // The mesh may still take it. Until that is undone the name is nobody's.
-                tokio::spawn(async move {
-                    let _ = registering.await;
-                    pending.withdraw().await;
-                });
-                Err(silent())
-            }
-        }
-    }
-
-    /// The mesh knows it: its sidecar starts, and it is waited for.
-    async fn start(
-        &self,
-        id: &str,
-        owner: Owner,
-        kind: SidecarKind,
-        options: &Options,
-        carried: &mut Carried,
-    ) -> Result<(), Refusal> {
-        if options.adopt
-            && let Some(address) = self.mesh.adopted(id)
-            && address != self.place.inbound
-        {
-            self.carriers.listen_as_registered(carried, id, address).await?;
-        }
-        let client = |state: &State| state.owners.get(&owner.id).map(|client| client.events.clone());
-        let told = Told {
-            events: client(&self.lock()).ok_or_else(owner_gone)?,
-            output: options.proxy_output,
-            max_restarts: options.max_proxy_restarts,
-            token: options.token.clone(),
-        };
-        self.carriers.start(carried, kind, told).await?;
-        self.wait_passing(id, options.wait).await
-    }
-
-    /// For as long as the client asked to, which may be not at all.
-    async fn wait_passing(&self, id: &str, wait: Option<Duration>) -> Result<(), Refusal> {
-        let Some(wait) = wait else { return Ok(()) };
-        match timeout(wait, self.mesh.passing(id)).await {
-            Ok(passing) => passing.map_err(refused),
-            Err(_) => Err(Cause::Timeout.because(format!(
-                "{id} was registered, but did not pass its checks within {} ms: see what they say in the mesh",
-                wait.as_millis()
-            ))),
-        }
-    }
-
-    /// Takes it away, and its links with it.
-    fn drop_local(&self, id: &str) {
-        if let Some(local) = self.local.remove(id) {
-            self.cut_links(&local.instance);
-        }
-    }
-
-    fn cut_links(&self, instance: &Instance) {
-        let Refusal { cause, text } = gone(instance);
-        let cut = self.links.cut_instance(&instance.id, cause, &text);
-        self.predecessors.order(&Order::CutInstance {
-            id: instance.id.clone(),
-            cause,
-            text,
-        });
-        if cut > 0 {
-            info!(
-                id = instance.id,
-                links = cut,
-                "links of a deregistered instance were cut"
-            );
-        }
-    }
-
-    /// Unless they are registered again by then.
-    fn cut_links_later(self: &Arc<Self>, left: Vec<Arc<LocalInstance>>) {
-        if left.is_empty() {
-            return;
-        }
-        let (registry, reclaim) = (Arc::downgrade(self), self.reclaim);
-        tokio::spawn(async move {
-            tokio::time::sleep(reclaim).await;
-            let Some(registry) = registry.upgrade() else {
-                return;
-            };
-            for local in left {
-                // A successor of this process sees to it.
-                let ours = !registry.carriers.proxy.is_closed();
-                if ours && registry.local.by_id(&local.instance.id).is_none() {
-                    registry.cut_links(&local.instance);
-                }
-            }
-        });
-    }
-
-    /// It is gone from this agent; the name is free when the mesh has let it go.
-    async fn leave(self: &Arc<Self>, id: &str) {
-        let (registry, owned) = (self.clone(), id.to_owned());
-        let leaving = tokio::spawn(async move {
-            let entry = |state: &mut State| state.ids.get_mut(&owned)?.carried.take();
-            let carried = entry(&mut registry.lock());
-            if let Some(carried) = carried {
-                carried.end().await;
-            }
-            registry.take_out_of_mesh(&owned).await;
-            registry.lock().forget(&owned);
-            info!(id = owned, "deregistered");
-        });
-        if timeout(MESH_TIME, leaving).await.is_err() {
-            warn!(id, cause = %Cause::NotReady, "the mesh has not answered yet, the name stays reserved");
-        }
-    }
-
-    /// When the mesh does not take it, its own check of this agent's entries must.
-    async fn take_out_of_mesh(&self, id: &str) {
-        if let Err(error) = self.mesh.deregister(id).await {
-            warn!(id, cause = %Cause::NotReady, %error, "could not be deregistered from the mesh");
-        }
-    }
-
     fn lock(&self) -> MutexGuard<'_, State> {
         // Nothing that can panic runs under the lock, so what it holds is whole.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -745,14 +449,6 @@ impl State {
             client.registrations = client.registrations.saturating_sub(1);
         }
     }
-}
-
-/// What is to become a registration.
-struct Wish {
-    instance: Instance,
-    endpoint: Endpoint,
-    owner: Owner,
-    options: Options,
 }
 
 fn owner_gone() -> Refusal {

@@ -1,8 +1,10 @@
 //! Limits that would take thousands of clients to reach, and what becomes of links.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use super::options::{Options, SidecarKind};
 use super::*;
 use crate::agent::sidecar::{self, Sidecars};
+use crate::mesh::SpiffeId;
 use crate::mesh::embedded::EmbeddedMesh;
 use crate::proxy::links::{Direction, LinkGuard, LinkId, LinkInfo, Purpose};
 use crate::proxy::{Proxy, Settings};

@@ -9,19 +9,15 @@ defmodule Meshx.Agent.Server do
   # An owner is the process with which a service or upstream ends; without one it lives as long as this server.
 
   use GenServer
-  require Logger
 
-  alias Meshx.Agent.{Ask, Ports}
+  alias Meshx.Agent.Ports
+  alias Meshx.Agent.Server.{Lanes, Work}
 
-  # The agent takes 64 unanswered requests of a VM. Two adapters leave room for others.
-  @max_jobs 24
   @retry_min 500
   @retry_max 30_000
   # How long a server that stops waits for jobs, and for the agent to let go.
   @drain 2_000
   @farewell 5_000
-  # What may be otherwise at the next try.
-  @passing_causes [:not_ready, :timeout, :unreachable, :limit, :name_taken]
 
   defstruct [
     :name,
@@ -180,29 +176,29 @@ defmodule Meshx.Agent.Server do
     timer =
       if deadline = request[:deadline], do: Process.send_after(self(), {:late, from}, deadline)
 
-    request = request |> Map.put_new(:lane, lane(state, request)) |> Map.put(:from, from)
+    request = request |> Map.put_new(:lane, Lanes.lane(state, request)) |> Map.put(:from, from)
     state = put_in(state.callers[from], timer)
-    {:noreply, state |> own(request[:owner]) |> enqueue(request)}
+    {:noreply, state |> own(request[:owner]) |> Lanes.enqueue(request)}
   end
 
   @impl true
-  def handle_info({:meshx_agent, :down}, state), do: {:noreply, lost(state)}
-  def handle_info({:meshx_agent, :up}, state), do: {:noreply, again(%{state | up?: true})}
+  def handle_info({:meshx_agent, :down}, state), do: {:noreply, Work.lost(state)}
+  def handle_info({:meshx_agent, :up}, state), do: {:noreply, Work.again(%{state | up?: true})}
 
   def handle_info({:meshx_agent, {event, %{id: id} = args}}, state) do
     known? = Map.has_key?(state.services, id) or Map.has_key?(state.lanes, {:service, id})
-    if state.events && known?, do: tell_events(state, {event, args})
+    if state.events && known?, do: Work.tell_events(state, {event, args})
     {:noreply, state}
   end
 
   def handle_info({:DOWN, monitor, :process, pid, reason}, state) do
     cond do
       Map.has_key?(state.jobs, monitor) ->
-        {:noreply, done(state, monitor, reason)}
+        {:noreply, Lanes.done(state, monitor, reason)}
 
       monitor == state.client ->
         Process.send_after(self(), :client, @retry_min)
-        {:noreply, lost(%{state | client: nil})}
+        {:noreply, Work.lost(%{state | client: nil})}
 
       Map.has_key?(state.owners, pid) ->
         {:noreply, bereaved(%{state | owners: Map.delete(state.owners, pid)}, pid)}
@@ -213,7 +209,7 @@ defmodule Meshx.Agent.Server do
   end
 
   def handle_info(:client, state) do
-    case client(state) do
+    case Work.client(state) do
       {:ok, state} ->
         {:noreply, state}
 
@@ -234,7 +230,7 @@ defmodule Meshx.Agent.Server do
     end
   end
 
-  def handle_info({:again, request}, state), do: {:noreply, enqueue(state, request)}
+  def handle_info({:again, request}, state), do: {:noreply, Lanes.enqueue(state, request)}
   def handle_info(_other, state), do: {:noreply, state}
 
   @impl true
@@ -251,7 +247,7 @@ defmodule Meshx.Agent.Server do
 
     (services ++ upstreams)
     |> Task.async_stream(fn {command, args} -> :meshx_agent.call(command, args, @farewell) end,
-      max_concurrency: @max_jobs,
+      max_concurrency: Lanes.max_jobs(),
       timeout: @farewell,
       on_timeout: :kill_task,
       ordered: false
@@ -270,7 +266,7 @@ defmodule Meshx.Agent.Server do
       {:DOWN, monitor, :process, _pid, reason} when is_map_key(state.jobs, monitor) ->
         # No further one is started.
         {request, jobs} = Map.pop(state.jobs, monitor)
-        {_reply, state} = finish(request, result(reason), %{state | jobs: jobs})
+        {_reply, state} = Work.finish(request, Lanes.result(reason), %{state | jobs: jobs})
         drain(state, deadline)
     after
       max(0, deadline - System.monotonic_time(:millisecond)) -> state
@@ -278,388 +274,6 @@ defmodule Meshx.Agent.Server do
   end
 
   defp drain(state, _deadline), do: state
-
-  ## Lanes and jobs
-
-  defp lane(state, %{id: id}) do
-    case state.services do
-      %{^id => %{lane: lane}} -> lane
-      _unknown -> {:service, id}
-    end
-  end
-
-  defp lane(_state, _request), do: nil
-
-  defp enqueue(state, %{lane: lane} = request) do
-    case state.lanes do
-      %{^lane => waiting} -> put_in(state.lanes[lane], :queue.in(request, waiting))
-      _free -> run_next(put_in(state.lanes[lane], :queue.from_list([request])), lane)
-    end
-  end
-
-  defp run_next(state, lane) do
-    case :queue.out(state.lanes[lane]) do
-      {:empty, _waiting} ->
-        %{state | lanes: Map.delete(state.lanes, lane)}
-
-      {{:value, request}, waiting} ->
-        case begin(request, put_in(state.lanes[lane], waiting)) do
-          {:reply, reply, state} -> state |> answer(request, reply) |> run_next(lane)
-          {:job, fun, state} -> start_job(state, {request, fun})
-        end
-    end
-  end
-
-  defp start_job(state, job) when map_size(state.jobs) >= @max_jobs,
-    do: %{state | waiting: :queue.in(job, state.waiting)}
-
-  defp start_job(state, {request, fun}) do
-    {_pid, monitor} = spawn_monitor(fn -> exit({:done, fun.()}) end)
-    put_in(state.jobs[monitor], Map.put(request, :epoch, state.epoch))
-  end
-
-  defp done(state, monitor, reason) do
-    {request, jobs} = Map.pop(state.jobs, monitor)
-    {reply, state} = finish(request, result(reason), %{state | jobs: jobs})
-    state = state |> answer(request, reply) |> run_next(request.lane)
-
-    case :queue.out(state.waiting) do
-      {{:value, job}, waiting} -> start_job(%{state | waiting: waiting}, job)
-      {:empty, _waiting} -> state
-    end
-  end
-
-  defp result({:done, result}), do: result
-
-  # Not the reason itself: it may have arguments, and one of them is a token.
-  defp result(_crash), do: {:error, {:not_ready, "asking the agent failed, see the log"}}
-
-  defp answer(state, %{from: nil}, _reply), do: state
-
-  defp answer(state, %{from: from}, reply) do
-    case Map.pop(state.callers, from, :answered) do
-      {:answered, _callers} ->
-        state
-
-      {timer, callers} ->
-        if timer, do: Process.cancel_timer(timer)
-        GenServer.reply(from, reply)
-        %{state | callers: callers}
-    end
-  end
-
-  # Nobody wants it any more: the caller gave up, or the owner ended.
-  defp unwanted?(%{from: from} = request, state) do
-    (from != nil and not Map.has_key?(state.callers, from)) or not alive?(request[:owner])
-  end
-
-  defp alive?(nil), do: true
-  defp alive?(owner), do: Process.alive?(owner)
-
-  ## What begins: a reply, or a job
-
-  defp begin(%{do: :register} = request, state) do
-    known = known(state.services, request)
-
-    cond do
-      unwanted?(request, state) ->
-        {:reply, {:error, {:timeout, "the caller gave up"}}, state}
-
-      known == nil ->
-        job(state, fn -> Ask.register(request.args) end)
-
-      alive?(known.owner) and request.force? and known.owner != request.owner ->
-        text =
-          "service #{known.id} is registered by another process of this VM, #{inspect(known.owner)}"
-
-        {:reply, {:error, {:name_taken, text}}, state}
-
-      alive?(known.owner) and not request.force? ->
-        {:reply, if(known.registered?, do: {:ok, :already_started}, else: {:error, :pending}),
-         state}
-
-      true ->
-        job(forget(state, known.id), fn ->
-          _ = Ask.ask(:deregister, %{id: known.id})
-          Ask.register(request.args)
-        end)
-    end
-  end
-
-  defp begin(%{do: :note, id: id} = request, state) do
-    service =
-      request
-      |> Map.drop([:do, :from])
-      |> Map.merge(%{args: nil, owner: nil, address: nil, registered?: true})
-
-    {:reply, :ok, %{state | services: Map.put_new(state.services, id, service)}}
-  end
-
-  defp begin(%{do: :deregister, id: id}, state) do
-    case state.services do
-      %{^id => %{args: nil}} -> {:reply, :ok, forget(state, id)}
-      %{^id => _service} -> job(forget(state, id), fn -> Ask.ask(:deregister, %{id: id}) end)
-      _unknown -> {:reply, :unknown, state}
-    end
-  end
-
-  # After the agent's restart.
-  defp begin(%{do: :again, id: id} = request, state) do
-    case state.services do
-      %{^id => %{registered?: false} = service} ->
-        job(state, fn ->
-          if request[:anew?], do: Ask.ask(:deregister, %{id: id})
-
-          with :ok <- Ask.present(service.address),
-               do: Ask.register(Map.delete(service.args, :wait))
-        end)
-
-      _gone_or_there ->
-        {:reply, :ok, state}
-    end
-  end
-
-  defp begin(%{do: :connect, key: key} = request, state) do
-    case {state.upstreams, request.reuse?} do
-      {%{^key => %{connected?: true, address: address}}, true} ->
-        {:reply, {:ok, address}, state}
-
-      {%{^key => %{args: args}}, true} ->
-        job(state, fn -> Ask.connect(args) end)
-
-      {%{^key => %{id: id}}, false} ->
-        job(%{state | upstreams: Map.delete(state.upstreams, key)}, fn ->
-          _ = Ask.ask(:disconnect, %{upstream: id, cut: false})
-          Ask.connect(request.args)
-        end)
-
-      {_unknown, _reuse?} ->
-        job(state, fn -> Ask.connect(request.args) end)
-    end
-  end
-
-  defp begin(%{do: :reconnect, key: key}, state) do
-    case state.upstreams do
-      %{^key => %{connected?: false, args: args}} -> job(state, fn -> Ask.connect(args) end)
-      _gone_or_there -> {:reply, :ok, state}
-    end
-  end
-
-  defp begin(%{do: :disconnect, key: key} = request, state) do
-    case Map.pop(state.upstreams, key) do
-      {nil, _upstreams} ->
-        {:reply, :unknown, state}
-
-      {%{id: id}, upstreams} ->
-        job(%{state | upstreams: upstreams}, fn ->
-          Ask.ask(:disconnect, %{upstream: id, cut: request.cut?})
-        end)
-    end
-  end
-
-  defp job(state, fun) do
-    case client(state) do
-      {:ok, state} -> {:job, fun, state}
-      {:error, _reason} = error -> {:job, fn -> error end, state}
-    end
-  end
-
-  defp known(services, %{id: id}) when id != nil, do: services[id]
-
-  defp known(services, %{name: name}),
-    do: Enum.find_value(services, fn {_id, service} -> service.name == name && service end)
-
-  ## What is finished: its reply
-
-  defp finish(%{do: :register} = request, {:ok, %{id: id} = made}, state) do
-    service =
-      request
-      |> Map.drop([:do, :from, :force?, :deadline, :epoch])
-      |> Map.merge(%{
-        id: id,
-        args: Map.merge(request.args, %{id: id, address: made.wire}),
-        address: made.address,
-        registered?: current?(request, state)
-      })
-
-    state = put_in(state.services[id], service)
-
-    state =
-      cond do
-        unwanted?(request, state) -> enqueue(state, deregistration(id, request.lane))
-        service.registered? -> state
-        true -> enqueue(state, again(id, request.lane, %{anew?: true}))
-      end
-
-    {{:ok, id, made.address}, state}
-  end
-
-  defp finish(%{do: :again, id: id} = request, result, state) do
-    case {state.services, result} do
-      {%{^id => service}, {:ok, _registered}} ->
-        service =
-          Map.drop(%{service | registered?: current?(request, state)}, [:tries, :failure, :timer])
-
-        {:ok, put_in(state.services[id], service)}
-
-      {%{^id => service}, {:error, reason}} ->
-        {:ok, not_again(state, service, reason, request)}
-
-      _gone ->
-        {:ok, state}
-    end
-  end
-
-  defp finish(%{do: doing, key: key} = request, result, state)
-       when doing in [:connect, :reconnect] do
-    known = state.upstreams[key]
-
-    case result do
-      {:ok, made} ->
-        upstream =
-          (known || Map.drop(request, [:do, :lane, :from, :key, :reuse?, :epoch]))
-          |> Map.drop([:tries, :failure, :timer])
-          |> Map.merge(made)
-          |> Map.put(:connected?, current?(request, state))
-
-        cond do
-          unwanted?(request, state) ->
-            state = put_in(state.upstreams[key], upstream)
-            {{:ok, made.address}, enqueue(state, disconnection(key))}
-
-          upstream.connected? ->
-            {{:ok, made.address}, put_in(state.upstreams[key], upstream)}
-
-          fixed?(upstream) ->
-            {{:ok, made.address}, reconnect(put_in(state.upstreams[key], upstream), key)}
-
-          true ->
-            {{:error, {:unreachable, "the agent went away"}}, state}
-        end
-
-      {:error, reason} when known != nil and doing == :reconnect ->
-        {{:error, reason}, retry(state, :upstreams, key, reason, request)}
-
-      {:error, reason} ->
-        {{:error, reason}, state}
-    end
-  end
-
-  defp finish(%{do: :deregister, id: id}, _result, state) do
-    tell_events(state, {:gone, id})
-    {:ok, state}
-  end
-
-  defp finish(%{do: :disconnect}, _result, state), do: {:ok, state}
-
-  defp finish(%{do: :register} = request, {:error, reason}, state) do
-    # Its proxy may have printed something.
-    if request.id, do: tell_events(state, {:gone, request.id})
-    {{:error, reason}, state}
-  end
-
-  # Whether it was made through the connection that there is now.
-  defp current?(request, state), do: request.epoch == state.epoch
-
-  # Its owner starts anew; what belongs to the VM has nobody who would.
-  defp not_again(state, %{owner: owner, id: id} = service, reason, request) do
-    passing? = is_tuple(reason) and elem(reason, 0) in @passing_causes
-
-    if owner == nil or passing? do
-      retry(state, :services, id, reason, request)
-    else
-      Logger.warning(
-        "#{inspect(state.name)}: service #{id} is not registered again: #{inspect(reason)}"
-      )
-
-      send(service.owner, {state.name, :lost, id})
-      forget(state, id)
-    end
-  end
-
-  # Its return begins anew.
-  defp retry(%{up?: false} = state, _kind, _key, _reason, _request), do: state
-
-  defp retry(state, kind, key, reason, request) do
-    entry = state |> Map.fetch!(kind) |> Map.fetch!(key)
-
-    if entry[:failure] != reason do
-      Logger.warning(
-        "#{inspect(state.name)}: #{inspect(key)} is not there again: #{inspect(reason)}; trying on"
-      )
-    end
-
-    if entry[:timer], do: Process.cancel_timer(entry.timer)
-    tries = Map.get(entry, :tries, 0)
-    timer = Process.send_after(self(), {:again, Map.delete(request, :epoch)}, backoff(tries))
-    entry = Map.merge(entry, %{tries: tries + 1, failure: reason, timer: timer})
-    Map.update!(state, kind, &Map.put(&1, key, entry))
-  end
-
-  defp backoff(tries) do
-    ceiling = min(@retry_max, @retry_min * Bitwise.bsl(1, min(tries, 16)))
-    div(ceiling, 2) + :rand.uniform(div(ceiling, 2))
-  end
-
-  ## The agent comes and goes
-
-  defp client(%{client: nil} = state) do
-    with {:ok, pid} <- :meshx_agent.start(),
-         {:ok, %{state: now}} <- :meshx_agent.subscribe() do
-      state = %{state | client: Process.monitor(pid)}
-      {:ok, if(now == :up, do: again(%{state | up?: true}), else: state)}
-    else
-      {:error, {cause, text}} when is_binary(text) ->
-        {:error, {cause, text}}
-
-      {:error, reason} ->
-        {:error, {:not_ready, "the agent's client does not start: #{inspect(reason)}"}}
-    end
-  end
-
-  defp client(state), do: {:ok, state}
-
-  defp lost(state) do
-    services =
-      Map.new(state.services, fn
-        {id, %{args: nil} = service} -> {id, service}
-        {id, service} -> {id, %{service | registered?: false}}
-      end)
-
-    # The agent chooses another socket for those that it chose one for: they are asked for again.
-    upstreams =
-      for {key, upstream} <- state.upstreams,
-          fixed?(upstream),
-          into: %{},
-          do: {key, %{upstream | connected?: false}}
-
-    %{state | up?: false, epoch: state.epoch + 1, services: services, upstreams: upstreams}
-  end
-
-  defp again(state) do
-    state =
-      for {id, %{registered?: false} = service} <- state.services, reduce: state do
-        state -> enqueue(state, again(id, service.lane))
-      end
-
-    for {key, %{connected?: false}} <- state.upstreams, reduce: state do
-      state -> reconnect(state, key)
-    end
-  end
-
-  defp fixed?(%{args: args}), do: match?(%{address: {:tcp, _ip, _port}}, args)
-
-  defp reconnect(state, key), do: enqueue(state, reconnection(key))
-
-  defp reconnection(key), do: %{do: :reconnect, key: key, lane: {:upstream, key}, from: nil}
-
-  defp again(id, lane, more \\ %{}),
-    do: Map.merge(%{do: :again, id: id, lane: lane, from: nil}, more)
-
-  defp deregistration(id, lane), do: %{do: :deregister, id: id, lane: lane, from: nil}
-
-  defp disconnection(key),
-    do: %{do: :disconnect, key: key, cut?: true, lane: {:upstream, key}, from: nil}
 
   ## Owners
 
@@ -675,21 +289,12 @@ defmodule Meshx.Agent.Server do
   defp bereaved(state, owner) do
     state =
       for {id, %{owner: ^owner} = service} <- state.services, reduce: state do
-        state -> enqueue(state, deregistration(id, service.lane))
+        state -> Lanes.enqueue(state, Work.deregistration(id, service.lane))
       end
 
     for {key, %{owner: ^owner}} <- state.upstreams, reduce: state do
-      state -> enqueue(state, disconnection(key))
+      state -> Lanes.enqueue(state, Work.disconnection(key))
     end
-  end
-
-  defp forget(state, id), do: %{state | services: Map.delete(state.services, id)}
-
-  defp tell_events(%{events: nil}, _event), do: :ok
-
-  defp tell_events(%{events: events}, event) do
-    if pid = Process.whereis(events), do: send(pid, event)
-    :ok
   end
 
   # Ports that were given to services and upstreams, or to requests for them.

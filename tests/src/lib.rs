@@ -16,6 +16,7 @@ pub mod network;
 mod process;
 pub mod tls;
 pub mod traffic;
+pub mod upgrade;
 
 pub use agent::{Agent, Mesh};
 pub use beam::{Beam, BeamBuilder, COOKIE, ebin};

@@ -2,7 +2,7 @@
 //! old process.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use meshx_tests::consul::Consul;
 use meshx_tests::control::Control;
+use meshx_tests::upgrade::{count, other_build, start_load};
 use meshx_tests::{Agent, Beam, BeamBuilder, EchoClient, EchoServer, Mesh, Process, program, wait_until};
 use rustix::process::Signal;
 
@@ -21,39 +22,6 @@ const FREED: Duration = Duration::from_secs(3);
 const BACK: Duration = Duration::from_secs(15);
 /// For what only has to happen.
 const SOON: Duration = Duration::from_secs(30);
-
-/// Another build of the program: the same sources under another version, so that old and new call themselves
-/// differently.
-fn other_build(dir: &Path) -> PathBuf {
-    let (ours, theirs) = (b"meshx 0.2.0-dev", b"meshx 0.2.1-dev");
-    let mut bytes = std::fs::read(program("meshx").unwrap()).unwrap();
-    let places: Vec<usize> = bytes
-        .windows(ours.len())
-        .enumerate()
-        .filter_map(|(at, window)| (window == ours).then_some(at))
-        .collect();
-    assert!(!places.is_empty(), "the program does not hold its own version");
-    for at in places {
-        bytes[at..at + theirs.len()].copy_from_slice(theirs);
-    }
-    let path = dir.join("meshx-other");
-    std::fs::write(&path, bytes).unwrap();
-    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    path
-}
-
-/// Calls one after the other, and counts what is wrong; hears of every lost node. `call` is a call that gives `n` back.
-fn start_load(node: &mut Beam, call: &str) {
-    node.eval(":net_kernel.monitor_nodes(true, [:nodedown_reason])")
-        .unwrap();
-    node.eval(&format!(
-        "load = fn f, n, bad -> r = try do {call} catch k, e -> {{k, e}} end; bad = if r == n, do: bad, else: [r | bad]; \
-         receive do :stop -> {{n, bad}} after 0 -> f.(f, n + 1, bad) end end; :made"
-    ))
-    .unwrap();
-    node.eval("task = Task.async(fn -> load.(load, 1, []) end); :ok")
-        .unwrap();
-}
 
 /// Two tables on two nodes that write all the time, one transaction after the other.
 fn start_mnesia(shop: &mut Beam, cart: &mut Beam) {
@@ -94,15 +62,6 @@ fn writers_go_on(shop: &mut Beam) {
         "true",
     )
     .unwrap();
-}
-
-fn count(node: &mut Beam, task: &str) -> u64 {
-    node.eval(&format!(
-        "send({task}.pid, :stop); {{n, bad}} = Task.await({task}, 60_000); n"
-    ))
-    .unwrap();
-    node.expect("Enum.take(bad, 3)", "[]").unwrap();
-    node.eval("n").unwrap().parse().unwrap()
 }
 
 fn no_node_went_down(node: &mut Beam) {
@@ -207,8 +166,9 @@ fn upgrades(
     start_load(
         shop,
         &format!("Shop.CartClient.call(:echo, {}, 30_000)", erpc("cart@h2")),
-    );
-    start_load(cart, &erpc("shop@h1"));
+    )
+    .unwrap();
+    start_load(cart, &erpc("shop@h1")).unwrap();
     start_mnesia(shop, cart);
     let dialler = Dialler::start(h1, h2);
     let mut old: Vec<Process> = Vec::new();
@@ -223,9 +183,15 @@ fn upgrades(
             writers_go_on(shop);
         }
     }
+    // The first process holds the link, and says what was proven of it.
+    shop.expect(
+        "{:ok, peer} = MeshxNode.peer(:cart@h2); match?(%DateTime{}, peer.certificate_expires_at)",
+        "true",
+    )
+    .unwrap();
     let dialled = dialler.stop();
-    let calls = [count(shop, "task"), count(cart, "task")];
-    let writes = [count(shop, "writer"), count(cart, "writer")];
+    let calls = [count(shop, "task"), count(cart, "task")].map(Result::unwrap);
+    let writes = [count(shop, "writer"), count(cart, "writer")].map(Result::unwrap);
     println!("calls {calls:?}, transactions {writes:?}, new connections {dialled}: none failed");
     let upgrades = old.len() as u64;
     assert!(
@@ -290,7 +256,7 @@ fn upgrades(
 #[test]
 fn several_upgrades_in_a_row_drop_no_link_and_fail_no_call() {
     let mesh = Mesh::new().unwrap();
-    let builds = [other_build(mesh.path()), program("meshx").unwrap()];
+    let builds = [other_build(mesh.path()).unwrap(), program("meshx").unwrap()];
     let h1 = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
     let h2 = mesh.agent("b", "127.0.0.3", &["h2"]).unwrap();
     let rotate = |agent: &Agent, old: &[Process]| {
@@ -309,7 +275,7 @@ fn several_upgrades_in_a_row_drop_no_link_and_fail_no_call() {
 #[test]
 fn the_same_with_consul() {
     let consul = Consul::start().unwrap();
-    let builds = [other_build(consul.path()), program("meshx").unwrap()];
+    let builds = [other_build(consul.path()).unwrap(), program("meshx").unwrap()];
     let h1 = consul.agent("a", "127.0.0.2", &["h1"]).unwrap();
     let h2 = consul.agent("b", "127.0.0.3", &["h2"]).unwrap();
     upgrades(

@@ -68,6 +68,31 @@ impl Kept {
         (kept, contents.hosts)
     }
 
+    /// What a predecessor of this process knew; its names are told by their connections.
+    pub(super) fn resume(
+        path: PathBuf,
+        before: BTreeMap<String, KeptName>,
+        hosts: BTreeMap<String, Ipv4Addr>,
+    ) -> Self {
+        let names = BTreeMap::new();
+        Self {
+            path,
+            before,
+            now: Mutex::new(Contents { names, hosts }),
+            changed: Notify::new(),
+        }
+    }
+
+    /// All that [`Kept::before`] knows.
+    pub(super) fn all_before(&self) -> BTreeMap<String, KeptName> {
+        self.before.clone()
+    }
+
+    /// Who has this name.
+    pub(super) fn now(&self, name: &str) -> Option<KeptName> {
+        self.lock().names.get(name).copied()
+    }
+
     /// Who had this name when the agent before this one ended.
     pub(super) fn before(&self, name: &str) -> Option<KeptName> {
         self.before.get(name).copied()

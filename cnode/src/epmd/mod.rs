@@ -10,6 +10,7 @@
 //! Off unless switched on: the protocol carries no secret. Whoever asks is known by the uid of his socket, so it listens
 //! on loopback alone. A registration lives as long as its connection.
 
+mod handed;
 mod hosts;
 mod kept;
 mod names;
@@ -19,22 +20,25 @@ mod session;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
+pub(crate) use self::handed::{HandedEpmd, HandedName, PLACES_MAX, TakenEpmd};
 use self::hosts::Hosts;
 use self::kept::Kept;
 use self::names::Names;
 pub use self::pattern::{PatternError, Patterns};
+use self::session::Held;
 use crate::agent::registry::{Registry, answer};
 use crate::listeners;
 use crate::log_limit::LogLimit;
@@ -87,6 +91,12 @@ pub struct EpmdConfig {
 }
 
 impl EpmdConfig {
+    /// Whether every place may have this port.
+    pub(crate) fn is_at(&self, port: u16) -> bool {
+        let ports = self.listen.iter().map(SocketAddr::port);
+        ports.into_iter().all(|wanted| wanted == 0 || wanted == port)
+    }
+
     /// Both loopback addresses.
     pub fn loopback(port: u16) -> Vec<SocketAddr> {
         vec![
@@ -118,6 +128,9 @@ pub struct Epmd {
     places: Mutex<BTreeMap<SocketAddr, Option<String>>>,
     /// Addresses of hosts that were added.
     added: mpsc::Sender<SocketAddr>,
+    /// Connections that hold a name while nobody serves them.
+    // Held for a change, never across an await.
+    parked: Mutex<Vec<(TcpStream, Held)>>,
 }
 
 impl std::fmt::Debug for Epmd {
@@ -128,11 +141,13 @@ impl std::fmt::Debug for Epmd {
     }
 }
 
-/// What [`Epmd::serve`] serves.
+/// What [`Epmd::serve`] serves. Dropped, it leaves the registrations as they are: another process has them.
 #[derive(Debug)]
 pub struct Serving {
-    places: Vec<(SocketAddr, Option<TcpListener>)>,
+    places: Vec<(SocketAddr, Option<Arc<TcpListener>>)>,
     added: mpsc::Receiver<SocketAddr>,
+    /// Connections that hold a name.
+    parked: Vec<(TcpStream, Held)>,
 }
 
 impl Epmd {
@@ -143,7 +158,27 @@ impl Epmd {
         config: EpmdConfig,
         dir: &Path,
     ) -> (Arc<Self>, Serving) {
-        let (kept, hosts) = Kept::open(dir.join("epmd.json"));
+        let (mut epmd, added) = Self::new(registry, ports, config, dir, Kept::open(Self::file(dir)));
+        let places = epmd.take_places(Vec::new());
+        let serving = Serving {
+            places,
+            added,
+            parked: Vec::new(),
+        };
+        (Arc::new(epmd), serving)
+    }
+
+    fn file(dir: &Path) -> PathBuf {
+        dir.join("epmd.json")
+    }
+
+    fn new(
+        registry: Arc<Registry>,
+        ports: Arc<PlainPorts>,
+        config: EpmdConfig,
+        dir: &Path,
+        (kept, hosts): (Kept, BTreeMap<String, Ipv4Addr>),
+    ) -> (Self, mpsc::Receiver<SocketAddr>) {
         let (sender, added) = mpsc::channel(HOSTS_MAX);
         let own = registry
             .place()
@@ -151,7 +186,7 @@ impl Epmd {
             .iter()
             .cloned()
             .chain([config.host.clone()]);
-        let mut epmd = Self {
+        let epmd = Self {
             hosts: Hosts::new(own.collect(), hosts),
             registry,
             ports,
@@ -167,24 +202,37 @@ impl Epmd {
             log: LogLimit::new("refused EPMD requests"),
             places: Mutex::default(),
             added: sender,
+            parked: Mutex::default(),
             config,
         };
+        (epmd, added)
+    }
+
+    /// Listens where it should: with what a predecessor of this process listened by, else anew.
+    fn take_places(
+        &mut self,
+        handed: Vec<(SocketAddr, OwnedFd)>,
+    ) -> Vec<(SocketAddr, Option<Arc<TcpListener>>)> {
+        let mut handed: BTreeMap<_, _> = handed.into_iter().collect();
         let mut places = Vec::new();
-        for address in epmd.config.listen.clone() {
+        let mut take = |epmd: &Self, address| {
+            let (address, listener) = epmd.bind(address, handed.remove(&address));
+            places.push((address, listener.map(Arc::new)));
+            address.port()
+        };
+        for address in self.config.listen.clone() {
             let port = if address.port() == 0 {
-                epmd.port
+                self.port
             } else {
                 address.port()
             };
-            let (address, listener) = epmd.bind(SocketAddr::new(address.ip(), port));
-            epmd.port = address.port();
-            places.push((address, listener));
+            self.port = take(self, SocketAddr::new(address.ip(), port));
         }
-        for ip in epmd.hosts.addresses() {
-            places.push(epmd.bind((ip, epmd.port).into()));
+        for ip in self.hosts.addresses() {
+            take(self, (ip, self.port).into());
         }
-        epmd.write_inetrc();
-        (Arc::new(epmd), Serving { places, added })
+        self.write_inetrc();
+        places
     }
 
     /// The port where nodes find it.
@@ -256,11 +304,25 @@ impl Epmd {
         }
     }
 
-    /// Serves until `stop` fires, then until everything is deregistered.
-    pub async fn serve(self: Arc<Self>, mut serving: Serving, stop: CancellationToken) {
-        let mut tasks = JoinSet::new();
-        for (address, listener) in serving.places {
-            tasks.spawn(self.clone().listen(address, listener, stop.clone()));
+    /// Serves until `stop` fires, then until everything is deregistered; or until `freeze` fires, and gives back what it
+    /// served. Requests that are under way are answered first.
+    pub async fn serve(
+        self: Arc<Self>,
+        mut serving: Serving,
+        stop: CancellationToken,
+        freeze: CancellationToken,
+    ) -> Serving {
+        let (mut listening, mut holding) = (JoinSet::new(), JoinSet::new());
+        let until = stop.child_token();
+        let listen = |address, listener| {
+            let (until, stop, freeze) = (until.clone(), stop.clone(), freeze.clone());
+            self.clone().listen(address, listener, until, stop, freeze)
+        };
+        for (address, listener) in serving.places.drain(..) {
+            listening.spawn(listen(address, listener));
+        }
+        for (stream, held) in serving.parked.drain(..) {
+            holding.spawn(self.clone().hold(stream, held, stop.clone(), freeze.clone()));
         }
         let writing = tokio::spawn({
             let epmd = self.clone();
@@ -269,46 +331,69 @@ impl Epmd {
         loop {
             tokio::select! {
                 () = stop.cancelled() => break,
+                () = freeze.cancelled() => break,
                 Some(address) = serving.added.recv() => {
-                    tasks.spawn(self.clone().listen(address, None, stop.clone()));
+                    listening.spawn(listen(address, None));
                 }
             }
         }
-        while tasks.join_next().await.is_some() {}
+        until.cancel();
+        while let Some(place) = listening.join_next().await {
+            serving.places.extend(place);
+        }
+        while holding.join_next().await.is_some() {}
         writing.abort();
         self.kept.write();
+        serving.parked.append(&mut self.parked());
+        serving
+    }
+
+    fn park(&self, stream: TcpStream, held: Held) {
+        self.parked().push((stream, held));
+    }
+
+    fn parked(&self) -> MutexGuard<'_, Vec<(TcpStream, Held)>> {
+        self.parked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn listen(
         self: Arc<Self>,
         address: SocketAddr,
-        bound: Option<TcpListener>,
+        bound: Option<Arc<TcpListener>>,
+        until: CancellationToken,
         stop: CancellationToken,
-    ) {
+        freeze: CancellationToken,
+    ) -> (SocketAddr, Option<Arc<TcpListener>>) {
         let mut bound = bound;
         let listener = loop {
             if let Some(listener) = bound.take() {
                 break listener;
             }
-            bound = self.bind(address).1;
+            bound = self.bind(address, None).1.map(Arc::new);
             if bound.is_none() {
                 tokio::select! {
                     () = sleep(LISTEN_AGAIN) => {}
-                    () = stop.cancelled() => return,
+                    () = until.cancelled() => return (address, None),
                 }
             }
         };
-        let admission = self.admission.clone();
-        let (epmd, until) = (self, stop.clone());
-        let session = move |(stream, _), slot| epmd.clone().session(stream, slot, stop.clone());
-        listener::serve(Listener::Epmd, listener.into(), admission, until, session).await;
+        let (admission, epmd) = (self.admission.clone(), self);
+        let session =
+            move |(stream, _), slot| epmd.clone().session(stream, slot, stop.clone(), freeze.clone());
+        listener::serve(Listener::Epmd, listener.clone(), admission, until, session).await;
+        (address, Some(listener))
     }
 
-    /// The address with the chosen port; no listener when somebody else has the place.
-    fn bind(&self, address: SocketAddr) -> (SocketAddr, Option<TcpListener>) {
+    /// The address with the chosen port, by the listener that a predecessor of this process had there if there is one;
+    /// none when somebody else has the place.
+    fn bind(&self, address: SocketAddr, handed: Option<OwnedFd>) -> (SocketAddr, Option<TcpListener>) {
         let mut places = self.places.lock().unwrap_or_else(PoisonError::into_inner);
         let before = places.get(&address).cloned().flatten();
-        match listen_at(address) {
+        let bound = match handed {
+            Some(handed) => TcpListener::from_std(handed.into()).map(|listener| (listener, address)),
+            None => listen_at(address),
+        };
+        match bound {
             Ok((listener, address)) => {
                 info!(%address, "EPMD listens");
                 places.insert(address, None);

@@ -85,6 +85,11 @@ impl Names {
 }
 
 impl Place {
+    /// Whose it is.
+    pub(super) fn uid(&self) -> u32 {
+        self.uid
+    }
+
     /// The place is that of a tool of this name.
     pub(super) fn hold_tool(&mut self, name: &str, node: Node) -> Result<(), Refusal> {
         let mut table = self.names.lock();

@@ -17,6 +17,7 @@ use tracing::debug;
 use super::kept::KeptName;
 use super::names::Place;
 use super::{Epmd, HOLD, RECLAIM, REQUEST_TIME, invalid};
+use crate::agent::control::FREEZE_TIME;
 use crate::agent::registry::options::Options;
 use crate::agent::registry::{NodeListens, NodeRequest, Owner};
 use crate::agent::trust::Peer;
@@ -34,16 +35,23 @@ const NO: &[u8] = b"NO";
 const NO_EXIST: &[u8] = b"NOEXIST";
 
 /// A registration through one connection.
-struct Held {
-    epmd: Arc<Epmd>,
-    name: String,
+#[derive(Debug)]
+pub(super) struct Held {
+    pub(super) epmd: Arc<Epmd>,
+    pub(super) name: String,
     /// None: a tool, which the mesh does not know.
-    owner: Option<u64>,
-    _place: Place,
+    pub(super) owner: Option<u64>,
+    pub(super) place: Place,
 }
 
 impl Epmd {
-    pub(super) async fn session(self: Arc<Self>, mut stream: TcpStream, slot: Slot, stop: CancellationToken) {
+    pub(super) async fn session(
+        self: Arc<Self>,
+        mut stream: TcpStream,
+        slot: Slot,
+        stop: CancellationToken,
+        freeze: CancellationToken,
+    ) {
         let mut asked = String::new();
         // Now, while the client cannot have gone unnoticed: a socket without a process has no user.
         let uid = peer_uid::of(&stream);
@@ -51,24 +59,37 @@ impl Epmd {
         let answered = tokio::select! {
             answered = self.answer(&mut stream, uid, &mut asked) => answered,
             () = slot.evicted() => Err(slot.refusal()),
+            () = too_late(&freeze) => Err(Cause::NotReady.because("another process takes this agent over: ask again")),
             () = stop.cancelled() => return,
         };
         match answered {
             Ok(None) => {}
-            Ok(Some(mut held)) => {
+            Ok(Some(held)) => {
                 drop(slot);
-                let mut more = [0];
-                tokio::select! {
-                    // A node says nothing more.
-                    _ = stream.read(&mut more) => self.kept.forget_name(&held.name),
-                    // It runs on and comes back to the next agent.
-                    () = stop.cancelled() => {}
-                }
-                held.end().await;
+                self.hold(stream, held, stop, freeze).await;
             }
             Err(gone) if asked.is_empty() && gone.cause == Cause::Unreachable => {}
             Err(refusal) => self.refused(known, &asked, &refusal),
         }
+    }
+
+    /// Until the connection ends, or this process is to serve it no more.
+    pub(super) async fn hold(
+        self: Arc<Self>,
+        mut stream: TcpStream,
+        mut held: Held,
+        stop: CancellationToken,
+        freeze: CancellationToken,
+    ) {
+        let mut more = [0];
+        tokio::select! {
+            // A node says nothing more.
+            _ = stream.read(&mut more) => self.kept.forget_name(&held.name),
+            // It runs on and comes back to the next agent.
+            () = stop.cancelled() => {}
+            () = freeze.cancelled() => return self.park(stream, held),
+        }
+        held.end().await;
     }
 
     /// Gives what the connection holds from now on.
@@ -137,13 +158,7 @@ impl Epmd {
             place.hold_tool(&name, node.clone())?;
             debug!(name, uid, "tool registered");
             let creation = self.registry.fresh_creation();
-            let held = Held {
-                epmd: self.clone(),
-                name,
-                owner: None,
-                _place: place,
-            };
-            return Ok((held, creation));
+            return Ok((Held::new(self.clone(), name, None, place), creation));
         }
         if !self.config.nodes.matches(&name) {
             return Err(Cause::NotPermitted.because(format!(
@@ -164,12 +179,7 @@ impl Epmd {
         let brought = self.brought(&name, uid, node.port)?;
         // What its events tell concerns nodes with a control connection.
         drop(self.registry.enter(owner.id));
-        let mut held = Held {
-            epmd: self.clone(),
-            name,
-            owner: Some(owner.id),
-            _place: place,
-        };
+        let mut held = Held::new(self.clone(), name, Some(owner.id), place);
         match self
             .register_in_mesh(owner, &held.name, node, here, brought)
             .await
@@ -291,6 +301,20 @@ impl Epmd {
 }
 
 impl Held {
+    pub(super) fn new(epmd: Arc<Epmd>, name: String, owner: Option<u64>, place: Place) -> Self {
+        Self {
+            epmd,
+            name,
+            owner,
+            place,
+        }
+    }
+
+    /// Another process has it.
+    pub(super) fn leave(mut self) {
+        self.owner = None;
+    }
+
     async fn end(&mut self) {
         if let Some(owner) = self.owner.take() {
             self.epmd.registry.release(owner).await;
@@ -307,6 +331,12 @@ impl Drop for Held {
             tokio::spawn(async move { registry.release(owner).await });
         }
     }
+}
+
+/// A request that is not answered yet when a successor asks for everything: it has as long as those of clients.
+async fn too_late(freeze: &CancellationToken) {
+    freeze.cancelled().await;
+    sleep(FREEZE_TIME).await;
 }
 
 /// Reads up to the end of one request: nothing may follow it.

@@ -7,7 +7,8 @@
 use std::collections::HashMap;
 use std::io;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use meshx_dist::name_frame::refusal_status;
 use tokio::net::{TcpListener, TcpStream};
@@ -54,6 +55,7 @@ struct Open {
     port: u16,
     /// When it was asked for last.
     asked: u64,
+    listener: Weak<TcpListener>,
     closed: CancellationToken,
     task: AbortHandle,
 }
@@ -73,10 +75,33 @@ impl PlainPorts {
         }
     }
 
-    /// Whether none is open, and no link of a closed one lives.
-    pub(crate) fn is_empty(&self) -> bool {
+    /// Those that are open, for a successor of this process: the node that each leads to. First the one that nobody has
+    /// asked for the longest.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub(crate) fn handed(&self) -> io::Result<Vec<(String, OwnedFd)>> {
         let ports = self.lock();
-        ports.open.is_empty() && ports.closed.iter().all(AbortHandle::is_finished)
+        let mut open: Vec<_> = ports.open.iter().collect();
+        open.sort_by_key(|(_, open)| open.asked);
+        let handed = open.into_iter().map(|((_, target), open)| {
+            let listener = open.listener.upgrade();
+            let listener = listener.ok_or_else(|| io::Error::other("a port is not served any more"))?;
+            Ok((target.to_string(), listener.as_fd().try_clone_to_owned()?))
+        });
+        handed.collect()
+    }
+
+    /// Serves a port that a predecessor of this process had opened.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub(crate) fn resume(&self, target: &str, listener: OwnedFd) -> io::Result<()> {
+        let listener = TcpListener::from_std(listener.into())?;
+        let ip = listener.local_addr()?.ip();
+        let mut ports = self.lock();
+        ports.asked += 1;
+        self.serve(&mut ports, (ip, target.into()), listener).map(|_| ())
     }
 
     /// The port of the loopback address `ip` that leads to the node `target`. Whether one may go there is decided for
@@ -117,8 +142,13 @@ impl PlainPorts {
         }
         let listener = std::net::TcpListener::bind((ip, 0))?;
         listener.set_nonblocking(true)?;
+        self.serve(&mut ports, key, TcpListener::from_std(listener)?)
+    }
+
+    fn serve(&self, ports: &mut Ports, key: (IpAddr, Arc<str>), listener: TcpListener) -> io::Result<u16> {
         let port = listener.local_addr()?.port();
-        let listener = TcpListener::from_std(listener)?;
+        let listener = Arc::new(listener);
+        let weak = Arc::downgrade(&listener);
         ports.make_room(self.max);
         let (proxy, admission, closed) = (
             self.proxy.clone(),
@@ -128,12 +158,13 @@ impl PlainPorts {
         let (target, until) = (key.1.clone(), closed.clone());
         let serve = async move {
             let link = |(stream, _), slot| proxy.clone().plain_link(stream, target.clone(), slot);
-            listener::serve(Listener::Plain, listener.into(), admission, until, link).await;
+            listener::serve(Listener::Plain, listener, admission, until, link).await;
         };
         let task = tokio::spawn(self.proxy.serving.track_future(serve)).abort_handle();
         let open = Open {
             port,
-            asked,
+            asked: ports.asked,
+            listener: weak,
             closed,
             task,
         };

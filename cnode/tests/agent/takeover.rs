@@ -3,20 +3,26 @@
 use std::{
     fs,
     io::{Read, Write},
+    net::TcpStream,
     os::unix::{
         fs::{MetadataExt, PermissionsExt},
-        net::{UnixListener, UnixStream},
+        net::{UnixDatagram, UnixListener, UnixStream},
         process::CommandExt,
     },
     path::Path,
-    process::{Command, Output},
+    process::{Child, Command, Output, Stdio},
+    time::Duration,
 };
 
-use meshx::agent::{control::message::map, takeover::TAKEOVER_VERSIONS};
+use meshx::agent::{
+    control::message::{Message, map, text},
+    takeover::TAKEOVER_VERSIONS,
+};
+use meshx_etf::Term;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
-use crate::support::{Agent, Client, PATIENCE, creation, echo_link, temp, until};
+use crate::support::{Agent, Client, PATIENCE, Refused, creation, echo_link, temp, until};
 
 /// Another process of the agent, as the one that serves sees it.
 struct Peer(UnixStream);
@@ -64,6 +70,74 @@ impl Peer {
     /// Everything up to and with the message of this name.
     fn receive_until(&mut self, name: &str) {
         while self.receive().unwrap().get(name).is_none() {}
+    }
+}
+
+/// For what has no promise.
+const LONG: Duration = Duration::from_secs(30);
+/// An agent that is EPMD.
+const EPMD: [&str; 3] = ["--epmd=127.0.0.1:0", "--epmd-nodes", "*"];
+
+fn epmd_port(agent: &Agent) -> u16 {
+    let port = agent.ready.rsplit_once("epmd=").unwrap().1;
+    port.parse().unwrap()
+}
+
+/// A client of EPMD.
+mod epmd {
+    use std::{
+        io::{Read, Write},
+        net::TcpStream,
+    };
+
+    use meshx_dist::epmd::{Node, NodeType, Request, decode_alive2_resp, decode_names_resp};
+
+    fn ask(port: u16, request: &Request) -> TcpStream {
+        let mut bytes = Vec::new();
+        request.encode(&mut bytes).unwrap();
+        let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+        stream.set_read_timeout(Some(super::LONG)).unwrap();
+        stream.write_all(&bytes).unwrap();
+        stream
+    }
+
+    /// The connection that holds the name, and the node's creation; none when it is refused.
+    pub(super) fn register(port: u16, name: &str) -> Option<(TcpStream, u32)> {
+        let mut stream = ask(port, &Request::Alive2(Node::new(name, 9, NodeType::Normal)));
+        let mut answer = [0; 6];
+        stream.read_exact(&mut answer).unwrap();
+        let creation = decode_alive2_resp(&answer).unwrap().unwrap().creation()?;
+        Some((stream, creation))
+    }
+
+    pub(super) fn names(port: u16) -> Vec<String> {
+        let mut answer = Vec::new();
+        ask(port, &Request::Names).read_to_end(&mut answer).unwrap();
+        let names = decode_names_resp(&answer).unwrap().nodes.into_iter();
+        names.map(|(name, _)| String::from_utf8(name).unwrap()).collect()
+    }
+}
+
+/// The first message of a distribution handshake, of an OTP 23 and later (ERL_DIST protocol, `send_name`).
+fn name_message(name: &str) -> Vec<u8> {
+    let mut message = vec![b'N'];
+    // The flags of OTP 25.
+    message.extend_from_slice(&0x0000_000d_07df_7fbd_u64.to_be_bytes());
+    message.extend_from_slice(&7_u32.to_be_bytes());
+    message.extend_from_slice(&(name.len() as u16).to_be_bytes());
+    message.extend_from_slice(name.as_bytes());
+    let mut framed = (message.len() as u16).to_be_bytes().to_vec();
+    framed.append(&mut message);
+    framed
+}
+
+/// Reads until these bytes have come.
+fn read_to(stream: &mut impl Read, bytes: &[u8]) {
+    let mut seen = Vec::new();
+    while !seen.ends_with(bytes) {
+        let mut byte = [0];
+        stream.read_exact(&mut byte).unwrap();
+        seen.extend(byte);
     }
 }
 
@@ -118,7 +192,7 @@ fn a_client_keeps_its_connection_its_names_and_its_links() {
         links.to_string().contains(&link)
     };
     until(PATIENCE, "the first process to tell the third of its link", shown);
-    let deregister = map([("id", meshx::agent::control::message::text("shop@h1"))]);
+    let deregister = map([("id", text("shop@h1"))]);
     client.ask("deregister", deregister).unwrap();
     let again = client.register("shop@h1", &socket).unwrap();
     assert_ne!(creation(&again), creation(&node), "creations are counted on");
@@ -157,7 +231,9 @@ fn releases_that_have_no_version_in_common_part_and_neighbours_agree() {
 #[test]
 fn a_successor_that_ends_at_any_step_leaves_the_agent_as_it_was() {
     let root = temp();
-    let agent = Agent::start(root.path(), "a", &["h1"], &[]);
+    let agent = Agent::start(root.path(), "a", &["h1"], &EPMD);
+    let epmd = epmd_port(&agent);
+    let (_cart, _) = epmd::register(epmd, "cart").unwrap();
     let (mut client, _listener) = client(&agent);
     let (link, [mut near, mut far]) = echo_link(&mut client);
     let steps = [
@@ -194,16 +270,24 @@ fn a_successor_that_ends_at_any_step_leaves_the_agent_as_it_was() {
         drop(peer);
         // Asked over the connection that was there before, which waits until the agent serves it again.
         let names = client.ask("names", map([])).unwrap();
-        assert!(names.to_string().contains("shop@h1"), "{step}: {names}");
+        assert!(
+            ["shop@h1", "cart@h1"]
+                .iter()
+                .all(|name| names.to_string().contains(name)),
+            "{step}: {names}"
+        );
         let links = client.ask("links", map([])).unwrap();
         assert!(links.to_string().contains(&link), "{step}: {links}");
         near.write_all(b"ping").unwrap();
         far.read_exact(&mut [0; 4]).unwrap();
+        assert_eq!(epmd::names(epmd), ["cart", "shop"], "{step}");
     }
     agent.wait_log(&["the takeover failed", "the moon is full"]);
     // After all that it can still be taken over.
-    let second = Agent::start(root.path(), "a", &["h1"], &["--takeover"]);
-    assert_eq!(second.names(), ["shop@h1"]);
+    let second = Agent::start(root.path(), "a", &["h1"], &[&EPMD[..], &["--takeover"]].concat());
+    let mut kept = second.names();
+    kept.sort();
+    assert_eq!(kept, ["cart@h1", "shop@h1"]);
 }
 
 #[test]
@@ -232,6 +316,185 @@ fn what_a_takeover_cannot_change_is_refused_and_both_tell_it() {
         agent.wait_log(&[option, "cannot change"]);
         client.ask("names", map([])).unwrap();
     }
+}
+
+#[test]
+fn where_nodes_find_epmd_cannot_change_in_a_takeover() {
+    let root = temp();
+    let hosts = ["h1", "h1.lan"];
+    let agent = Agent::start(root.path(), "a", &hosts, &EPMD);
+    let epmd = epmd_port(&agent);
+    let (_cart, _) = epmd::register(epmd, "cart").unwrap();
+    for (options, seen) in [
+        (&[][..], format!("--epmd is {epmd} and would be off")),
+        (
+            &["--epmd=127.0.0.1:1"],
+            format!("--epmd is {epmd} and would be 127.0.0.1:1"),
+        ),
+        (
+            &["--epmd=127.0.0.1:0", "--epmd-host", "h1.lan"],
+            "--epmd-host is h1 and would be h1.lan".to_owned(),
+        ),
+    ] {
+        let mut command = Agent::command(root.path(), &agent.dir, &hosts);
+        let output = command.arg("--takeover").args(options).output().unwrap();
+        assert_eq!(output.status.code(), Some(69), "{options:?}");
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(text.contains(&seen) && text.contains("cannot change"), "{text}");
+        agent.wait_log(&[&seen]);
+        assert_eq!(epmd::names(epmd), ["cart"]);
+    }
+}
+
+#[test]
+fn what_epmd_holds_goes_over_with_its_connections() {
+    let root = temp();
+    let mut first = Agent::start(root.path(), "a", &["h1"], &EPMD);
+    let epmd = epmd_port(&first);
+    let (cart, given) = epmd::register(epmd, "cart").unwrap();
+    let (tool, _) = epmd::register(epmd, "rpc-1-cart").unwrap();
+    let mut second = Agent::start(root.path(), "a", &["h1"], &[&EPMD[..], &["--takeover"]].concat());
+    assert_eq!(second.ready, first.ready, "EPMD has its port");
+    assert!(first.wait_exit().success(), "it holds no link");
+    assert_eq!(epmd::names(epmd), ["cart", "rpc-1-cart"]);
+    assert_eq!(second.names(), ["cart@h1"]);
+    // The same registrations as before, not new ones, and each name is its holder's.
+    let log = second.log();
+    assert_eq!(log.matches("node registered").count(), 1, "{log}");
+    assert!(epmd::register(epmd, "cart").is_none() && epmd::register(epmd, "rpc-1-cart").is_none());
+    let (_other, next) = epmd::register(epmd, "search").unwrap();
+    assert!(next > given, "creations are counted on: {given}, {next}");
+
+    // A name ends with its connection, and what ends while nobody serves is not missed.
+    drop(cart);
+    until(PATIENCE, "the end of a name", || second.names() == ["search@h1"]);
+    let mut third = Peer::welcomed(&second, TAKEOVER_VERSIONS).0;
+    third.send(&json!("begin"));
+    third.receive_until("all");
+    drop(tool);
+    drop(third);
+    until(PATIENCE, "the end of a tool", || epmd::names(epmd) == ["search"]);
+    second.signal(Signal::TERM);
+    assert!(second.wait_exit().success());
+}
+
+#[test]
+fn a_port_of_plain_distribution_leads_on_and_its_links_live() {
+    let root = temp();
+    let first = Agent::start(root.path(), "a", &["h1"], &[]);
+    let (mut client, listener) = client(&first);
+    let port = |client: &mut Client| {
+        let asked = map([("node", text("shop@h1")), ("ip", text("127.0.0.1"))]);
+        let answer = client.ask("node_port", asked).unwrap();
+        answer.map_get("port").and_then(Term::as_int).unwrap() as u16
+    };
+    let before = port(&mut client);
+    // A session: it is of the same user, and so may reach that node.
+    let dial = |name: &str| {
+        let mut near = TcpStream::connect(("127.0.0.1", before)).unwrap();
+        near.write_all(&name_message(name)).unwrap();
+        let (mut far, _) = listener.accept().unwrap();
+        far.set_read_timeout(Some(LONG)).unwrap();
+        read_to(&mut far, name.as_bytes());
+        (near, far)
+    };
+    let (mut near, mut far) = dial("console@h1");
+    let second = Agent::start(root.path(), "a", &["h1"], &["--takeover"]);
+    near.write_all(b"still here").unwrap();
+    read_to(&mut far, b"still here");
+    assert_eq!(port(&mut client), before);
+    let (_near, _far) = dial("another@h1");
+    let links = client.ask("links", map([])).unwrap().to_string();
+    assert!(
+        links.contains("console@h1") && links.contains("another@h1"),
+        "{links}"
+    );
+    assert!(second.names() == ["shop@h1"]);
+    // The rules of the new process end the link of the old one.
+    // Its end is told beside the answer.
+    client.send("deregister", map([("id", text("shop@h1"))]));
+    assert_eq!(near.read(&mut [0]).unwrap_or(0), 0);
+}
+
+#[test]
+fn sessions_and_watches_go_over() {
+    let root = temp();
+    let first = Agent::start(root.path(), "a", &["h1"], &[]);
+    let mut client = first.connect();
+    let session = |client: &mut Client| {
+        let answer = client.ask("register_session", map([("node", text("quiet@h1"))]))?;
+        Ok::<_, Refused>(answer.map_get("secret").cloned().unwrap())
+    };
+    let secret = session(&mut client).unwrap();
+    let mut watcher = first.connect();
+    let services = Term::list([text("shop")]);
+    watcher
+        .ask("watch", map([("watch", text("w")), ("services", services)]))
+        .unwrap();
+    assert_eq!(told(&mut watcher), "w: ");
+
+    let second = Agent::start(root.path(), "a", &["h1"], &["--takeover"]);
+    // A process that begins to tell tells what there is.
+    assert_eq!(told(&mut watcher), "w: ");
+    let socket = second.vm().join("shop");
+    let _listener = UnixListener::bind(&socket).unwrap();
+    let mut other = second.connect();
+    other.register("shop@h1", &socket).unwrap();
+    assert_eq!(told(&mut watcher), "w: shop@h1");
+    // The session is its holder's, by the secret that it had, and goes with it.
+    assert_eq!(session(&mut client).unwrap(), secret);
+    assert_eq!(session(&mut other).unwrap_err().0, "name_taken");
+    drop(client);
+    until(PATIENCE, "the end of the session", || session(&mut other).is_ok());
+}
+
+/// What the next event of a watch tells.
+fn told(client: &mut Client) -> String {
+    let Some(Message::Event { name, args }) = client.receive() else {
+        panic!("no event")
+    };
+    assert_eq!(name, "nodes");
+    let nodes = args.map_get("nodes").and_then(Term::as_list).unwrap();
+    let nodes: Vec<&str> = nodes
+        .iter()
+        .map(|node| node.map_get("node").and_then(Term::as_str).unwrap())
+        .collect();
+    let watch = args.map_get("watch").and_then(Term::as_str).unwrap();
+    format!("{watch}: {}", nodes.join(", "))
+}
+
+/// Systemd's end of sd_notify(3).
+#[test]
+fn systemd_is_told_who_serves_and_of_no_takeover_that_failed() {
+    let root = temp();
+    let path = root.path().join("notify");
+    let notify = UnixDatagram::bind(&path).unwrap();
+    notify.set_read_timeout(Some(LONG)).unwrap();
+    let start = |options: &[&str]| {
+        let mut command = Agent::command(root.path(), &root.path().join("a"), &["h1"]);
+        command.args(options).env("NOTIFY_SOCKET", &path);
+        command.stdout(Stdio::null()).stderr(Stdio::null());
+        command.spawn().unwrap()
+    };
+    let told = || {
+        let mut text = [0; 128];
+        let read = notify.recv(&mut text).unwrap();
+        String::from_utf8(text[..read].to_vec()).unwrap()
+    };
+    let serves = |child: &Child| format!("READY=1\nMAINPID={}", child.id());
+    let mut first = start(&[]);
+    assert_eq!(told(), serves(&first));
+    // Whoever is told finds an agent.
+    let mut client = Client::connect(&root.path().join("a"));
+    client.hello();
+    let mut refused = start(&["--takeover", "--http", "127.0.0.1:0"]);
+    assert_eq!(refused.wait().unwrap().code(), Some(69));
+    let mut second = start(&["--takeover"]);
+    assert_eq!(told(), serves(&second), "nothing of the one that was refused");
+    client.ask("names", map([])).unwrap();
+    assert!(first.wait().unwrap().success());
+    second.kill().unwrap();
+    second.wait().unwrap();
 }
 
 #[test]
@@ -304,6 +567,65 @@ fn only_the_agents_own_user_may_take_over() {
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.contains("stranger: nothing"), "{text}");
     agent.wait_log(&["a takeover was refused", "uid 4711"]);
+}
+
+/// The other way round: a process of another user waits at the takeover socket, and would be told all that is asked.
+#[test]
+fn nothing_is_taken_over_from_another_user() {
+    assert!(
+        rustix::process::geteuid().is_root(),
+        "this test starts a process of another user: run it as root"
+    );
+    let root = temp();
+    fs::set_permissions(root.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let agent = Agent::start(root.path(), "a", &["h1"], &[]);
+    let dir = agent.dir.clone();
+    drop(agent);
+    let open = root.path().join("open");
+    fs::create_dir(&open).unwrap();
+    fs::set_permissions(&open, fs::Permissions::from_mode(0o777)).unwrap();
+    let program = root.path().join("helper");
+    fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    let mut stranger = Command::new(&program)
+        .args(["--exact", "takeover::stranger_server", "--nocapture", "--quiet"])
+        .env(STRANGER, open.join("socket"))
+        .uid(4711)
+        .gid(4711)
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    until(LONG, "the stranger's socket", || {
+        UnixStream::connect(open.join("socket")).is_ok()
+    });
+    fs::rename(open.join("socket"), dir.join("takeover.sock")).unwrap();
+    let output = Agent::command(root.path(), &dir, &["h1"])
+        .arg("--takeover")
+        .output()
+        .unwrap();
+    stranger.kill().unwrap();
+    stranger.wait().unwrap();
+    assert_eq!(output.status.code(), Some(69));
+    let text = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        text.contains("uid 4711 is at the other end of the takeover socket, wanted 0"),
+        "{text}"
+    );
+}
+
+/// Not a test of its own: what another user runs. It refuses whoever it is told something by.
+#[test]
+fn stranger_server() {
+    let Ok(socket) = std::env::var(STRANGER) else {
+        return;
+    };
+    let listener = UnixListener::bind(socket).unwrap();
+    for stream in listener.incoming() {
+        let mut peer = Peer(stream.unwrap());
+        if peer.receive().is_some() {
+            peer.send(&json!({"refused": {"text": "a stranger was told"}}));
+        }
+    }
 }
 
 const STRANGER: &str = "MESHX_TEST_STRANGER";

@@ -24,7 +24,7 @@ use crate::{
         registry::{
             NodeListens, NodeRequest, Owner, Registry, ServiceRequest, SessionName, answer, chosen_socket,
         },
-        takeover::Order,
+        takeover::{Order, ShownLink},
     },
     epmd::{Epmd, HOSTS_MAX},
     log_limit::LogLimit,
@@ -32,7 +32,7 @@ use crate::{
     proxy::{
         Listen, Proxy, Upstream,
         cause::{Cause, Refusal},
-        links::{LinkId, LinkSnapshot, LinkTable, Purpose, RefusalRecord},
+        links::{LinkId, LinkTable, Purpose, RefusalRecord},
         local::Endpoint,
         plain::PlainPorts,
     },
@@ -160,7 +160,8 @@ impl Context {
             "why" => self.in_turn(client, &self.probes, self.why(client, &args)).await,
             "doctor" => self.in_turn(client, &self.probes, self.doctor()).await,
             "links" => {
-                let mut links = self.links.snapshot();
+                let own = self.links.snapshot().into_iter().map(ShownLink::from);
+                let mut links: Vec<_> = own.collect();
                 links.extend(self.registry.predecessors().links().await);
                 Ok(map([("links", Term::list(links.iter().map(link_term)))]))
             }
@@ -415,7 +416,8 @@ impl Context {
             Some(link) => (link, false),
             None => {
                 let earlier = self.registry.predecessors().links().await;
-                let found = earlier.into_iter().find(|link| link.info.id == LinkId(id));
+                let mut earlier = earlier.into_iter().map(|shown| shown.link);
+                let found = earlier.find(|link| link.info.id == LinkId(id));
                 (found.ok_or_else(gone)?, true)
             }
         };
@@ -508,8 +510,8 @@ fn endpoint_term(endpoint: &Endpoint) -> Term {
     }
 }
 
-fn link_term(link: &LinkSnapshot) -> Term {
-    let info = &link.info;
+fn link_term(shown: &ShownLink) -> Term {
+    let (link, info) = (&shown.link, &shown.link.info);
     let number = |count: u64| Term::from(count);
     let mut pairs = vec![
         ("id", text(info.id.to_string())),
@@ -529,12 +531,10 @@ fn link_term(link: &LinkSnapshot) -> Term {
         info.remote_agent
             .map(|address| ("remote_agent", text(address.to_string()))),
     );
+    pairs.extend(shown.local_not_after.map(|at| ("local_not_after", Term::Int(at))));
     pairs.extend(
-        info.local_not_after()
-            .map(|at| ("local_not_after", Term::Int(at))),
-    );
-    pairs.extend(
-        info.remote_not_after()
+        shown
+            .remote_not_after
             .map(|at| ("remote_not_after", Term::Int(at))),
     );
     Term::map(pairs.into_iter().map(|(key, value)| (Term::atom(key), value)))

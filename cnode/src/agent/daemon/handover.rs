@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, net::SocketAddr, os::fd::OwnedFd, sync::Arc};
 
+use futures::future::join_all;
 use tokio::{
     net::{TcpListener, UnixListener},
     time::Instant,
@@ -11,7 +12,7 @@ use tracing::{info, warn};
 
 use super::{
     Agent, StartError,
-    parts::{Place, context, join},
+    parts::{Parts, Place, context, join, programs, serve_epmd},
 };
 use crate::{
     agent::{
@@ -22,9 +23,11 @@ use crate::{
             session::Parked,
         },
         dir::AgentDir,
-        registry::{HandedPorts, Owner},
-        takeover::{self, Follower, Listeners, Successor, TakeFault, Taken, TakenClient},
+        registry::{FrozenSidecar, HandedPorts, Owner},
+        sidecar::Sidecars,
+        takeover::{self, Follower, Listeners, Successor, TakeFault, Taken, TakenClient, Whole},
     },
+    epmd::Epmd,
     mesh::{Registration, observed::Observed},
     proxy::{Upstream, cause::Cause},
 };
@@ -50,13 +53,16 @@ impl Agent {
         };
         takeover::ready(&mut predecessor).await?;
         let Heritage {
-            context,
-            listeners,
-            clients,
+            parts,
             upstreams,
             ports,
+            plain_ports,
         } = made;
-        let (links, inbound) = (clients.parked.len(), listeners.inbound.local_addr().ok());
+        let context = &parts.context;
+        let (links, inbound) = (
+            parts.clients.parked.len(),
+            parts.listeners.inbound.local_addr().ok(),
+        );
         if let Err(error) = context.registry.serve_handed(ports).await {
             warn!(%error, "what is registered is not kept in the mesh yet");
         }
@@ -69,7 +75,12 @@ impl Agent {
                 tracing::error!(id, %refusal, "an upstream is not served any more");
             }
         }
-        let agent = Self::serve(config, context, mesh, listeners, clients, id, advertise);
+        for (target, listener) in plain_ports {
+            if let Err(error) = context.ports.resume(&target, listener) {
+                tracing::error!(target, %error, "a port of plain distribution is not served any more");
+            }
+        }
+        let agent = Self::serve(config, parts, mesh, id, advertise);
         let agent = agent.map_err(|error| TakeFault::Gone(error.to_string()))?;
         let program = predecessor.program().to_owned();
         takeover::serving(predecessor).await;
@@ -91,16 +102,39 @@ impl Agent {
         let began = Instant::now();
         self.freeze.cancel();
         self.takeover.abort();
-        let clients = match control.await {
-            Ok(clients) => clients,
-            Err(error) => {
+        let epmd = async {
+            let Some((epmd, serving)) = self.epmd.take() else {
+                return Ok(None);
+            };
+            serving.await.map(|serving| Some((epmd, serving)))
+        };
+        let (clients, epmd) = match tokio::join!(control, epmd) {
+            (Ok(clients), Ok(epmd)) => (clients, epmd),
+            (Err(error), _) | (_, Err(error)) => {
                 tracing::error!(%error, "clients are lost: this is a bug, please report it");
                 return;
             }
         };
-        let Context { dir, registry, .. } = self.context.as_ref();
-        let given = match self.can_be_handed() {
-            Ok(()) => takeover::give(&mut successor, dir, registry, listeners, &clients).await,
+        let Context {
+            dir, registry, ports, ..
+        } = self.context.as_ref();
+        let given = match registry.freeze_sidecars().await {
+            Ok(sidecars) => {
+                let whole = Whole {
+                    dir,
+                    registry,
+                    listeners,
+                    clients: &clients,
+                    sidecars: &sidecars,
+                    ports,
+                    epmd: epmd.as_ref().map(|(epmd, serving)| (epmd.as_ref(), serving)),
+                };
+                let given = takeover::give(&mut successor, &whole).await;
+                if given.is_ok() {
+                    join_all(sidecars.into_values().map(FrozenSidecar::leave)).await;
+                }
+                given
+            }
             Err(text) => Err(takeover::refuse(&mut successor, text).await),
         };
         if let Err(error) = given {
@@ -114,6 +148,7 @@ impl Agent {
                 self.freeze.clone(),
             );
             self.control = Some(tokio::spawn(control));
+            self.epmd = epmd.map(|epmd| serve_epmd(epmd, &self.stop, &self.freeze));
             let takeover = takeover::serve(listeners.takeover.clone(), self.reception.clone());
             self.takeover = tokio::spawn(takeover);
             return;
@@ -127,18 +162,6 @@ impl Agent {
             ?waited,
             "handed over: this process holds its links until the last has ended"
         );
-    }
-
-    /// Why this process must go on.
-    fn can_be_handed(&self) -> Result<(), String> {
-        if self.epmd.is_some() || !self.context.ports.is_empty() {
-            return Err(
-                "nodes of plain distribution (--epmd, meshx_epmd) are tied to the process that serves and would lose \
-                 their links: stop the agent and start it anew"
-                    .to_owned(),
-            );
-        }
-        self.context.registry.can_be_handed()
     }
 
     /// Everything but the live links is the successor's.
@@ -169,11 +192,10 @@ impl Agent {
 
 /// What a predecessor had, in the forms of this process; nothing of it serves yet.
 struct Heritage {
-    context: Context,
-    listeners: Listeners,
-    clients: Clients,
+    parts: Parts,
     upstreams: Vec<(Arc<Client>, String, Upstream, OwnedFd)>,
     ports: Vec<HandedPorts>,
+    plain_ports: Vec<(String, OwnedFd)>,
 }
 
 impl Heritage {
@@ -185,7 +207,8 @@ impl Heritage {
         mesh: &Arc<Observed>,
     ) -> Result<Self, StartError> {
         let dir = AgentDir::take_over(&config.dir, config.access, taken.made, taken.lock)?;
-        let context = context(config, Arc::new(dir), id, advertise, mesh)?;
+        let sidecars = Sidecars::succeed(mesh.clone(), dir.sidecars(), programs(config))?;
+        let context = context(config, Arc::new(dir), id, advertise, mesh, sidecars)?;
         let listeners = Listeners {
             control: UnixListener::from_std(taken.control.into())?.into(),
             dist: UnixListener::from_std(taken.dist.into())?.into(),
@@ -219,16 +242,39 @@ impl Heritage {
             .iter()
             .map(|parked| (parked.client.owner.id, parked.client.owner))
             .collect();
+        let of_epmd = taken.epmd.iter().flat_map(|epmd| &epmd.names);
+        for owner in of_epmd.filter_map(|(name, _)| name.owner()) {
+            // As for every name of EPMD: nobody hears its events.
+            drop(context.registry.enter(owner));
+        }
         let ports = context.registry.resume(taken.registry, taken.instances);
         let ports = ports.map_err(StartError::Takeover)?;
         let sessions = context.registry.resume_sessions(taken.sessions, &owners);
         sessions.map_err(StartError::Takeover)?;
+        let (registry, plain) = (context.registry.clone(), context.ports.clone());
+        let epmd = match (config.epmd.clone(), taken.epmd) {
+            (Some(config), Some(taken)) => {
+                let taken = Epmd::take_over(registry, plain, config, context.dir.path(), taken);
+                Some(taken.map_err(StartError::Takeover)?)
+            }
+            (Some(config), None) => Some(Epmd::open(registry, plain, config, context.dir.path())),
+            (None, None) => None,
+            (None, Some(_)) => {
+                return Err(StartError::Takeover(
+                    "the predecessor is EPMD, and did not say so".to_owned(),
+                ));
+            }
+        };
         Ok(Self {
-            context,
-            listeners,
-            clients,
+            parts: Parts {
+                context,
+                listeners,
+                clients,
+                epmd,
+            },
             upstreams,
             ports,
+            plain_ports: taken.ports,
         })
     }
 }

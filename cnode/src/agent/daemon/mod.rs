@@ -8,7 +8,7 @@ mod police;
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 pub use end::STOP_TIME;
-use parts::{Place, context, join, listen_http};
+use parts::{Parts, Place, context, join, listen_http, programs, serve_epmd};
 use police::police;
 use tokio::{
     net::{TcpListener, UnixListener},
@@ -28,11 +28,11 @@ use super::{
     dir::AgentDir,
     paths::{CONTROL_SOCKET, DIST_SOCKET, DirError, TAKEOVER_SOCKET},
     registry::{RECLAIM_TIME, Reserved},
-    sidecar::SidecarError,
-    takeover::{self, About, Listeners, Reception, Successor, TakeFault},
+    sidecar::{SidecarError, Sidecars},
+    takeover::{self, About, EpmdPlace, Listeners, Reception, Successor, TakeFault},
 };
 use crate::{
-    epmd::Epmd,
+    epmd::{self, Epmd},
     http::{self, Sources},
     mesh::{MeshError, consul::ConsulMesh, observed::Observed},
 };
@@ -95,7 +95,8 @@ pub struct Agent {
     takeover: JoinHandle<()>,
     reception: Arc<Reception>,
     successors: mpsc::Receiver<Successor>,
-    epmd: Option<(Arc<Epmd>, JoinHandle<()>)>,
+    /// None when it is not EPMD, or a successor is.
+    epmd: Option<(Arc<Epmd>, JoinHandle<epmd::Serving>)>,
     /// The data plane; its links end when this is dropped.
     data: JoinSet<()>,
 }
@@ -169,7 +170,8 @@ impl Agent {
         };
         let mesh = join(config, &id, advertise, Place::Own).await?;
         let mesh = Arc::new(Observed::new(mesh));
-        let context = context(config, dir.clone(), &id, advertise, &mesh)?;
+        let sidecars = Sidecars::new(mesh.clone(), dir.sidecars(), programs(config))?;
+        let context = context(config, dir.clone(), &id, advertise, &mesh, sidecars)?;
         context
             .registry
             .reserve_names(Reserved::load(&dir.names(), RECLAIM_TIME));
@@ -187,26 +189,36 @@ impl Agent {
         // Ids of one process are never those of another: what is said of an old client reaches no new one.
         let first = u64::from(getrandom::u32().map_err(io::Error::other)?) << 24;
         let clients = Clients::new(first + 1);
-        let agent = Self::serve(config, context, mesh, listeners, clients, id, advertise)?;
+        let epmd = config.epmd.clone().map(|epmd| {
+            let (registry, ports) = (context.registry.clone(), context.ports.clone());
+            Epmd::open(registry, ports, epmd, dir.path())
+        });
+        let parts = Parts {
+            context,
+            listeners,
+            clients,
+            epmd,
+        };
+        let agent = Self::serve(config, parts, mesh, id, advertise)?;
         info!(dir = %agent.context.dir.path().display(), %inbound, %advertise, mesh = agent.context.mesh, "agent started");
         Ok(agent)
     }
 
     fn serve(
         config: &AgentConfig,
-        mut context: Context,
+        parts: Parts,
         mesh: Arc<Observed>,
-        listeners: Listeners,
-        clients: Clients,
         id: String,
         advertise: SocketAddr,
     ) -> Result<Self, StartError> {
+        let Parts {
+            mut context,
+            listeners,
+            clients,
+            epmd,
+        } = parts;
         let (stop, freeze) = (CancellationToken::new(), CancellationToken::new());
-        let epmd = config.epmd.clone().map(|epmd| {
-            let (registry, ports) = (context.registry.clone(), context.ports.clone());
-            let (epmd, serving) = Epmd::open(registry, ports, epmd, context.dir.path());
-            (epmd.clone(), tokio::spawn(epmd.serve(serving, stop.clone())))
-        });
+        let epmd = epmd.map(|epmd| serve_epmd(epmd, &stop, &freeze));
         context.epmd = epmd.as_ref().map(|(epmd, _)| epmd.clone());
         let context = Arc::new(context);
         let (proxy, registry) = (&context.proxy, &context.registry);
@@ -239,6 +251,10 @@ impl Agent {
             agent: id,
             bind: listeners.inbound.local_addr()?,
             http,
+            epmd: context.epmd.as_ref().map(|epmd| EpmdPlace {
+                port: epmd.port(),
+                host: epmd.host().to_owned(),
+            }),
             advertise,
         });
         let (successors, coming) = mpsc::channel(1);

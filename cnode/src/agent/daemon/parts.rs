@@ -3,7 +3,8 @@
 use std::{io, net::SocketAddr, os::fd::OwnedFd, sync::Arc};
 
 use rustix::process::{Resource, getrlimit};
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::{net::TcpListener, sync::Semaphore, task::JoinHandle};
+use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::StartError;
@@ -13,12 +14,15 @@ use crate::{
         control::{
             commands::{Context, QUESTIONS_MAX},
             diagnosis::PROBES_MAX,
+            server::Clients,
             upstreams::Budget,
         },
         dir::AgentDir,
         registry::{self, Registry, carrier::Carriers},
         sidecar::{self, ConsulProgram, Sidecars},
+        takeover::Listeners,
     },
+    epmd::{self, Epmd},
     log_limit::LogLimit,
     mesh::{Mesh, MeshError, consul::ConsulMesh, embedded::EmbeddedMesh, observed::Observed},
     proxy::{
@@ -29,6 +33,23 @@ use crate::{
     },
 };
 
+/// All that serves.
+pub(super) struct Parts {
+    pub(super) context: Context,
+    pub(super) listeners: Listeners,
+    pub(super) clients: Clients,
+    pub(super) epmd: Option<(Arc<Epmd>, epmd::Serving)>,
+}
+
+pub(super) fn serve_epmd(
+    (epmd, serving): (Arc<Epmd>, epmd::Serving),
+    stop: &CancellationToken,
+    freeze: &CancellationToken,
+) -> (Arc<Epmd>, JoinHandle<epmd::Serving>) {
+    let running = epmd.clone().serve(serving, stop.clone(), freeze.clone());
+    (epmd, tokio::spawn(running))
+}
+
 /// Registry, data plane and all that clients ask; nothing serves yet.
 pub(super) fn context(
     config: &AgentConfig,
@@ -36,6 +57,7 @@ pub(super) fn context(
     id: &str,
     advertise: SocketAddr,
     mesh: &Arc<Observed>,
+    sidecars: Sidecars,
 ) -> Result<Context, StartError> {
     let mesh: Arc<dyn Mesh> = mesh.clone();
     let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
@@ -63,7 +85,7 @@ pub(super) fn context(
     let proxy = Proxy::new(mesh.clone(), local.clone(), links.clone(), settings);
     let carriers = Carriers {
         proxy: proxy.clone(),
-        sidecars: Sidecars::new(mesh.clone(), dir.sidecars(), programs(config))?,
+        sidecars,
         bind: config.bind.ip(),
         ports: config.instance_ports.clone(),
         default: config.data_plane.clone(),
@@ -93,7 +115,7 @@ pub(super) async fn listen_http(address: SocketAddr) -> Result<TcpListener, Star
 }
 
 /// How sidecars are started.
-fn programs(config: &AgentConfig) -> sidecar::Settings {
+pub(super) fn programs(config: &AgentConfig) -> sidecar::Settings {
     let consul = match &config.mesh {
         MeshKind::Embedded { .. } => None,
         MeshKind::Consul(settings) => Some(ConsulProgram {

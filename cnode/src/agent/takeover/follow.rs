@@ -13,7 +13,7 @@ use tracing::{debug, info};
 
 use super::{
     Meeting,
-    message::{Order, Report, Role},
+    message::{Order, Report, Role, ShownLink},
     wire::{MESSAGE_MAX, MESSAGE_TIME},
 };
 use crate::{
@@ -136,7 +136,8 @@ impl Follower {
                 return vec![Report::Proven { answer }];
             }
             Order::Links => {
-                let links = self.links.snapshot();
+                let links = self.links.snapshot().into_iter().map(ShownLink::from);
+                let links: Vec<_> = links.collect();
                 let mut reports: Vec<_> = links
                     .chunks(LINKS_AT_ONCE)
                     .map(|links| Report::Links {

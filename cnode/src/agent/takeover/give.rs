@@ -15,10 +15,18 @@ use tokio::{
 
 use super::{
     Successor,
-    message::{Answer, Give, Take, Welcome},
+    message::{Answer, Counts, EpmdPlace, Give, Take, Welcome},
     wire::Channel,
 };
-use crate::agent::{control::server::Clients, dir::AgentDir, registry::Registry};
+use crate::{
+    agent::{
+        control::server::Clients,
+        dir::AgentDir,
+        registry::{FrozenSidecars, Registry},
+    },
+    epmd::{self, Epmd},
+    proxy::plain::PlainPorts,
+};
 
 /// How long a successor may take from its welcome to its `begin`: it joins the mesh and fetches certificates.
 pub(super) const PREPARE_TIME: Duration = Duration::from_secs(30);
@@ -38,6 +46,7 @@ pub(in crate::agent) struct About {
     pub(in crate::agent) agent: String,
     pub(in crate::agent) bind: SocketAddr,
     pub(in crate::agent) http: Option<SocketAddr>,
+    pub(in crate::agent) epmd: Option<EpmdPlace>,
     pub(in crate::agent) advertise: SocketAddr,
 }
 
@@ -55,6 +64,7 @@ impl About {
                 agent: self.agent.clone(),
                 bind: self.bind,
                 http: self.http,
+                epmd: self.epmd.clone(),
                 advertise: self.advertise,
                 services: registry.services(),
             },
@@ -96,20 +106,23 @@ pub(in crate::agent) struct Listeners {
     pub(in crate::agent) http: Option<Arc<TcpListener>>,
 }
 
+/// All that a process that serves has.
+pub(in crate::agent) struct Whole<'a> {
+    pub(in crate::agent) dir: &'a AgentDir,
+    pub(in crate::agent) registry: &'a Registry,
+    pub(in crate::agent) listeners: &'a Listeners,
+    pub(in crate::agent) clients: &'a Clients,
+    pub(in crate::agent) sidecars: &'a FrozenSidecars,
+    pub(in crate::agent) ports: &'a PlainPorts,
+    pub(in crate::agent) epmd: Option<(&'a Epmd, &'a epmd::Serving)>,
+}
+
 /// Hands everything over. When this returns without an error, the successor serves.
 ///
 /// # Errors
 /// The successor does not serve, and has been told so if it lives.
-pub(in crate::agent) async fn give(
-    successor: &mut Successor,
-    dir: &AgentDir,
-    registry: &Registry,
-    listeners: &Listeners,
-    clients: &Clients,
-) -> io::Result<()> {
-    let channel = &mut successor.channel;
-    let given = give_all(channel, dir, registry, listeners, clients).await;
-    match given {
+pub(in crate::agent) async fn give(successor: &mut Successor, whole: &Whole<'_>) -> io::Result<()> {
+    match give_all(&mut successor.channel, whole).await {
         Ok(()) => Ok(()),
         Err(error) => Err(refuse(successor, error.to_string()).await),
     }
@@ -123,15 +136,18 @@ pub(in crate::agent) async fn refuse(successor: &mut Successor, text: String) ->
     io::Error::other(text)
 }
 
-async fn give_all(
-    channel: &mut Channel,
-    dir: &AgentDir,
-    registry: &Registry,
-    listeners: &Listeners,
-    clients: &Clients,
-) -> io::Result<()> {
+async fn give_all(channel: &mut Channel, whole: &Whole<'_>) -> io::Result<()> {
+    let Whole {
+        dir,
+        registry,
+        listeners,
+        clients,
+        sidecars,
+        ports,
+        epmd,
+    } = whole;
     let (lock, made) = dir.handed()?;
-    let (handed, instances) = registry.handed()?;
+    let (handed, instances) = registry.handed(sidecars)?;
     let mut files = vec![
         lock.as_fd(),
         listeners.control.as_fd(),
@@ -147,7 +163,11 @@ async fn give_all(
         registry: handed,
     };
     channel.send(&agent, &files).await?;
-    let mut upstreams = 0;
+    let mut counts = Counts {
+        clients: clients.parked.len(),
+        instances: instances.len(),
+        ..Counts::default()
+    };
     for parked in &clients.parked {
         let id = parked.client.owner.id;
         let client = Give::Client {
@@ -157,7 +177,7 @@ async fn give_all(
         };
         channel.send(&client, &[parked.stream.as_fd()]).await?;
         for (name, upstream, listener) in parked.client.upstreams.handed()? {
-            upstreams += 1;
+            counts.upstreams += 1;
             let upstream = Give::Upstream {
                 owner: id,
                 id: name,
@@ -166,23 +186,33 @@ async fn give_all(
             channel.send(&upstream, &[listener.as_fd()]).await?;
         }
     }
-    let count = instances.len();
-    for (instance, listeners) in instances {
-        let files: Vec<_> = listeners.iter().map(AsFd::as_fd).collect();
+    for (instance, files) in instances {
+        let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
         channel.send(&Give::Instance(Box::new(instance)), &files).await?;
     }
     let sessions = registry.handed_sessions();
-    let held = sessions.len();
+    counts.sessions = sessions.len();
     for session in sessions {
         channel.send(&Give::Session(session), &[]).await?;
     }
-    let all = Give::All {
-        sessions: held,
-        clients: clients.parked.len(),
-        upstreams,
-        instances: count,
-    };
-    channel.send(&all, &[]).await?;
+    for (target, listener) in ports.handed()? {
+        counts.plain_ports += 1;
+        channel
+            .send(&Give::PlainPort { target }, &[listener.as_fd()])
+            .await?;
+    }
+    if let Some((epmd, serving)) = epmd {
+        channel.send(&Give::Epmd(Box::new(epmd.handed())), &[]).await?;
+        for (address, listener) in serving.places() {
+            counts.epmd_places += 1;
+            channel.send(&Give::EpmdPlace { address }, &[listener]).await?;
+        }
+        for (name, connection) in serving.names()? {
+            counts.epmd_names += 1;
+            channel.send(&Give::EpmdName(name), &[connection]).await?;
+        }
+    }
+    channel.send(&Give::All(counts), &[]).await?;
     match timeout(READY_TIME, channel.receive_late()).await {
         Ok(Ok(Some(Take::Ready))) => {}
         Ok(Ok(Some(Take::Failed { text }))) => return Err(io::Error::other(text)),

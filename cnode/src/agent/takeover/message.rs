@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     agent::registry::{Handed, HandedInstance, HandedSession},
+    epmd::{HandedEpmd, HandedName},
     mesh::ServiceName,
     proxy::{
         Forwarded, Upstream,
@@ -60,10 +61,21 @@ pub(super) struct Welcome {
     /// Where it listens.
     pub(super) bind: SocketAddr,
     pub(super) http: Option<SocketAddr>,
+    /// Where nodes of plain distribution find it, when it is EPMD.
+    #[serde(default)]
+    pub(super) epmd: Option<EpmdPlace>,
     /// What other agents are told.
     pub(super) advertise: SocketAddr,
     /// Whose certificates the successor will need.
     pub(super) services: Vec<ServiceName>,
+}
+
+/// An agent that is EPMD, as its nodes know it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(in crate::agent) struct EpmdPlace {
+    pub(in crate::agent) port: u16,
+    /// The host part of the nodes that register.
+    pub(in crate::agent) host: String,
 }
 
 /// From the process that serves to its successor, in this order.
@@ -92,21 +104,37 @@ pub(super) enum Give {
         id: String,
         upstream: Upstream,
     },
-    /// A registration, and the listeners of its own ports.
+    /// A registration, and the listeners of its own ports and the files of its sidecar.
     Instance(Box<HandedInstance>),
     /// A session.
     Session(HandedSession),
+    /// A port that leads nodes of plain distribution to this one, and its listener.
+    PlainPort { target: String },
+    /// The agent is EPMD.
+    Epmd(Box<HandedEpmd>),
+    /// Where it listens as that, and the listener.
+    EpmdPlace { address: SocketAddr },
+    /// A name, and the connection that holds it.
+    EpmdName(HandedName),
     /// So many there were.
-    All {
-        sessions: usize,
-        clients: usize,
-        upstreams: usize,
-        instances: usize,
-    },
+    All(Counts),
     /// The successor serves from here on.
     Commit,
     /// It does not: the process that served goes on.
     Abort { text: String },
+}
+
+/// How much of everything was sent.
+#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub(super) struct Counts {
+    pub(super) clients: usize,
+    pub(super) upstreams: usize,
+    pub(super) instances: usize,
+    pub(super) sessions: usize,
+    pub(super) plain_ports: usize,
+    pub(super) epmd_places: usize,
+    pub(super) epmd_names: usize,
 }
 
 /// From the successor to the process that serves.
@@ -156,7 +184,30 @@ pub(super) enum Report {
     /// The answer to [`Order::Prove`]; none when the link is not here.
     Proven { answer: Option<Result<(), Refusal>> },
     /// Some links, the answer to [`Order::Links`]; `last` with the last ones.
-    Links { links: Vec<LinkSnapshot>, last: bool },
+    Links { links: Vec<ShownLink>, last: bool },
+}
+
+/// A link as it is shown: whichever process of the agent holds it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(in crate::agent) struct ShownLink {
+    #[serde(flatten)]
+    pub(in crate::agent) link: LinkSnapshot,
+    /// End of this end's certificate, unix seconds; none where the agent showed none.
+    #[serde(default)]
+    pub(in crate::agent) local_not_after: Option<i64>,
+    /// End of the other end's certificate, likewise.
+    #[serde(default)]
+    pub(in crate::agent) remote_not_after: Option<i64>,
+}
+
+impl From<LinkSnapshot> for ShownLink {
+    fn from(link: LinkSnapshot) -> Self {
+        Self {
+            local_not_after: link.info.local_not_after(),
+            remote_not_after: link.info.remote_not_after(),
+            link,
+        }
+    }
 }
 
 /// The highest version that both ranges have.

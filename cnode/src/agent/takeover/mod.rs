@@ -7,7 +7,8 @@
 //!                                  <---  begin
 //!   clients come between two frames
 //!   locks, listeners, clients,
-//!   upstreams, registrations       --->  knows them, serves nothing yet
+//!   upstreams, registrations,
+//!   EPMD, its names and ports      --->  knows them, serves nothing yet
 //!                                  <---  ready
 //!   commit                         --->  serves
 //!                                  <---  serving
@@ -16,7 +17,7 @@
 //! ```
 //!
 //! Until `commit` the predecessor serves; until `serving` it can go on serving. The listeners of links are never
-//! paused; clients of the control socket wait from `begin` to `serving`. Clients, the VMs, keep their connections.
+//! paused; clients of the control socket and of EPMD wait from `begin` to `serving`. Clients, the VMs, keep their connections.
 
 mod follow;
 mod give;
@@ -33,10 +34,10 @@ use std::{
 };
 
 pub(super) use follow::{Follower, merge};
-pub(super) use give::{About, Given, Listeners, give, refuse};
-pub(super) use message::Order;
+pub(super) use give::{About, Given, Listeners, Whole, give, refuse};
 pub use message::TAKEOVER_VERSIONS;
 use message::{Answer, Hello, Role, Welcome};
+pub(super) use message::{EpmdPlace, Order, ShownLink};
 pub use predecessors::{Draining, Predecessors};
 pub(super) use take::{TakeFault, Taken, TakenClient, fail, find, prepare, ready, receive, serving};
 use tokio::{

@@ -19,7 +19,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    message::{Order, Report},
+    message::{Order, Report, ShownLink},
     wire::{MESSAGE_MAX, MESSAGE_TIME},
 };
 use crate::{
@@ -27,7 +27,7 @@ use crate::{
     proxy::{
         Elsewhere, Forwarded,
         cause::Refusal,
-        links::{LINKS_MAX, LinkSnapshot, LinkTable},
+        links::{LINKS_MAX, LinkTable},
     },
 };
 
@@ -57,7 +57,7 @@ struct Predecessor {
 /// Who waits for an answer. They come in the order of the questions.
 #[derive(Debug)]
 enum Asked {
-    Links(oneshot::Sender<Vec<LinkSnapshot>>, Vec<LinkSnapshot>),
+    Links(oneshot::Sender<Vec<ShownLink>>, Vec<ShownLink>),
     Proof(oneshot::Sender<Option<Result<(), Refusal>>>),
 }
 
@@ -98,7 +98,7 @@ impl Predecessors {
     }
 
     /// Their live links; those of one that is silent are left out.
-    pub(in crate::agent) async fn links(&self) -> Vec<LinkSnapshot> {
+    pub(in crate::agent) async fn links(&self) -> Vec<ShownLink> {
         let answers = self
             .ask(&Order::Links, |tell| Asked::Links(tell, Vec::new()))
             .await;

@@ -7,7 +7,7 @@ use tokio::{net::UnixStream, time::timeout};
 use super::{
     Meeting, Role,
     give::PREPARE_TIME,
-    message::{Give, Take, Welcome},
+    message::{Counts, Give, Take, Welcome},
     wire::{Channel, invalid},
 };
 use crate::{
@@ -16,8 +16,9 @@ use crate::{
         control::{CLIENTS_MAX, UPSTREAMS_MAX, server::FREEZE_TIME},
         registry::{Handed, HandedInstances, HandedSession, INSTANCES_MAX},
     },
+    epmd::{EpmdConfig, NAMES_MAX, PLACES_MAX, TakenEpmd},
     mesh::{Mesh, MeshError, ServiceName},
-    proxy::Upstream,
+    proxy::{Upstream, plain::PLAIN_PORTS_MAX},
 };
 
 /// How long everything may take to come: clients may take [`FREEZE_TIME`] to come between two frames.
@@ -77,6 +78,24 @@ pub(in crate::agent) struct Taken {
     pub(in crate::agent) clients: Vec<TakenClient>,
     pub(in crate::agent) instances: HandedInstances,
     pub(in crate::agent) sessions: Vec<HandedSession>,
+    /// Ports of nodes of plain distribution, by the node that each leads to.
+    pub(in crate::agent) ports: Vec<(String, OwnedFd)>,
+    pub(in crate::agent) epmd: Option<TakenEpmd>,
+}
+
+impl Taken {
+    fn counts(&self, upstreams: usize) -> Counts {
+        let epmd = self.epmd.as_ref();
+        Counts {
+            clients: self.clients.len(),
+            upstreams,
+            instances: self.instances.len(),
+            sessions: self.sessions.len(),
+            plain_ports: self.ports.len(),
+            epmd_places: epmd.map_or(0, |epmd| epmd.places.len()),
+            epmd_names: epmd.map_or(0, |epmd| epmd.names.len()),
+        }
+    }
 }
 
 /// A client, and its upstreams.
@@ -148,13 +167,30 @@ fn same(config: &AgentConfig, welcome: &Welcome) -> Result<(), String> {
         );
     }
     match (welcome.http, config.http) {
-        (None, None) => Ok(()),
-        (Some(seen), Some(wanted)) if port(seen, wanted) => Ok(()),
+        (None, None) => {}
+        (Some(seen), Some(wanted)) if port(seen, wanted) => {}
         (seen, wanted) => {
             let text = |http: Option<SocketAddr>| http.map_or("off".to_owned(), |http| http.to_string());
-            differs("--http", text(seen), text(wanted))
+            return differs("--http", text(seen), text(wanted));
         }
     }
+    // Nodes that are registered live by what they found.
+    match (&welcome.epmd, &config.epmd) {
+        (None, _) => Ok(()),
+        (Some(seen), Some(wanted)) if !wanted.is_at(seen.port) => {
+            differs("--epmd", seen.port.to_string(), places(wanted))
+        }
+        (Some(seen), Some(wanted)) if seen.host != wanted.host => {
+            differs("--epmd-host", seen.host.clone(), wanted.host.clone())
+        }
+        (Some(_), Some(_)) => Ok(()),
+        (Some(seen), None) => differs("--epmd", seen.port.to_string(), "off".to_owned()),
+    }
+}
+
+fn places(epmd: &EpmdConfig) -> String {
+    let places: Vec<String> = epmd.listen.iter().map(SocketAddr::to_string).collect();
+    places.join(", ")
 }
 
 /// Until the mesh has given every certificate that links will need.
@@ -243,8 +279,10 @@ async fn receive_all(channel: &mut Channel) -> Result<Taken, TakeFault> {
         clients: Vec::new(),
         instances: Vec::new(),
         sessions: Vec::new(),
+        ports: Vec::new(),
+        epmd: None,
     };
-    let mut listeners = 0;
+    let mut upstreams = 0;
     loop {
         match next(channel).await? {
             Give::Client { id, greeted, watches } if taken.clients.len() < CLIENTS_MAX => {
@@ -257,8 +295,8 @@ async fn receive_all(channel: &mut Channel) -> Result<Taken, TakeFault> {
                     upstreams: Vec::new(),
                 });
             }
-            Give::Upstream { owner, id, upstream } if listeners < UPSTREAMS_MAX => {
-                listeners += 1;
+            Give::Upstream { owner, id, upstream } if upstreams < UPSTREAMS_MAX => {
+                upstreams += 1;
                 let file = channel.file()?;
                 match taken.clients.last_mut() {
                     Some(client) if client.id == owner => client.upstreams.push((id, upstream, file)),
@@ -266,26 +304,32 @@ async fn receive_all(channel: &mut Channel) -> Result<Taken, TakeFault> {
                 }
             }
             Give::Instance(instance) if taken.instances.len() < INSTANCES_MAX => {
-                let ports = instance.ports.iter().map(|_| channel.file());
-                let ports = ports.collect::<io::Result<_>>()?;
-                taken.instances.push((*instance, ports));
+                let files = (0..instance.files()).map(|_| channel.file());
+                let files = files.collect::<io::Result<_>>()?;
+                taken.instances.push((*instance, files));
             }
             Give::Session(session) if taken.sessions.len() < INSTANCES_MAX => taken.sessions.push(session),
-            Give::All {
-                clients,
-                upstreams,
-                instances,
-                sessions,
-            } if (clients, upstreams, instances, sessions)
-                == (
-                    taken.clients.len(),
-                    listeners,
-                    taken.instances.len(),
-                    taken.sessions.len(),
-                ) =>
-            {
-                return Ok(taken);
+            Give::PlainPort { target } if taken.ports.len() < PLAIN_PORTS_MAX => {
+                taken.ports.push((target, channel.file()?));
             }
+            Give::Epmd(epmd) if taken.epmd.is_none() => {
+                taken.epmd = Some(TakenEpmd {
+                    epmd: *epmd,
+                    places: Vec::new(),
+                    names: Vec::new(),
+                });
+            }
+            Give::EpmdPlace { address } => match &mut taken.epmd {
+                Some(epmd) if epmd.places.len() < PLACES_MAX => {
+                    epmd.places.push((address, channel.file()?));
+                }
+                _ => return Err(unwanted("no further place of EPMD")),
+            },
+            Give::EpmdName(name) => match &mut taken.epmd {
+                Some(epmd) if epmd.names.len() < NAMES_MAX => epmd.names.push((name, channel.file()?)),
+                _ => return Err(unwanted("no further name of EPMD")),
+            },
+            Give::All(counts) if counts == taken.counts(upstreams) => return Ok(taken),
             _ => {
                 return Err(unwanted(
                     "further client, upstream or registration, or the right number",

@@ -2,6 +2,9 @@
 //!
 //! `ca.pem` has the roots that are believed, `ca.key` the key of the one that signs. Both are replaced as a whole, and
 //! each agent follows at its next question: a new version of either means new leaves.
+//!
+//! An authority of one's own need not sign with a root's key: `ca.chain.pem` has the certificate of `ca.key` then, and
+//! those between it and a root. Leaves are shown with all of them.
 
 use std::sync::Arc;
 
@@ -11,8 +14,11 @@ use rcgen::{
     KeyPair, KeyUsagePurpose, PublicKeyData, SanType,
 };
 use rustls::RootCertStore;
+use rustls::client::verify_server_cert_signed_by_trust_anchor;
+use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixTime};
+use rustls::server::ParsedCertificate;
 use serde::{Deserialize, Serialize};
 use time::{Duration, OffsetDateTime};
 use x509_parser::prelude::{FromDer, X509Certificate};
@@ -34,6 +40,9 @@ const ROOTS_MAX: usize = 8;
 const VERSION: u32 = 1;
 const ROOTS: &str = "ca.pem";
 const KEY: &str = "ca.key";
+const CHAIN: &str = "ca.chain.pem";
+/// Certificates between a leaf and a root.
+const CHAIN_MAX: usize = 4;
 
 /// What is exchanged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,10 +66,12 @@ struct MeshFile {
 pub(super) struct Authority {
     trust_domain: String,
     issuer: Issuer<'static, KeyPair>,
-    /// The one that signs comes first.
+    /// The one that signs comes first, if a root does.
     list: Vec<CertificateDer<'static>>,
+    /// Between a leaf and a root, the one that signs first; empty when a root does.
+    intermediates: Vec<CertificateDer<'static>>,
     roots: Arc<RootCertStore>,
-    version: (Stamp, Stamp),
+    version: [Stamp; 3],
 }
 
 impl std::fmt::Debug for Authority {
@@ -95,13 +106,20 @@ impl Authority {
         }
         let version = version(dir);
         let key = KeyPair::from_pem(&read(KEY)?).map_err(|error| broken(KEY, error))?;
-        let list = certificates(&read(ROOTS)?)?;
-        let (mut signing, others): (Vec<_>, Vec<_>) = list.into_iter().partition(|root| is_of(root, &key));
-        let root = signing
-            .pop()
-            .ok_or_else(|| broken(ROOTS, "no certificate in it is of the key in ca.key"))?;
-        let issuer = Issuer::from_ca_cert_der(&root, key).map_err(|error| broken(ROOTS, error))?;
-        let list = [vec![root], others].concat();
+        let mut list = certificates(ROOTS, &read(ROOTS)?, ROOTS_MAX)?;
+        list.sort_by_key(|root| !is_of(root, &key));
+        let mut intermediates = Vec::new();
+        if !list.first().is_some_and(|root| is_of(root, &key)) {
+            let chain = dir.read(CHAIN)?;
+            let chain = chain.ok_or_else(|| broken(ROOTS, "no certificate in it is of the key in ca.key"))?;
+            intermediates = certificates(CHAIN, &chain, CHAIN_MAX)?;
+            if !intermediates.first().is_some_and(|first| is_of(first, &key)) {
+                return Err(broken(CHAIN, "its first certificate is not of the key in ca.key"));
+            }
+        }
+        let signing = intermediates.first().or(list.first());
+        let signing = signing.ok_or_else(|| broken(ROOTS, "it is empty"))?;
+        let issuer = Issuer::from_ca_cert_der(signing, key).map_err(|error| broken(ROOTS, error))?;
         let mut roots = RootCertStore::empty();
         for root in &list {
             roots.add(root.clone()).map_err(|error| broken(ROOTS, error))?;
@@ -110,6 +128,7 @@ impl Authority {
             trust_domain: mesh.trust_domain,
             issuer,
             list,
+            intermediates,
             roots: Arc::new(roots),
             version,
         })
@@ -124,7 +143,7 @@ impl Authority {
         &self.trust_domain
     }
 
-    /// The roots that are believed; the one that signs comes first.
+    /// The roots that are believed; the one that signs comes first, if a root does.
     pub(super) fn roots(&self) -> &[CertificateDer<'static>] {
         &self.list
     }
@@ -151,13 +170,29 @@ impl Authority {
             Ok((leaf.der().clone(), key.serialize_der(), not_after))
         };
         let (leaf, key, not_after) = sign().map_err(|error: rcgen::Error| broken("leaf", error))?;
+        self.check(&leaf)?;
         Ok(Identity {
             id,
-            chain: vec![leaf],
+            chain: [vec![leaf], self.intermediates.clone()].concat(),
             key: PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key)),
             roots: self.roots.clone(),
             not_after,
         })
+    }
+}
+
+impl Authority {
+    /// An authority that was put here must be one that others believe.
+    fn check(&self, leaf: &CertificateDer<'static>) -> Result<(), MeshError> {
+        let leaf = ParsedCertificate::try_from(leaf).map_err(|error| broken("leaf", error))?;
+        let algorithms = ring::default_provider().signature_verification_algorithms.all;
+        let (between, now) = (&self.intermediates, UnixTime::now());
+        verify_server_cert_signed_by_trust_anchor(&leaf, &self.roots, between, now, algorithms).map_err(
+            |error| {
+                let text = format!("its leaves do not lead to a root in {ROOTS}, by way of {CHAIN}: {error}");
+                broken(KEY, text)
+            },
+        )
     }
 }
 
@@ -196,6 +231,9 @@ pub fn rotate(dir: &MeshDir, rotation: Rotation) -> Result<(), MeshError> {
             dir.replace(ROOTS, &format!("{root}{}", pem(&now.list)))?;
             dir.replace(KEY, &key)
         }
+        Rotation::Forget if !now.intermediates.is_empty() => Err(MeshError::Refused(format!(
+            "no root signs, but an intermediate in {CHAIN}: take out of {ROOTS} by hand what is to be forgotten"
+        ))),
         Rotation::Forget => dir.replace(ROOTS, &pem(now.list.get(..1).unwrap_or_default())),
     }
 }
@@ -232,17 +270,17 @@ fn self_signed(trust_domain: &str) -> Result<(String, String), MeshError> {
     sign().map_err(|error: rcgen::Error| broken(ROOTS, error))
 }
 
-fn version(dir: &MeshDir) -> (Stamp, Stamp) {
-    (dir.stamp(ROOTS), dir.stamp(KEY))
+fn version(dir: &MeshDir) -> [Stamp; 3] {
+    [ROOTS, KEY, CHAIN].map(|name| dir.stamp(name))
 }
 
-fn certificates(pem: &str) -> Result<Vec<CertificateDer<'static>>, MeshError> {
+fn certificates(file: &str, pem: &str, max: usize) -> Result<Vec<CertificateDer<'static>>, MeshError> {
     let list: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(pem.as_bytes()).collect();
-    match list.map_err(|error| broken(ROOTS, error))? {
-        list if (1..=ROOTS_MAX).contains(&list.len()) => Ok(list),
+    match list.map_err(|error| broken(file, error))? {
+        list if (1..=max).contains(&list.len()) => Ok(list),
         list => Err(broken(
-            ROOTS,
-            format!("{} certificates, wanted 1 to {ROOTS_MAX}", list.len()),
+            file,
+            format!("{} certificates, wanted 1 to {max}", list.len()),
         )),
     }
 }

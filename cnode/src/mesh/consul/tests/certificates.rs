@@ -122,6 +122,42 @@ async fn a_leaf_that_is_not_ours_is_refused() {
     }
 }
 
+/// As after a root rotation of Consul's own authority, or with one whose root signs no leaves itself.
+#[tokio::test]
+async fn a_leaf_comes_with_its_intermediates_or_is_refused() {
+    let key = KeyPair::generate().unwrap();
+    let mut params = CertificateParams::default();
+    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let root = params.self_signed(&key).unwrap();
+    let top = Issuer::new(params.clone(), key);
+    let key = KeyPair::generate().unwrap();
+    params
+        .distinguished_name
+        .push(rcgen::DnType::CommonName, "middle");
+    let middle = params.signed_by(&key, &top).unwrap();
+    let authority = Authority {
+        trust_domain: "td.consul".to_owned(),
+        issuer: Issuer::new(params, key),
+        pem: root.pem(),
+    };
+    let alone = authority.leaf(SHOP);
+    let mut whole = alone.clone();
+    whole["CertPEM"] = json!(format!("{}{}", alone["CertPEM"].as_str().unwrap(), middle.pem()));
+    let mut wrong = alone.clone();
+    let stranger = Authority::new("td.consul").pem;
+    wrong["CertPEM"] = json!(format!("{}{stranger}", alone["CertPEM"].as_str().unwrap()));
+    let mock = Mock::new(certifies(authority.roots(), whole, 5)).await;
+    let identity = identity_of(&mock.mesh(), "shop").await.unwrap();
+    // The whole chain is shown, or the other end could not believe it.
+    assert_eq!(identity.chain.len(), 2);
+    assert_eq!(&identity.chain[1], middle.der());
+    for leaf in [alone, wrong] {
+        let mock = Mock::new(certifies(authority.roots(), leaf, 5)).await;
+        let error = identity_of(&mock.mesh(), "shop").await.unwrap_err();
+        assert!(error.to_string().contains("UnknownIssuer"), "{error}");
+    }
+}
+
 #[tokio::test]
 async fn roots_that_are_none_are_refused() {
     let ours = Authority::new("td.consul");

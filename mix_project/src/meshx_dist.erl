@@ -36,6 +36,9 @@
 -define(READY_WITHIN, 30000).
 -define(REGISTER_AGAIN, 100).
 -define(BUFFER, 16#40000).
+%% The kernel wakes who waits for a Unix socket only when three quarters of its buffer are free: a small one is empty
+%% before this VM writes again.
+-define(SEND_BUFFER, 16#100000).
 
 %% === What net_kernel and erl_distribution call
 
@@ -509,7 +512,7 @@ hs_data(Socket, Up, Handshake) ->
         f_setopts_post_nodeup = fun(S) ->
             Up(),
             inet:setopts(S, [
-                {active, true}, {deliver, port}, {packet, 4}, binary, {sndbuf, ?BUFFER}, {recbuf, ?BUFFER}, {buffer, ?BUFFER}
+                {active, true}, {deliver, port}, {packet, 4}, binary, {sndbuf, ?SEND_BUFFER}, {recbuf, ?BUFFER}, {buffer, ?BUFFER}
             ])
         end,
         f_getll = fun inet:getll/1,

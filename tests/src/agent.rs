@@ -56,11 +56,27 @@ impl Mesh {
     /// # Errors
     /// When it does not get ready.
     pub fn agent_with(&self, name: &str, ip: &str, hosts: &[&str], options: &[&str]) -> Result<Agent> {
+        self.agent_on(&[], name, ip, hosts, options)
+    }
+
+    /// As [`Mesh::agent_with`], started by what stands in `on` (see [`crate::Network::on`]).
+    ///
+    /// # Errors
+    /// When it does not get ready.
+    pub fn agent_on(
+        &self,
+        on: &[String],
+        name: &str,
+        ip: &str,
+        hosts: &[&str],
+        options: &[&str],
+    ) -> Result<Agent> {
         let mesh_dir = self.mesh_dir().display().to_string();
         let arguments = [&["--mesh", "embedded", "--mesh-dir", &mesh_dir], options].concat();
         // The commands of an operator find the mesh by it.
         let environment = [("MESHX_MESH_DIR".to_owned(), mesh_dir.clone())];
         Agent::start(
+            on,
             name,
             &self.dir.path().join(name),
             ip,
@@ -73,12 +89,16 @@ impl Mesh {
 
 /// An agent's process and its ready line.
 fn spawn(
+    on: &[String],
     name: &str,
     program: &Path,
     arguments: &[String],
     environment: &[(String, String)],
 ) -> Result<(Process, String)> {
-    let mut process = Process::start(&format!("agent {name}"), program, arguments, |c| {
+    let program = program.display().to_string();
+    let mut words = on.iter().chain(std::iter::once(&program)).chain(arguments);
+    let first = words.next().cloned().unwrap_or_default();
+    let mut process = Process::start(&format!("agent {name}"), first, words, |c| {
         c.env("RUST_LOG", "info").envs(environment.iter().cloned());
     })?;
     let ready = process.wait_for(START, |line| {
@@ -103,8 +123,9 @@ pub struct Agent {
 
 impl Agent {
     /// Starts `meshx agent` in `dir`, inbound port on `ip`, that owns `hosts`. The environment is also that of
-    /// [`Agent::meshx`].
+    /// [`Agent::meshx`]. `on` is put before the command line.
     pub(crate) fn start(
+        on: &[String],
         name: &str,
         dir: &Path,
         ip: &str,
@@ -123,7 +144,7 @@ impl Agent {
             arguments.extend(["--host".into(), (*host).to_owned()]);
         }
         arguments.extend(options.iter().map(|o| (*o).to_owned()));
-        let (process, ready) = spawn(name, &program("meshx")?, &arguments, environment)?;
+        let (process, ready) = spawn(on, name, &program("meshx")?, &arguments, environment)?;
         let field = |name: &str| ready.split(' ').find_map(|field| field.strip_prefix(name));
         Ok(Self {
             process,
@@ -144,7 +165,7 @@ impl Agent {
     /// When the new process does not get ready; the old one is this agent still.
     pub fn take_over(&mut self, program: &Path) -> Result<Process> {
         let arguments = [&self.arguments[..], &["--takeover".to_owned()]].concat();
-        let (process, ready) = spawn(&self.name, program, &arguments, &self.environment)?;
+        let (process, ready) = spawn(&[], &self.name, program, &arguments, &self.environment)?;
         if !ready.contains(&format!("inbound={} ", self.inbound)) {
             return Err(format!("{ready}: wanted inbound={}", self.inbound));
         }
@@ -169,12 +190,22 @@ impl Agent {
         self.epmd.ok_or_else(|| "this agent has no --epmd".to_owned())
     }
 
+    /// Address and port of its pages. It must have been started with `--http`.
+    ///
+    /// # Errors
+    /// When it was not.
+    pub fn http(&self) -> Result<&str> {
+        self.http
+            .as_deref()
+            .ok_or_else(|| "this agent has no --http".to_owned())
+    }
+
     /// Its figures, in Prometheus' text form. It must have been started with `--http`.
     ///
     /// # Errors
     /// When it does not give them.
     pub fn metrics(&self) -> Result<String> {
-        let address = self.http.as_ref().ok_or("this agent has no --http")?;
+        let address = self.http()?;
         let mut stream = TcpStream::connect(address).context("connect to the agent's HTTP")?;
         let request = format!("GET /metrics HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
         let mut answer = String::new();

@@ -12,6 +12,7 @@ mod echo;
 pub mod envoy;
 pub mod epmd;
 pub mod fuzz;
+pub mod network;
 mod process;
 pub mod tls;
 pub mod traffic;
@@ -20,6 +21,7 @@ pub mod upgrade;
 pub use agent::{Agent, Mesh};
 pub use beam::{Beam, BeamBuilder, COOKIE, ebin};
 pub use echo::{EchoClient, EchoServer};
+pub use network::Network;
 pub use process::{Process, kill_all, processes_with, wait_until};
 
 /// A failure in words: what was done, what was seen.

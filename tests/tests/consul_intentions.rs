@@ -78,7 +78,7 @@ fn calls_need_one_direction_and_end_when_it_is_denied() {
     let mut shop = BeamBuilder::new("shop@h1").app("shop").start(&h1).unwrap();
     consul.deny("cart-rpc", "shop").unwrap();
     consul.deny("cart", "shop").unwrap();
-    shop.expect("Shop.CartClient.call(:echo, 1, 30_000)", "1")
+    shop.expect("Shop.CartClient.call(:echo, 1, 30_000, 60, 500)", "1")
         .unwrap();
     shop.eval(
         "call = fn f -> case Shop.CartClient.call(:echo, 1, 1_000, 0) do 1 -> Process.sleep(5); f.(f); e -> e end end; task = Task.async(fn -> call.(call) end)",

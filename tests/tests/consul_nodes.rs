@@ -27,7 +27,7 @@ fn they_work_together(consul: &Consul, shop: &mut Beam, cart: &mut Beam) {
     )
     .unwrap();
     shop.expect(
-        "Shop.CartClient.call(:total, [{\"lamp\", 2}, {\"desk\", 1}], 30_000)",
+        "Shop.CartClient.call(:total, [{\"lamp\", 2}, {\"desk\", 1}], 30_000, 60, 500)",
         "16898",
     )
     .unwrap();

@@ -27,7 +27,7 @@ fn world(setup: Setup) -> World {
     let search = Beam::start(&h2, "search@h2").unwrap();
     let mut shop = BeamBuilder::new("shop@h1").app("shop").start(&h1).unwrap();
     shop.expect("MeshxNode.connect(:cart@h2)", ":ok").unwrap();
-    shop.expect("Shop.CartClient.call(:echo, 1, 30_000)", "1")
+    shop.expect("Shop.CartClient.call(:echo, 1, 30_000, 60, 500)", "1")
         .unwrap();
     traffic::start(&mut shop).unwrap();
     World {

@@ -8,6 +8,9 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use meshx::agent::control::message::text;
+use meshx_etf::Term;
+use meshx_tests::control::Control;
 use meshx_tests::{Agent, Beam, BeamBuilder, Mesh};
 
 /// Every handshake, hello and request has to be whole within 5 s (docs/mesh-protocol.md); three times that here.
@@ -32,16 +35,18 @@ impl Peer for UnixStream {
 /// How one door is knocked on.
 type Knock = Box<dyn Fn() -> Box<dyn Peer>>;
 
-/// The sockets of an agent and of the nodes and services behind it.
-fn doors(agent: &Agent) -> Vec<(String, Knock)> {
+/// The sockets of an agent and of the nodes and services behind it, and what `plain` has for nodes of plain distribution.
+fn doors(agent: &Agent, plain: &Control) -> Vec<(String, Knock)> {
     let mut doors: Vec<(String, Knock)> = Vec::new();
-    let mut paths: Vec<PathBuf> = vec![agent.dir().join("control.sock"), agent.dir().join("dist.sock")];
+    let mut paths: Vec<PathBuf> = ["control.sock", "dist.sock", "takeover.sock"]
+        .map(|name| agent.dir().join(name))
+        .into();
     for directory in ["vm", "up"] {
         let listed = std::fs::read_dir(agent.dir().join(directory)).unwrap();
         paths.extend(listed.map(|entry| entry.unwrap().path()));
     }
     assert!(
-        paths.len() >= 4,
+        paths.len() >= 5,
         "a node's and a service's socket should be there: {paths:?}"
     );
     for path in paths {
@@ -51,11 +56,21 @@ fn doors(agent: &Agent) -> Vec<(String, Knock)> {
             Box::new(move || Box::new(UnixStream::connect(&path).unwrap())),
         ));
     }
-    let inbound = agent.inbound().to_owned();
-    doors.push((
-        "inbound".into(),
-        Box::new(move || Box::new(TcpStream::connect(&inbound).unwrap())),
-    ));
+    let node_port = plain
+        .request("node_port", vec![("node", text("shop@h1"))])
+        .unwrap();
+    let node_port = node_port.map_get("port").and_then(Term::as_int).unwrap();
+    for (name, address) in [
+        ("inbound", agent.inbound().to_owned()),
+        ("http", agent.http().unwrap().to_owned()),
+        ("epmd", format!("127.0.0.1:{}", agent.epmd().unwrap())),
+        ("a node's port", format!("127.0.0.1:{node_port}")),
+    ] {
+        doors.push((
+            name.into(),
+            Box::new(move || Box::new(TcpStream::connect(&address).unwrap())),
+        ));
+    }
     doors
 }
 
@@ -100,7 +115,9 @@ fn messages() -> Vec<(&'static str, Vec<u8>)> {
 fn every_door_refuses_and_nobody_else_notices() {
     let mesh = Mesh::new().unwrap();
     let h1 = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
-    let h2 = mesh.agent("b", "127.0.0.3", &["h2"]).unwrap();
+    let open = ["--http", "127.0.0.1:0", "--epmd=127.0.0.1:0", "--epmd-nodes", "*"];
+    let h2 = mesh.agent_with("b", "127.0.0.3", &["h2"], &open).unwrap();
+    let plain = Control::connect(&h2).unwrap();
     let mut cart = BeamBuilder::new("cart@h2").app("shop").start(&h2).unwrap();
     let mut shop = BeamBuilder::new("shop@h1").app("shop").start(&h1).unwrap();
     shop.expect("MeshxNode.connect(:cart@h2)", ":ok").unwrap();
@@ -111,7 +128,7 @@ fn every_door_refuses_and_nobody_else_notices() {
     }
 
     let mut open = Vec::new();
-    for (door, connect) in doors(&h2) {
+    for (door, connect) in doors(&h2, &plain) {
         for (what, bytes) in messages() {
             let mut peer = connect();
             // The other side may close before everything is written.

@@ -3,6 +3,8 @@
 
 use std::time::{Duration, Instant};
 
+use meshx::agent::control::message::text;
+use meshx_tests::control::Control;
 use meshx_tests::{Beam, Mesh};
 
 /// "At once" is well below the 7 s that OTP's own setup timer would take; three times what is promised.
@@ -90,6 +92,51 @@ fn a_host_that_the_agent_does_not_own_and_a_name_that_is_taken() {
         assert!(!status.success(), "{status}");
         assert!(second.process.log().contains(cause), "{}", second.process.log());
     }
+}
+
+#[test]
+fn one_name_from_two_hosts() {
+    let mesh = Mesh::new().unwrap();
+    let first = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    // Nobody keeps a host from calling itself like another one.
+    let newer = mesh.agent("b", "127.0.0.3", &["h1"]).unwrap();
+    let mut shop = Beam::start(&first, "shop@h1").unwrap();
+    let mut second = meshx_tests::BeamBuilder::new("shop@h1").spawn(&newer).unwrap();
+    let status = second.process.wait_exit(Duration::from_secs(30)).unwrap();
+    assert!(!status.success(), "{status}");
+    // Both are told: the VM that may not, and both agents' operators.
+    let log = second.process.log();
+    let taken = format!("shop@h1 is registered with the agent at {}", first.inbound());
+    assert!(log.contains("name_taken") && log.contains(&taken), "{log}");
+    // Nor does it get another name of that host.
+    let socket = newer.dir().join("vm/other.sock");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let client = Control::connect(&newer).unwrap();
+    let arguments = vec![
+        ("node", text("other@h1")),
+        ("socket", text(socket.display().to_string())),
+    ];
+    let refused = client.request("register_node", arguments).unwrap_err();
+    assert!(
+        refused.starts_with("host_not_owned: ") && refused.contains("owned host h1 first"),
+        "{refused}"
+    );
+    for (agent, other) in [(&first, &newer), (&newer, &first)] {
+        let told = agent.meshx(&["doctor"]).unwrap();
+        let told = String::from_utf8_lossy(&told.stdout);
+        assert!(
+            told.contains(&format!("at {} owns h1", other.inbound())),
+            "{told}"
+        );
+    }
+    newer
+        .process
+        .wait_log("two agents own the same host name", AT_ONCE)
+        .unwrap();
+    // The first one's node goes on, and is the one that is reached.
+    let mut cart = Beam::start(&first, "cart@h1").unwrap();
+    cart.expect("MeshxNode.connect(:shop@h1)", ":ok").unwrap();
+    shop.expect("Node.list()", "[:cart@h1]").unwrap();
 }
 
 #[test]

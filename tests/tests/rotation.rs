@@ -25,7 +25,7 @@ fn ten_leaf_rotations_and_one_of_the_root_go_unnoticed() {
     let _cart = BeamBuilder::new("cart@h2").app("shop").start(&h2).unwrap();
     let mut shop = BeamBuilder::new("shop@h1").app("shop").start(&h1).unwrap();
     shop.expect("MeshxNode.connect(:cart@h2)", ":ok").unwrap();
-    shop.expect("Shop.CartClient.call(:echo, 1, 30_000)", "1")
+    shop.expect("Shop.CartClient.call(:echo, 1, 30_000, 60, 500)", "1")
         .unwrap();
     let echo = EchoServer::start([127, 0, 0, 1]).unwrap();
     let (server, client) = (Control::connect(&h2).unwrap(), Control::connect(&h1).unwrap());

@@ -16,7 +16,7 @@ fn calls_cross_the_mesh_with_the_native_codec() {
     }
 
     shop.expect(
-        "Shop.CartClient.call(:total, [{\"lamp\", 2}, {\"desk\", 1}])",
+        "Shop.CartClient.call(:total, [{\"lamp\", 2}, {\"desk\", 1}], 30_000, 60, 500)",
         "16898",
     )
     .unwrap();

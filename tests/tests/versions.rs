@@ -39,7 +39,7 @@ fn meet(older: Option<&'static str>, newer: Option<&'static str>) {
     shop.eval(":net_kernel.monitor_nodes(true)").unwrap();
 
     shop.expect(
-        "Shop.CartClient.call(:total, [{\"lamp\", 2}, {\"desk\", 1}])",
+        "Shop.CartClient.call(:total, [{\"lamp\", 2}, {\"desk\", 1}], 30_000, 60, 500)",
         "16898",
     )
     .unwrap();

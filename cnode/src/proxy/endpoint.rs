@@ -10,7 +10,7 @@ use super::frames::Duplex;
 use super::links::LinkId;
 use super::local::{Endpoint, LocalInstance};
 use super::wire::Accept;
-use super::{Proxy, peer_uid};
+use super::{Proxy, near, peer_uid};
 use crate::mesh::SpiffeId;
 
 impl Proxy {
@@ -23,6 +23,7 @@ impl Proxy {
                     let stream = UnixStream::connect(path)
                         .await
                         .map_err(|error| away(local, &error))?;
+                    near::widen(&stream);
                     owned(
                         local,
                         stream.peer_cred().map_err(|error| away(local, &error))?.uid(),

@@ -13,8 +13,8 @@ use tokio::io::ReadBuf;
 
 use super::frames::Duplex;
 
-/// What is read at once, and the most that a way holds: four TLS records, and rustls holds as much again.
-pub(super) const BUFFER: usize = 64 << 10;
+/// What is read at once, and the most that a way holds: eight TLS records. Of those, rustls holds up to four again.
+pub(super) const BUFFER: usize = 128 << 10;
 
 thread_local! {
     static SHARED: Cell<Option<Box<[u8]>>> = const { Cell::new(None) };

@@ -3,7 +3,7 @@
 use std::future::poll_fn;
 use std::io;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use tokio::net::{TcpListener, UnixListener};
@@ -11,6 +11,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use super::admission::{Admission, Slot};
+use super::near;
 
 /// Pause after a failed accept: descriptors that ran out come back when links end.
 const ACCEPT_BACKOFF: Duration = Duration::from_millis(50);
@@ -81,7 +82,9 @@ impl Accept for UnixListener {
     type Connection = (tokio::net::UnixStream, tokio::net::unix::SocketAddr);
 
     fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Connection>> {
-        Self::poll_accept(self, cx)
+        let accepted = ready!(Self::poll_accept(self, cx))?;
+        near::widen(&accepted.0);
+        Poll::Ready(Ok(accepted))
     }
 }
 

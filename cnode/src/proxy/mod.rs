@@ -30,6 +30,7 @@ mod keepalive;
 pub mod links;
 pub(crate) mod listener;
 pub mod local;
+mod near;
 mod outbound;
 pub(crate) mod peer_uid;
 pub mod plain;

@@ -31,7 +31,9 @@ defmodule MeshxRpc.Link do
     written: 0,
     blocked: false,
     # Reads until the next grant.
-    reads: @grant
+    reads: @grant,
+    # The last stream that the codec was told of.
+    opened: 0
   ]
 
   @type t :: %__MODULE__{}
@@ -68,7 +70,8 @@ defmodule MeshxRpc.Link do
         ] ++ writer_options
       )
 
-    %{link | codec: codec, writer: writer, shared: writer.shared}
+    shared = writer.shared
+    %{link | codec: codec, writer: writer, shared: shared, opened: Shared.taken(shared)}
   end
 
   # Captures of exported functions hold no version of their module.
@@ -116,8 +119,24 @@ defmodule MeshxRpc.Link do
   @spec open_streams(t()) :: non_neg_integer()
   def open_streams(link), do: link.module.stats(link.codec).open
 
-  @doc "Tells the codec about a stream."
-  def open(link, stream), do: %{link | codec: link.module.open(link.codec, stream)}
+  @doc """
+  Tells the codec of the streams that were taken since, by whomever: before what a client reads is given to it, since an
+  answer may be among that.
+  """
+  @spec open(t()) :: t()
+  def open(%{shared: nil} = link), do: link
+
+  def open(%{opened: opened} = link) do
+    case Shared.taken(link.shared) do
+      ^opened -> link
+      taken -> open(%{link | opened: taken}, opened + 1, taken)
+    end
+  end
+
+  defp open(link, stream, last) when stream > last, do: link
+
+  defp open(link, stream, last),
+    do: open(%{link | codec: link.module.open(link.codec, stream)}, stream + 1, last)
 
   @doc "Request ids that no request has taken."
   @spec skipped(t()) :: [pos_integer()]

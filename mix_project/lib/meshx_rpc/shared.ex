@@ -9,6 +9,7 @@ defmodule MeshxRpc.Shared do
   @busy 3
   @last 4
   @retire 5
+  @over 6
 
   @max_window 0x7FFF_FFFF
   @max_stream 0xFFFF_FFFF
@@ -23,7 +24,7 @@ defmodule MeshxRpc.Shared do
   """
   @spec new(non_neg_integer(), keyword()) :: t()
   def new(window, options \\ []) do
-    shared = :atomics.new(5, [])
+    shared = :atomics.new(6, [])
     last = Keyword.get(options, :last_stream, @max_stream)
     :atomics.put(shared, @id, Keyword.get(options, :next_stream, 1) - 1)
     :atomics.put(shared, @window, window)
@@ -89,6 +90,13 @@ defmodule MeshxRpc.Shared do
   @doc "The connection has messages of its own to send: nobody is to write beside it."
   @spec busy(t()) :: :ok
   def busy(shared), do: :atomics.put(shared, @busy, 1)
+
+  @doc "Nobody is to write beside the connection any more."
+  @spec over(t()) :: :ok
+  def over(shared), do: :atomics.put(shared, @over, 1)
+
+  @spec over?(t()) :: boolean()
+  def over?(shared), do: :atomics.get(shared, @over) == 1
 
   @spec busy?(t()) :: boolean()
   def busy?(shared), do: :atomics.get(shared, @busy) == 1

@@ -1,7 +1,8 @@
 defmodule MeshxRpc.PoolTest do
   # How many connections there are, when they are made anew, and how a server leaves.
   use MeshxRpc.Case, async: true
-  alias MeshxRpc.{TestPeer, TestRelay, TestVm}
+  alias MeshxRpc.{Shared, TestPeer, TestRelay, TestVm}
+  alias MeshxRpc.Client.Direct
 
   @moduletag capture_log: true
   @moduletag timeout: 60_000
@@ -43,13 +44,13 @@ defmodule MeshxRpc.PoolTest do
     client = client_down(address, pool_opts: [size: 4])
     connected(client, 4)
     name = registered()
-    # One after the other: a connection counts a call when it hears of it.
+    # One after the other: a connection counts most calls when it hears of them.
     {tasks, pids} = for(_ <- 1..40, do: waiting(client, name, 1)) |> Enum.unzip()
     calls = {Enum.concat(tasks), Enum.concat(pids)}
 
     loads =
       for {index, _, _, _} <- :ets.tab2list(client),
-          do: :counters.get(Client.Pool.fetch!(client).load, index)
+          do: Client.Pool.in_flight(Client.Pool.fetch!(client), index)
 
     assert length(loads) == 4
     assert Enum.uniq(loads) == [10]
@@ -210,7 +211,7 @@ defmodule MeshxRpc.PoolTest do
     # The stand-in has calls all the time, and takes no more.
     await(fn -> :ets.member(client, 1) and Client.Pool.info(client).connected == 1 end)
     more = waiting(client, name, 3)
-    assert :counters.get(Client.Pool.fetch!(client).load, 1) == 3
+    assert Client.Pool.in_flight(Client.Pool.fetch!(client), 1) == 3
     answer(busy)
     answer(more)
   end
@@ -241,16 +242,22 @@ defmodule MeshxRpc.PoolTest do
     connected(client, 1)
   end
 
-  test "a request that its caller writes when the server has said GOAWAY already has not run" do
+  test "no caller writes a request itself when the server has said GOAWAY" do
     {server, address} = leaving([])
     client = client(address)
-    [{_key, connection, %{socket: socket, shared: shared}}] = :ets.lookup(client, {:direct, 1})
-    :ok = Supervisor.stop(server)
-    connected(client, 0)
+    [{_key, connection, direct}] = :ets.lookup(client, {:direct, 1})
+    enter = fn -> Direct.enter(direct, connection, Shared.take_id(direct.shared), make_ref()) end
+    name = registered()
+    calls = waiting(client, name, 1)
+    stop = Task.async(fn -> Supervisor.stop(server) end)
+    await(fn -> Client.Pool.info(client).connected == 0 end)
     # Its caller had found the connection before.
-    request = :erlang.monitor(:process, connection, alias: :reply_demonitor)
-    send(connection, {:direct, socket, request, self(), MeshxRpc.Shared.take_id(shared)})
-    assert_receive {^request, :failed, :closed}, 20_000
+    refute enter.()
+    assert :ets.info(direct.calls, :size) == 0
+    answer(calls)
+    assert Task.await(stop, 20_000) == :ok
+    await(fn -> :ets.info(direct.calls) == :undefined end)
+    assert_raise ArgumentError, enter
   end
 
   test "a rolling restart of three servers under load loses no call and no cast" do

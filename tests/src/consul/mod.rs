@@ -259,6 +259,7 @@ impl Consul {
         ];
         let arguments = [&ours, options].concat();
         Agent::start(
+            &[],
             name,
             &self.dir.path().join(name),
             ip,

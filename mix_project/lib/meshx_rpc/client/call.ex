@@ -5,7 +5,7 @@ defmodule MeshxRpc.Client.Call do
   # The answer comes to a process alias that is gone when the caller has given up: late answers vanish.
 
   alias MeshxRpc.{Client, Frame, Message, Shared, Telemetry, Term, Traceparent}
-  alias MeshxRpc.Client.Measured
+  alias MeshxRpc.Client.{Direct, Measured}
 
   @max_fun 255
   @max_timeout 0xFFFF_FFFF
@@ -149,7 +149,7 @@ defmodule MeshxRpc.Client.Call do
       Shared.take_all?(shared, size)
   end
 
-  defp write(request, alias, pid, left, %{socket: socket, shared: shared, crc: crc}) do
+  defp write(request, alias, pid, left, %{socket: socket, shared: shared, crc: crc} = direct) do
     {flag, iovec, size} = request.encoded
     head = Frame.request_head(left, size, flag, request.fun)
     stream = Shared.take_id(shared)
@@ -158,11 +158,11 @@ defmodule MeshxRpc.Client.Call do
 
     # The connection knows of it before the server can: a caller that dies in between is cancelled, and its id
     # is not missed for ever.
-    send(pid, {:direct, socket, alias, self(), stream})
-
-    if MeshxRpc.Port.command(socket, frame),
-      do: written(socket),
-      else: send(pid, {:frame, socket, frame, size})
+    cond do
+      not Direct.enter(direct, pid, stream, alias) -> :closed
+      MeshxRpc.Port.command(socket, frame) -> written(socket)
+      true -> send(pid, {:frame, socket, frame, size})
+    end
   rescue
     # The socket is closed, and has taken nothing.
     ArgumentError -> :closed

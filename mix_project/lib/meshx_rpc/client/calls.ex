@@ -9,9 +9,12 @@ defmodule MeshxRpc.Client.Calls do
 
   @idle 1_024
 
+  alias MeshxRpc.Client.Direct
+
   @enforce_keys [:load, :index]
   # streams: stream => call. callers: pid => {monitor, %{key => stream or nil}}. ids: how many streams there ever were.
-  defstruct [:load, :index, count: 0, ids: 0, streams: %{}, callers: %{}]
+  # direct: those of which the others know nothing, nil without a socket.
+  defstruct [:load, :index, :direct, count: 0, ids: 0, streams: %{}, callers: %{}]
 
   @type call :: {caller :: pid(), key :: reference()}
   @type t :: %__MODULE__{}
@@ -29,31 +32,59 @@ defmodule MeshxRpc.Client.Calls do
   def add(%__MODULE__{callers: callers} = calls, {caller, key} = call, stream) do
     :counters.add(calls.load, calls.index, 1)
 
-    callers =
+    calls =
       case callers do
         %{^caller => {monitor, open}} ->
-          %{callers | caller => {monitor, Map.put(open, key, stream)}}
+          open = Map.put(open, key, stream)
+          %{calls | count: calls.count + 1, callers: %{callers | caller => {monitor, open}}}
 
         _new ->
-          monitor = :erlang.monitor(:process, caller)
-          calls |> watched() |> Map.put(caller, {monitor, %{key => stream}})
+          calls = watch(calls, caller)
+          {monitor, none} = Map.fetch!(calls.callers, caller)
+          callers = %{calls.callers | caller => {monitor, Map.put(none, key, stream)}}
+          %{calls | count: calls.count + 1, callers: callers}
       end
 
-    calls = %{calls | count: calls.count + 1, callers: callers}
     if stream, do: on(calls, stream, call), else: calls
+  end
+
+  @doc "A caller writes its calls itself from now on."
+  @spec watch(t(), pid()) :: t()
+  def watch(%__MODULE__{callers: callers} = calls, caller) when is_map_key(callers, caller) do
+    Direct.watched(calls.direct, caller)
+    calls
+  end
+
+  def watch(calls, caller) do
+    monitor = :erlang.monitor(:process, caller)
+    Direct.watched(calls.direct, caller)
+    calls = unwatch_idle(calls)
+    %{calls | callers: Map.put(calls.callers, caller, {monitor, %{}})}
   end
 
   defp on(calls, stream, call),
     do: %{calls | ids: calls.ids + 1, streams: Map.put(calls.streams, stream, call)}
 
-  # Those that have no call go when they are many.
-  defp watched(%{callers: callers, count: count}) when map_size(callers) < @idle + 2 * count,
-    do: callers
+  # Those that have no call go when they are many. One that begins a call meanwhile has entered it before it asks
+  # whether it is watched.
+  defp unwatch_idle(%{callers: callers, count: count} = calls)
+       when map_size(callers) < @idle + 2 * count,
+       do: calls
 
-  defp watched(%{callers: callers}) do
-    Map.filter(callers, fn {_caller, {monitor, open}} ->
-      open != %{} or not :erlang.demonitor(monitor)
-    end)
+  defp unwatch_idle(%{callers: callers, direct: direct} = calls) do
+    kept =
+      Map.filter(callers, fn {caller, {monitor, open}} ->
+        open != %{} or not (Direct.unwatched(direct, caller) and :erlang.demonitor(monitor))
+      end)
+
+    for caller <- Direct.callers(direct),
+        not is_map_key(kept, caller),
+        reduce: %{calls | callers: kept} do
+      calls ->
+        Direct.watched(direct, caller)
+        monitor = :erlang.monitor(:process, caller)
+        %{calls | callers: Map.put(calls.callers, caller, {monitor, %{}})}
+    end
   end
 
   @doc "The first frame of a call was made."
@@ -65,8 +96,39 @@ defmodule MeshxRpc.Client.Calls do
   end
 
   @doc "A new connection, on which so many stream ids were taken before."
-  @spec renew(t(), non_neg_integer()) :: t()
-  def renew(calls, ids), do: %{calls | ids: ids}
+  @spec renew(t(), non_neg_integer(), nil | Direct.t()) :: t()
+  def renew(calls, ids, direct), do: %{calls | ids: ids, direct: direct}
+
+  @doc "Takes over what callers have written themselves: from here on these are calls like all others."
+  @spec adopt(t()) :: t()
+  def adopt(calls) do
+    for {call, stream} <- Direct.take_all(calls.direct), reduce: calls do
+      calls -> add(calls, call, stream)
+    end
+  end
+
+  @doc "The same, and callers write no more themselves."
+  @spec close(t()) :: t()
+  def close(%{direct: nil} = calls), do: calls
+
+  def close(calls) do
+    Direct.close(calls.direct)
+    adopt(calls)
+  end
+
+  @doc "The socket's time is over. `close/1` came before."
+  @spec retire(t()) :: t()
+  def retire(calls) do
+    Direct.delete(calls.direct)
+    %{calls | direct: nil}
+  end
+
+  @doc "Takes the call that a caller has written itself on a stream."
+  @spec take_direct(t(), pos_integer()) :: {:ok, call(), t()} | :error
+  def take_direct(calls, stream) do
+    with {:ok, call} <- Direct.take(calls.direct, stream),
+         do: {:ok, call, %{calls | ids: calls.ids + 1}}
+  end
 
   @doc "The call on a stream."
   @spec on_stream(t(), pos_integer()) :: {:ok, call()} | :error
@@ -92,7 +154,10 @@ defmodule MeshxRpc.Client.Calls do
 
   @doc "A caller that has no call is gone."
   @spec gone(t(), pid()) :: t()
-  def gone(calls, caller), do: %{calls | callers: Map.delete(calls.callers, caller)}
+  def gone(calls, caller) do
+    Direct.unwatched(calls.direct, caller)
+    %{calls | callers: Map.delete(calls.callers, caller)}
+  end
 
   @doc "The calls that a peer which ran streams up to `last` has not begun."
   @spec above(t(), non_neg_integer()) :: [call()]
@@ -107,8 +172,13 @@ defmodule MeshxRpc.Client.Calls do
   @spec all(t()) :: [call()]
   def all(calls), do: above(calls, -1)
 
+  @doc "Whether there is no call, but for those that callers have written themselves."
   @spec empty?(t()) :: boolean()
   def empty?(calls), do: calls.count == 0
+
+  @doc "Whether there is no call at all."
+  @spec none?(t()) :: boolean()
+  def none?(calls), do: calls.count == 0 and Direct.count(calls.direct) == 0
 
   @doc "Whether there is but one call."
   @spec last?(t()) :: boolean()

@@ -10,7 +10,7 @@ defmodule MeshxRpc.Client.Connection do
   use GenServer
 
   alias MeshxRpc.{Frame, Hello, Link, Options, Reason, Refs, Shared, Telemetry, Writer}
-  alias MeshxRpc.Client.{Backoff, Calls, Dial, Growth, Listing, Liveness, Report, Successor}
+  alias MeshxRpc.Client.{Backoff, Calls, Dial, Direct, Growth, Listing, Liveness, Report, Successor}
 
   # Messages that are collected for one write.
   @collect 32
@@ -36,8 +36,6 @@ defmodule MeshxRpc.Client.Connection do
     :before,
     # Whether another connection is to take its place: nil, :asked, or :done when that one is up.
     replaced: nil,
-    # The last socket whose server said GOAWAY.
-    goaway: nil,
     phase: :down,
     attempt: 0,
     failed: nil,
@@ -87,15 +85,16 @@ defmodule MeshxRpc.Client.Connection do
   def handle_info({:call, key, caller, fun, deadline, encoded}, state),
     do: state |> ask(key, caller, fun, deadline, encoded) |> continue()
 
-  def handle_info({:direct, socket, key, caller, stream}, state),
-    do: state |> asked(socket, key, caller, stream) |> continue()
+  # A caller that has written itself for the first time.
+  def handle_info({:watch, caller}, state),
+    do: continue(%{state | calls: Calls.watch(state.calls, caller)})
 
   # A caller's own frame for which the port had no room.
   def handle_info({:frame, socket, frame, size}, %{link: %{socket: socket}} = state),
     do: continue(%{state | link: Link.frame(state.link, frame, size)})
 
   def handle_info({:cancel, caller, key}, state),
-    do: state |> give_up({caller, key}) |> continue()
+    do: state |> adopt() |> give_up({caller, key}) |> continue()
 
   def handle_info({:DOWN, _monitor, :process, caller, _reason}, state),
     do: state |> caller_gone(caller) |> continue()
@@ -139,7 +138,7 @@ defmodule MeshxRpc.Client.Connection do
   # Once in that time it is looked whether there was a call. Claimed, no caller writes beside us while we close.
   def handle_info({:timeout, timer, :idle}, %{timer: timer, phase: :up} = state) do
     shared = state.link.shared
-    unused? = Calls.empty?(state.calls) and Shared.taken(shared) == state.idle_since
+    unused? = Calls.none?(state.calls) and Shared.taken(shared) == state.idle_since
 
     if unused? and Shared.claim?(shared),
       do: state |> drain(:idle) |> continue(),
@@ -147,7 +146,7 @@ defmodule MeshxRpc.Client.Connection do
   end
 
   def handle_info({:timeout, timer, :ping}, %{ping_timer: timer} = state),
-    do: state |> alive() |> continue()
+    do: state |> adopt() |> alive() |> continue()
 
   # One beyond the pool's size, that is not needed any more.
   def handle_info(:leave, state), do: state |> Listing.leave() |> replaced() |> continue()
@@ -155,7 +154,7 @@ defmodule MeshxRpc.Client.Connection do
   def handle_info(_of_a_connection_that_is_gone, state), do: continue(state)
 
   defp read(state, bytes) do
-    case Link.feed(state.link, bytes) do
+    case state.link |> Link.open() |> Link.feed(bytes) do
       {:ok, link, events} ->
         events(%{state | link: link}, events)
 
@@ -213,7 +212,7 @@ defmodule MeshxRpc.Client.Connection do
   defp lost(%{link: nil} = state, _reason), do: state
 
   defp lost(state, reason) do
-    state = Listing.leave(state)
+    state = state |> Listing.leave() |> close()
     state = Report.tell(state, Report.event_of(state), reason)
     Listing.forget(state.table)
     Link.close(state.link)
@@ -229,6 +228,7 @@ defmodule MeshxRpc.Client.Connection do
     end
 
     calls = Enum.reduce(Calls.all(state.calls), state.calls, &Calls.finish(&2, &1, outcome.(&1)))
+    calls = Calls.retire(calls)
     was_up = state.phase in [:up, :draining]
 
     # A mesh takes the connection, and closes or resets it when there is nobody behind: no hello has failed then.
@@ -302,7 +302,7 @@ defmodule MeshxRpc.Client.Connection do
   defp event(:ready, %{phase: :hello, agreed: agreed} = state) when agreed != nil do
     :erlang.cancel_timer(state.timer)
     link = Link.agree(state.link, agreed, Map.get(state.config, :writer, []))
-    calls = Calls.renew(state.calls, Shared.taken(link.shared))
+    calls = Calls.renew(state.calls, Shared.taken(link.shared), Direct.new(link.shared))
 
     state = %{
       state
@@ -354,10 +354,7 @@ defmodule MeshxRpc.Client.Connection do
   # What the server will not run may be sent to another.
   defp event({:goaway, last, cause, text}, %{phase: phase} = state)
        when phase in [:up, :draining],
-       do:
-         %{state | goaway: state.link.socket}
-         |> unsent(last)
-         |> drain({cause, Link.printable(text)})
+       do: state |> close() |> unsent(last) |> drain({cause, Link.printable(text)})
 
   defp event({:pong, _bytes}, state), do: state
 
@@ -384,7 +381,7 @@ defmodule MeshxRpc.Client.Connection do
 
   # No new calls; over as soon as there are no old ones.
   defp drain(state, reason) do
-    state = Listing.leave(state)
+    state = state |> Listing.leave() |> close()
 
     if Calls.empty?(state.calls) do
       lost(state, reason)
@@ -407,28 +404,12 @@ defmodule MeshxRpc.Client.Connection do
       head = Frame.request_head(deadline, size, flag, fun)
       call = {caller, key}
       {stream, link} = Link.request(state.link, call, head, iovec, size)
-      link = if stream, do: Link.open(link, stream), else: link
       %{state | calls: Calls.add(state.calls, call, stream), link: link}
     end
   end
 
   defp ask(state, key, _caller, _fun, _deadline, _encoded) do
     send(key, {key, :failed, :closed})
-    state
-  end
-
-  # A caller is about to write a request itself. The socket's own order makes sure that we hear of it before its answer.
-  defp asked(%{link: %{socket: socket}, goaway: goaway} = state, socket, key, caller, stream)
-       when goaway != socket do
-    link = Link.open(state.link, stream)
-    %{state | calls: Calls.add(state.calls, {caller, key}, stream), link: link}
-  end
-
-  # The server had said GOAWAY before this was written, and runs it not; the socket of another connection may have
-  # taken it.
-  defp asked(state, socket, key, _caller, _stream) do
-    reason = if state.goaway == socket, do: :closed, else: :tcp_closed
-    Calls.reply(key, {:failed, reason})
     state
   end
 
@@ -441,6 +422,21 @@ defmodule MeshxRpc.Client.Connection do
         if Calls.last?(state.calls), do: Shared.idle(state.link.shared)
         state = %{state | calls: Calls.finish(state.calls, call, outcome)}
         if state.phase == :draining, do: drain(state, :drained), else: state
+
+      :error ->
+        done_direct(state, stream, outcome)
+    end
+  end
+
+  # All of these are adopted when the connection drains.
+  defp done_direct(state, stream, outcome) do
+    case Calls.take_direct(state.calls, stream) do
+      {:ok, {_caller, key} = call, calls} ->
+        state = answered(%{state | calls: calls}, stream, call, outcome)
+        # Before its caller can ask again.
+        if Calls.empty?(calls), do: Shared.idle(state.link.shared)
+        Calls.reply(key, outcome)
+        state
 
       :error ->
         state
@@ -460,6 +456,7 @@ defmodule MeshxRpc.Client.Connection do
   defp release(state, stream), do: %{state | link: Link.release(state.link, stream)}
 
   defp caller_gone(state, caller) do
+    state = adopt(state)
     state = state.calls |> Calls.of(caller) |> Enum.reduce(state, &give_up(&2, &1))
     %{state | calls: Calls.gone(state.calls, caller)}
   end
@@ -478,8 +475,14 @@ defmodule MeshxRpc.Client.Connection do
     end
   end
 
+  defp adopt(state), do: %{state | calls: Calls.adopt(state.calls)}
+  defp close(state), do: %{state | calls: Calls.close(state.calls)}
+
   defp cancel(state, stream),
-    do: %{state | link: state.link |> Link.release(stream) |> Link.queue(Frame.cancel(stream))}
+    do: %{
+      state
+      | link: state.link |> Link.open() |> Link.release(stream) |> Link.queue(Frame.cancel(stream))
+    }
 
   # What of it is not yet sent stays here.
   defp drop(state, call) do
@@ -505,9 +508,6 @@ defmodule MeshxRpc.Client.Connection do
       receive do
         {:call, key, caller, fun, deadline, encoded} ->
           state |> ask(key, caller, fun, deadline, encoded) |> collect(left - 1)
-
-        {:direct, socket, key, caller, stream} ->
-          state |> asked(socket, key, caller, stream) |> collect(left - 1)
 
         {:inet_reply, ^socket, :ok} ->
           collect(state, left)
@@ -539,15 +539,17 @@ defmodule MeshxRpc.Client.Connection do
 
   # Callers may write themselves while nothing of others is on its way.
   defp idle(%{link: link, calls: calls} = state) do
-    if link != nil and Calls.empty?(calls), do: Shared.idle(link.shared)
+    # One that has claimed it and does not use it may have been killed.
+    if link != nil and Calls.empty?(calls) and Shared.busy?(link.shared) and Calls.none?(calls),
+      do: Shared.idle(link.shared)
+
     state
   end
 
   defp sent(state, notes) do
     Enum.reduce(notes, state, fn
       {:opened, call, stream}, state ->
-        calls = Calls.opened(state.calls, call, stream)
-        %{state | calls: calls, link: Link.open(state.link, stream)}
+        %{state | calls: Calls.opened(state.calls, call, stream)}
 
       {:sent, _call}, state ->
         state
@@ -583,7 +585,7 @@ defmodule MeshxRpc.Client.Connection do
 
   # Claimed, no caller writes beside us while we close.
   defp over(%{link: link} = state) do
-    if Calls.empty?(state.calls) and (link == nil or Shared.claim?(link.shared)) do
+    if Calls.none?(state.calls) and (link == nil or Shared.claim?(link.shared)) do
       unless extra?(state), do: Successor.delete_me(state)
       if link, do: Link.close(link)
       {:stop, :normal, refuse_late(state)}

@@ -8,7 +8,7 @@ defmodule MeshxRpc.Client.Growth do
 
   use GenServer
 
-  alias MeshxRpc.Client.Connection
+  alias MeshxRpc.Client.{Connection, Pool}
 
   # Requests on the connection that has the fewest.
   @busy 64
@@ -108,7 +108,7 @@ defmodule MeshxRpc.Client.Growth do
     state =
       for {index, {pid, :load, idle}} <- state.extra, reduce: %{state | timer: nil} do
         state ->
-          idle = if :counters.get(state.pool.load, index) == 0, do: idle + 1, else: 0
+          idle = if Pool.in_flight(state.pool, index) == 0, do: idle + 1, else: 0
           state = %{state | extra: Map.put(state.extra, index, {pid, :load, idle})}
           if idle >= @idle, do: leave(state, index), else: state
       end

@@ -9,7 +9,7 @@ defmodule MeshxRpc.Client.Listing do
 
   @doc "The connection is up."
   @spec enter(map(), metadata :: map()) :: true
-  def enter(%{table: table, index: index, link: link, agreed: agreed}, metadata) do
+  def enter(%{table: table, index: index, link: link, agreed: agreed, calls: calls}, metadata) do
     :ets.delete(table, {:down, index})
     # Calls ask for it, and only measured ones.
     :ets.insert(table, {{:metadata, self()}, metadata})
@@ -18,7 +18,9 @@ defmodule MeshxRpc.Client.Listing do
       socket: link.socket,
       shared: link.shared,
       block: min(agreed.block, agreed.peer_stream_window),
-      crc: link.writer.crc
+      crc: link.writer.crc,
+      calls: calls.direct.calls,
+      watched: calls.direct.watched
     }
 
     row = {index, self(), agreed.peer_max_message, agreed.trace}

@@ -7,7 +7,7 @@ defmodule MeshxRpc.Client.Pool do
   """
   use Supervisor
 
-  alias MeshxRpc.Client.{Call, Casts, Connection, Growth, Streams, Upstream}
+  alias MeshxRpc.Client.{Call, Casts, Connection, Direct, Growth, Streams, Upstream}
   alias MeshxRpc.{Entry, Options, Stream}
 
   @typedoc "Why a call has no result: see `MeshxRpc.Client`."
@@ -109,16 +109,25 @@ defmodule MeshxRpc.Client.Pool do
           down: [reason :: term()]
         }
   def info(pool) do
-    %{table: table, size: size, most: most, load: load, casts: casts} = pool = fetch!(pool)
+    %{table: table, size: size, most: most, casts: casts} = pool = fetch!(pool)
 
     %{
       size: size,
       connected: Enum.count(1..most, &(:ets.lookup(table, &1) != [])),
-      in_flight: Enum.sum(for(index <- 1..most, do: :counters.get(load, index))),
+      in_flight: Enum.sum(for(index <- 1..most, do: in_flight(pool, index))),
       casts: Casts.waiting(pool),
       cast_failures: :atomics.get(casts, 3),
       down: for([reason] <- :ets.match(table, {{:down, :_}, :"$1"}), do: reason)
     }
+  end
+
+  @doc false
+  # The calls of a connection, with those that callers have written themselves.
+  def in_flight(%{table: table, load: load}, index) do
+    case :ets.lookup(table, {:direct, index}) do
+      [{_key, _pid, direct}] -> :counters.get(load, index) + Direct.count(direct)
+      [] -> :counters.get(load, index)
+    end
   end
 
   @impl true
@@ -210,10 +219,10 @@ defmodule MeshxRpc.Client.Pool do
     end
   end
 
-  defp least_loaded(%{table: table, load: load} = pool, last) do
+  defp least_loaded(%{table: table} = pool, last) do
     case for index <- 1..last,
              [row] <- [:ets.lookup(table, index)],
-             do: {:counters.get(load, index), row} do
+             do: {load(pool, index), row} do
       [] ->
         :none
 
@@ -226,6 +235,14 @@ defmodule MeshxRpc.Client.Pool do
 
         if pool.overflow > 0 and calls >= Growth.busy(), do: Growth.ask(pool)
         {:ok, row}
+    end
+  end
+
+  # One that has calls of its own has few beside those, if any.
+  defp load(%{load: load} = pool, index) do
+    case :counters.get(load, index) do
+      0 -> in_flight(pool, index)
+      calls -> calls
     end
   end
 

@@ -182,7 +182,7 @@ fn identity(node: &mut Beam, peer: &str, service: &str) -> Result<((), String)> 
 
 fn rpc_latency(shop: &mut Beam) -> Result<((), String)> {
     shop.expect(
-        "Shop.CartClient.call(:total, [{\"lamp\", 2}, {\"desk\", 1}])",
+        "Shop.CartClient.call(:total, [{\"lamp\", 2}, {\"desk\", 1}], 5_000, 100, 100)",
         "16898",
     )?;
     let median = shop.eval(&median("Shop.CartClient.call(:echo, 7)", "7", 1001))?;

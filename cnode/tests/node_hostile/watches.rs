@@ -1,0 +1,230 @@
+//! Links, monitors and processes that a peer asks for.
+
+use std::time::Duration;
+
+use crate::node_support::{COOKIE, soon};
+use crate::scene::{EVIL, Raw, Scene, monitor, pid, reference};
+use meshx::node::{CallError, DownReason, Limits, Message, RecvError, RpcError, SpawnOptions};
+use meshx_dist::control::{Control, Proc, SpawnResult};
+use meshx_etf::Term;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn links_and_monitors_of_one_peer_are_bounded() {
+    let limits = Limits {
+        watches_per_connection: 10,
+        ..Limits::default()
+    };
+    let mut scene = Scene::new(limits).await;
+    let mut raw = Raw::connect(&scene.epmd, COOKIE).await.unwrap();
+    for id in 0..11 {
+        raw.send(monitor(id, "echo"), None).await;
+    }
+    assert_eq!(
+        scene.end().await,
+        DownReason::Limit {
+            name: "watches_per_connection",
+            value: 10
+        }
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn links_count_as_monitors_do() {
+    let limits = Limits {
+        watches_per_connection: 10,
+        ..Limits::default()
+    };
+    let mut scene = Scene::new(limits).await;
+    let target = scene.node.mailbox();
+    let mut raw = Raw::connect(&scene.epmd, COOKIE).await.unwrap();
+    for id in 0..5 {
+        raw.send(monitor(id, "echo"), None).await;
+    }
+    // Taken back, they count no more; made twice, they count once.
+    for id in 0..5 {
+        let demonitor = Control::DemonitorP {
+            from: pid(1),
+            to: Proc::Name("echo".into()),
+            reference: reference(id),
+        };
+        raw.send(demonitor, None).await;
+    }
+    let link = |id| Control::Link {
+        from: pid(id),
+        to: target.pid().clone(),
+    };
+    for id in [1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10] {
+        raw.send(link(id), None).await;
+    }
+    raw.send(link(11), None).await;
+    assert_eq!(
+        scene.end().await,
+        DownReason::Limit {
+            name: "watches_per_connection",
+            value: 10
+        }
+    );
+}
+
+fn spawn_request(id: u32, options: Vec<Term>) -> Control {
+    Control::SpawnRequest {
+        id: reference(id),
+        from: pid(1),
+        group_leader: pid(1),
+        module: "none".into(),
+        function: "none".into(),
+        arity: 0,
+        options,
+        token: None,
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_spawns_and_never_reads_is_ended() {
+    let limits = Limits {
+        answer_queue_bytes: 100_000,
+        ..Limits::default()
+    };
+    let mut scene = Scene::new(limits).await;
+    let mut raw = Raw::connect(&scene.epmd, COOKIE).await.unwrap();
+    let mut id = 0;
+    while raw
+        .send(spawn_request(id, vec![]), Some(&Term::List(vec![])))
+        .await
+    {
+        id += 1;
+    }
+    let wanted = DownReason::Limit {
+        name: "answer_queue_bytes",
+        value: 100_000,
+    };
+    assert_eq!(scene.end().await, wanted, "after {id} requests");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn processes_that_a_peer_spawns_and_watches_count_as_its_watches() {
+    let limits = Limits {
+        watches_per_connection: 10,
+        ..Limits::default()
+    };
+    let mut scene = Scene::new(limits).await;
+    scene.node.expose("none", "none", 0, |_| std::future::pending());
+    let mut raw = Raw::connect(&scene.epmd, COOKIE).await.unwrap();
+    let both = || vec![Term::atom("monitor"), Term::atom("link")];
+    for id in 0..6 {
+        raw.send(spawn_request(id, both()), Some(&Term::List(vec![])))
+            .await;
+    }
+    let wanted = DownReason::Limit {
+        name: "watches_per_connection",
+        value: 10,
+    };
+    assert_eq!(scene.end().await, wanted);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_peer_that_reads_none_of_the_ends_it_waits_for_is_ended() {
+    let limits = Limits {
+        notice_queue_bytes: 1 << 20,
+        ..Limits::default()
+    };
+    let mut scene = Scene::new(limits).await;
+    let watched = scene.node.register("watched").unwrap();
+    let mut raw = Raw::connect(&scene.epmd, COOKIE).await.unwrap();
+    for id in 0..1000 {
+        assert!(raw.send(monitor(id, "watched"), None).await);
+    }
+    // Behind them: the answer to a spawn request, the first bytes that come.
+    raw.send(spawn_request(0, vec![]), Some(&Term::List(vec![])))
+        .await;
+    soon(raw.socket.readable()).await.unwrap();
+    // One reason, encoded a thousand times.
+    watched.close(Term::binary(vec![0; 1 << 20]));
+    let wanted = DownReason::Limit {
+        name: "notice_queue_bytes",
+        value: 1 << 20,
+    };
+    assert_eq!(scene.end().await, wanted);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_is_started_too_late_is_let_go() {
+    let scene = Scene::new(Limits::default()).await;
+    let mut raw = Raw::connect(&scene.epmd, COOKIE).await.unwrap();
+    let mut asker = scene.node.mailbox();
+    let options = SpawnOptions::new().link().monitor();
+    let short = Duration::from_millis(50);
+    let silent = asker.spawn(EVIL, "m", "f", vec![], options, short).await;
+    assert!(
+        matches!(silent, Err(RpcError::Call(CallError::Timeout(_)))),
+        "{silent:?}"
+    );
+    let mut received = raw.listen();
+    let Control::SpawnRequest { id, .. } = received.next(&mut raw).await else {
+        panic!("no request")
+    };
+    let reply = Control::SpawnReply {
+        id: id.clone(),
+        to: asker.pid().clone(),
+        flags: 3,
+        result: SpawnResult::Pid(pid(9)),
+        token: None,
+    };
+    raw.send(reply, None).await;
+    let demonitor = Control::DemonitorP {
+        from: asker.pid().clone(),
+        to: Proc::Pid(pid(9)),
+        reference: id,
+    };
+    assert_eq!(received.next(&mut raw).await, demonitor);
+    let exit = Control::PayloadExit {
+        from: asker.pid().clone(),
+        to: pid(9),
+        token: None,
+    };
+    assert_eq!(received.next(&mut raw).await, exit);
+    // The connection's end is of no interest to it either.
+    drop(raw);
+    let nothing = asker.recv_timeout(short).await;
+    assert!(matches!(nothing, Err(RecvError::Timeout(_))), "{nothing:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_that_nobody_asked_for_reach_nobody() {
+    let scene = Scene::new(Limits::default()).await;
+    let mut target = scene.node.register("target").unwrap();
+    let mut raw = Raw::connect(&scene.epmd, COOKIE).await.unwrap();
+    let to = target.pid().clone();
+    for id in 0..100 {
+        let reply = Control::SpawnReply {
+            id: reference(id),
+            to: to.clone(),
+            flags: 3,
+            result: SpawnResult::Pid(pid(id)),
+            token: None,
+        };
+        raw.send(reply, None).await;
+        let exit = Control::PayloadExit {
+            from: pid(id),
+            to: to.clone(),
+            token: None,
+        };
+        raw.send(exit, Some(&Term::atom("not_linked"))).await;
+        let down = Control::PayloadMonitorPExit {
+            from: Proc::Pid(pid(id)),
+            to: to.clone(),
+            reference: reference(id),
+        };
+        raw.send(down, Some(&Term::atom("not_monitored"))).await;
+    }
+    let to_target = Control::RegSend {
+        from: pid(1),
+        to: "target".into(),
+        token: None,
+    };
+    raw.send(to_target, Some(&Term::atom("last"))).await;
+    let Some(Message::Term { term, .. }) = soon(target.recv()).await else {
+        panic!("something else came first")
+    };
+    assert_eq!(term, Term::atom("last"));
+}

@@ -3,6 +3,7 @@
 # make test-consul CONSUL=/path/to/consul   contract and end-to-end tests against that Consul
 # make bench-cnode our node and terms beside libei, eetf and BEAMs, likewise (ARGS="--rounds 3 --percent 20")
 # make bench-mesh  distribution over two agents beside inet_tls_dist, Consul's proxies and Envoys, likewise
+# make bench-dist  25 to 200 nodes in one mesh, boots, the agent beside epmd (ARGS="--nodes 25,50 --vms 20")
 # make bench-rpc   MeshxRpc beside :erpc, tables and a plot in target/bench (ARGS="--rounds 3 --row 64")
 # make build   the meshx program, the NIF and the Elixir application
 # make fuzz    every fuzz target with libFuzzer, FUZZ_SECONDS each (docs/fuzzing.md)
@@ -25,7 +26,7 @@ ON_OTP = PATH=$(CARGO_TARGET_DIR)/otp/$*/bin:$$PATH MIX_BUILD_ROOT=_build/otp-$*
 OTP_TESTS := auto_cluster c_node cluster command_line distribution epmd epmd_module hostile ownership refusals rpc sessions spoofing takeover ways
 OTP_RUST_TESTS := beam libei node_calls node_connections node_exits node_hostile_beam node_links node_soak node_spawned
 
-.PHONY: build demo test bench-cnode bench-mesh bench-rpc preflight-demo preflight-test lint test-rust test-elixir built-for-end-to-end test-end-to-end test-consul test-otp fuzz clean
+.PHONY: build demo test bench-cnode bench-dist bench-mesh bench-rpc preflight-demo preflight-test lint test-rust test-elixir built-for-end-to-end test-end-to-end test-consul test-otp fuzz clean
 
 build: preflight-demo
 	cargo build --release --locked -p meshx -p bridge -p search_node -p meshx-tests --bins
@@ -38,6 +39,9 @@ test: preflight-test lint test-rust test-elixir test-end-to-end test-otp
 
 bench-cnode: preflight-test build
 	@exec $(CARGO_TARGET_DIR)/release/bench_cnode $(ARGS)
+
+bench-dist: preflight-test build
+	@exec $(CARGO_TARGET_DIR)/release/bench_dist $(ARGS)
 
 bench-mesh: preflight-test build
 	@exec $(CARGO_TARGET_DIR)/release/bench_mesh $(ARGS)

@@ -3,6 +3,9 @@
 
 use std::process::Command;
 
+/// One round decides nothing, and says so.
+const UNDECIDED: &str = "undecided";
+
 /// Runs a benchmark for one short round; its report must have all of `wanted`.
 fn measures(program: &str, arguments: &[&str], wanted: &[&str]) {
     let output = Command::new(program)
@@ -15,8 +18,7 @@ fn measures(program: &str, arguments: &[&str], wanted: &[&str]) {
         String::from_utf8_lossy(&output.stderr),
     );
     assert!(output.status.success(), "{text}\n{log}");
-    // One round decides nothing, and says so.
-    for wanted in wanted.iter().chain(&["undecided"]) {
+    for wanted in wanted {
         assert!(text.contains(wanted), "{wanted:?} is missing in\n{text}\n{log}");
     }
     assert!(!text.contains("NaN") && !text.contains("| met "), "{text}");
@@ -32,6 +34,7 @@ fn bench_rpc_measures_and_writes_its_tables() {
             "| 64 B x 128 ",
             "| MeshxRpc, agents ",
             "bench/rpc.svg",
+            UNDECIDED,
         ],
     );
 }
@@ -48,6 +51,7 @@ fn bench_mesh_measures_and_writes_its_tables() {
             "| native / Envoy pair ",
             "| carrier alone / inet_tcp_dist ",
             "bench/mesh.svg",
+            UNDECIDED,
         ],
     );
 }
@@ -65,6 +69,24 @@ fn bench_cnode_measures_and_writes_its_table() {
             "| GenServer.call round trip from a BEAM ",
             "- 1000 monitors in our node: ",
             "bench/cnode.svg",
+            UNDECIDED,
+        ],
+    );
+}
+
+#[test]
+fn bench_dist_measures_and_writes_its_tables() {
+    measures(
+        env!("CARGO_BIN_EXE_bench_dist"),
+        &["--nodes", "2,5", "--vms", "3", "--ms", "20"],
+        &[
+            "| 2     | 2           | 1     |",
+            "| 5     | 3           | 10    |",
+            "| inet_tcp_dist, epmd ",
+            "| meshx run ",
+            "| registrations ",
+            "| lookups ",
+            "bench/dist.md",
         ],
     );
 }

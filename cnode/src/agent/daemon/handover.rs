@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, net::SocketAddr, os::fd::OwnedFd, sync::Arc};
 
+use futures::future::join_all;
 use tokio::{
     net::{TcpListener, UnixListener},
     time::Instant,
@@ -11,7 +12,7 @@ use tracing::{info, warn};
 
 use super::{
     Agent, StartError,
-    parts::{Parts, Place, context, join, serve_epmd},
+    parts::{Parts, Place, context, join, programs, serve_epmd},
 };
 use crate::{
     agent::{
@@ -22,7 +23,8 @@ use crate::{
             session::Parked,
         },
         dir::AgentDir,
-        registry::{HandedPorts, Owner},
+        registry::{FrozenSidecar, HandedPorts, Owner},
+        sidecar::Sidecars,
         takeover::{self, Follower, Listeners, Successor, TakeFault, Taken, TakenClient, Whole},
     },
     epmd::Epmd,
@@ -116,16 +118,23 @@ impl Agent {
         let Context {
             dir, registry, ports, ..
         } = self.context.as_ref();
-        let whole = Whole {
-            dir,
-            registry,
-            listeners,
-            clients: &clients,
-            ports,
-            epmd: epmd.as_ref().map(|(epmd, serving)| (epmd.as_ref(), serving)),
-        };
-        let given = match registry.can_be_handed() {
-            Ok(()) => takeover::give(&mut successor, &whole).await,
+        let given = match registry.freeze_sidecars().await {
+            Ok(sidecars) => {
+                let whole = Whole {
+                    dir,
+                    registry,
+                    listeners,
+                    clients: &clients,
+                    sidecars: &sidecars,
+                    ports,
+                    epmd: epmd.as_ref().map(|(epmd, serving)| (epmd.as_ref(), serving)),
+                };
+                let given = takeover::give(&mut successor, &whole).await;
+                if given.is_ok() {
+                    join_all(sidecars.into_values().map(FrozenSidecar::leave)).await;
+                }
+                given
+            }
             Err(text) => Err(takeover::refuse(&mut successor, text).await),
         };
         if let Err(error) = given {
@@ -198,7 +207,8 @@ impl Heritage {
         mesh: &Arc<Observed>,
     ) -> Result<Self, StartError> {
         let dir = AgentDir::take_over(&config.dir, config.access, taken.made, taken.lock)?;
-        let context = context(config, Arc::new(dir), id, advertise, mesh)?;
+        let sidecars = Sidecars::succeed(mesh.clone(), dir.sidecars(), programs(config))?;
+        let context = context(config, Arc::new(dir), id, advertise, mesh, sidecars)?;
         let listeners = Listeners {
             control: UnixListener::from_std(taken.control.into())?.into(),
             dist: UnixListener::from_std(taken.dist.into())?.into(),

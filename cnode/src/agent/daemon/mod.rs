@@ -8,7 +8,7 @@ mod police;
 use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 pub use end::STOP_TIME;
-use parts::{Parts, Place, context, join, listen_http, serve_epmd};
+use parts::{Parts, Place, context, join, listen_http, programs, serve_epmd};
 use police::police;
 use tokio::{
     net::{TcpListener, UnixListener},
@@ -28,7 +28,7 @@ use super::{
     dir::AgentDir,
     paths::{CONTROL_SOCKET, DIST_SOCKET, DirError, TAKEOVER_SOCKET},
     registry::{RECLAIM_TIME, Reserved},
-    sidecar::SidecarError,
+    sidecar::{SidecarError, Sidecars},
     takeover::{self, About, EpmdPlace, Listeners, Reception, Successor, TakeFault},
 };
 use crate::{
@@ -170,7 +170,8 @@ impl Agent {
         };
         let mesh = join(config, &id, advertise, Place::Own).await?;
         let mesh = Arc::new(Observed::new(mesh));
-        let context = context(config, dir.clone(), &id, advertise, &mesh)?;
+        let sidecars = Sidecars::new(mesh.clone(), dir.sidecars(), programs(config))?;
+        let context = context(config, dir.clone(), &id, advertise, &mesh, sidecars)?;
         context
             .registry
             .reserve_names(Reserved::load(&dir.names(), RECLAIM_TIME));

@@ -57,6 +57,7 @@ pub(super) fn context(
     id: &str,
     advertise: SocketAddr,
     mesh: &Arc<Observed>,
+    sidecars: Sidecars,
 ) -> Result<Context, StartError> {
     let mesh: Arc<dyn Mesh> = mesh.clone();
     let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
@@ -84,7 +85,7 @@ pub(super) fn context(
     let proxy = Proxy::new(mesh.clone(), local.clone(), links.clone(), settings);
     let carriers = Carriers {
         proxy: proxy.clone(),
-        sidecars: Sidecars::new(mesh.clone(), dir.sidecars(), programs(config))?,
+        sidecars,
         bind: config.bind.ip(),
         ports: config.instance_ports.clone(),
         default: config.data_plane.clone(),
@@ -114,7 +115,7 @@ pub(super) async fn listen_http(address: SocketAddr) -> Result<TcpListener, Star
 }
 
 /// How sidecars are started.
-fn programs(config: &AgentConfig) -> sidecar::Settings {
+pub(super) fn programs(config: &AgentConfig) -> sidecar::Settings {
     let consul = match &config.mesh {
         MeshKind::Embedded { .. } => None,
         MeshKind::Consul(settings) => Some(ConsulProgram {

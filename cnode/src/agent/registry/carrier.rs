@@ -14,14 +14,16 @@ use futures::future::BoxFuture;
 use serde::{Deserialize, Serialize};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{Mutex, mpsc},
+    sync::{Mutex, OwnedMutexGuard, mpsc},
     task::AbortHandle,
     time::{sleep, timeout},
 };
 
 use super::{MESH_TIME, options::SidecarKind};
 use crate::{
-    agent::sidecar::{self, SidecarError, SidecarEvent, SidecarHandle, SidecarSpec, Sidecars, free_loopback},
+    agent::sidecar::{
+        self, HandedSidecar, SidecarError, SidecarEvent, SidecarHandle, SidecarSpec, Sidecars, free_loopback,
+    },
     mesh::{DataPlane, Entry, Instance, Mesh, Protocol, ServiceName, Sidecar, SidecarUpstream, Token},
     proxy::{
         Proxy,
@@ -84,9 +86,26 @@ impl Carried {
 }
 
 impl Carried {
-    /// A sidecar is the child of this process: no other can have it.
-    pub(super) fn has_sidecar(&self) -> bool {
-        self.sidecar.is_some()
+    /// What freezes its sidecar, if it is to have one.
+    pub(super) fn freezing(
+        &self,
+        id: &str,
+    ) -> Option<impl Future<Output = Result<FrozenSidecar, String>> + Send + 'static> {
+        let ports = self.sidecar.clone()?;
+        let freezer = ports.running().as_ref().map(|handle| handle.freezer(id));
+        Some(async move {
+            // Whoever wants a new upstream waits from here on.
+            let entry = ports.entry.clone().lock_owned().await;
+            let sidecar = match freezer {
+                Some(freezer) => freezer.freeze().await?,
+                None => None,
+            };
+            Ok(FrozenSidecar {
+                ports,
+                entry,
+                sidecar,
+            })
+        })
     }
 
     /// The ports that a successor of this process is to serve.
@@ -102,21 +121,35 @@ impl Carried {
         handed.collect()
     }
 
+    /// Of what a predecessor of this process had registered. Nothing is served yet.
+    pub(super) fn resume(mesh: &Arc<dyn Mesh>, entry: &Entry) -> Self {
+        let has_sidecar = matches!(entry.data_plane, DataPlane::Sidecar(_));
+        Self {
+            ports: Vec::new(),
+            sidecar: has_sidecar.then(|| Ports::new(mesh, entry)),
+        }
+    }
+
     /// Serves the ports that a predecessor of this process had opened.
     ///
     /// # Errors
     /// What the system said.
-    pub(super) fn resume(proxy: &Arc<Proxy>, id: &str, ports: Vec<(PortKind, OwnedFd)>) -> io::Result<Self> {
-        let mut carried = Self::default();
+    pub(super) fn resume_ports(
+        &mut self,
+        proxy: &Arc<Proxy>,
+        id: &str,
+        ports: Vec<(PortKind, OwnedFd)>,
+    ) -> io::Result<()> {
         for (kind, listener) in ports {
-            carried.serve(
-                proxy,
-                kind,
-                TcpListener::from_std(listener.into())?,
-                id.to_owned(),
-            );
+            let listener = TcpListener::from_std(listener.into())?;
+            self.serve(proxy, kind, listener, id.to_owned());
         }
-        Ok(carried)
+        Ok(())
+    }
+
+    /// Where its sidecar is entered once it runs.
+    pub(super) fn place(&self) -> Option<SidecarPlace> {
+        self.sidecar.clone().map(SidecarPlace)
     }
 
     fn serve(&mut self, proxy: &Arc<Proxy>, kind: PortKind, listener: TcpListener, id: String) {
@@ -202,11 +235,7 @@ impl Carriers {
             bind: self.bind,
             upstreams: Vec::new(),
         });
-        carried.sidecar = Some(Arc::new(Ports {
-            entry: Mutex::new(Some(entry.clone())),
-            running: std::sync::Mutex::new(None),
-            mesh: mesh.clone(),
-        }));
+        carried.sidecar = Some(Ports::new(mesh, entry));
         Ok(carried)
     }
 
@@ -264,6 +293,18 @@ impl Carriers {
         Ok(())
     }
 
+    /// Keeps the sidecar of a predecessor of this process up.
+    pub(super) async fn resume_sidecar(
+        &self,
+        SidecarPlace(ports): SidecarPlace,
+        (handed, files): (HandedSidecar, Vec<OwnedFd>),
+        events: mpsc::Sender<SidecarEvent>,
+    ) -> Result<(), SidecarError> {
+        let handle = self.sidecars.resume(handed, files, events).await?;
+        *ports.running() = Some(handle);
+        Ok(())
+    }
+
     /// The rules may have changed: sidecars that this agent drives are told.
     pub fn rules_changed(&self) {
         self.sidecars.rules_changed();
@@ -308,11 +349,49 @@ pub(super) struct Told {
     pub(super) token: Option<Token>,
 }
 
+/// A sidecar of which this process does nothing, and whose upstreams do not change. Dropped, it goes on.
+pub(in crate::agent) struct FrozenSidecar {
+    ports: Arc<Ports>,
+    entry: OwnedMutexGuard<Option<Entry>>,
+    /// None when it has ended for good.
+    sidecar: Option<sidecar::Frozen>,
+}
+
+impl FrozenSidecar {
+    /// Its instance's entry in the mesh, with all upstreams.
+    pub(super) fn entry(&self) -> Option<&Entry> {
+        self.entry.as_ref()
+    }
+
+    /// What a successor must know of it, and the open files that go with it.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub(super) fn handed(&self) -> io::Result<(Option<HandedSidecar>, Vec<OwnedFd>)> {
+        let Some(sidecar) = &self.sidecar else {
+            return Ok((None, Vec::new()));
+        };
+        let files = sidecar.files.iter().map(OwnedFd::try_clone);
+        Ok((Some(sidecar.handed.clone()), files.collect::<io::Result<_>>()?))
+    }
+
+    /// A successor has it; returns when this process has let go.
+    pub(in crate::agent) async fn leave(self) {
+        if let Some(sidecar) = self.sidecar {
+            sidecar.leave().await;
+        }
+        self.ports.running().take();
+    }
+}
+
+/// Where a sidecar is entered once it runs.
+pub(super) struct SidecarPlace(Arc<Ports>);
+
 /// The upstreams of one sidecar: a port for each service that was asked for.
 struct Ports {
     /// None once the instance leaves.
     // Held while the mesh and the sidecar are told of a new upstream: one at a time.
-    entry: Mutex<Option<Entry>>,
+    entry: Arc<Mutex<Option<Entry>>>,
     /// None before it has started and once it has ended.
     // Held for a look or a change, never across an await.
     running: std::sync::Mutex<Option<SidecarHandle>>,
@@ -328,14 +407,21 @@ impl fmt::Debug for Ports {
 }
 
 impl Ports {
+    fn new(mesh: &Arc<dyn Mesh>, entry: &Entry) -> Arc<Self> {
+        Arc::new(Self {
+            entry: Arc::new(Mutex::new(Some(entry.clone()))),
+            running: std::sync::Mutex::new(None),
+            mesh: mesh.clone(),
+        })
+    }
+
     fn running(&self) -> std::sync::MutexGuard<'_, Option<SidecarHandle>> {
         self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn port(&self, target: &ServiceName) -> Result<SocketAddr, Refusal> {
         let mut entry = self.entry.lock().await;
-        let known = entry.as_ref().filter(|_| self.running().is_some());
-        let mut next = known.ok_or_else(gone)?.clone();
+        let mut next = entry.as_ref().ok_or_else(gone)?.clone();
         let DataPlane::Sidecar(sidecar) = &mut next.data_plane else {
             return Err(gone());
         };
@@ -345,6 +431,9 @@ impl Ports {
             .find(|upstream| upstream.target == *target)
         {
             return Ok(known.bind);
+        }
+        if self.running().is_none() {
+            return Err(gone());
         }
         let bind = free_loopback().map_err(|error| no_port(&error))?;
         sidecar.upstreams.push(SidecarUpstream {

@@ -1,15 +1,17 @@
 //! Registrations in the hands of a successor of this process.
 
-use std::{io, os::fd::OwnedFd};
+use std::{collections::HashMap, io, os::fd::OwnedFd};
 
+use futures::future::join_all;
 use serde::{Deserialize, Serialize};
 
 use super::{
     Entry, Phase, Registry,
-    carrier::{Carried, PortKind},
+    carrier::{Carried, FrozenSidecar, PortKind},
     creation::Creations,
 };
 use crate::{
+    agent::sidecar::HandedSidecar,
     mesh::{Kept, MeshError},
     proxy::local::{Endpoint, LocalInstance, SECRET_LEN, Secret},
 };
@@ -31,40 +33,59 @@ pub(in crate::agent) struct HandedInstance {
     endpoint: Endpoint,
     kept: Kept,
     /// Its own ports; a descriptor of each goes with it.
-    pub(in crate::agent) ports: Vec<PortKind>,
+    ports: Vec<PortKind>,
+    /// Its sidecar, whose files go with it as well.
+    #[serde(default)]
+    sidecar: Option<HandedSidecar>,
 }
 
-/// Registrations, and the listeners of each one's own ports.
+impl HandedInstance {
+    /// How many open files go with it.
+    pub(in crate::agent) fn files(&self) -> usize {
+        self.ports.len() + self.sidecar.as_ref().map_or(0, HandedSidecar::files)
+    }
+}
+
+/// Registrations, and the open files of each.
 pub(in crate::agent) type HandedInstances = Vec<(HandedInstance, Vec<OwnedFd>)>;
 
-/// Its own ports, not yet served.
+/// What an instance has for itself, not yet served.
 pub(in crate::agent) struct HandedPorts {
     id: String,
     ports: Vec<(PortKind, OwnedFd)>,
+    carried: Carried,
+    sidecar: Option<(HandedSidecar, Vec<OwnedFd>)>,
 }
 
+/// Sidecars by the ids of their instances.
+pub(in crate::agent) type FrozenSidecars = HashMap<String, FrozenSidecar>;
+
 impl Registry {
-    /// Why these registrations cannot go to a successor of this process.
+    /// Freezes all sidecars, while no client is served.
     ///
     /// # Errors
-    /// A text that says what to do.
-    pub(in crate::agent) fn can_be_handed(&self) -> Result<(), String> {
-        let state = self.lock();
-        let has_sidecar = |entry: &&Entry| entry.carried.as_ref().is_some_and(Carried::has_sidecar);
-        match state.ids.values().filter(has_sidecar).count() {
-            0 => Ok(()),
-            sidecars => Err(format!(
-                "{sidecars} registrations have a sidecar, which is a child of the process that serves and would lose \
-                 its links: stop the agent and start it anew"
-            )),
-        }
+    /// A text, when one cannot be.
+    pub(in crate::agent) async fn freeze_sidecars(&self) -> Result<FrozenSidecars, String> {
+        let freezing: Vec<_> = {
+            let state = self.lock();
+            let freezing = state.ids.iter().filter_map(|(id, entry)| {
+                let freezing = entry.carried.as_ref()?.freezing(id)?;
+                let id = id.clone();
+                Some(async move { freezing.await.map(|frozen| (id, frozen)) })
+            });
+            freezing.collect()
+        };
+        join_all(freezing).await.into_iter().collect()
     }
 
     /// Everything that is live, while no client is served.
     ///
     /// # Errors
     /// What the system said.
-    pub(in crate::agent) fn handed(&self) -> io::Result<(Handed, HandedInstances)> {
+    pub(in crate::agent) fn handed(
+        &self,
+        sidecars: &FrozenSidecars,
+    ) -> io::Result<(Handed, HandedInstances)> {
         let state = self.lock();
         let mut instances = Vec::new();
         for (id, entry) in &state.ids {
@@ -73,7 +94,14 @@ impl Registry {
                 continue;
             };
             let ports = entry.carried.as_ref().map(Carried::handed).transpose()?;
-            let (ports, listeners) = ports.unwrap_or_default().into_iter().unzip();
+            let (ports, mut files): (_, Vec<_>) = ports.unwrap_or_default().into_iter().unzip();
+            let frozen = sidecars.get(id);
+            let (sidecar, of_sidecar) = frozen.map(FrozenSidecar::handed).transpose()?.unwrap_or_default();
+            files.extend(of_sidecar);
+            let mut kept = kept.clone();
+            if let Some(entry) = frozen.and_then(FrozenSidecar::entry) {
+                kept.entry.clone_from(entry);
+            }
             let handed = HandedInstance {
                 owner: entry.owner,
                 uid: local.uid,
@@ -81,11 +109,12 @@ impl Registry {
                 endpoint: local.endpoint.clone(),
                 kept: Kept {
                     address: self.mesh.adopted(id),
-                    ..kept.clone()
+                    ..kept
                 },
                 ports,
+                sidecar,
             };
-            instances.push((handed, listeners));
+            instances.push((handed, files));
         }
         let handed = Handed {
             creation: state.creations.upcoming(),
@@ -109,23 +138,25 @@ impl Registry {
         state.creations = Creations::resume(handed.creation);
         state.services = handed.services;
         let mut all = Vec::new();
-        for (handed, listeners) in instances {
+        for (handed, mut files) in instances {
             let instance = handed.kept.entry.instance.clone();
             let id = instance.id.clone();
-            if handed.ports.len() != listeners.len() || state.ids.contains_key(&id) {
+            if handed.files() != files.len() || state.ids.contains_key(&id) {
                 return Err(format!("the registration of {id} does not hold together"));
             }
             let client = state.owners.get_mut(&handed.owner);
             client
                 .ok_or_else(|| format!("{id} belongs to a connection that was not handed over"))?
                 .registrations += 1;
+            let of_sidecar = files.split_off(handed.ports.len());
+            let carried = Carried::resume(&self.mesh, &handed.kept.entry);
             let local = LocalInstance {
                 instance,
                 secret: Secret::from_bytes(handed.secret),
                 endpoint: handed.endpoint,
                 owner: handed.owner,
                 uid: handed.uid,
-                sidecar: None,
+                sidecar: carried.upstreams(),
             };
             self.local.insert(local).map_err(|refusal| refusal.to_string())?;
             let entry = Entry {
@@ -137,7 +168,9 @@ impl Registry {
             state.ids.insert(id.clone(), entry);
             all.push(HandedPorts {
                 id,
-                ports: handed.ports.into_iter().zip(listeners).collect(),
+                ports: handed.ports.into_iter().zip(files).collect(),
+                carried,
+                sidecar: handed.sidecar.map(|sidecar| (sidecar, of_sidecar)),
             });
         }
         Ok(all)
@@ -148,17 +181,35 @@ impl Registry {
     /// # Errors
     /// Ports that cannot be served, or what the mesh said; the rest is served all the same.
     pub(in crate::agent) async fn serve_handed(&self, ports: Vec<HandedPorts>) -> Result<(), MeshError> {
+        let mut resuming = Vec::new();
         let kept = {
-            let mut state = self.lock();
-            for HandedPorts { id, ports } in ports {
-                let carried = Carried::resume(&self.carriers.proxy, &id, ports);
-                let carried = carried.unwrap_or_else(|error| {
+            let mut guard = self.lock();
+            let state = &mut *guard;
+            for HandedPorts {
+                id,
+                ports,
+                mut carried,
+                sidecar,
+            } in ports
+            {
+                if let Err(error) = carried.resume_ports(&self.carriers.proxy, &id, ports) {
                     tracing::error!(id, %error, "its own port cannot be served any more");
-                    Carried::default()
-                });
-                if let Some(entry) = state.ids.get_mut(&id) {
-                    entry.carried = Some(carried);
                 }
+                let Some(entry) = state.ids.get_mut(&id) else {
+                    continue;
+                };
+                let client = state.owners.get(&entry.owner);
+                if let Some(((sidecar, place), client)) = sidecar.zip(carried.place()).zip(client) {
+                    let resume = self
+                        .carriers
+                        .resume_sidecar(place, sidecar, client.events.clone());
+                    resuming.push(async move {
+                        if let Err(error) = resume.await {
+                            tracing::error!(id, %error, "its sidecar ends: it cannot be kept up any more");
+                        }
+                    });
+                }
+                entry.carried = Some(carried);
             }
             state
                 .ids
@@ -166,6 +217,7 @@ impl Registry {
                 .filter_map(|entry| entry.kept.clone())
                 .collect()
         };
+        join_all(resuming).await;
         self.mesh.take_over(kept).await
     }
 

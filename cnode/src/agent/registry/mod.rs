@@ -24,11 +24,12 @@ use std::{
     time::Duration,
 };
 
+pub(super) use carrier::FrozenSidecar;
 use carrier::{Carried, Carriers};
 pub(super) use checks::chosen_socket;
 use creation::Creations;
 use enlist::Wish;
-pub(super) use handed::{Handed, HandedInstance, HandedInstances, HandedPorts};
+pub(super) use handed::{FrozenSidecars, Handed, HandedInstance, HandedInstances, HandedPorts};
 use pending::Pending;
 pub use request::{Node, NodeListens, NodeRequest, Service, ServiceRequest};
 pub(super) use reserved::Reserved;

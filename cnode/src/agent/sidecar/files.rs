@@ -81,6 +81,11 @@ impl Files {
             return Ok(false);
         }
         let path = self.path(name);
+        // By a predecessor of this process.
+        if !self.written.contains_key(name) && fs::read(&path).is_ok_and(|is| is == content) {
+            self.written.insert(name, hash);
+            return Ok(false);
+        }
         let temporary = self.path(&format!("{name}{NEW}"));
         let write = || {
             match fs::remove_file(&temporary) {

@@ -12,10 +12,14 @@
 //! **No orphans.** The program runs in a process group that a guard leads: a shell that waits for the end of a pipe
 //! whose other end only the agent holds (`process`). However the agent ends, the guard kills the group. What left
 //! the group is found by a variable in its environment, at the sidecar's end or by the next agent (`orphans`).
+//!
+//! **Upgrades.** A successor of the agent's process gets all running programs, the ends of their pipes included
+//! (`handed`): nothing in them notices.
 
 mod command;
 mod envoy;
 mod files;
+mod handed;
 mod orphans;
 mod output;
 mod process;
@@ -27,6 +31,7 @@ use std::{
     collections::HashMap,
     io,
     net::{Ipv4Addr, SocketAddr, TcpListener},
+    os::fd::OwnedFd,
     path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -39,6 +44,8 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+pub(in crate::agent) use handed::{Frozen, HandedSidecar};
+use handed::{HandOver, Left, Taken};
 pub use spec::{
     ConsulProgram, RESTARTS_DEFAULT, START_TIME, STOP_GRACE, Settings, SidecarError, SidecarEvent,
     SidecarEventKind, SidecarKind, SidecarSpec, Stream, UPSTREAMS_PER_SIDECAR_MAX,
@@ -72,12 +79,25 @@ impl Sidecars {
     /// # Errors
     /// [`SidecarError::Files`] when the directory cannot be made or others may enter it.
     pub fn new(mesh: Arc<dyn Mesh>, dir: PathBuf, settings: Settings) -> Result<Self, SidecarError> {
-        let dir = files::private_dir(&dir)?;
-        orphans::end_all(&dir);
+        let sidecars = Self::succeed(mesh, dir, settings)?;
+        orphans::end_all(&sidecars.dir);
+        Ok(sidecars)
+    }
+
+    /// As [`Sidecars::new`], for a successor of this agent's process: what runs there is its predecessor's, and comes
+    /// by [`Sidecars::resume`].
+    ///
+    /// # Errors
+    /// Likewise.
+    pub(in crate::agent) fn succeed(
+        mesh: Arc<dyn Mesh>,
+        dir: PathBuf,
+        settings: Settings,
+    ) -> Result<Self, SidecarError> {
         Ok(Self {
             sources: Arc::new(view::Sources::new(mesh.clone())),
             mesh,
-            dir,
+            dir: files::private_dir(&dir)?,
             settings,
             places: Mutex::default(),
             wake: watch::channel(0).0,
@@ -94,13 +114,41 @@ impl Sidecars {
         spec: SidecarSpec,
         events: mpsc::Sender<SidecarEvent>,
     ) -> Result<SidecarHandle, SidecarError> {
+        let (place, parts, control) = self.parts(spec, events).await?;
+        let running = supervisor::start(parts).await?;
+        Ok(control.spawn(place, running))
+    }
+
+    /// A sidecar of a predecessor of this process, which has left it.
+    ///
+    /// # Errors
+    /// [`SidecarError`]; it is ended then.
+    pub(in crate::agent) async fn resume(
+        &self,
+        handed: HandedSidecar,
+        files: Vec<OwnedFd>,
+        events: mpsc::Sender<SidecarEvent>,
+    ) -> Result<SidecarHandle, SidecarError> {
+        let (spec, taken) = Taken::of(handed, files);
+        let (place, parts, control) = self.parts(spec, events).await?;
+        let running = supervisor::resume(parts, taken)?;
+        Ok(control.spawn(place, running))
+    }
+
+    async fn parts(
+        &self,
+        spec: SidecarSpec,
+        events: mpsc::Sender<SidecarEvent>,
+    ) -> Result<(Place, supervisor::Parts, Control), SidecarError> {
         check(&spec)?;
         let name = files::dir_name(&spec.id);
         let place = Place {
             _lock: self.occupy(&spec.id, &name).await?,
             dir: self.dir.join(name),
+            left: false,
         };
         let (upstreams, offered) = watch::channel(spec.upstreams.clone());
+        let (hand_over, hand_overs) = mpsc::channel(1);
         let stop = CancellationToken::new();
         let parts = supervisor::Parts {
             mesh: self.mesh.clone(),
@@ -112,17 +160,14 @@ impl Sidecars {
             upstreams: offered,
             wake: self.wake.subscribe(),
             stop: stop.clone(),
+            hand_overs,
         };
-        let running = supervisor::start(parts).await?;
-        let task = tokio::spawn(async move {
-            running.await;
-            drop(place);
-        });
-        Ok(SidecarHandle {
+        let control = Control {
             upstreams,
             stop,
-            task,
-        })
+            hand_over,
+        };
+        Ok((place, parts, control))
     }
 
     /// To be called when the rules may have changed, so that a denial counts at once. Without it, it is seen within
@@ -157,19 +202,47 @@ impl Sidecars {
 struct Place {
     dir: PathBuf,
     _lock: OwnedMutexGuard<()>,
+    /// A successor of this process has it.
+    left: bool,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        files::remove_dir(&self.dir);
+        if !self.left {
+            files::remove_dir(&self.dir);
+        }
+    }
+}
+
+/// How a sidecar is told of what is wanted.
+#[derive(Debug)]
+struct Control {
+    upstreams: watch::Sender<Vec<SidecarUpstream>>,
+    stop: CancellationToken,
+    hand_over: mpsc::Sender<HandOver>,
+}
+
+impl Control {
+    fn spawn(
+        self,
+        mut place: Place,
+        running: impl Future<Output = Option<Left>> + Send + 'static,
+    ) -> SidecarHandle {
+        let task = tokio::spawn(async move {
+            let left = running.await;
+            place.left = left.is_some();
+            drop(place);
+            // Whoever waits for it may end this process.
+            drop(left);
+        });
+        SidecarHandle { control: self, task }
     }
 }
 
 /// A running sidecar. It ends when this is dropped, in the background.
 #[derive(Debug)]
 pub struct SidecarHandle {
-    upstreams: watch::Sender<Vec<SidecarUpstream>>,
-    stop: CancellationToken,
+    control: Control,
     task: JoinHandle<()>,
 }
 
@@ -181,20 +254,20 @@ impl SidecarHandle {
     /// [`SidecarError::Invalid`] and [`SidecarError::Limit`], as at the start.
     pub fn set_upstreams(&self, upstreams: Vec<SidecarUpstream>) -> Result<(), SidecarError> {
         check_upstreams(&upstreams)?;
-        self.upstreams.send_replace(upstreams);
+        self.control.upstreams.send_replace(upstreams);
         Ok(())
     }
 
     /// Ends it, and returns when all its processes are gone.
     pub async fn stop(mut self) {
-        self.stop.cancel();
+        self.control.stop.cancel();
         let _ = (&mut self.task).await;
     }
 }
 
 impl Drop for SidecarHandle {
     fn drop(&mut self) {
-        self.stop.cancel();
+        self.control.stop.cancel();
     }
 }
 

@@ -4,18 +4,24 @@
 //! it ends when the agent does, SIGKILL included, and then the guard kills the group. Unlike a parent-death signal this
 //! also reaches the program's own children, and does not depend on which thread started it. The program joins the
 //! guard's group when it is started, so there is no moment without a guard.
+//!
+//! A successor of this process gets handles of both (pidfd_open(2)), the pipe and the program's output (`handed`). It is
+//! not their parent: it learns that the program has ended, not how.
 
 use std::{
     ffi::OsString,
     fs, io,
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     process::{ExitStatus, Stdio},
     time::Duration,
 };
 
-use rustix::process::{Pid, Signal, kill_process, kill_process_group};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open, pidfd_send_signal};
+use serde::{Deserialize, Serialize};
 use tokio::{
-    process::{Child, ChildStdin, Command},
+    net::unix::pipe,
+    process::{Child, Command},
     task::JoinSet,
     time::timeout,
 };
@@ -29,7 +35,7 @@ const GUARD: &str = "trap '' HUP INT TERM; read -r _; kill -s KILL 0";
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// A program, ready to be started any number of times.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Program {
     /// Absolute.
     pub(super) path: PathBuf,
@@ -39,7 +45,7 @@ pub(super) struct Program {
 }
 
 /// Variables; `Debug` shows only their names.
-#[derive(Clone, Default)]
+#[derive(Clone, Default, Serialize, Deserialize)]
 pub(super) struct Environment(pub(super) Vec<(OsString, OsString)>);
 
 impl std::fmt::Debug for Environment {
@@ -53,14 +59,37 @@ impl std::fmt::Debug for Environment {
 /// A running program. Dropped, its whole group is killed.
 #[derive(Debug)]
 pub(super) struct Run {
-    child: Child,
-    /// Reaped only when this is dropped, so that the group's number stays its own.
-    _guard: Child,
-    _alive: Option<ChildStdin>,
+    child: Watched,
+    /// A child of this process is reaped only when this is dropped, so that the group's number stays its own.
+    guard: Watched,
+    alive: OwnedFd,
     group: Pid,
+    /// What the readers read, for a successor.
+    output: [OwnedFd; 2],
     readers: JoinSet<()>,
     dir: PathBuf,
+    /// A successor has it.
+    left: bool,
 }
+
+/// A process, and how it is waited for.
+#[derive(Debug)]
+enum Watched {
+    /// Our child.
+    Own(Child),
+    /// Another one's: its number, and its handle.
+    Handed(Pid, pipe::Receiver),
+}
+
+/// Numbers of the guard, whose group it is, and of the program.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub(super) struct HandedRun {
+    group: i32,
+    child: i32,
+}
+
+/// Open files that go with a [`HandedRun`].
+pub(in crate::agent) const RUN_FILES: usize = 5;
 
 impl Run {
     /// Starts it; `dir` is the sidecar's directory, which marks its processes.
@@ -76,7 +105,15 @@ impl Run {
             .spawn()
             .map_err(started(Path::new(SHELL)))?;
         let group = pid(&guard)?;
-        let alive = guard.stdin.take();
+        let broken = |error| {
+            let _ = kill_process_group(group, Signal::KILL);
+            started(Path::new(SHELL))(error)
+        };
+        let alive = guard
+            .stdin
+            .take()
+            .ok_or_else(|| io::Error::other("it has no input"));
+        let alive = alive.and_then(|alive| alive.into_owned_fd()).map_err(broken)?;
         let child = Command::new(&program.path)
             .args(&program.arguments)
             .env_clear()
@@ -95,58 +132,136 @@ impl Run {
                 return Err(started(&program.path)(error));
             }
         };
-        let mut readers = JoinSet::new();
-        if let Some(out) = child.stdout.take() {
-            readers.spawn(output::pump(out, Stream::Stdout, sink.clone()));
-        }
-        if let Some(err) = child.stderr.take() {
-            readers.spawn(output::pump(err, Stream::Stderr, sink.clone()));
-        }
+        let number = pid(&child)?;
+        let mut output = || {
+            let out = child
+                .stdout
+                .take()
+                .ok_or_else(|| io::Error::other("it has no output"))?;
+            let err = child
+                .stderr
+                .take()
+                .ok_or_else(|| io::Error::other("it has no output"))?;
+            Ok([out.into_owned_fd()?, err.into_owned_fd()?])
+        };
+        let output = output().map_err(broken)?;
+        let readers = read(&output, sink).map_err(broken)?;
         let run = Self {
-            child,
-            _guard: guard,
-            _alive: alive,
+            child: Watched::Own(child),
+            guard: Watched::Own(guard),
+            alive,
             group,
+            output,
             readers,
             dir: dir.to_owned(),
+            left: false,
         };
-        orphans::record(dir, &[group, pid(&run.child)?])?;
+        orphans::record(dir, &[group, number])?;
         Ok(run)
     }
 
-    /// Waits for the program's end and takes the rest of its group along. May be called again when it was given up
-    /// before it was done.
-    pub(super) async fn ended(&mut self) -> io::Result<ExitStatus> {
-        let status = self.child.wait().await?;
-        self.clear().await;
-        Ok(status)
+    /// What a successor needs to know of it, which nobody may wait for meanwhile.
+    ///
+    /// # Errors
+    /// When the program has ended, or there are no descriptors left.
+    pub(super) fn handed(&self) -> io::Result<(HandedRun, Vec<OwnedFd>)> {
+        let handed = HandedRun {
+            group: self.group.as_raw_pid(),
+            child: self.child.pid()?.as_raw_pid(),
+        };
+        let files = vec![
+            self.child.handle()?,
+            self.guard.handle()?,
+            self.alive.try_clone()?,
+            self.output[0].try_clone()?,
+            self.output[1].try_clone()?,
+        ];
+        Ok((handed, files))
+    }
+
+    /// The run of a predecessor.
+    ///
+    /// # Errors
+    /// When that is none.
+    pub(super) fn resume(
+        handed: HandedRun,
+        files: Vec<OwnedFd>,
+        dir: &Path,
+        sink: &output::Sink,
+    ) -> io::Result<Self> {
+        let none = || io::Error::other("what was handed over is no run of a program");
+        let [child, guard, alive, out, err] = <[OwnedFd; RUN_FILES]>::try_from(files).map_err(|_| none())?;
+        let number = |raw| Pid::from_raw(raw).ok_or_else(none);
+        let (group, program) = (number(handed.group)?, number(handed.child)?);
+        let output = [out, err];
+        // A handle becomes readable as a pipe does, and is polled like one.
+        let watch = pipe::Receiver::from_owned_fd_unchecked;
+        Ok(Self {
+            child: Watched::Handed(program, watch(child)?),
+            guard: Watched::Handed(group, watch(guard)?),
+            alive,
+            group,
+            readers: read(&output, sink)?,
+            output,
+            dir: dir.to_owned(),
+            left: false,
+        })
+    }
+
+    /// A successor has it: nothing of it ends with this process.
+    pub(super) fn leave(mut self) {
+        self.left = true;
+    }
+
+    /// Waits for the program's end, and says how it was; the rest of its group is to be [cleared](Self::clear). May be
+    /// called again when it was given up before it was done.
+    pub(super) async fn ended(&mut self) -> io::Result<String> {
+        let how = self.child.ended().await?;
+        Ok(how.map_or_else(
+            || "an earlier process of this agent had started it and alone could see how".to_owned(),
+            |status| status.to_string(),
+        ))
     }
 
     /// SIGTERM to the group, SIGKILL to what is left of it when the program has ended or the grace is over.
     pub(super) async fn stop(mut self, grace: Duration) {
-        let _ = kill_process_group(self.group, Signal::TERM);
-        if timeout(grace, self.child.wait()).await.is_err() {
+        self.signal(Signal::TERM);
+        if timeout(grace, self.child.ended()).await.is_err() {
             tracing::debug!(dir = %self.dir.display(), "a sidecar did not end in its grace and is killed");
         }
-        let _ = kill_process_group(self.group, Signal::KILL);
-        let _ = self.child.wait().await;
+        self.signal(Signal::KILL);
+        let _ = self.child.ended().await;
         self.clear().await;
     }
 
     /// Tells the program that its files are new, if it listens for that: by default SIGHUP would end it.
     pub(super) fn reload(&self) {
-        let Some(pid) = self.child.id().and_then(|id| Pid::from_raw(id as i32)) else {
+        // The handle first: it stays that of the process whose status is read next.
+        let (Ok(pid), Ok(handle)) = (self.child.pid(), self.child.handle()) else {
             return;
         };
         if fs::read_to_string(format!("/proc/{}/status", pid.as_raw_pid()))
             .is_ok_and(|status| catches(&status, Signal::HUP))
         {
-            let _ = kill_process(pid, Signal::HUP);
+            let _ = pidfd_send_signal(&handle, Signal::HUP);
         }
     }
 
-    async fn clear(&mut self) {
-        let _ = kill_process_group(self.group, Signal::KILL);
+    /// To the whole group, as long as its number is its own: its guard is there, be it as a zombie.
+    fn signal(&self, signal: Signal) {
+        let own = match &self.guard {
+            Watched::Own(_) => true,
+            // To one that does not stop this says nothing.
+            Watched::Handed(_, handle) => pidfd_send_signal(handle, Signal::CONT).is_ok(),
+        };
+        if own {
+            let _ = kill_process_group(self.group, signal);
+        }
+    }
+
+    /// Takes what is left of its group along, and reads what was printed last.
+    pub(super) async fn clear(&mut self) {
+        self.signal(Signal::KILL);
         let dir = self.dir.clone();
         let _ = tokio::task::spawn_blocking(move || orphans::end_marked(&dir)).await;
         if timeout(LAST_WORDS, async {
@@ -162,8 +277,50 @@ impl Run {
 
 impl Drop for Run {
     fn drop(&mut self) {
-        let _ = kill_process_group(self.group, Signal::KILL);
+        if !self.left {
+            self.signal(Signal::KILL);
+        }
     }
+}
+
+impl Watched {
+    fn pid(&self) -> io::Result<Pid> {
+        let pid = match self {
+            Self::Own(child) => child.id().and_then(|id| Pid::from_raw(id as i32)),
+            Self::Handed(pid, _) => Some(*pid),
+        };
+        pid.ok_or_else(|| io::Error::other("it has ended"))
+    }
+
+    /// As long as a child is not waited for its number is its own.
+    fn handle(&self) -> io::Result<OwnedFd> {
+        match self {
+            Self::Own(_) => Ok(pidfd_open(self.pid()?, PidfdFlags::empty())?),
+            Self::Handed(_, handle) => handle.as_fd().try_clone_to_owned(),
+        }
+    }
+
+    /// Waits for its end; none when only its parent is told how it was.
+    async fn ended(&mut self) -> io::Result<Option<ExitStatus>> {
+        match self {
+            Self::Own(child) => child.wait().await.map(Some),
+            Self::Handed(_, handle) => {
+                // Nothing is ever read: it stays so.
+                handle.readable().await?;
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// Reads what the program prints; the pipes stay open for a successor.
+fn read(output: &[OwnedFd; 2], sink: &output::Sink) -> io::Result<JoinSet<()>> {
+    let mut readers = JoinSet::new();
+    for (pipe, stream) in output.iter().zip([Stream::Stdout, Stream::Stderr]) {
+        let pipe = pipe::Receiver::from_owned_fd(pipe.try_clone()?)?;
+        readers.spawn(output::pump(pipe, stream, sink.clone()));
+    }
+    Ok(readers)
 }
 
 fn pid(child: &Child) -> Result<Pid, SidecarError> {

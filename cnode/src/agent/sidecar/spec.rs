@@ -8,6 +8,8 @@ use std::{
     time::Duration,
 };
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
     mesh::{MeshError, ServiceName, SidecarUpstream, Token},
     node::Backoff,
@@ -74,7 +76,7 @@ pub struct ConsulProgram {
 }
 
 /// Which program carries a service's traffic.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum SidecarKind {
     /// `consul connect proxy -sidecar-for ID`. The registration must hold the sidecar's.
     ConnectProxy,
@@ -86,7 +88,7 @@ pub enum SidecarKind {
 }
 
 /// A sidecar to start.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SidecarSpec {
     /// Id of the instance that it carries.
     pub id: String,

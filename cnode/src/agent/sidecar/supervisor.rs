@@ -1,10 +1,10 @@
 //! One sidecar's life: its files kept current, its program kept up, until it is told to stop or fails too often.
 
-use std::{collections::VecDeque, future::Future, path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::VecDeque, future::Future, os::fd::OwnedFd, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{mpsc, watch},
-    time::{Instant, sleep, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
@@ -12,8 +12,9 @@ use tracing::{debug, info, warn};
 use super::{
     Settings, SidecarError, SidecarEvent, SidecarEventKind, SidecarKind, SidecarSpec, command, envoy,
     files::Files,
+    handed::{HandOver, HandedSidecar, Left, Taken},
     output::Sink,
-    process::{Program, Run},
+    process::{HandedRun, Program, Run},
     view::{POLL, Sources, View, Viewer},
 };
 use crate::{
@@ -35,18 +36,40 @@ pub(super) struct Parts {
     pub(super) upstreams: watch::Receiver<Vec<SidecarUpstream>>,
     pub(super) wake: watch::Receiver<u64>,
     pub(super) stop: CancellationToken,
+    pub(super) hand_overs: mpsc::Receiver<HandOver>,
 }
 
-/// Prepares a sidecar and starts its program once. The future that comes back is the rest of its life.
-pub(super) async fn start(parts: Parts) -> Result<impl Future<Output = ()> + Send, SidecarError> {
+/// Prepares a sidecar and starts its program once. The future that comes back is the rest of its life here.
+pub(super) async fn start(parts: Parts) -> Result<impl Future<Output = Option<Left>> + Send, SidecarError> {
     let mut files = Files::open(&parts.dir)?;
     let (program, keeper) = prepare(&parts, &mut files).await?;
+    live(parts, files, program, keeper, None)
+}
+
+/// As [`start`], with the program of a predecessor of this process.
+pub(super) fn resume(
+    parts: Parts,
+    taken: Taken,
+) -> Result<impl Future<Output = Option<Left>> + Send, SidecarError> {
+    let files = Files::open(&parts.dir)?;
+    let keeper = taken.keeps_files.then(|| Keeper::new(&parts));
+    live(parts, files, taken.program, keeper, taken.run)
+}
+
+fn live(
+    parts: Parts,
+    files: Files,
+    program: Program,
+    keeper: Option<Keeper>,
+    taken: Option<(HandedRun, Vec<OwnedFd>)>,
+) -> Result<impl Future<Output = Option<Left>> + Send, SidecarError> {
     let Parts {
         settings,
         dir,
         spec,
         events,
         stop,
+        mut hand_overs,
         ..
     } = parts;
     let lines = spec.output.then(|| events.clone());
@@ -61,19 +84,29 @@ pub(super) async fn start(parts: Parts) -> Result<impl Future<Output = ()> + Sen
         spec,
         settings,
         events,
+        keeps_files: keeper.is_some(),
         stop: stop.clone(),
     };
-    let run = supervisor.run()?;
+    let run = match taken {
+        None => supervisor.run(),
+        Some((run, files)) => {
+            let run = Run::resume(run, files, &supervisor.dir, &supervisor.sink);
+            run.map_err(|source| SidecarError::System {
+                what: "watch a predecessor's program".to_owned(),
+                source,
+            })
+        }
+    }?;
     let (reload, reloads) = watch::channel(());
     Ok(async move {
         match keeper {
             Some(keeper) => {
                 tokio::select! {
-                    () = supervisor.keep_up(run, reloads) => {}
-                    () = keeper.keep_current(files, parts.upstreams, parts.wake, reload) => {}
+                    left = supervisor.keep_up(run, reloads, &mut hand_overs) => left,
+                    () = keeper.keep_current(files, parts.upstreams, parts.wake, reload) => None,
                 }
             }
-            None => supervisor.keep_up(run, reloads).await,
+            None => supervisor.keep_up(run, reloads, &mut hand_overs).await,
         }
     })
 }
@@ -89,10 +122,7 @@ async fn prepare(parts: &Parts, files: &mut Files) -> Result<(Program, Option<Ke
     {
         return Ok((program, None));
     }
-    let mut keeper = Keeper {
-        viewer: Viewer::new(parts.mesh.clone(), parts.sources.clone(), spec.service.clone()),
-        spec: spec.clone(),
-    };
+    let mut keeper = Keeper::new(parts);
     let wanted = parts.upstreams.borrow().clone();
     let view = timeout(settings.start_time, keeper.viewer.look(&wanted, Instant::now()))
         .await
@@ -118,6 +148,14 @@ struct Keeper {
 }
 
 impl Keeper {
+    fn new(parts: &Parts) -> Self {
+        let spec = parts.spec.clone();
+        Self {
+            viewer: Viewer::new(parts.mesh.clone(), parts.sources.clone(), spec.service.clone()),
+            spec,
+        }
+    }
+
     fn write(&self, files: &mut Files, view: &View) -> Result<bool, SidecarError> {
         match &self.spec.kind {
             SidecarKind::Command(_) => command::write(files, view),
@@ -173,7 +211,19 @@ struct Supervisor {
     settings: Settings,
     events: mpsc::Sender<SidecarEvent>,
     sink: Sink,
+    /// It reads its certificates, instances and rules from files that this agent writes.
+    keeps_files: bool,
     stop: CancellationToken,
+}
+
+/// Why a run is watched no more.
+enum Watch {
+    /// It has ended by itself: how, in words.
+    Ended(String),
+    /// It was told to stop.
+    Stopped,
+    /// A successor of this process has it.
+    Left(Left),
 }
 
 impl Supervisor {
@@ -181,16 +231,23 @@ impl Supervisor {
         Run::start(&self.program, &self.dir, &self.sink)
     }
 
-    async fn keep_up(self, first: Run, mut reloads: watch::Receiver<()>) {
+    /// Until it is over, or a successor of this process keeps it up.
+    async fn keep_up(
+        self,
+        first: Run,
+        mut reloads: watch::Receiver<()>,
+        hand_overs: &mut mpsc::Receiver<HandOver>,
+    ) -> Option<Left> {
         let mut attempts = Attempts::new(self.settings.backoff);
         let mut restarts = Restarts::new(self.spec.max_restarts);
         let mut run: Result<Run, SidecarError> = Ok(first);
         loop {
             let began = Instant::now();
             let text = match run {
-                Ok(run) => match self.watch(run, &mut reloads).await {
-                    Some(text) => text,
-                    None => return,
+                Ok(run) => match self.watch(run, &mut reloads, hand_overs).await {
+                    Watch::Ended(text) => text,
+                    Watch::Stopped => return None,
+                    Watch::Left(left) => return Some(left),
                 },
                 Err(error) => error.to_string(),
             };
@@ -209,28 +266,42 @@ impl Supervisor {
             let wait = attempts.wait();
             tokio::select! {
                 () = self.tell_down(text, !again) => {}
-                () = self.stop.cancelled() => return,
+                () = self.stop.cancelled() => return None,
             }
             if !again {
-                return;
+                return None;
             }
-            tokio::select! {
-                () = sleep(wait) => {}
-                () = self.stop.cancelled() => return,
+            let until = Instant::now() + wait;
+            loop {
+                tokio::select! {
+                    () = sleep_until(until) => break,
+                    () = self.stop.cancelled() => return None,
+                    Some(hand_over) = hand_overs.recv() => {
+                        if let Some(left) = self.hand_over(None, hand_over).await {
+                            return Some(left);
+                        }
+                    }
+                }
             }
             run = self.run();
         }
     }
 
-    /// One run, to its end, in words; none when it was told to stop.
-    async fn watch(&self, mut run: Run, reloads: &mut watch::Receiver<()>) -> Option<String> {
+    /// One run, to its end here.
+    async fn watch(
+        &self,
+        mut run: Run,
+        reloads: &mut watch::Receiver<()>,
+        hand_overs: &mut mpsc::Receiver<HandOver>,
+    ) -> Watch {
         let name = self.program.path.display();
         loop {
             tokio::select! {
                 status = run.ended() => {
-                    let end = status.map_or_else(|error| error.to_string(), |status| status.to_string());
+                    run.clear().await;
+                    let end = status.unwrap_or_else(|error| error.to_string());
                     let last = self.sink.take_last();
-                    return Some(match last.is_empty() {
+                    return Watch::Ended(match last.is_empty() {
                         true => format!("{name} ended: {end}"),
                         false => format!("{name} ended: {end}; it said last: {last}"),
                     });
@@ -238,11 +309,33 @@ impl Supervisor {
                 () = self.stop.cancelled() => {
                     debug!(id = self.spec.id, "stopping a sidecar");
                     run.stop(self.settings.grace).await;
-                    return None;
+                    return Watch::Stopped;
+                }
+                Some(hand_over) = hand_overs.recv() => {
+                    if let Some(left) = self.hand_over(Some(&run), hand_over).await {
+                        run.leave();
+                        return Watch::Left(left);
+                    }
                 }
                 Ok(()) = reloads.changed() => run.reload(),
             }
         }
+    }
+
+    /// Describes it, and does nothing until its new owner is known.
+    async fn hand_over(&self, run: Option<&Run>, hand_over: HandOver) -> Option<Left> {
+        let run = run.map(Run::handed).transpose();
+        let handed = run.map(|run| {
+            let (run, files) = run.unzip();
+            let handed = HandedSidecar {
+                spec: self.spec.clone(),
+                program: self.program.clone(),
+                keeps_files: self.keeps_files,
+                run,
+            };
+            (handed, files.unwrap_or_default())
+        });
+        hand_over.give(handed).await
     }
 
     async fn tell_down(&self, text: String, final_: bool) {

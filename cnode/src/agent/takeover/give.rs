@@ -19,7 +19,11 @@ use super::{
     wire::Channel,
 };
 use crate::{
-    agent::{control::server::Clients, dir::AgentDir, registry::Registry},
+    agent::{
+        control::server::Clients,
+        dir::AgentDir,
+        registry::{FrozenSidecars, Registry},
+    },
     epmd::{self, Epmd},
     proxy::plain::PlainPorts,
 };
@@ -108,6 +112,7 @@ pub(in crate::agent) struct Whole<'a> {
     pub(in crate::agent) registry: &'a Registry,
     pub(in crate::agent) listeners: &'a Listeners,
     pub(in crate::agent) clients: &'a Clients,
+    pub(in crate::agent) sidecars: &'a FrozenSidecars,
     pub(in crate::agent) ports: &'a PlainPorts,
     pub(in crate::agent) epmd: Option<(&'a Epmd, &'a epmd::Serving)>,
 }
@@ -137,11 +142,12 @@ async fn give_all(channel: &mut Channel, whole: &Whole<'_>) -> io::Result<()> {
         registry,
         listeners,
         clients,
+        sidecars,
         ports,
         epmd,
     } = whole;
     let (lock, made) = dir.handed()?;
-    let (handed, instances) = registry.handed()?;
+    let (handed, instances) = registry.handed(sidecars)?;
     let mut files = vec![
         lock.as_fd(),
         listeners.control.as_fd(),
@@ -180,8 +186,8 @@ async fn give_all(channel: &mut Channel, whole: &Whole<'_>) -> io::Result<()> {
             channel.send(&upstream, &[listener.as_fd()]).await?;
         }
     }
-    for (instance, listeners) in instances {
-        let files: Vec<_> = listeners.iter().map(AsFd::as_fd).collect();
+    for (instance, files) in instances {
+        let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
         channel.send(&Give::Instance(Box::new(instance)), &files).await?;
     }
     let sessions = registry.handed_sessions();

@@ -104,7 +104,7 @@ pub(super) enum Give {
         id: String,
         upstream: Upstream,
     },
-    /// A registration, and the listeners of its own ports.
+    /// A registration, and the listeners of its own ports and the files of its sidecar.
     Instance(Box<HandedInstance>),
     /// A session.
     Session(HandedSession),

@@ -304,9 +304,9 @@ async fn receive_all(channel: &mut Channel) -> Result<Taken, TakeFault> {
                 }
             }
             Give::Instance(instance) if taken.instances.len() < INSTANCES_MAX => {
-                let ports = instance.ports.iter().map(|_| channel.file());
-                let ports = ports.collect::<io::Result<_>>()?;
-                taken.instances.push((*instance, ports));
+                let files = (0..instance.files()).map(|_| channel.file());
+                let files = files.collect::<io::Result<_>>()?;
+                taken.instances.push((*instance, files));
             }
             Give::Session(session) if taken.sessions.len() < INSTANCES_MAX => taken.sessions.push(session),
             Give::PlainPort { target } if taken.ports.len() < PLAIN_PORTS_MAX => {

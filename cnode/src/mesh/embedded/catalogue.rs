@@ -1,18 +1,19 @@
 //! Which agents live, and what they serve.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use super::dir::{MeshDir, open_lock, unavailable};
+use super::dir::{MeshDir, Stamp, open_lock, unavailable};
 use crate::mesh::{Instance, MeshError};
 
 /// Most entries that are looked at; more is no mesh of one machine.
@@ -22,6 +23,8 @@ pub(super) const MAX_AGENT_ID: usize = 64;
 /// A reader holds an entry's lock for a moment to see whether it is free; longer, and an agent has it.
 const LOCK_PATIENCE: Duration = Duration::from_secs(1);
 const LOCK_RETRY: Duration = Duration::from_millis(5);
+/// The clocks of file systems tick: what was changed so lately may be changed again and look the same.
+const SETTLED: Duration = Duration::from_millis(100);
 
 /// `agents/ID.json`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -53,6 +56,11 @@ impl AgentEntry {
             instances: Vec::new(),
         })
     }
+
+    #[cfg(test)]
+    pub(super) fn id(&self) -> &str {
+        &self.id
+    }
 }
 
 /// This agent's entry. It is there as long as the lock is held.
@@ -65,6 +73,7 @@ pub(super) struct OwnEntry {
     alive: Mutex<Option<File>>,
     /// Before it is taken over, the entry is the predecessor's.
     ours: AtomicBool,
+    pub(super) entries: Entries,
 }
 
 impl OwnEntry {
@@ -91,13 +100,14 @@ impl OwnEntry {
             id,
             alive: Mutex::new(Some(alive)),
             ours: AtomicBool::new(true),
+            entries: Entries::default(),
         })
     }
 
     /// The entry of a predecessor of this process, whose lock is handed on: as old as it was. Written by
     /// [`OwnEntry::take_over`].
     pub(super) fn succeed(dir: &MeshDir, mut entry: AgentEntry, lock: File) -> Result<Self, MeshError> {
-        let name = format!("agents/{}.json", entry.id);
+        let name = file(&entry.id);
         let gone = || MeshError::Unavailable(format!("{name}: the predecessor's entry is gone"));
         let text = dir.read(&name)?.ok_or_else(gone)?;
         let before: AgentEntry = serde_json::from_str(&text)
@@ -110,6 +120,7 @@ impl OwnEntry {
             id,
             alive: Mutex::new(Some(lock)),
             ours: AtomicBool::new(false),
+            entries: Entries::default(),
         })
     }
 
@@ -138,9 +149,10 @@ impl OwnEntry {
     pub(super) fn register(&self, dir: &MeshDir, instance: Instance) -> Result<(), MeshError> {
         let _lock = dir.lock()?;
         let mut own = self.entry.lock().unwrap_or_else(PoisonError::into_inner);
-        let others = live(dir)?.into_iter().filter(|other| other.id != own.id);
+        let others = self.entries.live(dir)?;
+        let others = others.iter().filter(|other| other.id != own.id);
         for other in others {
-            if let Some(host) = shared_host(&own, &other) {
+            if let Some(host) = shared_host(&own, other) {
                 tracing::warn!(
                     agent = own.id,
                     other = other.id,
@@ -184,9 +196,10 @@ impl OwnEntry {
 
     pub(super) fn host_conflicts(&self, dir: &MeshDir) -> Result<Vec<String>, MeshError> {
         let own = self.entry.lock().unwrap_or_else(PoisonError::into_inner);
-        let others = live(dir)?.into_iter().filter(|other| other.id != own.id);
-        let conflict = |other: AgentEntry| {
-            shared_host(&own, &other)
+        let others = self.entries.live(dir)?;
+        let others = others.iter().filter(|other| other.id != own.id);
+        let conflict = |other: &Arc<AgentEntry>| {
+            shared_host(&own, other)
                 .map(|host| format!("agent {} at {} owns {host}", other.id, other.address))
         };
         Ok(others.filter_map(conflict).collect())
@@ -199,13 +212,8 @@ impl Drop for OwnEntry {
             return;
         }
         // Only the entry: another agent may open the lock file at this moment. The next one sweeps it.
-        let _ = fs::remove_file(self.dir.join(&format!("agents/{}.json", self.id)));
+        let _ = fs::remove_file(self.dir.join(&file(&self.id)));
     }
-}
-
-/// All instances of all live agents.
-pub(super) fn instances(dir: &MeshDir) -> Result<Vec<Instance>, MeshError> {
-    Ok(live(dir)?.into_iter().flat_map(|entry| entry.instances).collect())
 }
 
 fn shared_host<'a>(a: &'a AgentEntry, b: &AgentEntry) -> Option<&'a str> {
@@ -217,39 +225,89 @@ fn shared_host<'a>(a: &'a AgentEntry, b: &AgentEntry) -> Option<&'a str> {
 
 fn write(dir: &MeshDir, entry: &AgentEntry) -> Result<(), MeshError> {
     let text = serde_json::to_string(entry).map_err(|error| MeshError::Unavailable(error.to_string()))?;
-    dir.replace(&format!("agents/{}.json", entry.id), &text)
+    dir.replace(&file(&entry.id), &text)
 }
 
-fn live(dir: &MeshDir) -> Result<Vec<AgentEntry>, MeshError> {
-    let mut entries = Vec::new();
-    for id in ids(dir)? {
-        if is_free(dir, &id)? {
-            continue;
+/// What the entries of live agents say, each read again only when its file is another: every link asks, and the answer
+/// has all nodes of the mesh in it.
+#[derive(Debug, Default)]
+pub(super) struct Entries(Mutex<HashMap<String, (Stamp, Arc<AgentEntry>)>>);
+
+impl Entries {
+    pub(super) fn live(&self, dir: &MeshDir) -> Result<Vec<Arc<AgentEntry>>, MeshError> {
+        let mut read = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut live = HashMap::new();
+        for id in ids(dir)? {
+            if is_free(dir, &id)? {
+                continue;
+            }
+            // Before it is read: what is written meanwhile is seen the next time.
+            let stamp = dir.stamp(&file(&id));
+            let entry = match read.remove(&id) {
+                Some((seen, entry)) if seen == stamp => entry,
+                // It may be just about to come or go.
+                _ => match load(dir, &id)? {
+                    Some(entry) => Arc::new(entry),
+                    None => continue,
+                },
+            };
+            live.insert(id, (stamp, entry));
         }
-        let name = format!("agents/{id}.json");
-        // It may be just about to come or go.
-        let Some(text) = dir.read(&name)? else { continue };
-        let entry: AgentEntry = serde_json::from_str(&text)
-            .map_err(|error| MeshError::Unavailable(format!("{name}: {error}")))?;
-        if entry.id != id {
-            return Err(MeshError::Unavailable(format!(
-                "{name} is of agent {:?}",
-                entry.id
-            )));
-        }
-        if let Some(far) = entry
-            .instances
-            .iter()
-            .find(|instance| !instance.address.ip().is_loopback())
-        {
-            return Err(MeshError::Unavailable(format!(
-                "{name}: {} is not a loopback address",
-                far.address
-            )));
-        }
-        entries.push(entry);
+        let entries = live.values().map(|(_, entry)| entry.clone()).collect();
+        live.retain(|_, (stamp, _)| is_settled(*stamp));
+        *read = live;
+        Ok(entries)
     }
-    Ok(entries)
+
+    /// The instances of all live agents for which `wanted` holds.
+    pub(super) fn instances(
+        &self,
+        dir: &MeshDir,
+        wanted: impl Fn(&Instance) -> bool,
+    ) -> Result<Vec<Instance>, MeshError> {
+        let live = self.live(dir)?;
+        let all = live.iter().flat_map(|entry| &entry.instances);
+        Ok(all.filter(|instance| wanted(instance)).cloned().collect())
+    }
+}
+
+fn is_settled((_, seconds, nanoseconds, _): Stamp) -> bool {
+    let (Ok(seconds), Ok(nanoseconds)) = (u64::try_from(seconds), u64::try_from(nanoseconds)) else {
+        return false;
+    };
+    let changed = Duration::from_secs(seconds) + Duration::from_nanos(nanoseconds);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    now.checked_sub(changed).is_some_and(|age| age > SETTLED)
+}
+
+fn file(id: &str) -> String {
+    format!("agents/{id}.json")
+}
+
+fn load(dir: &MeshDir, id: &str) -> Result<Option<AgentEntry>, MeshError> {
+    let name = file(id);
+    let Some(text) = dir.read(&name)? else {
+        return Ok(None);
+    };
+    let entry: AgentEntry =
+        serde_json::from_str(&text).map_err(|error| MeshError::Unavailable(format!("{name}: {error}")))?;
+    if entry.id != id {
+        return Err(MeshError::Unavailable(format!(
+            "{name} is of agent {:?}",
+            entry.id
+        )));
+    }
+    if let Some(far) = entry
+        .instances
+        .iter()
+        .find(|instance| !instance.address.ip().is_loopback())
+    {
+        return Err(MeshError::Unavailable(format!(
+            "{name}: {} is not a loopback address",
+            far.address
+        )));
+    }
+    Ok(Some(entry))
 }
 
 /// Ids of the agents that have a lock file, held or not.
@@ -291,7 +349,7 @@ fn is_free(dir: &MeshDir, id: &str) -> Result<bool, MeshError> {
 fn sweep(dir: &MeshDir) -> Result<(), MeshError> {
     for id in ids(dir)? {
         if is_free(dir, &id)? {
-            let _ = fs::remove_file(dir.join(&format!("agents/{id}.json")));
+            let _ = fs::remove_file(dir.join(&file(&id)));
             let _ = fs::remove_file(dir.join(&format!("agents/{id}.lock")));
         }
     }

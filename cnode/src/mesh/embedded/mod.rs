@@ -193,6 +193,10 @@ impl Inner {
         work(&mut issued)
     }
 
+    fn instances(&self, wanted: impl Fn(&Instance) -> bool) -> Result<Vec<Instance>, MeshError> {
+        self.own.entries.instances(&self.dir, wanted)
+    }
+
     fn identity(&self, service: &ServiceName) -> Result<Arc<Identity>, MeshError> {
         let now = unix_now();
         self.with_issued(|Issued { authority, leaves }| {
@@ -244,37 +248,26 @@ impl Catalogue for EmbeddedMesh {
     fn node(&self, node: &str) -> Answer<'_, Option<Instance>> {
         let node = node.to_owned();
         self.blocking(move |inner| {
-            let all = catalogue::instances(&inner.dir)?;
-            Ok(all
-                .into_iter()
-                .find(|instance| instance.node.as_deref() == Some(&node)))
+            let of_name = inner.instances(|instance| instance.node.as_deref() == Some(&node))?;
+            Ok(of_name.into_iter().next())
         })
     }
 
     fn instances(&self, service: &ServiceName) -> Answer<'_, Vec<Instance>> {
         let service = service.clone();
-        self.blocking(move |inner| {
-            let mut all = catalogue::instances(&inner.dir)?;
-            all.retain(|instance| instance.service == service);
-            Ok(all)
-        })
+        self.blocking(move |inner| inner.instances(|instance| instance.service == service))
     }
 
     fn present(&self, service: &ServiceName) -> Answer<'_, Present> {
         let service = service.clone();
         self.blocking(move |inner| {
-            let all = catalogue::instances(&inner.dir)?;
-            let of_service = all.iter().filter(|instance| instance.service == service);
-            Ok(Present::new(of_service, 0))
+            let of_service = inner.instances(|instance| instance.service == service)?;
+            Ok(Present::new(of_service.iter(), 0))
         })
     }
 
     fn nodes(&self) -> Answer<'_, Vec<Instance>> {
-        self.blocking(|inner| {
-            let mut all = catalogue::instances(&inner.dir)?;
-            all.retain(|instance| instance.node.is_some());
-            Ok(all)
-        })
+        self.blocking(|inner| inner.instances(|instance| instance.node.is_some()))
     }
 
     fn services(&self) -> Answer<'_, Vec<Listed>> {
@@ -286,10 +279,7 @@ impl Catalogue for EmbeddedMesh {
                 tags: Vec::new(),
                 weight: 1,
             };
-            Ok(catalogue::instances(&inner.dir)?
-                .into_iter()
-                .map(listed)
-                .collect())
+            Ok(inner.instances(|_| true)?.into_iter().map(listed).collect())
         })
     }
 }

@@ -78,6 +78,39 @@ async fn an_agent_that_is_gone_takes_its_names_along() {
 }
 
 #[tokio::test]
+async fn entries_are_read_again_when_they_are_others() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path().join("mesh");
+    let (a, b) = (open(&dir, "a1", "h1"), open(&dir, "a2", "h2"));
+    let read = |id: &str| {
+        let live = b.inner.own.entries.live(&b.inner.dir).unwrap();
+        live.into_iter().find(|entry| entry.id() == id).unwrap()
+    };
+    // As soon as it is old enough to be believed.
+    let kept = |id: &str| {
+        let mut seen = read(id);
+        while !Arc::ptr_eq(&seen, &read(id)) {
+            std::thread::yield_now();
+            seen = read(id);
+        }
+        seen
+    };
+    let (first, own) = (kept("a1"), kept("a2"));
+    a.register(&Entry::plain(node("shop@h1", "a1"))).await.unwrap();
+    assert!(!Arc::ptr_eq(&first, &kept("a1")));
+    assert!(Arc::ptr_eq(&own, &read("a2")));
+    assert!(b.node("shop@h1").await.unwrap().is_some());
+    // What nobody may read, or is no entry, is no memory either.
+    let file = dir.join("agents/a1.json");
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
+    b.node("shop@h1").await.unwrap_err();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+    b.node("shop@h1").await.unwrap();
+    fs::write(&file, "{").unwrap();
+    b.node("shop@h1").await.unwrap_err();
+}
+
+#[tokio::test]
 async fn one_id_and_one_host_belong_to_one_agent() {
     let temp = tempfile::tempdir().unwrap();
     let dir = temp.path().join("mesh");

@@ -5,6 +5,7 @@ mod agent_killed;
 mod client;
 mod envoy;
 mod files;
+mod handed;
 mod shaky;
 mod supervision;
 

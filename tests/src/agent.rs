@@ -71,6 +71,21 @@ impl Mesh {
         hosts: &[&str],
         options: &[&str],
     ) -> Result<Agent> {
+        self.agent_at(on, name, &format!("{ip}:0"), hosts, options)
+    }
+
+    /// As [`Mesh::agent_on`], inbound port at `bind`: for those that advertise another address.
+    ///
+    /// # Errors
+    /// When it does not get ready.
+    pub fn agent_at(
+        &self,
+        on: &[String],
+        name: &str,
+        bind: &str,
+        hosts: &[&str],
+        options: &[&str],
+    ) -> Result<Agent> {
         let mesh_dir = self.mesh_dir().display().to_string();
         let arguments = [&["--mesh", "embedded", "--mesh-dir", &mesh_dir], options].concat();
         // The commands of an operator find the mesh by it.
@@ -79,7 +94,7 @@ impl Mesh {
             on,
             name,
             &self.dir.path().join(name),
-            ip,
+            bind,
             hosts,
             &arguments,
             &environment,
@@ -122,13 +137,13 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Starts `meshx agent` in `dir`, inbound port on `ip`, that owns `hosts`. The environment is also that of
+    /// Starts `meshx agent` in `dir`, inbound port at `bind`, that owns `hosts`. The environment is also that of
     /// [`Agent::meshx`]. `on` is put before the command line.
     pub(crate) fn start(
         on: &[String],
         name: &str,
         dir: &Path,
-        ip: &str,
+        bind: &str,
         hosts: &[&str],
         options: &[&str],
         environment: &[(String, String)],
@@ -138,7 +153,7 @@ impl Agent {
             "--dir".into(),
             dir.display().to_string(),
             "--bind".into(),
-            format!("{ip}:0"),
+            bind.to_owned(),
         ];
         for host in hosts {
             arguments.extend(["--host".into(), (*host).to_owned()]);

@@ -19,6 +19,10 @@ pub fn machine() -> Vec<String> {
             "TCP congestion control",
             read("/proc/sys/net/ipv4/tcp_congestion_control"),
         ),
+        (
+            "net.core.wmem_max, which caps the send buffers that are asked for",
+            read("/proc/sys/net/core/wmem_max"),
+        ),
         ("load when started", read("/proc/loadavg")),
     ];
     facts

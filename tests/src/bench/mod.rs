@@ -5,6 +5,7 @@
 
 mod machine;
 mod plot;
+mod relay;
 mod report;
 mod rounds;
 mod stats;
@@ -13,8 +14,9 @@ mod vm;
 
 pub use machine::machine;
 pub use plot::{Series, bars};
+pub use relay::{Way, relay};
 pub use report::{Table, write_report};
 pub use rounds::rounds;
 pub use stats::{Limit, Quartiles, Verdict, judge, median, ratios};
-pub use usage::{CpuClock, peak_memory, reset_peak_memory};
+pub use usage::{CpuClock, memory, peak_memory, reset_peak_memory};
 pub use vm::{BUFFERS, ask, distribution_flags, free_port, tls_options};

@@ -1,4 +1,4 @@
-//! What a process used: CPU time to the nanosecond, and its peak memory.
+//! What a process used: CPU time to the nanosecond, and its memory.
 
 use std::fs;
 
@@ -59,13 +59,25 @@ fn nanoseconds(pids: &[u32]) -> Result<u64> {
 /// # Errors
 /// When it is gone.
 pub fn peak_memory(pid: u32) -> Result<u64> {
+    status(pid, "VmHWM:")
+}
+
+/// The resident memory of a process, in bytes.
+///
+/// # Errors
+/// When it is gone.
+pub fn memory(pid: u32) -> Result<u64> {
+    status(pid, "VmRSS:")
+}
+
+fn status(pid: u32, field: &str) -> Result<u64> {
     let path = format!("/proc/{pid}/status");
     let text = fs::read_to_string(&path).context(&path)?;
     text.lines()
-        .find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix("kB"))
+        .find_map(|line| line.strip_prefix(field)?.trim().strip_suffix("kB"))
         .and_then(|kib| kib.trim().parse::<u64>().ok())
         .map(|kib| kib * 1024)
-        .ok_or_else(|| format!("{path}: no line VmHWM"))
+        .ok_or_else(|| format!("{path}: no line {field}"))
 }
 
 /// Lets [`peak_memory`] begin anew (`clear_refs`, proc(5)).

@@ -262,7 +262,7 @@ impl Consul {
             &[],
             name,
             &self.dir.path().join(name),
-            ip,
+            &format!("{ip}:0"),
             hosts,
             &arguments,
             &self.environment(token)?,

@@ -6,13 +6,17 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use meshx_tests::bench::{BUFFERS, CpuClock, ask, distribution_flags, free_port, tls_options};
+use meshx_tests::bench::{CpuClock, Way, ask, distribution_flags, free_port, relay, tls_options};
 use meshx_tests::consul::{Consul, Service};
 use meshx_tests::envoy::Envoy;
 use meshx_tests::{Agent, Context, Mesh, Process, Result, ebin, program, repository};
 use tempfile::TempDir;
 
 const START: Duration = Duration::from_secs(60);
+/// The buffers that a node of Meshx gives its socket, for everybody.
+const BUFFERS: &str = "{nodelay,true},{buffer,262144},{recbuf,262144},{sndbuf,1048576}";
+/// Where TCP is to find its own: it grows them to what a long way needs, unless they are set.
+const NO_BUFFERS: &str = "{nodelay,true}";
 
 /// What carries the link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -53,7 +57,7 @@ impl fmt::Display for Kind {
             Self::Carrier => "carrier alone",
             Self::Tcp => "inet_tcp_dist",
             Self::Tls => "inet_tls_dist",
-            Self::TlsTuned => "inet_tls_dist, 256 KiB",
+            Self::TlsTuned => "inet_tls_dist, tuned",
             Self::Proxies => "built-in proxies",
             Self::Envoys => "Envoy pair",
         })
@@ -63,8 +67,10 @@ impl fmt::Display for Kind {
 /// What all of them stand on.
 pub(crate) struct Stage {
     dir: TempDir,
-    agents: [Agent; 2],
+    pub(crate) agents: [Agent; 2],
     consul: Option<Consul>,
+    /// What is between the two sides; none where they are side by side.
+    way: Option<Way>,
     // Removed after what lives in it.
     _mesh: Mesh,
 }
@@ -72,13 +78,16 @@ pub(crate) struct Stage {
 /// Two nodes with a link between them.
 pub(crate) struct Pair {
     sender: Process,
-    pids: Vec<u32>,
+    /// The two VMs.
+    vms: [u32; 2],
+    /// What stands between them.
+    between: Vec<u32>,
     _others: Vec<Process>,
 }
 
 impl Stage {
-    /// With a Consul where one of `kinds` needs it.
-    pub(crate) fn new(kinds: &[Kind]) -> Result<Self> {
+    /// With a Consul where one of `kinds` needs it, and a long way between the sides if one is given.
+    pub(crate) fn new(kinds: &[Kind], way: Option<Way>) -> Result<Self> {
         let dir = tempfile::Builder::new()
             .prefix("mxb")
             .tempdir()
@@ -95,10 +104,21 @@ impl Stage {
             return Err(format!("erlc {}: {compiled}", source.display()));
         }
         let mesh = Mesh::new()?;
-        let agents = [
-            mesh.agent("a", "127.0.0.2", &["h1"])?,
-            mesh.agent("b", "127.0.0.3", &["h2"])?,
-        ];
+        let first = mesh.agent("a", "127.0.0.2", &["h1"])?;
+        let second = match way {
+            Some(way) => {
+                let inbound = SocketAddr::from(([127, 0, 0, 3], free_port()?));
+                let advertised = relay(way, inbound)?.to_string();
+                mesh.agent_at(
+                    &[],
+                    "b",
+                    &inbound.to_string(),
+                    &["h2"],
+                    &["--advertise", &advertised],
+                )?
+            }
+            None => mesh.agent("b", "127.0.0.3", &["h2"])?,
+        };
         let proxied = |kind: &Kind| matches!(kind, Kind::Proxies | Kind::Envoys);
         let consul = match kinds.iter().any(proxied) {
             true => Some(Consul::start()?),
@@ -106,8 +126,9 @@ impl Stage {
         };
         Ok(Self {
             dir,
-            agents,
+            agents: [first, second],
             consul,
+            way,
             _mesh: mesh,
         })
     }
@@ -123,32 +144,48 @@ impl Stage {
         let (answers, answers_pid) = self.vm(kind, &name, &self.agents[1], port, peer)?;
         let (mut sender, sender_pid) = self.vm(kind, &other, &self.agents[0], free_port()?, peer)?;
         ask(&mut sender, &format!("connect {name}"))?;
-        let mut pids = vec![answers_pid, sender_pid];
-        match kind {
-            Kind::Native => pids.extend(self.agents.iter().map(|agent| agent.process.pid())),
-            _ => pids.extend(between.iter().map(Process::pid)),
-        }
+        let pids = match kind {
+            Kind::Native => self.agents.iter().map(|agent| agent.process.pid()).collect(),
+            _ => between.iter().map(Process::pid).collect(),
+        };
         let mut others = between;
         others.push(answers);
         Ok(Pair {
             sender,
-            pids,
+            vms: [answers_pid, sender_pid],
+            between: pids,
             _others: others,
         })
     }
 
     /// What stands before the node that answers at `port`, and where it is reached.
     fn between(&self, kind: Kind, port: u16) -> Result<(u16, Vec<Process>)> {
-        let (Some(consul), Kind::Proxies | Kind::Envoys) = (&self.consul, kind) else {
+        if let Kind::Proxies | Kind::Envoys = kind {
+            let upstream = local(free_port()?);
+            let processes = self.sidecars(kind, "dist", local(port), upstream)?;
+            return Ok((upstream.port(), processes));
+        }
+        let (Some(way), Kind::Tcp | Kind::Tls | Kind::TlsTuned) = (self.way, kind) else {
             return Ok((port, Vec::new()));
         };
-        let local = |port: u16| SocketAddr::from(([127, 0, 0, 1], port));
-        let name = |role: &str| format!("{role}-{}", format!("{kind:?}").to_lowercase());
+        Ok((relay(way, local(port))?.port(), Vec::new()))
+    }
+
+    /// Two sidecars: who connects to `upstream` reaches `application` through both.
+    pub(crate) fn sidecars(
+        &self,
+        kind: Kind,
+        what: &str,
+        application: SocketAddr,
+        upstream: SocketAddr,
+    ) -> Result<Vec<Process>> {
+        let consul = self.consul.as_ref().ok_or("no Consul was started")?;
+        let name = |role: &str| format!("{what}-{role}-{}", format!("{kind:?}").to_lowercase());
         let [sends, answers] = [name("sends"), name("answers")];
-        let [inbound, unused, upstream] = [free_port()?, free_port()?, free_port()?].map(local);
-        let server = Service::new(&answers, local(port), inbound);
-        let client = Service::new(&sends, local(port), unused).upstream(&answers, upstream);
-        let processes = if kind == Kind::Proxies {
+        let [inbound, unused] = [free_port()?, free_port()?].map(local);
+        let server = Service::new(&answers, application, inbound);
+        let client = Service::new(&sends, application, unused).upstream(&answers, upstream);
+        Ok(if kind == Kind::Proxies {
             consul.register(&server)?;
             consul.register(&client)?;
             vec![
@@ -159,14 +196,13 @@ impl Stage {
             let allowed = [consul.spiffe(&sends)?];
             vec![
                 Envoy::new(consul, &answers)?
-                    .inbound(inbound, local(port), &allowed)
+                    .inbound(inbound, application, &allowed)
                     .start(consul)?,
                 Envoy::new(consul, &sends)?
                     .upstream(&answers, &consul.spiffe(&answers)?, upstream, inbound)
                     .start(consul)?,
             ]
-        };
-        Ok((upstream.port(), processes))
+        })
     }
 
     fn vm(&self, kind: Kind, name: &str, agent: &Agent, port: u16, peer: u16) -> Result<(Process, u32)> {
@@ -203,13 +239,17 @@ impl Stage {
              -bench_peer {peer} -kernel inet_dist_use_interface {{127,0,0,1}}",
             self.dir.path().display()
         );
+        let buffers = match self.way {
+            Some(_) => NO_BUFFERS,
+            None => BUFFERS,
+        };
         let tls = format!("-proto_dist inet_tls -ssl_dist_optfile {}", self.file("tls.conf"));
         match kind {
             Kind::Native => String::new(),
             Kind::Carrier => format!("-pa {} -proto_dist Elixir.MeshxNode -no_epmd", ebin().display()),
-            Kind::Tcp | Kind::Proxies | Kind::Envoys => format!("{found} {}", distribution_flags(BUFFERS)),
-            Kind::Tls => format!("{found} {tls} {}", distribution_flags("{nodelay,true}")),
-            Kind::TlsTuned => format!("{found} {tls} {}", distribution_flags(BUFFERS)),
+            Kind::Tcp | Kind::Proxies | Kind::Envoys => format!("{found} {}", distribution_flags(buffers)),
+            Kind::Tls => format!("{found} {tls} {}", distribution_flags(NO_BUFFERS)),
+            Kind::TlsTuned => format!("{found} {tls} {}", distribution_flags(buffers)),
         }
     }
 
@@ -217,6 +257,10 @@ impl Stage {
         let path: PathBuf = self.dir.path().join(name);
         path.display().to_string()
     }
+}
+
+pub(crate) fn local(port: u16) -> SocketAddr {
+    SocketAddr::from(([127, 0, 0, 1], port))
 }
 
 impl Pair {
@@ -233,8 +277,8 @@ impl Pair {
         self.ask::<0>("settle").map(drop)
     }
 
-    /// Starts to count the CPU of both VMs and of what stands between them.
-    pub(crate) fn cpu(&self) -> Result<CpuClock> {
-        CpuClock::start(&self.pids)
+    /// Starts to count the CPU of both VMs, and that of what stands between them.
+    pub(crate) fn cpu(&self) -> Result<[CpuClock; 2]> {
+        Ok([CpuClock::start(&self.vms)?, CpuClock::start(&self.between)?])
     }
 }

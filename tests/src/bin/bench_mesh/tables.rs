@@ -3,10 +3,10 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use meshx_tests::bench::{Limit, Quartiles, Series, Table, bars, judge, median, ratios};
+use meshx_tests::bench::{Limit, Quartiles, Series, Table, Way, bars, judge, median, ratios};
 
-use crate::Sample;
 use crate::peers::Kind;
+use crate::{Far, Sample};
 
 const MIB: f64 = 1_048_576.0;
 const GIB: f64 = MIB * 1024.0;
@@ -20,21 +20,34 @@ const LIMITS: &[(Kind, Kind, f64, f64, f64)] = &[
     (Kind::Carrier, Kind::Tcp, 0.95, 1.0, 1.1),
 ];
 
+/// Of what a long way carries.
+const SHARE: Limit = Limit::AtLeast(0.8);
+
+/// Everything that was measured.
+pub(crate) struct Measured {
+    pub(crate) facts: Vec<String>,
+    pub(crate) rounds: usize,
+    pub(crate) ms: u64,
+    pub(crate) took: Duration,
+    pub(crate) kinds: Vec<Kind>,
+    /// Kind by kind, as all that follows.
+    pub(crate) samples: Vec<Vec<Sample>>,
+    /// Bytes of an idle link.
+    pub(crate) idle: Vec<Option<f64>>,
+    pub(crate) far: Vec<(Way, Far)>,
+}
+
 /// The text and the plot.
-pub(crate) fn report(
-    facts: &[String],
-    rounds: usize,
-    ms: u64,
-    took: Duration,
-    kinds: &[Kind],
-    samples: &[Vec<Sample>],
-) -> (String, String) {
+pub(crate) fn report(measured: &Measured) -> (String, String) {
+    let Measured { kinds, samples, .. } = measured;
     let mut text = format!(
-        "# Distribution over the mesh\n\n{rounds} interleaved rounds, {ms} ms for each figure, {:.0} s in all. Ratios are \
+        "# Distribution over the mesh\n\n{} interleaved rounds, {} ms for each figure, {:.0} s in all. Ratios are \
          paired, shown as median (lower-upper quartile); a limit is met when its worse quartile keeps it.\n\n",
-        took.as_secs_f64()
+        measured.rounds,
+        measured.ms,
+        measured.took.as_secs_f64()
     );
-    for fact in facts {
+    for fact in &measured.facts {
         let _ = writeln!(text, "- {fact}");
     }
     let column = |kind: Kind, field: fn(&Sample) -> f64| -> Option<Vec<f64>> {
@@ -49,11 +62,13 @@ pub(crate) fn report(
         "one link",
         "MiB/s",
         "CPU s/GiB",
+        "of it between the VMs",
         "p50 us",
         "p99 us",
         "new links/s",
+        "KiB of an idle link",
     ]);
-    for kind in kinds {
+    for (kind, idle) in kinds.iter().zip(&measured.idle) {
         let show = |field: fn(&Sample) -> f64, unit: f64, digits: usize| {
             column(*kind, field).map_or_else(String::new, |v| format!("{:.digits$}", median(&v) / unit))
         };
@@ -61,9 +76,11 @@ pub(crate) fn report(
             kind.to_string(),
             show(bulk, MIB, 0),
             show(|s| s.cpu, 1.0 / GIB, 2),
+            show(|s| s.between, 1.0 / GIB, 2),
             show(p50, 1.0, 0),
             show(|s| s.p99, 1.0, 0),
             show(|s| s.links, 1.0, 0),
+            idle.map_or_else(String::new, |idle| format!("{:.0}", idle / 1024.0)),
         ]);
     }
     let mut held = Table::new(&[
@@ -110,6 +127,9 @@ pub(crate) fn report(
         all.markdown(),
         held.markdown()
     );
+    if !measured.far.is_empty() {
+        text.push_str(&far(&measured.far));
+    }
     let [rate, times] = series;
     let series = [
         Series {
@@ -122,6 +142,32 @@ pub(crate) fn report(
         },
     ];
     (text, bars("Distribution over the mesh: ratios", &names, &series))
+}
+
+fn far(ways: &[(Way, Far)]) -> String {
+    let mut table = Table::new(&[
+        "over a relay with",
+        "",
+        "part of its rate, messages of 1 MiB",
+        "at least",
+        "",
+        "p50 ms",
+    ]);
+    for (way, kinds) in ways {
+        for (kind, samples) in kinds {
+            let share: Vec<f64> = samples.iter().map(|sample| sample.share).collect();
+            let trips: Vec<f64> = samples.iter().map(|sample| sample.p50 / 1000.0).collect();
+            table.row(vec![
+                format!("{:?} each way, {} Mbit/s", way.delay, way.rate / 1_000_000),
+                kind.to_string(),
+                Quartiles::of(&share).to_string(),
+                SHARE.to_string(),
+                judge(&share, SHARE).to_string(),
+                format!("{:.1}", median(&trips)),
+            ]);
+        }
+    }
+    format!("\n## Long ways\n\n{}\n", table.markdown())
 }
 
 fn bulk(sample: &Sample) -> f64 {

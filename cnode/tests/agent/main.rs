@@ -9,5 +9,6 @@ mod registration;
 mod sessions;
 mod support;
 mod takeover;
+mod takeover_epmd;
 mod trust;
 mod watches;

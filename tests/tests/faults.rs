@@ -41,8 +41,9 @@ fn clients(agent: &Agent) -> usize {
     listed.lines().filter(ours).count()
 }
 
+/// One that makes links only when it is told: what ended shortly before an agent is made again by itself otherwise.
 fn node(agent: &Agent, name: &str) -> Beam {
-    let flags = format!("-kernel net_setuptime {SETUP}");
+    let flags = format!("-kernel net_setuptime {SETUP} -kernel dist_auto_connect never");
     BeamBuilder::new(name).erl(&flags).start(agent).unwrap()
 }
 

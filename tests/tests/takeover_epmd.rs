@@ -6,7 +6,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use meshx_tests::epmd::{Alive, alive2, names, port_please};
+use meshx_dist::epmd::Request;
+use meshx_tests::epmd::{Alive, alive2, exchange_as_stranger, names, port_please};
 use meshx_tests::upgrade::{count, other_build, start_load};
 use meshx_tests::{Agent, Beam, BeamBuilder, Mesh, Process, program, wait_until};
 
@@ -120,6 +121,12 @@ fn nodes_that_registered_by_epmd_keep_their_names_and_links() {
     let old = upgraded(&builds, [&mut h1, &mut h2], &mut shop, &mut cart);
     assert_eq!(names(port).unwrap(), ["rpc-1-shop", "shop"]);
     assert_eq!(port_please(HERE, port, "rpc-1-shop").unwrap(), Some(at));
+    // Whose the tool is went over, too: another user is told of none.
+    let mut asked = Vec::new();
+    Request::PortPlease2("rpc-1-shop".into())
+        .encode(&mut asked)
+        .unwrap();
+    assert_eq!(exchange_as_stranger(port, &asked, 30).unwrap(), [119, 1]);
     let (_, taken) = alive2(port, "shop", 9).unwrap();
     assert_eq!(taken.creation(), None, "{taken:?}");
     rules_hold(&h1, &mut shop, &mut cart);

@@ -11,7 +11,7 @@ use std::{
     },
     path::Path,
     process::{Child, Command, Output, Stdio},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use meshx::agent::{
@@ -336,10 +336,22 @@ fn where_nodes_find_epmd_cannot_change_in_a_takeover() {
             "--epmd-host is h1 and would be h1.lan".to_owned(),
         ),
     ] {
-        let mut command = Agent::command(root.path(), &agent.dir, &hosts);
-        let output = command.arg("--takeover").args(options).output().unwrap();
-        assert_eq!(output.status.code(), Some(69), "{options:?}");
-        let text = String::from_utf8(output.stderr).unwrap();
+        let log = root.path().join("refused.log");
+        let mut refused = Agent::command(root.path(), &agent.dir, &hosts)
+            .arg("--takeover")
+            .args(options)
+            .stdout(Stdio::null())
+            .stderr(fs::File::create(&log).unwrap())
+            .spawn()
+            .unwrap();
+        let began = Instant::now();
+        while refused.try_wait().unwrap().is_none() && began.elapsed() < LONG {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        // Were it one that serves.
+        let _ = refused.kill();
+        assert_eq!(refused.wait().unwrap().code(), Some(69), "{options:?}");
+        let text = fs::read_to_string(&log).unwrap();
         assert!(text.contains(&seen) && text.contains("cannot change"), "{text}");
         agent.wait_log(&[&seen]);
         assert_eq!(epmd::names(epmd), ["cart"]);

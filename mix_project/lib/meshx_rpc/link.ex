@@ -9,6 +9,9 @@ defmodule MeshxRpc.Link do
 
   alias MeshxRpc.{Address, Frame, Shared, Writer}
 
+  # 32 KiB, and 1 MiB of binaries.
+  @heap_words 4_096
+  @binary_words 131_072
   @batch 524_288
   # Reads of at most 128 KiB that may wait for us. They are granted anew before they are used up: a socket that stops
   # and begins to read costs both VMs several system calls and wake-ups of threads, each time.
@@ -37,6 +40,17 @@ defmodule MeshxRpc.Link do
   ]
 
   @type t :: %__MODULE__{}
+
+  @doc """
+  Gives this process a heap that fits a connection: else it collects garbage for each second or third call, or for each
+  third read of 128 KiB, since what binaries hold counts too.
+  """
+  @spec prepare() :: :ok
+  def prepare do
+    _ = Process.flag(:min_heap_size, @heap_words)
+    _ = Process.flag(:min_bin_vheap_size, @binary_words)
+    :ok
+  end
 
   @doc """
   A connection before its hello. `max_streams` messages may be received or in use at once; `budget` is what all

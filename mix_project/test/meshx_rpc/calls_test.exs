@@ -1,6 +1,7 @@
 defmodule MeshxRpc.CallsTest do
   use ExUnit.Case, async: true
-  alias MeshxRpc.Client.Calls
+  alias MeshxRpc.Client.{Calls, Direct}
+  alias MeshxRpc.Shared
 
   defp calls, do: Calls.new(:counters.new(1, []), 1)
   defp monitors, do: self() |> Process.info(:monitors) |> elem(1) |> length()
@@ -51,6 +52,56 @@ defmodule MeshxRpc.CallsTest do
     send(busy, :end)
     assert_receive {:DOWN, _monitor, :process, ^busy, :normal}
     assert Calls.all(calls) == [{busy, key}]
+  end
+
+  test "one that has written its call itself is watched however many others there are" do
+    before = monitors()
+    direct = Direct.new(Shared.new(0))
+    calls = Calls.renew(calls(), 0, direct)
+    {writer, key} = {caller(), make_ref()}
+    calls = Calls.watch(calls, writer)
+    :ets.insert(direct.calls, {7, key, writer})
+
+    calls =
+      for _ <- 1..3_000, reduce: calls do
+        calls ->
+          call = {caller(), make_ref()}
+          calls = calls |> Calls.add(call, nil) |> Calls.forget(call)
+          assert monitors() <= before + 1_024 + 2
+          calls
+      end
+
+    assert :ets.member(direct.watched, writer)
+    assert :ets.info(direct.watched, :size) == map_size(calls.callers)
+    send(writer, :end)
+    assert_receive {:DOWN, _monitor, :process, ^writer, :normal}
+    calls = Calls.adopt(calls)
+    assert Calls.of(calls, writer) == [{writer, key}]
+    assert Calls.on_stream(calls, 7) == {:ok, {writer, key}}
+    assert :ets.info(direct.calls, :size) == 0
+    refute calls |> Calls.gone(writer) |> Map.fetch!(:callers) |> Map.has_key?(writer)
+    refute :ets.member(direct.watched, writer)
+  end
+
+  test "a caller enters its call, and none once there are no more to be" do
+    direct = Direct.new(Shared.new(0))
+    calls = Calls.renew(calls(), 0, direct)
+    {me, key} = {self(), make_ref()}
+    assert Direct.enter(direct, me, 1, key)
+    assert_received {:watch, ^me}
+    calls = Calls.watch(calls, me)
+    assert Direct.enter(direct, me, 2, key)
+    refute_received {:watch, ^me}
+    assert {:ok, {^me, ^key}, calls} = Calls.take_direct(calls, 2)
+    assert Calls.take_direct(calls, 2) == :error
+    refute Calls.none?(calls)
+    calls = Calls.close(calls)
+    assert Calls.all(calls) == [{me, key}]
+    refute Direct.enter(direct, me, 3, key)
+    assert Calls.take_direct(calls, 3) == :error
+    calls = calls |> Calls.forget({me, key}) |> Calls.retire()
+    assert Calls.none?(calls)
+    assert_raise ArgumentError, fn -> Direct.enter(direct, me, 4, key) end
   end
 
   test "a call without a stream gets one, and is above any last stream until then" do

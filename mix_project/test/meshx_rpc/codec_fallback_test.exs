@@ -15,7 +15,7 @@ defmodule MeshxRpc.CodecFallbackTest do
 
   @script """
   tasks = for _ <- 1..20, do: Task.async(&MeshxRpc.Codec.impl/0)
-  IO.inspect(tasks |> Enum.map(&Task.await/1) |> Enum.uniq())
+  IO.inspect(tasks |> Enum.map(&Task.await(&1, 60_000)) |> Enum.uniq())
   IO.inspect(MeshxRpc.Codec.Nif.load())
   IO.inspect(MeshxRpc.Codec.impl().guard(:erlang.term_to_binary(:ok), %{}))
   """

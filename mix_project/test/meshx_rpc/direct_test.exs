@@ -98,13 +98,25 @@ defmodule MeshxRpc.DirectTest do
     client = client(address)
     {:ok, {index, pid, _max, _trace}} = row(client)
     %{shared: shared} = Client.Pool.direct(Client.Pool.fetch!(client), index, pid)
+    {name, test} = {registered(), self()}
+
+    call =
+      Task.async(fn ->
+        assert Client.Pool.call(client, :echo, 0) == 0
+        send(test, :watched)
+        receive do: (:go -> Client.Pool.call(client, :wait, {name, 1}))
+      end)
+
+    assert_receive :watched, 10_000
     await(fn -> not Shared.busy?(shared) end)
     taken = Shared.taken(shared)
-    # It cannot be asked now; the request goes out, and runs.
+
+    # It cannot be asked now; the request goes out, and runs. Of a caller that it knows it does not even hear.
     :ok = :sys.suspend(pid)
-    name = registered()
-    call = Task.async(fn -> Client.Pool.call(client, :wait, {name, 1}) end)
+    send(call.pid, :go)
     assert_receive {:running, request, 1}, 10_000
+    {:messages, waiting} = Process.info(pid, :messages)
+    assert for({:watch, _} = message <- waiting, do: message) == []
     assert Shared.busy?(shared)
     assert Shared.taken(shared) == taken + 1
     send(request, {:answer, :ok})

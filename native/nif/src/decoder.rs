@@ -148,7 +148,7 @@ fn feed<'a>(
     let mut output = Output::default();
     let before = Instant::now();
     let result = contain(|| match connection.decoder.lock() {
-        Ok(mut decoder) => decoder.feed_some(connection.began.elapsed(), slice, MAX_FRAMES, &mut output),
+        Ok(mut decoder) => decoder.feed_some(before - connection.began, slice, MAX_FRAMES, &mut output),
         Err(_) => Err(Failure {
             cause: Cause::Internal,
             text: "the decoder failed before".to_owned(),

@@ -16,7 +16,7 @@ pub const STOP_TIME: Duration = Duration::from_secs(8);
 
 impl Agent {
     /// Takes no more connections and leaves the mesh, so that nobody is led here; returns when the last link has ended,
-    /// or after [`AgentConfig::drain_time`], when those that are left have been told.
+    /// or after [`AgentConfig::drain_time`](crate::agent::config::AgentConfig::drain_time), when those that are left have been told.
     pub async fn drain(&mut self) {
         let Context {
             proxy,

@@ -9,6 +9,7 @@ use super::{
     Entry, Phase, Registry,
     carrier::{Carried, FrozenSidecar, PortKind},
     creation::Creations,
+    reserved::{HandedReserved, Reserved},
 };
 use crate::{
     agent::sidecar::HandedSidecar,
@@ -17,10 +18,12 @@ use crate::{
 };
 
 /// What counts on over the registrations of all processes of one agent.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(in crate::agent) struct Handed {
     creation: u32,
     services: u64,
+    #[serde(default)]
+    reserved: HandedReserved,
 }
 
 /// One live registration.
@@ -119,6 +122,7 @@ impl Registry {
         let handed = Handed {
             creation: state.creations.upcoming(),
             services: state.services,
+            reserved: state.reserved.handed(),
         };
         Ok((handed, instances))
     }
@@ -137,6 +141,7 @@ impl Registry {
         let state = &mut *guard;
         state.creations = Creations::resume(handed.creation);
         state.services = handed.services;
+        state.reserved = Reserved::resume(handed.reserved);
         let mut all = Vec::new();
         for (handed, mut files) in instances {
             let instance = handed.kept.entry.instance.clone();

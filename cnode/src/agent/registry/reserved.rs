@@ -42,6 +42,13 @@ struct Holder {
     proof: [u8; SECRET_LEN],
 }
 
+/// [`Reserved`] in the hands of a successor of this process.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub(super) struct HandedReserved {
+    left: Duration,
+    holders: Vec<Holder>,
+}
+
 /// Names that only their holders may register, for a while.
 #[derive(Debug, Default)]
 pub(in crate::agent) struct Reserved {
@@ -59,13 +66,32 @@ impl Reserved {
                 Vec::new()
             }
         };
+        Self::of(holders, reclaim)
+    }
+
+    fn of(holders: Vec<Holder>, left: Duration) -> Self {
         Self {
-            until: Some(Instant::now() + reclaim),
+            until: Some(Instant::now() + left),
             holders: holders
                 .into_iter()
                 .take(INSTANCES_MAX)
                 .map(|holder| (holder.node.clone(), holder))
                 .collect(),
+        }
+    }
+
+    /// Those of a predecessor of this process.
+    pub(super) fn resume(HandedReserved { left, holders }: HandedReserved) -> Self {
+        Self::of(holders, left)
+    }
+
+    pub(super) fn handed(&self) -> HandedReserved {
+        let left = self
+            .until
+            .map(|until| until.saturating_duration_since(Instant::now()));
+        HandedReserved {
+            left: left.unwrap_or_default(),
+            holders: self.holders.values().cloned().collect(),
         }
     }
 
@@ -210,6 +236,13 @@ mod tests {
                 "{refusal}"
             );
         }
+        // A takeover makes no difference, not even to the time.
+        let handed = serde_json::to_string(&reserved.handed()).unwrap();
+        let resumed = Reserved::resume(serde_json::from_str(&handed).unwrap());
+        assert!(resumed.until.unwrap() <= reserved.until.unwrap() + Duration::from_secs(1));
+        resumed.check("shop@h1", peer(7), Some(&secret)).unwrap();
+        let refusal = resumed.check("shop@h1", peer(7), Some(&other)).unwrap_err();
+        assert_eq!(refusal.cause, Cause::NotReady);
         let over = Reserved::load(&file, Duration::ZERO);
         over.check("shop@h1", peer(8), None).unwrap();
     }

@@ -149,3 +149,53 @@ async fn links_outlive_a_lost_control_connection_for_as_long_as_it_may_come_back
         registry.deregister(owner(round + 1), "echo-1").await.ok();
     }
 }
+
+/// What one process of the agent says of its registrations, and another knows then.
+#[tokio::test]
+async fn registrations_that_do_not_hold_together_are_not_taken_over() {
+    let temp = tempfile::tempdir().unwrap();
+    let (first, _) = registry(&temp);
+    first.enter(7);
+    let request = ServiceRequest {
+        name: "echo",
+        id: Some("echo-1"),
+        address: Some(Endpoint::Tcp("127.0.0.1:9".parse().unwrap())),
+        options: Options::default(),
+    };
+    first.register_service(owner(7), request).await.unwrap();
+    let handed = || {
+        let (handed, instances) = first.handed(&HashMap::new()).unwrap();
+        let again = |handed| serde_json::from_value(serde_json::to_value(handed).unwrap()).unwrap();
+        let instances: HandedInstances = instances
+            .into_iter()
+            .map(|(handed, files)| (again(handed), files))
+            .collect();
+        assert_eq!(instances.len(), 1);
+        (handed, instances)
+    };
+    let file = || tempfile::tempfile().unwrap().into();
+    let resumed = |enters: bool, files: usize, twice: bool| {
+        // The state of the mesh is of no account here: nothing is served.
+        let temp = tempfile::tempdir().unwrap();
+        let (next, _) = registry(&temp);
+        if enters {
+            next.enter(7);
+        }
+        let (agent, mut instances) = handed();
+        instances[0].1.extend((0..files).map(|_| file()));
+        if twice {
+            instances.extend(handed().1);
+        }
+        let resumed = next.resume(agent, instances);
+        resumed.map(|_| next.is_live(7, "echo-1"))
+    };
+    assert_eq!(resumed(true, 0, false), Ok(true));
+    for (enters, files, twice, seen) in [
+        (false, 0, false, "a connection that was not handed over"),
+        (true, 1, false, "does not hold together"),
+        (true, 0, true, "does not hold together"),
+    ] {
+        let text = resumed(enters, files, twice).unwrap_err();
+        assert!(text.contains(seen), "{text}");
+    }
+}

@@ -130,6 +130,12 @@ mod tests {
         assert_eq!(fs::read(dir.join("leaf.pem")).unwrap(), b"two");
         let mode = |path: &Path| fs::metadata(path).unwrap().mode() & 0o777;
         assert_eq!((mode(&dir), mode(&dir.join("leaf.pem"))), (0o700, 0o600));
+        // Another process of the agent goes on where this one was.
+        let mut later = Files::open(&dir).unwrap();
+        let second = inode("leaf.pem");
+        assert!(!later.put("leaf.pem", b"two").unwrap());
+        assert_eq!(inode("leaf.pem"), second);
+        assert!(later.put("leaf.pem", b"three").unwrap());
         remove_dir(&dir);
         assert!(!dir.exists());
     }

@@ -364,3 +364,95 @@ pub(in crate::agent) async fn serving(mut predecessor: Predecessor) {
         tracing::warn!(%error, "the predecessor has ended");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    /// What comes of a predecessor that sends this: messages, and how many open files go with each.
+    async fn received(messages: Vec<(serde_json::Value, usize)>) -> Result<Taken, String> {
+        let (near, far) = UnixStream::pair().unwrap();
+        let (mut giver, mut taker) = (Channel::new(near), Channel::new(far));
+        let giving = tokio::spawn(async move {
+            let file = tempfile::tempfile().unwrap();
+            for (message, files) in messages {
+                // It is refused half way, and then nobody reads.
+                let sent = giver.send(&message, &vec![file.as_fd(); files]).await;
+                if sent.is_err() {
+                    return;
+                }
+            }
+        });
+        let received = receive_all(&mut taker).await;
+        drop(taker);
+        giving.await.unwrap();
+        received.map_err(|fault| match fault {
+            TakeFault::Gone(text) | TakeFault::Refused(text) => text,
+        })
+    }
+
+    fn agent() -> (serde_json::Value, usize) {
+        let registry = serde_json::json!({"creation": 4, "services": 0});
+        let agent = serde_json::json!({"made": false, "next_id": 1, "http": false, "registry": registry});
+        (serde_json::json!({ "agent": agent }), 5)
+    }
+
+    fn give(name: &str, fields: serde_json::Value) -> serde_json::Value {
+        serde_json::json!({ name: fields })
+    }
+
+    #[tokio::test]
+    async fn a_predecessor_that_contradicts_itself_is_not_believed() {
+        let all = |fields| (give("all", fields), 0);
+        let port = give("plain_port", serde_json::json!({"target": "shop@h1"}));
+        let place = give("epmd_place", serde_json::json!({"address": "127.0.0.1:4369"}));
+        let name = serde_json::json!({"name": "shop", "uid": 0, "what": {"tool": {"request": []}}});
+        let name = give("epmd_name", name);
+        let upstream = serde_json::json!({"source": "web", "target": "echo", "instance": null, "via": null,
+            "purpose": "Rpc", "listen": {"Uds": "/u"}, "uid": 0, "owner": 7});
+        let upstream = give(
+            "upstream",
+            serde_json::json!({"owner": 7, "id": "u", "upstream": upstream}),
+        );
+        let nothing = serde_json::json!({});
+
+        let taken = received(vec![
+            agent(),
+            (port.clone(), 1),
+            all(serde_json::json!({"plain_ports": 1})),
+        ])
+        .await;
+        assert_eq!(taken.unwrap().ports.len(), 1);
+        for (messages, seen) in [
+            (vec![all(nothing.clone())], "wanted: agent"),
+            (vec![(agent().0, 4)], "an open file that did not come"),
+            (vec![agent(), (port.clone(), 0)], "an open file that did not come"),
+            (
+                vec![agent(), (port.clone(), 1), all(nothing.clone())],
+                "the right number",
+            ),
+            (
+                vec![agent(), all(serde_json::json!({"epmd_names": 1}))],
+                "the right number",
+            ),
+            (vec![agent(), agent()], "wanted: further client"),
+            (vec![agent(), (place, 1)], "no further place of EPMD"),
+            (vec![agent(), (name, 1)], "no further name of EPMD"),
+            (vec![agent(), (upstream, 1)], "upstream of the last client"),
+            (vec![agent()], "closed the connection"),
+        ] {
+            let text = received(messages).await.map(|_| "everything").unwrap_err();
+            assert!(text.contains(seen), "{text}, wanted {seen}");
+        }
+        let many = vec![(port, 1); PLAIN_PORTS_MAX + 1];
+        let text = received([vec![agent()], many].concat())
+            .await
+            .map(|_| ())
+            .unwrap_err();
+        assert!(text.contains("the right number"), "{text}");
+    }
+}

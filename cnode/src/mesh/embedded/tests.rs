@@ -270,6 +270,58 @@ async fn running_agents_follow_a_rotation() {
     assert!(error.contains("ca.key"), "{error}");
 }
 
+/// What signs below a root of one's own leads to that, or nothing is signed.
+#[tokio::test]
+async fn an_intermediate_must_lead_to_a_root() {
+    let temp = tempfile::tempdir().unwrap();
+    let path = temp.path().join("mesh");
+    let mesh = open(&path, "a1", "h1");
+    let dir = MeshDir::open(&path).unwrap();
+    let shop = service("shop");
+    let authority = |name: &str| {
+        let mut params = rcgen::CertificateParams::default();
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        params.distinguished_name.push(rcgen::DnType::CommonName, name);
+        (params, rcgen::KeyPair::generate().unwrap())
+    };
+    let (root, root_key) = authority("root");
+    let (other, other_key) = authority("other");
+    let (middle, key) = authority("middle");
+    let root_pem = root.self_signed(&root_key).unwrap().pem();
+    let below = |root, root_key| {
+        middle
+            .signed_by(&key, &rcgen::Issuer::new(root, root_key))
+            .unwrap()
+            .pem()
+    };
+    let (good, bad) = (below(root, root_key), below(other, other_key));
+    dir.replace("ca.chain.pem", &good).unwrap();
+    dir.replace("ca.pem", &root_pem).unwrap();
+    dir.replace("ca.key", &key.serialize_pem()).unwrap();
+    let leaf = mesh.identity(&shop).await.unwrap();
+    assert_eq!(leaf.chain.len(), 2);
+    rotate(&dir, Rotation::Leaves).unwrap();
+    assert_ne!(mesh.identity(&shop).await.unwrap().chain[0], leaf.chain[0]);
+    let error = rotate(&dir, Rotation::Forget).unwrap_err().to_string();
+    assert!(error.contains("an intermediate in ca.chain.pem"), "{error}");
+
+    for (chain, seen) in [
+        (
+            &bad,
+            "do not lead to a root in ca.pem, by way of ca.chain.pem: invalid peer certificate: UnknownIssuer",
+        ),
+        (&root_pem, "its first certificate is not of the key in ca.key"),
+        (&good.repeat(5), "5 certificates, wanted 1 to 4"),
+        (&String::new(), "0 certificates"),
+    ] {
+        dir.replace("ca.chain.pem", chain).unwrap();
+        let error = mesh.identity(&shop).await.unwrap_err().to_string();
+        assert!(error.contains(seen), "{error}");
+    }
+    dir.replace("ca.chain.pem", &good).unwrap();
+    mesh.identity(&shop).await.unwrap();
+}
+
 /// Whether the leaf is signed by one of the roots that the other identity believes.
 fn believed(leaf: &Identity, by: &Identity) -> bool {
     let parsed = rustls::server::ParsedCertificate::try_from(&leaf.chain[0]).unwrap();

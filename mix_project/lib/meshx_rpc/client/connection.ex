@@ -64,6 +64,7 @@ defmodule MeshxRpc.Client.Connection do
 
     Listing.forget_dead(table)
 
+    Link.prepare()
     calls = Calls.new(load, index)
 
     state = %__MODULE__{
@@ -99,8 +100,13 @@ defmodule MeshxRpc.Client.Connection do
   def handle_info({:DOWN, _monitor, :process, caller, _reason}, state),
     do: state |> caller_gone(caller) |> continue()
 
-  def handle_info({:tcp, socket, bytes}, %{link: %{socket: socket}} = state),
-    do: state |> read(bytes) |> continue()
+  def handle_info({:tcp, socket, bytes}, %{link: %{socket: socket}} = state) do
+    case read(state, bytes) do
+      # Mostly its callers have their answers, and there is nothing else to do.
+      %{phase: :up, link: %{dirty: false}} = state -> {:noreply, state |> left_out() |> idle()}
+      state -> continue(state)
+    end
+  end
 
   # What was left after a write.
   def handle_info(:timeout, state), do: continue(state)
@@ -556,11 +562,16 @@ defmodule MeshxRpc.Client.Connection do
     end)
   end
 
-  defp renew(%{link: %{shared: shared}, calls: calls} = state) do
-    if Shared.retiring?(shared) or Shared.taken(shared) - calls.ids >= @left_out,
+  defp renew(%{link: link} = state) do
+    if Shared.retiring?(link.shared),
       do: retire(state),
-      else: state
+      else: left_out(%{state | link: Link.open(link)})
   end
+
+  defp left_out(%{link: link, calls: calls} = state) when link.opened - calls.ids >= @left_out,
+    do: retire(state)
+
+  defp left_out(state), do: state
 
   # The stream ids are nearly used up, or too many were left out. Another connection is made beside this one, which takes calls until that one is
   # up; the ids that are left are many more than can be asked for meanwhile.

@@ -58,6 +58,7 @@ defmodule MeshxRpc.Server.Connection do
 
     # Requests that end on several schedulers then need not wait for one another to tell us (OTP 25).
     Process.flag(:message_queue_data, :off_heap)
+    Link.prepare()
     state = %{state | hsk_ref: System.unique_integer([:positive]), since: Telemetry.now()}
     _ = :erlang.start_timer(state.config.timeout_hsk, self(), :hello)
     {:ok, state}
@@ -76,7 +77,13 @@ defmodule MeshxRpc.Server.Connection do
   def handle_info({:tcp, _socket, _bytes}, %{phase: :closing} = state),
     do: continue(%{state | link: Link.took(state.link)})
 
-  def handle_info({:tcp, _socket, bytes}, state), do: state |> read(bytes) |> continue()
+  def handle_info({:tcp, _socket, bytes}, state) do
+    case read(state, bytes) do
+      # Mostly requests run now, and there is nothing else to do.
+      %{link: %{dirty: false}} = state -> {:noreply, state}
+      state -> continue(state)
+    end
+  end
 
   def handle_info({:tcp_passive, _socket}, state), do: continue(state)
 

@@ -61,9 +61,15 @@ async fn a_running_sidecar_is_kept_up_by_the_successor() {
     let ([pid], kept, mut events) = handed_over(&world, TELLS).await;
     signal(&pid, Signal::USR1);
     assert_eq!(events.line().await, "here", "it lives, and is heard");
-    // And so on: what was handed over is again.
+    // And so on: what was handed over is again, with what it offers by now.
+    let offered = SidecarUpstream {
+        target: service("cart"),
+        bind: anywhere(),
+    };
+    kept.set_upstreams(vec![offered.clone()]).unwrap();
     let frozen = freeze(&kept).await;
     let (handed, files) = over(&frozen);
+    assert_eq!(handed.spec.upstreams, [offered]);
     let (sender, mut events) = super::events();
     let last = successor(&world).resume(handed, files, sender).await.unwrap();
     soon("the second to let go", frozen.leave()).await;

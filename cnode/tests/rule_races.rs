@@ -237,6 +237,7 @@ impl Host {
             agent: self.name.to_owned(),
             address: self.address,
             protocol: Protocol::Meshx,
+            meta: Default::default(),
         };
         let secret = Secret::generate().unwrap();
         self.local

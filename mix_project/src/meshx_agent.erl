@@ -182,6 +182,8 @@ init([]) ->
     process_flag(trap_exit, true),
     %% Keeps the registration's secret out of crash dumps.
     process_flag(sensitive, true),
+    %% A VM whose schedulers are busy still answers the agent's pings, and is not taken for one that hangs.
+    process_flag(priority, high),
     _ = meshx_control:vocabulary(),
     meshx_links:new(),
     {ok, disconnected, #data{}, {next_event, internal, connect}}.
@@ -463,6 +465,11 @@ received({event, cut, #{link := <<_:16/binary>> = Link, cause := Cause, text := 
 ->
     cut(Link, Cause, Text),
     keep_state_and_data;
+received({event, ping, _}, ready, #data{socket = Socket} = Data) ->
+    case gen_tcp:send(Socket, meshx_control:pong()) of
+        ok -> keep_state_and_data;
+        {error, Reason} -> lost({unreachable, text("cannot send to the agent: ~tp", [Reason])}, Data)
+    end;
 received({event, Event, #{id := Id} = Args}, ready, Data) when
     Event =:= proxy_output orelse Event =:= proxy_down, is_binary(Id)
 ->
@@ -525,13 +532,25 @@ session({error, _} = Error, _, From, Data) ->
 
 register_at_agent(Kind, #data{node = Node} = Data) ->
     #node{name = Name, listens = Listens, hidden = Hidden, creation = Creation, proof = Proof} = Node,
-    Args = Listens#{node => Name, hidden => Hidden},
+    Args = maps:merge(Listens#{node => Name, hidden => Hidden}, labels()),
     Full =
         case Creation of
             undefined -> Args;
             _ -> Args#{creation => Creation, secret => Proof()}
         end,
     request(register_node, Full, Kind, ?CALL_TIMEOUT, Data).
+
+%% What this VM was started to be called in the catalogue: `-meshx_cluster LABEL', `-meshx_meta KEY=VALUE ...'.
+labels() ->
+    Meta = maps:from_list([pair(Text) || Text <- meshx_control_socket:flags(meshx_meta)]),
+    Labels = [{cluster, lists:last(All)} || [_ | _] = All <- [meshx_control_socket:flags(meshx_cluster)]],
+    maps:from_list([{meta, Meta} || map_size(Meta) > 0] ++ Labels).
+
+pair(Text) ->
+    case binary:split(Text, <<"=">>) of
+        [Key, Value] -> {Key, Value};
+        [Key] -> {Key, <<>>}
+    end.
 
 forget_node(#data{node = #node{monitor = Monitor}} = Data, Node) ->
     demonitor(Monitor, [flush]),

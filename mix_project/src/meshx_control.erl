@@ -3,7 +3,7 @@
 -module(meshx_control).
 
 -export([request/3, decode/1, max_request/0, max_frame/0]).
--export([hello/1, registration/1, session/1, vocabulary/0]).
+-export([pong/0, hello/1, registration/1, session/1, vocabulary/0]).
 -export_type([command/0, reply/0, hello/0, registration/0]).
 
 %% A client's frame is at most 64 KiB (docs/mesh-protocol.md).
@@ -38,6 +38,10 @@ request(Id, Command, Args) ->
         Frame ->
             {ok, Frame}
     end.
+
+%% The answer to the event `ping': the one request without a reply.
+-spec pong() -> binary().
+pong() -> term_to_binary({0, pong, #{}}).
 
 %% Reads one frame of the agent. A term with atoms that this VM has not is not decoded: when its head can be
 %% read, `unknown_words' says whose reply it was, so that one caller fails and not the connection.
@@ -129,7 +133,7 @@ session({error, _} = Error) ->
 %% loads code on demand they exist once this module is loaded.
 -spec vocabulary() -> [atom()].
 vocabulary() ->
-    [reply, event, ok, error, cut, protocol_error, text, link, cause, reason, undefined, none] ++
+    [reply, event, ok, error, cut, ping, protocol_error, text, link, cause, reason, undefined, none] ++
         [version, features, agent, hosts, mesh, trust_domain, vm_dir, dist_socket] ++
         [creation, secret, service, instance, spiffe, id, name, address, tcp, uds, upstream, existed] ++
         [nodes, node, host, local, links, direction, outbound, inbound, remote, local_spiffe, remote_spiffe] ++
@@ -138,7 +142,7 @@ vocabulary() ->
         [certs, serial, issuer, not_before, not_after, chain, roots, subject] ++
         [steps, what, fix, findings, level, warning] ++
         [proxy_output, proxy_down, stream, stdout, stderr, line, final] ++
-        [allowed, at, hidden, ip, port, watch] ++ meshx_frame:causes().
+        [allowed, at, hidden, ip, port, watch, meta, cluster] ++ meshx_frame:causes().
 
 text(Format, Args) ->
     unicode:characters_to_binary(io_lib:format(Format, Args)).

@@ -1,7 +1,7 @@
 %% The control connection of a VM, from the socket to the first words on it.
 -module(meshx_control_socket).
 
--export([open/0, greet/1]).
+-export([open/0, greet/1, flags/1]).
 
 -define(CONNECT_TIMEOUT, 1000).
 -define(SEND_TIMEOUT, 5000).
@@ -28,12 +28,28 @@ open() ->
 greet(Socket) ->
     Hello = #{
         versions => {1, 1},
-        features => [],
+        features => [<<"heartbeat">>],
         client => text("erlang/otp-~ts", [erlang:system_info(otp_release)]),
         os_pid => list_to_integer(os:getpid())
     },
-    {ok, Frame} = meshx_control:request(0, hello, Hello),
+    {ok, Frame} = meshx_control:request(0, hello, maps:merge(heartbeat(), Hello)),
     gen_tcp:send(Socket, Frame).
+
+%% How long this VM may leave the agent's pings unanswered: `-meshx_heartbeat MILLISECONDS', else the agent's default.
+heartbeat() ->
+    try binary_to_integer(lists:last(flags(meshx_heartbeat))) of
+        Milliseconds -> #{heartbeat => Milliseconds}
+    catch
+        error:_ -> #{}
+    end.
+
+%% The values of an emulator flag, in order.
+-spec flags(atom()) -> [binary()].
+flags(Name) ->
+    case init:get_argument(Name) of
+        {ok, Values} -> [unicode:characters_to_binary(Value) || Value <- lists:append(Values)];
+        error -> []
+    end.
 
 text(Format, Args) ->
     unicode:characters_to_binary(io_lib:format(Format, Args)).

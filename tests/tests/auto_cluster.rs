@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use meshx_tests::{Agent, Beam, Mesh};
+use meshx_tests::{Agent, Beam, BeamBuilder, Mesh};
 
 /// Promised within 2 s of the change in the catalogue.
 const PROMISED: Duration = Duration::from_secs(2);
@@ -69,6 +69,26 @@ fn a_node_is_connected_when_it_comes_and_again_when_its_link_was_lost() {
     let _local = Beam::start(&h1, "cart@h1").unwrap();
     assert_eq!(next(&mut shop, "nodeup"), ":cart@h1");
     shop.expect("MeshxNode.Cluster.wanted()", "[:cart@h1]").unwrap();
+}
+
+#[test]
+fn nodes_of_all_services_are_found_by_their_metadata() {
+    let mesh = Mesh::new().unwrap();
+    let (h1, h2) = hosts(&mesh);
+    let mut shop = Beam::start(&h1, "shop@h1").unwrap();
+    cluster(&mut shop, "services: :all, meta: %{\"tier\" => \"web\"}");
+    let with = |name: &str, meta: &[&str]| {
+        let options: Vec<&str> = meta.iter().flat_map(|pair| ["--meta", *pair]).collect();
+        BeamBuilder::new(name).run_options(&options).start(&h2).unwrap()
+    };
+    let _plain = Beam::start(&h2, "plain@h2").unwrap();
+    let _back = with("back@h2", &["tier=back"]);
+    let _cart = with("cart@h2", &["tier=web", "zone=1"]);
+    let came = Instant::now();
+    assert_eq!(next(&mut shop, "nodeup"), ":cart@h2");
+    eprintln!("connected {:?} after its boot", came.elapsed());
+    assert!(came.elapsed() < 3 * PROMISED, "{:?}", came.elapsed());
+    shop.expect("MeshxNode.Cluster.wanted()", "[:cart@h2]").unwrap();
 }
 
 #[test]

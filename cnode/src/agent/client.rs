@@ -182,7 +182,7 @@ impl ControlClient {
                 "versions",
                 Term::tuple([Term::Int(VERSIONS.0), Term::Int(VERSIONS.1)]),
             ),
-            ("features", Term::list([])),
+            ("features", Term::list([text("heartbeat")])),
             ("client", text(program)),
             ("os_pid", Term::from(std::process::id())),
         ]);
@@ -269,7 +269,7 @@ impl Link {
         let (reader, writer) = stream.into_split();
         let (outgoing, queue) = mpsc::channel(UNANSWERED_MAX);
         let tasks = [
-            tokio::spawn(read(reader, shared.clone())).abort_handle(),
+            tokio::spawn(read(reader, shared.clone(), outgoing.clone())).abort_handle(),
             tokio::spawn(write(writer, queue, shared.clone())).abort_handle(),
         ];
         Self {
@@ -379,10 +379,11 @@ impl Shared {
     }
 }
 
-async fn read(mut reader: OwnedReadHalf, shared: Shared) {
+async fn read(mut reader: OwnedReadHalf, shared: Shared, outgoing: mpsc::Sender<Vec<u8>>) {
     let reason = loop {
         match read_frame(&mut reader, REPLY_MAX).await {
             Ok(Some(frame)) => match Message::decode(&frame) {
+                Ok(Message::Event { name, .. }) if name == "ping" => answer_ping(&outgoing),
                 Ok(message) => shared.deliver(message),
                 Err(error) => break error,
             },
@@ -391,6 +392,18 @@ async fn read(mut reader: OwnedReadHalf, shared: Shared) {
         }
     };
     shared.close(reason);
+}
+
+/// When there is no room, the agent hears something else.
+fn answer_ping(outgoing: &mpsc::Sender<Vec<u8>>) {
+    let pong = Request {
+        id: 0,
+        command: "pong".to_owned(),
+        args: map([]),
+    };
+    if let Ok(frame) = pong.encode() {
+        let _ = outgoing.try_send(frame);
+    }
 }
 
 async fn write(mut writer: OwnedWriteHalf, mut queue: mpsc::Receiver<Vec<u8>>, shared: Shared) {

@@ -2,6 +2,7 @@
 
 mod certificate;
 pub mod client;
+mod clusters;
 pub mod config;
 pub mod control;
 mod daemon;

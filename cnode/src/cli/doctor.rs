@@ -11,10 +11,10 @@ use serde_json::{Value, json};
 
 use super::answer::{self, print_json};
 use super::report::{Row, report};
-use super::{AgentOption, EX_UNAVAILABLE, Failure, block_on, print};
+use super::{AgentOption, EX_UNAVAILABLE, Failure, block_on, connect, print};
 use crate::agent::client::{ClientError, ControlClient};
 use crate::agent::control::PROGRAM;
-use crate::agent::control::message::map;
+use crate::agent::control::message::{map, text};
 use crate::agent::paths::{self, DIST_SOCKET, DirError};
 use crate::epmd::EPMD_PORT;
 use crate::listeners;
@@ -33,6 +33,9 @@ pub(super) struct DoctorArgs {
     /// The port where a stray EPMD would listen
     #[arg(long, value_name = "PORT", env = "ERL_EPMD_PORT", default_value_t = EPMD_PORT)]
     epmd_port: u16,
+    /// Say only what a denial of this pair of services would do to clusters of nodes, before it is applied
+    #[arg(long, num_args = 2, value_names = ["SOURCE", "DESTINATION"])]
+    deny: Option<Vec<String>>,
     /// Print a JSON array with one object per finding
     #[arg(long)]
     json: bool,
@@ -40,8 +43,19 @@ pub(super) struct DoctorArgs {
 
 pub(super) fn run(args: &DoctorArgs) -> Result<ExitCode, Failure> {
     let mut rows = vec![];
-    block_on(agent(args.agent.dir.as_deref(), &mut rows))?;
-    rows.push(epmd(args.epmd_port));
+    match args.deny.as_deref() {
+        Some([source, destination]) => {
+            let pair = Term::tuple([text(source), text(destination)]);
+            rows.extend(block_on(async {
+                let client = connect(args.agent.dir.as_deref()).await?;
+                findings(&client.request("doctor", map([("deny", pair)])).await?)
+            })?);
+        }
+        _ => {
+            block_on(agent(args.agent.dir.as_deref(), &mut rows))?;
+            rows.push(epmd(args.epmd_port));
+        }
+    }
     let count = |level: &str| rows.iter().filter(|row| row.level == level).count();
     let (errors, warnings) = (count("error"), count("warning"));
     if args.json {
@@ -137,19 +151,7 @@ async fn agent(dir: Option<&Path>, rows: &mut Vec<Row>) -> Result<(), Failure> {
     });
     rows.push(dist_socket(&dir));
     match client.request("doctor", map([])).await {
-        Ok(answer) => {
-            let finding = |finding: &Term| {
-                let [level, what, text, fix] =
-                    ["level", "what", "text", "fix"].map(|key| answer::text(finding, key));
-                Row {
-                    level,
-                    what,
-                    text,
-                    fix,
-                }
-            };
-            rows.extend(answer::list(&answer, "findings")?.into_iter().map(finding));
-        }
+        Ok(answer) => rows.extend(findings(&answer)?),
         Err(error) => rows.push(row(
             "error",
             "agent",
@@ -158,6 +160,23 @@ async fn agent(dir: Option<&Path>, rows: &mut Vec<Row>) -> Result<(), Failure> {
         )),
     }
     Ok(())
+}
+
+/// What the agent answered.
+fn findings(answer: &Term) -> Result<Vec<Row>, Failure> {
+    let finding = |finding: &Term| {
+        let [level, what, text, fix] = ["level", "what", "text", "fix"].map(|key| answer::text(finding, key));
+        Row {
+            level,
+            what,
+            text,
+            fix,
+        }
+    };
+    Ok(answer::list(answer, "findings")?
+        .into_iter()
+        .map(finding)
+        .collect())
 }
 
 fn dist_socket(dir: &Path) -> Row {

@@ -80,6 +80,7 @@ impl Server {
             agent: "a".to_owned(),
             address: "127.0.0.1:1".parse().unwrap(),
             protocol: Protocol::Meshx,
+            meta: Default::default(),
         };
         let local = LocalInstance {
             instance,

@@ -59,7 +59,6 @@ impl Entry {
     pub fn only_plain(&self, mesh: &str) -> Result<&Instance, MeshError> {
         let asked = [
             ("tags", !self.tags.is_empty()),
-            ("metadata", !self.meta.is_empty()),
             ("weights", self.weights.is_some()),
             ("a time to live", self.ttl.is_some()),
             ("deregister_after", self.deregister_after.is_some()),
@@ -163,6 +162,7 @@ mod tests {
             agent: "a".into(),
             address: "127.0.0.1:1".parse().unwrap(),
             protocol: Protocol::Meshx,
+            meta: BTreeMap::new(),
         }
     }
 

@@ -10,7 +10,7 @@ pub mod consul;
 pub mod embedded;
 pub mod observed;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -67,6 +67,19 @@ pub struct Instance {
     /// What is spoken there.
     #[serde(default, skip_serializing_if = "Protocol::is_meshx")]
     pub protocol: Protocol,
+    /// Its metadata: what its registration gave, and of the agent's own [`META_CLUSTER`] alone.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub meta: BTreeMap<String, String>,
+}
+
+/// The label of a node's cluster, in the metadata of its instance.
+pub const META_CLUSTER: &str = "meshx-cluster";
+
+impl Instance {
+    /// Nodes of one label are linked visibly, nodes of different ones hidden; without one it is the common label.
+    pub fn cluster(&self) -> &str {
+        self.meta.get(META_CLUSTER).map_or("", String::as_str)
+    }
 }
 
 /// What is spoken at an instance's address, inside mutual TLS.
@@ -203,6 +216,16 @@ pub trait Catalogue: Send + Sync {
     /// All passing nodes.
     fn nodes(&self) -> Answer<'_, Vec<Instance>>;
 
+    /// The services that there are nodes of.
+    fn node_services(&self) -> Answer<'_, Vec<ServiceName>> {
+        Box::pin(async move {
+            let mut services: Vec<_> = self.nodes().await?.into_iter().map(|node| node.service).collect();
+            services.sort();
+            services.dedup();
+            Ok(services)
+        })
+    }
+
     /// All instances of services of this mesh, passing or not.
     fn services(&self) -> Answer<'_, Vec<Listed>>;
 }
@@ -236,6 +259,13 @@ pub trait Registration: Send + Sync {
 
     /// Takes an instance of this agent away. One that is not there is no error.
     fn deregister(&self, id: &str) -> Answer<'_, ()>;
+
+    /// Has an instance of our own shown as critical, for this reason, or passing again: whoever looks for instances
+    /// to dial gets none that is critical. It holds until the next call, whatever the mesh loses meanwhile.
+    fn set_critical(&self, id: &str, _reason: Option<&str>) -> Answer<'_, ()> {
+        let text = format!("{id}: this mesh does not show whether an instance passes");
+        Box::pin(std::future::ready(Err(MeshError::Unsupported(text))))
+    }
 
     /// Resolves when the catalogue has this instance of our own as passing, sidecar included.
     fn passing(&self, id: &str) -> Answer<'_, ()>;

@@ -159,6 +159,10 @@ impl Catalogue for Observed {
         self.ask(self.mesh.nodes())
     }
 
+    fn node_services(&self) -> Answer<'_, Vec<ServiceName>> {
+        self.ask(self.mesh.node_services())
+    }
+
     fn services(&self) -> Answer<'_, Vec<Listed>> {
         self.ask(self.mesh.services())
     }
@@ -193,6 +197,10 @@ impl Registration for Observed {
 
     fn deregister(&self, id: &str) -> Answer<'_, ()> {
         self.ask(self.mesh.deregister(id))
+    }
+
+    fn set_critical(&self, id: &str, reason: Option<&str>) -> Answer<'_, ()> {
+        self.ask(self.mesh.set_critical(id, reason))
     }
 
     fn passing(&self, id: &str) -> Answer<'_, ()> {

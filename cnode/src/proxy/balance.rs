@@ -207,6 +207,7 @@ mod tests {
             agent: "a".to_owned(),
             address: "127.0.0.1:1".parse().unwrap(),
             protocol: Protocol::Meshx,
+            meta: Default::default(),
         };
         Candidate {
             instance,

@@ -15,8 +15,15 @@ use crate::mesh::SpiffeId;
 
 impl Proxy {
     /// Connects to an instance of this agent. Whoever listens on its Unix socket must be the user that
-    /// registered it: a node is sent its secret next.
+    /// registered it: a node is sent its secret next. One that hangs would only take the connection, and never
+    /// read it.
     pub(super) async fn reach(&self, local: &LocalInstance) -> Result<Box<dyn Duplex>, Refusal> {
+        if self.local.is_hung(local) {
+            return Err(Cause::Unreachable.because(format!(
+                "{} does not answer its agent: its VM hangs or is stopped",
+                local.instance.id
+            )));
+        }
         let connect = async {
             let stream: Box<dyn Duplex> = match &local.endpoint {
                 Endpoint::NodeSocket(path) | Endpoint::Uds(path) => {

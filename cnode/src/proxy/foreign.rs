@@ -12,10 +12,11 @@ use tokio_rustls::server::TlsStream;
 
 use super::cause::{Cause, Refusal};
 use super::endpoint::accept_frame;
-use super::frames::{Duplex, read_name, silent, write_all};
+use super::frames::{Duplex, hide_acceptor, read_name, silent, write_all};
 use super::inbound::{Decided, Refused, Shown};
 use super::links::{LinkGuard, LinkId, Purpose};
 use super::local::LocalInstance;
+use super::sessions::check_name;
 use super::tls::Peer;
 use super::{Attempt, Proxy, no_such_service};
 
@@ -101,15 +102,20 @@ impl Proxy {
         attempt.target = local.instance.id.clone();
         let named = read_name(stream, self.settings.frame_timeout).await;
         attempt.is_probe = matches!(&named, Err(left) if left.cause == Cause::Unreachable);
-        let (name, bytes) = named?;
+        let (name, mut bytes) = named?;
         attempt.source = format!("{name} ({})", peer.id.service());
-        self.prove_node(&name, &peer.id).await?;
+        let claimed = self.prove_node(&name, &peer.id).await?;
+        let hidden = claimed.cluster() != local.instance.cluster();
+        check_name(&mut bytes, &name, hidden)?;
         let info = self.inbound_info(link, Purpose::Dist, (shown, peer), local, name.clone())?;
         let (mut near, link_guard) = self.admit(info, local, true).await?;
         let address = shown.address.to_string();
         let mut first = accept_frame(local, link, &name, Some(&peer.id), &address);
         first.extend_from_slice(&bytes);
         write_all(&mut near, &first, self.settings.frame_timeout).await?;
+        if hidden {
+            hide_acceptor(stream, &mut near, self.settings.frame_timeout).await?;
+        }
         Ok((near, link_guard))
     }
 }

@@ -4,7 +4,9 @@ use std::io;
 use std::time::Duration;
 
 use meshx_dist::handshake::Status;
-use meshx_dist::name_frame::{PeekError, peek_name_frame, peek_status_frame};
+use meshx_dist::name_frame::{
+    PeekError, clear_published_of_challenge, peek_challenge_frame, peek_name_frame, peek_status_frame,
+};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::timeout;
 
@@ -75,7 +77,7 @@ pub(super) async fn read_name(
     deadline: Duration,
 ) -> Result<(String, Vec<u8>), Refusal> {
     let name = |bytes: &[u8]| Ok(peek_name_frame(bytes)?.map(|frame| frame.name.to_owned()));
-    read_first(stream, deadline, "a distribution name message", name).await
+    read_first(stream, Vec::new(), deadline, "a distribution name message", name).await
 }
 
 /// Reads the acceptor's status; returns the name that it gives to a dialler without one, and all bytes that were read.
@@ -89,19 +91,56 @@ pub(super) async fn read_given_name(
             _ => None,
         }))
     };
-    read_first(stream, deadline, "a distribution status", given).await
+    read_first(stream, Vec::new(), deadline, "a distribution status", given).await
 }
 
-/// Reads until `peek` finds what it looks for.
+/// Between a name message whose `PUBLISHED` was cleared and the rest of the handshake: the acceptor's status and
+/// challenge go to the dialler, the challenge without `PUBLISHED` as well, so that both ends see a hidden node.
+pub(super) async fn hide_acceptor(
+    dialler: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    acceptor: &mut (impl AsyncRead + AsyncWrite + Unpin),
+    deadline: Duration,
+) -> Result<(), Refusal> {
+    const STATUS: &str = "a distribution status";
+    // How long the status is, and whether the handshake goes on: none, when the dialler is asked first.
+    let status = |bytes: &[u8]| {
+        Ok(peek_status_frame(bytes)?.map(|frame| {
+            let on = match frame.status {
+                Status::Ok | Status::OkSimultaneous | Status::Named { .. } | Status::True => Some(true),
+                Status::Alive => None,
+                Status::Nok | Status::NotAllowed | Status::False => Some(false),
+            };
+            (frame.consumed, on)
+        }))
+    };
+    let ((len, mut on), mut bytes) = read_first(acceptor, Vec::new(), deadline, STATUS, status).await?;
+    let rest = bytes.split_off(len);
+    write_all(dialler, &bytes, deadline).await?;
+    if on.is_none() {
+        let ((_, answer), bytes) = read_first(dialler, Vec::new(), deadline, STATUS, status).await?;
+        write_all(acceptor, &bytes, deadline).await?;
+        on = answer;
+    }
+    if on != Some(true) {
+        return write_all(dialler, &rest, deadline).await;
+    }
+    let challenge = "a distribution challenge";
+    let (_, mut bytes) = read_first(acceptor, rest, deadline, challenge, peek_challenge_frame).await?;
+    clear_published_of_challenge(&mut bytes)
+        .map_err(|error| Cause::InvalidRequest.because(format!("distribution handshake: {error}")))?;
+    write_all(dialler, &bytes, deadline).await
+}
+
+/// Reads on from `bytes` until `peek` finds what it looks for.
 async fn read_first<T>(
     stream: &mut (impl AsyncRead + Unpin),
+    mut bytes: Vec<u8>,
     deadline: Duration,
     what: &str,
     peek: impl Fn(&[u8]) -> Result<Option<T>, PeekError>,
 ) -> Result<(T, Vec<u8>), Refusal> {
     const CHUNK: usize = 512;
     let whole = async {
-        let mut bytes = Vec::with_capacity(CHUNK);
         loop {
             match peek(&bytes) {
                 Ok(Some(found)) => return Ok((found, bytes)),

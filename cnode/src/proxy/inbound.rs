@@ -271,7 +271,7 @@ impl Proxy {
     }
 
     /// A claimed node must be an instance of the service that the certificate names.
-    pub(super) async fn prove_node(&self, node: &str, peer: &SpiffeId) -> Result<(), Refusal> {
+    pub(super) async fn prove_node(&self, node: &str, peer: &SpiffeId) -> Result<Instance, Refusal> {
         // The name alone tells most spoofers, so that they cannot use up what the mesh may be asked.
         if !peer.service().may_have_node(node) {
             let text = format!("no node of that name is an instance of {}", peer.service());
@@ -287,7 +287,7 @@ impl Proxy {
                 &format!("that is an instance of {wanted}"),
             ));
         }
-        Ok(())
+        Ok(claimed)
     }
 
     /// The instance of a node that somebody claims to be. It is not one of this agent's own: those don't come in from

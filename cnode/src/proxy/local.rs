@@ -1,6 +1,6 @@
 //! What is registered on this agent.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -108,6 +108,8 @@ pub struct LocalTable {
     by_id: Arc<Mutex<HashMap<String, Arc<LocalInstance>>>>,
     // Likewise.
     sessions: Arc<Mutex<Sessions>>,
+    /// Those whose VM does not answer, with their control connections. Likewise, inside `by_id`.
+    hung: Arc<Mutex<HashSet<(String, u64)>>>,
 }
 
 impl LocalTable {
@@ -130,19 +132,40 @@ impl LocalTable {
 
     /// Takes an instance away.
     pub fn remove(&self, id: &str) -> Option<Arc<LocalInstance>> {
-        self.lock().remove(id)
+        let mut table = self.lock();
+        let local = table.remove(id)?;
+        self.hung().remove(&(id.to_owned(), local.owner));
+        Some(local)
     }
 
     /// Takes away all instances of one control connection.
     pub fn remove_owner(&self, owner: u64) -> Vec<Instance> {
         let mut gone = Vec::new();
-        self.lock().retain(|_, local| {
+        let mut table = self.lock();
+        self.hung().retain(|(_, of)| *of != owner);
+        table.retain(|_, local| {
             if local.owner == owner {
                 gone.push(local.instance.clone());
             }
             local.owner != owner
         });
         gone
+    }
+
+    /// Notes whether the VM of an instance that this control connection has registered hangs: new links to it are
+    /// refused.
+    pub fn set_hung(&self, id: &str, owner: u64, hung: bool) {
+        let table = self.lock();
+        let there = table.get(id).is_some_and(|local| local.owner == owner);
+        match hung && there {
+            true => self.hung().insert((id.to_owned(), owner)),
+            false => self.hung().remove(&(id.to_owned(), owner)),
+        };
+    }
+
+    /// Whether the VM of this instance hangs.
+    pub fn is_hung(&self, local: &LocalInstance) -> bool {
+        self.hung().contains(&(local.instance.id.clone(), local.owner))
     }
 
     /// The instance whose secret this is. Looks at all of them, so that time tells nothing.
@@ -223,6 +246,10 @@ impl LocalTable {
         self.sessions().remove_owner(owner)
     }
 
+    fn hung(&self) -> MutexGuard<'_, HashSet<(String, u64)>> {
+        self.hung.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn sessions(&self) -> MutexGuard<'_, Sessions> {
         self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -248,6 +275,7 @@ mod tests {
                 agent: "agent-1".to_owned(),
                 address: "127.0.0.1:1".parse().unwrap(),
                 protocol: Protocol::Meshx,
+                meta: Default::default(),
             },
             secret: Secret::from_bytes([secret; SECRET_LEN]),
             endpoint: Endpoint::NodeSocket("/x".into()),
@@ -279,6 +307,14 @@ mod tests {
         assert!(table.by_node("shop@h9").is_none());
         assert_eq!(table.by_service(&ServiceName::new("shop").unwrap()).len(), 2);
         assert!(table.only_service().is_none());
+
+        let cart = table.by_id("cart@h2").unwrap();
+        table.set_hung("cart@h2", 1, true);
+        assert!(!table.is_hung(&cart), "another connection's");
+        table.set_hung("cart@h2", 2, true);
+        assert!(table.is_hung(&cart));
+        table.set_hung("cart@h2", 2, false);
+        assert!(!table.is_hung(&cart));
 
         assert_eq!(table.remove_owner(1).len(), 2);
         assert_eq!(table.all().len(), 1);

@@ -10,7 +10,9 @@ use tokio::time::timeout;
 use super::admission::{Admission, Slot};
 use super::cause::{Cause, Refusal};
 use super::endpoint::accept_frame;
-use super::frames::{Duplex, linger, read_frame, read_given_name, read_name, silent, write_all};
+use super::frames::{
+    Duplex, hide_acceptor, linger, read_frame, read_given_name, read_name, silent, write_all,
+};
 use super::links::{Direction, LinkGuard, LinkId, LinkInfo, Purpose};
 use super::listener::{self, Listener};
 use super::local::{LocalInstance, Secret};
@@ -26,6 +28,8 @@ pub(super) struct Prepared {
     pub(super) link: LinkGuard,
     /// What goes ahead of the name message: the ACCEPT frame of a node on this agent.
     pub(super) preface: Vec<u8>,
+    /// The nodes are to be hidden from each other.
+    pub(super) hidden: bool,
     reply: ConnectReply,
     dialler: Dialler,
 }
@@ -161,6 +165,10 @@ impl Proxy {
             far,
         } = self.approach(source, target, &mut Trail::none()).await?;
 
+        let hidden = match &dialler.who {
+            Who::Node(local) => local.instance.cluster() != found.cluster(),
+            Who::Session(_) => true,
+        };
         let mut info = LinkInfo {
             id: link,
             direction: Direction::Local,
@@ -195,6 +203,7 @@ impl Proxy {
                 remote,
                 link: link_guard,
                 preface,
+                hidden,
                 reply,
                 dialler,
             });
@@ -227,6 +236,7 @@ impl Proxy {
             remote: dialled.stream,
             link,
             preface: Vec::new(),
+            hidden,
             reply,
             dialler,
         })
@@ -261,6 +271,7 @@ impl Proxy {
             remote: self.reach(local).await?,
             link: guard,
             preface: accept_frame(local, link, &dialler.name, None, "local"),
+            hidden: true,
             reply: ConnectReply::Ok {
                 remote_spiffe: spiffe.to_string(),
                 remote_agent: "local".into(),
@@ -300,8 +311,7 @@ impl Proxy {
         prepared.reply.encode(&mut frame);
         write_all(stream, &frame, deadline).await?;
         let (_, mut bytes) = read_name(stream, deadline).await?;
-        let is_session = matches!(prepared.dialler.who, Who::Session(_));
-        check_name(&mut bytes, &prepared.dialler.name, is_session)?;
+        check_name(&mut bytes, &prepared.dialler.name, prepared.hidden)?;
         let bytes = [prepared.preface.as_slice(), &bytes].concat();
         write_all(&mut prepared.remote, &bytes, deadline).await?;
         match &prepared.dialler.who {
@@ -309,6 +319,10 @@ impl Proxy {
                 let (given, bytes) = read_given_name(&mut prepared.remote, deadline).await?;
                 *session.given() = given;
                 write_all(stream, &bytes, deadline).await
+            }
+            // A session is hidden by itself.
+            Who::Node(_) if prepared.hidden => {
+                hide_acceptor(stream, &mut prepared.remote, self.settings.setup_timeout).await
             }
             _ => Ok(()),
         }

@@ -19,7 +19,7 @@ use tokio_util::sync::CancellationToken;
 use super::admission::{Admission, Slot};
 use super::cause::{Cause, Refusal};
 use super::endpoint::accept_frame;
-use super::frames::{Duplex, linger, read_name, silent, write_all};
+use super::frames::{Duplex, hide_acceptor, linger, read_name, silent, write_all};
 use super::links::{Direction, LinkGuard, LinkId, LinkInfo, Purpose};
 use super::listener::{self, Listener};
 use super::local::Endpoint;
@@ -261,7 +261,7 @@ impl Proxy {
         attempt.source.clone_from(&name);
         let link = LinkId::generate()?;
         attempt.link = Some(link);
-        let (mut remote, guard, mut first) = match self.local.by_node(&name) {
+        let (mut remote, guard, mut first, hidden) = match self.local.by_node(&name) {
             Some(dialler) if dialler.uid != uid => {
                 let text = format!("uid {uid} dials as {name}, wanted uid {}", dialler.uid);
                 return Err(Cause::NotPermitted.because(text));
@@ -276,20 +276,27 @@ impl Proxy {
                     remote,
                     link,
                     preface,
+                    hidden,
                     ..
                 } = self
                     .prepare_between(Dialler::node(dialler)?, &attempt.target, link)
                     .await?;
-                (remote, link, preface)
+                check_name(&mut bytes, &name, hidden)?;
+                (remote, link, preface, hidden)
             }
             None => {
                 // It is hidden, as every session is.
                 check_name(&mut bytes, &name, true)?;
-                self.prepare_session(&name, uid, &attempt.target, link).await?
+                let (remote, guard, preface) =
+                    self.prepare_session(&name, uid, &attempt.target, link).await?;
+                (remote, guard, preface, true)
             }
         };
         first.extend_from_slice(&bytes);
         write_all(&mut remote, &first, deadline).await?;
+        if hidden {
+            hide_acceptor(stream, &mut remote, deadline).await?;
+        }
         Ok((remote, guard))
     }
 

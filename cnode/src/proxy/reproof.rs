@@ -215,6 +215,7 @@ impl Proxy {
             agent: "of live links".to_owned(),
             address: *address,
             protocol: Protocol::Meshx,
+            meta: Default::default(),
         };
         let mut secured = self.handshake(source, &target, &mut Trail::none()).await;
         let mut proven = Vec::new();

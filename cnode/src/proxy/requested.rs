@@ -26,7 +26,8 @@ struct Prepared {
     link: LinkGuard,
     request: Request,
     peer: SpiffeId,
-    is_session: bool,
+    /// The nodes of a distribution link are to be hidden from each other.
+    hidden: bool,
 }
 
 impl Proxy {
@@ -53,7 +54,7 @@ impl Proxy {
             link,
             request,
             peer,
-            is_session,
+            hidden,
         } = match prepared {
             Ok(Some(prepared)) => prepared,
             Ok(None) => return Ok(None),
@@ -67,7 +68,7 @@ impl Proxy {
         write_all(&mut stream, &reply, settings.frame_timeout).await?;
         if request.asked == Asked::Link(Purpose::Dist) {
             let named = read_name(&mut stream, settings.frame_timeout).await;
-            let bytes = match named.and_then(|read| claimed(&request.node, is_session, read)) {
+            let bytes = match named.and_then(|read| claimed(&request.node, hidden, read)) {
                 Ok(bytes) => bytes,
                 Err(refusal) => {
                     return Err(Refused {
@@ -122,11 +123,12 @@ impl Proxy {
         }
         let local = self.instance_for(&request, purpose, service, only)?;
         attempt.target = local.instance.id.clone();
-        let is_session = match purpose {
+        let dialler = match purpose {
             Purpose::Dist => self.prove_dialler(&request.node, &peer.id).await?,
-            _ if request.node.is_empty() => false,
-            _ => self.prove_node(&request.node, &peer.id).await.map(|()| false)?,
+            _ if request.node.is_empty() => None,
+            _ => Some(self.prove_node(&request.node, &peer.id).await?),
         };
+        let hidden = dialler.is_none_or(|dialler| dialler.cluster() != local.instance.cluster());
         let remote = match request.node.as_str() {
             "" => peer.id.service().to_string(),
             node => node.to_owned(),
@@ -140,7 +142,7 @@ impl Proxy {
             link,
             request,
             peer: peer.id,
-            is_session,
+            hidden,
         }))
     }
 
@@ -166,7 +168,7 @@ impl Proxy {
 }
 
 /// The name message's bytes, when it holds the name that was claimed.
-fn claimed(node: &str, is_session: bool, (_, mut bytes): (String, Vec<u8>)) -> Result<Vec<u8>, Refusal> {
-    check_name(&mut bytes, node, is_session)?;
+fn claimed(node: &str, hidden: bool, (_, mut bytes): (String, Vec<u8>)) -> Result<Vec<u8>, Refusal> {
+    check_name(&mut bytes, node, hidden)?;
     Ok(bytes)
 }

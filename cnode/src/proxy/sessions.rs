@@ -13,7 +13,7 @@ use super::Proxy;
 use super::cause::{Cause, Refusal};
 use super::inbound::mismatch;
 use super::local::Secret;
-use crate::mesh::{ServiceName, SpiffeId, split_node};
+use crate::mesh::{Instance, ServiceName, SpiffeId, split_node};
 
 /// A session of this agent.
 #[derive(Debug)]
@@ -104,10 +104,14 @@ impl Proxy {
     }
 
     /// Who dials for distribution must be an instance of the service that the certificate names, or a session of the
-    /// service that this agent takes sessions of. True for a session.
-    pub(super) async fn prove_dialler(&self, node: &str, peer: &SpiffeId) -> Result<bool, Refusal> {
+    /// service that this agent takes sessions of. None for a session.
+    pub(super) async fn prove_dialler(
+        &self,
+        node: &str,
+        peer: &SpiffeId,
+    ) -> Result<Option<Instance>, Refusal> {
         if peer.service().may_have_node(node) || !self.is_session_service(peer) {
-            return self.prove_node(node, peer).await.map(|()| false);
+            return self.prove_node(node, peer).await.map(Some);
         }
         let whole = match node.contains('@') {
             true => node.to_owned(),
@@ -122,7 +126,7 @@ impl Proxy {
                 "that is a node of the mesh, and no session",
             ));
         }
-        Ok(true)
+        Ok(None)
     }
 
     /// The whole identity: a service of the same name in another data centre or namespace is another one.
@@ -145,10 +149,11 @@ pub(crate) fn gone_session(session: &Session) -> Refusal {
     Cause::NoSuchNode.because(format!("the session {} has ended", session.id))
 }
 
-/// Holds the name message at the front of `bytes` against the name that was claimed. That of a session gets the flags
-/// of a hidden node. A message that leaves its name to the other end has a host for a name, so it is of a session without
+/// Holds the name message at the front of `bytes` against the name that was claimed. One that is to be `hidden`, because
+/// it is a session's or the two nodes are of different clusters, gets the flags of a hidden node: then neither end has
+/// the other in `nodes()`, and `global` knows nothing of it. A message that leaves its name to the other end has a host for a name, so it is of a session without
 /// one, or is refused.
-pub(super) fn check_name(bytes: &mut [u8], claimed: &str, is_session: bool) -> Result<(), Refusal> {
+pub(super) fn check_name(bytes: &mut [u8], claimed: &str, hidden: bool) -> Result<(), Refusal> {
     let fault = |error| Cause::InvalidRequest.because(format!("distribution handshake: {error}"));
     let Some(frame) = peek_name_frame(bytes).map_err(fault)? else {
         return Err(Cause::InvalidRequest.because("distribution handshake: no whole name message"));
@@ -157,7 +162,7 @@ pub(super) fn check_name(bytes: &mut [u8], claimed: &str, is_session: bool) -> R
         let text = format!("{claimed} names itself {:?} in the handshake", frame.name);
         return Err(Cause::IdentityMismatch.because(text));
     }
-    match is_session {
+    match hidden {
         true => clear_published(bytes).map_err(fault),
         false => Ok(()),
     }

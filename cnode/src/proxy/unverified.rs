@@ -13,10 +13,11 @@ use tokio::time::timeout;
 use super::admission::{Admission, Slot};
 use super::cause::{Cause, Refusal};
 use super::endpoint::accept_frame;
-use super::frames::{Duplex, linger, read_name, silent, write_all};
+use super::frames::{Duplex, hide_acceptor, linger, read_name, silent, write_all};
 use super::links::{Direction, LinkGuard, LinkId, LinkInfo, Purpose};
 use super::listener::{self, Listener};
 use super::local::LocalInstance;
+use super::sessions::check_name;
 use super::{Attempt, Proxy, peer_uid};
 
 /// How long the end of a connection may take from the kernel to here.
@@ -91,7 +92,7 @@ impl Proxy {
         let named = read_name(stream, deadline).await;
         // Consul's built-in proxy connects here for each connection that it takes, health checks among them.
         attempt.is_probe = matches!(&named, Err(left) if left.cause == Cause::Unreachable);
-        let (name, bytes) = named?;
+        let (name, mut bytes) = named?;
         attempt.source.clone_from(&name);
         if !self.settings.allow_unverified_peers {
             return Err(Cause::IdentityMismatch.because(format!(
@@ -100,6 +101,8 @@ impl Proxy {
             )));
         }
         let claimed = self.claimed_node(&name, "a peer behind a sidecar").await?;
+        let hidden = claimed.cluster() != local.instance.cluster();
+        check_name(&mut bytes, &name, hidden)?;
         let link = LinkId::generate()?;
         attempt.link = Some(link);
         let info = LinkInfo {
@@ -120,6 +123,9 @@ impl Proxy {
         let mut first = accept_frame(&local, link, &name, None, &address.to_string());
         first.extend_from_slice(&bytes);
         write_all(&mut near, &first, deadline).await?;
+        if hidden {
+            hide_acceptor(stream, &mut near, deadline).await?;
+        }
         Ok((near, link_guard))
     }
 }
@@ -160,6 +166,7 @@ mod tests {
                 agent: "a".into(),
                 address: "127.0.0.1:1".parse().unwrap(),
                 protocol: Protocol::Connect,
+                meta: Default::default(),
             },
             secret: Secret::generate().unwrap(),
             endpoint: Endpoint::NodeSocket("/x".into()),

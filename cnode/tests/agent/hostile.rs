@@ -260,6 +260,7 @@ fn questions_that_dial_keep_nobody_from_the_others() {
         agent: "silent".into(),
         address,
         protocol: Protocol::Meshx,
+        meta: Default::default(),
     };
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use meshx::mesh::{
-    Authorization, Catalogue, Certificates, DataPlane, Diagnosis, Entry, Level, MeshError, Protocol,
-    Registration, Sidecar, SidecarUpstream, Weights,
+    Authorization, Catalogue, Certificates, DataPlane, Diagnosis, Entry, Level, META_CLUSTER, MeshError,
+    Protocol, Registration, Sidecar, SidecarUpstream, Weights,
 };
 use reqwest::Method;
 use serde_json::json;
@@ -43,6 +43,45 @@ async fn what_a_killed_consul_lost_is_registered_again() {
     })
     .await;
     assert!(decision.rule.contains("default"), "{decision:?}");
+}
+
+#[tokio::test]
+async fn what_hangs_is_critical_whatever_consul_loses() {
+    let mut consul = Consul::dev().await;
+    let mesh = consul.mesh("a", &["h1"]);
+    ready(|| mesh.identity(&service("shop"))).await;
+    let mut labelled = node("a", "shop@h1");
+    labelled.instance.meta = [(META_CLUSTER.to_owned(), "blue".to_owned())].into();
+    mesh.register(&labelled).await.unwrap();
+    mesh.set_critical("shop@h1", Some("it hangs & more"))
+        .await
+        .unwrap();
+    let status = async || {
+        let all = mesh.services().await.ok()?;
+        all.into_iter().find(|listed| listed.instance.id == "shop@h1")
+    };
+    let hangs = async || {
+        status()
+            .await
+            .filter(|listed| listed.status == "critical: it hangs & more")
+    };
+    until("critical", hangs).await;
+    until("nobody led to it", async || {
+        mesh.node("shop@h1").await.ok()?.is_none().then_some(())
+    })
+    .await;
+    // A Consul that has lost it gets it as it is, and not as passing.
+    consul.kill();
+    consul.run().await;
+    within(PROMISED_AGAIN, "the entry", || async {
+        consul.entry("shop@h1").await.map(|_| ())
+    })
+    .await;
+    let listed = until("its status", status).await;
+    assert!(listed.status.starts_with("critical"), "{listed:?}");
+    mesh.set_critical("shop@h1", None).await.unwrap();
+    let found = until("the node", || async { mesh.node("shop@h1").await.ok().flatten() }).await;
+    assert_eq!(found, labelled.instance);
 }
 
 #[tokio::test]

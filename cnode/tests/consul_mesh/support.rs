@@ -264,6 +264,7 @@ pub(crate) fn node(agent: &str, node: &str) -> Entry {
         agent: agent.to_owned(),
         address: address(7000),
         protocol: Protocol::Meshx,
+        meta: Default::default(),
     })
 }
 
@@ -275,6 +276,7 @@ pub(crate) fn plain(agent: &str, name: &str, id: &str) -> Entry {
         agent: agent.to_owned(),
         address: address(7000),
         protocol: Protocol::Meshx,
+        meta: Default::default(),
     })
 }
 

@@ -96,6 +96,7 @@ impl World {
                 agent: "a".into(),
                 address: public,
                 protocol: Protocol::Connect,
+                meta: Default::default(),
             })
         };
         self.mesh.register(&entry).await.unwrap();

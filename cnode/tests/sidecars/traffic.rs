@@ -63,6 +63,7 @@ async fn a_built_in_proxy_needs_the_right_token() {
                 agent: "a".into(),
                 address: public,
                 protocol: Protocol::Connect,
+                meta: Default::default(),
             })
         };
         world.mesh.register(&entry).await.unwrap();

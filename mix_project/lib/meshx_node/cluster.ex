@@ -13,15 +13,19 @@ defmodule MeshxNode.Cluster do
 
   @schema [
     services: [
-      type: {:custom, &__MODULE__.services/1, "a list of 1 to 64 names of services"},
+      type: {:custom, &__MODULE__.services/1, "a list of 1 to 64 names of services, or :all"},
       required: true,
-      doc: "whose nodes this node connects to"
+      doc: "whose nodes this node connects to; `:all` for those of all services"
+    ],
+    meta: [
+      type: {:custom, &__MODULE__.meta/1, "a map of strings"},
+      doc: "of them only those whose registration has all of this metadata"
     ],
     name: [type: :atom, default: __MODULE__, doc: "of the process; one for each child"],
     select: [
       type: {:custom, &__MODULE__.select/1, "a function of one argument"},
       doc:
-        "of the passing nodes, those for which it is true of `%{node: String.t(), service: String.t()}`; all by default"
+        "of the passing nodes, those for which it is true of `%{node: String.t(), service: String.t(), meta: %{String.t() => String.t()}}`; all by default"
     ],
     max_degree: [
       type: {:range, 1, 4_096},
@@ -37,6 +41,9 @@ defmodule MeshxNode.Cluster do
   Keeps this node connected to the passing nodes of given services.
 
       children = [{MeshxNode.Cluster, services: ["shop", "cart"]}]
+      children = [{MeshxNode.Cluster, services: :all, meta: %{"tier" => "backend"}}]
+
+  A node's metadata is what its VM was started with (`-meshx_meta tier=backend`, or `meshx run --meta tier=backend`).
 
   The agent tells of a node that comes, goes or does not pass any more within a second, and a new one is connected to
   at once. What cannot be reached is tried again, after 0.2 s and up to 5 s later each time; so is a node whose link
@@ -155,7 +162,7 @@ defmodule MeshxNode.Cluster do
 
   # Lost with the connection to the agent, and asked for again when there is a new one.
   defp ask(state) do
-    args = %{watch: watch_name(state), services: state.options.services}
+    args = Map.put(watched(state.options.services), :watch, watch_name(state))
 
     case :meshx_agent.call(:watch, args) do
       {:ok, _} ->
@@ -170,6 +177,9 @@ defmodule MeshxNode.Cluster do
     end
   end
 
+  defp watched(:all), do: %{all: true}
+  defp watched(services), do: %{services: services}
+
   defp watch_name(state), do: Atom.to_string(state.options.name)
 
   # === Which nodes
@@ -179,9 +189,12 @@ defmodule MeshxNode.Cluster do
     select = state.options.select || fn _node -> true end
 
     names =
-      for %{node: name, service: service} <- state.seen,
+      for %{node: name, service: service} = seen <- state.seen,
           is_binary(name) and is_binary(service) and name != me,
-          select.(%{node: name, service: service}),
+          # An agent of an earlier release tells no metadata.
+          meta = Map.get(seen, :meta, %{}),
+          has?(meta, state.options.meta),
+          select.(%{node: name, service: service, meta: meta}),
           do: name
 
     {nodes, state} =
@@ -191,6 +204,9 @@ defmodule MeshxNode.Cluster do
     gone = Map.keys(state.later) -- nodes
     %{state | wanted: nodes} |> forget_all(gone) |> dial()
   end
+
+  defp has?(_meta, nil), do: true
+  defp has?(meta, wanted), do: Enum.all?(wanted, fn {key, value} -> meta[key] == value end)
 
   defp nearest(names, _me, nil), do: names
 
@@ -271,6 +287,8 @@ defmodule MeshxNode.Cluster do
   # === Options
 
   @doc false
+  def services(:all), do: {:ok, :all}
+
   def services([_ | _] = services) when length(services) <= 64 do
     if Enum.all?(services, &((is_atom(&1) or is_binary(&1)) and &1 not in [nil, ""])),
       do: {:ok, Enum.map(services, &to_string/1)},
@@ -278,6 +296,15 @@ defmodule MeshxNode.Cluster do
   end
 
   def services(_other), do: :error
+
+  @doc false
+  def meta(%{} = meta) do
+    if Enum.all?(meta, fn {key, value} -> is_binary(key) and is_binary(value) end),
+      do: {:ok, meta},
+      else: :error
+  end
+
+  def meta(_other), do: :error
 
   @doc false
   def select(fun), do: function(fun)

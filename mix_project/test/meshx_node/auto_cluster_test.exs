@@ -77,6 +77,20 @@ defmodule MeshxNode.AutoClusterTest do
     assert kept in second and left not in second and length(second) == 2
   end
 
+  test "takes those with the wanted metadata, whatever an earlier release's agent leaves out" do
+    cluster = start(:auto_meta, meta: %{"tier" => "web", "zone" => "1"})
+
+    nodes = [
+      %{node: "shop@m1", service: "shop", meta: %{"tier" => "web", "zone" => "1", "more" => ""}},
+      %{node: "shop@m2", service: "shop", meta: %{"tier" => "web", "zone" => "2"}},
+      %{node: "shop@m3", service: "shop", meta: %{"zone" => "1"}},
+      %{node: "shop@m4", service: "shop"}
+    ]
+
+    send(cluster, {:meshx_agent, {:nodes, %{watch: "auto_meta", nodes: nodes}}})
+    assert Cluster.wanted(:auto_meta) == [:shop@m1]
+  end
+
   test "does not listen to another's watch, and names at most eight at a time" do
     cluster = start(:auto_others, [])
     tell(cluster, :another, ["shop@c1"])
@@ -87,7 +101,14 @@ defmodule MeshxNode.AutoClusterTest do
   end
 
   test "options are checked" do
-    for wrong <- [[], [services: []], [services: "shop"], [services: [:a], max_degree: 0]] do
+    for wrong <- [
+          [],
+          [services: []],
+          [services: "shop"],
+          [services: [:a], max_degree: 0],
+          [services: :any],
+          [services: :all, meta: %{a: 1}]
+        ] do
       assert_raise ArgumentError, ~r/MeshxNode.Cluster/, fn -> Cluster.start_link(wrong) end
     end
   end

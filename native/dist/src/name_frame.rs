@@ -20,7 +20,7 @@
 
 use crate::flags::DistFlags;
 use crate::framing::{FrameError, MAX_HANDSHAKE_FRAME};
-use crate::handshake::{HandshakeError, SendName, Status, TAG_SEND_NAME};
+use crate::handshake::{Challenge, HandshakeError, SendName, Status, TAG_SEND_NAME};
 
 /// `send_name` at the front of a byte stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,6 +110,39 @@ pub fn clear_published(stream: &mut [u8]) -> Result<(), PeekError> {
     Ok(())
 }
 
+/// `challenge` at the front of `stream`: the bytes of its frame, its length included; `Ok(None)`: more are needed.
+///
+/// # Errors
+/// As soon as the bytes can't become a challenge frame.
+pub fn peek_challenge_frame(stream: &[u8]) -> Result<Option<usize>, PeekError> {
+    let Some((consumed, message)) = peek(stream, TAG_SEND_NAME)? else {
+        return Ok(None);
+    };
+    Challenge::decode(message)?;
+    Ok(Some(consumed))
+}
+
+/// Takes `PUBLISHED` out of the challenge frame at the front of `stream`: an initiator believes the acceptor's flags,
+/// which say what that is and not what it has made of the initiator's.
+///
+/// # Errors
+/// As [`peek_challenge_frame`]; an incomplete frame counts as a wrong length.
+pub fn clear_published_of_challenge(stream: &mut [u8]) -> Result<(), PeekError> {
+    let len = stream.len();
+    let incomplete = HandshakeError::WrongLength {
+        message: "challenge",
+        len,
+    };
+    peek_challenge_frame(stream)?.ok_or(incomplete.clone())?;
+    let field = stream
+        .get_mut(3..11)
+        .and_then(|field| field.first_chunk_mut::<8>());
+    let field = field.ok_or(incomplete)?;
+    let flags = DistFlags::from_bits(u64::from_be_bytes(*field));
+    *field = flags.without(DistFlags::PUBLISHED).bits().to_be_bytes();
+    Ok(())
+}
+
 /// The frame with status `not_allowed`: what a relay answers, before it closes, in the acceptor's place.
 #[must_use]
 pub fn refusal_status() -> &'static [u8] {
@@ -161,6 +194,31 @@ mod tests {
         .encode(&mut out)
         .unwrap();
         out
+    }
+
+    #[test]
+    fn a_challenge_loses_one_flag_and_nothing_else() {
+        let mut out = Vec::new();
+        Challenge {
+            flags: DistFlags::from_bits(0xD_07DF_7FBD),
+            challenge: 9,
+            creation: 77,
+            name: "cart@h2",
+        }
+        .encode(&mut out)
+        .unwrap();
+        let whole = out.len();
+        for cut in 0..whole {
+            assert_eq!(peek_challenge_frame(&out[..cut]), Ok(None), "{cut}");
+            assert!(clear_published_of_challenge(&mut out[..cut].to_vec()).is_err());
+        }
+        out.extend_from_slice(b"rest");
+        let before = out.clone();
+        assert_eq!(peek_challenge_frame(&out), Ok(Some(whole)));
+        clear_published_of_challenge(&mut out).unwrap();
+        let changed: Vec<usize> = (0..out.len()).filter(|at| out[*at] != before[*at]).collect();
+        assert_eq!((changed, out[10], before[10]), (vec![10], 0xBC, 0xBD));
+        assert!(peek_challenge_frame(b"\x00\x03sok").is_err());
     }
 
     #[test]

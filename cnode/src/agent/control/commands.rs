@@ -12,6 +12,7 @@ use tokio::sync::Semaphore;
 
 use super::{
     args::{Args, missing, wrong},
+    heartbeat::Heart,
     message::{map, text},
     options::{options, token},
     upstreams::{Budget, Upstreams},
@@ -85,20 +86,23 @@ pub(in crate::agent) struct Client {
     pub(in crate::agent) owner: Owner,
     pub(in crate::agent) upstreams: Upstreams,
     pub(in crate::agent) watches: Watches,
+    pub(in crate::agent) heart: Heart,
     /// One permit, held while the mesh is asked for it. Closed when the client has gone: what waits is given up.
     pub(super) asking: Semaphore,
 }
 
 impl Client {
     pub(super) fn new(owner: Owner) -> Self {
-        Self::with_watches(owner, Watches::new())
+        Self::resume(owner, Watches::new(), Heart::new(None))
     }
 
-    pub(super) fn with_watches(owner: Owner, watches: Watches) -> Self {
+    /// A client of a predecessor of this process.
+    pub(super) fn resume(owner: Owner, watches: Watches, heart: Heart) -> Self {
         Self {
             owner,
             upstreams: Upstreams::new(),
             watches,
+            heart,
             asking: Semaphore::new(1),
         }
     }
@@ -106,11 +110,11 @@ impl Client {
 
 impl Context {
     /// The answer to hello.
-    pub(super) fn describe(&self, version: i64) -> Term {
+    pub(super) fn describe(&self, version: i64, features: &[&str]) -> Term {
         let place = self.registry.place();
         map([
             ("version", Term::Int(version)),
-            ("features", Term::list([])),
+            ("features", Term::list(features.iter().map(text))),
             ("agent", text(PROGRAM)),
             ("hosts", Term::list(place.hosts.iter().map(text))),
             ("mesh", text(self.mesh)),
@@ -158,7 +162,7 @@ impl Context {
             "intentions" => self.in_turn(client, &self.questions, self.intentions()).await,
             "certs" => self.in_turn(client, &self.questions, self.certs()).await,
             "why" => self.in_turn(client, &self.probes, self.why(client, &args)).await,
-            "doctor" => self.in_turn(client, &self.probes, self.doctor()).await,
+            "doctor" => self.in_turn(client, &self.probes, self.doctor(&args)).await,
             "links" => {
                 let own = self.links.snapshot().into_iter().map(ShownLink::from);
                 let mut links: Vec<_> = own.collect();

@@ -4,12 +4,12 @@ use futures::FutureExt;
 use meshx_etf::Term;
 
 use super::{
-    args::Args,
+    args::{Args, wrong},
     commands::{Client, Context},
     message::{map, text},
 };
 use crate::{
-    agent::{certificate::Certificate, doctor, registry::answer},
+    agent::{certificate::Certificate, clusters, doctor, registry::answer},
     mesh::{Finding, Listed, Protocol, ServiceName},
     proxy::{cause::Refusal, links::Direction, why::Step},
 };
@@ -103,14 +103,39 @@ impl Context {
         ]))
     }
 
-    pub(super) async fn doctor(&self) -> Result<Term, Refusal> {
+    /// Of everything; or of what a denial would do to clusters.
+    pub(super) async fn doctor(&self, args: &Args<'_>) -> Result<Term, Refusal> {
         let registry = &self.registry;
+        if let Some(denial) = args.term("deny") {
+            let [source, destination] = denied(denial)?;
+            let findings =
+                clusters::findings(registry.mesh().as_ref(), Some((&source, &destination))).await?;
+            return Ok(map([("findings", Term::list(findings.iter().map(finding_term)))]));
+        }
         let epmd = self.epmd.as_deref();
         let mesh = registry.mesh().as_ref();
         let mut findings = doctor::findings(registry.place(), &self.proxy, mesh, epmd).await;
+        // What the mesh does not answer is told of by the others.
+        findings.extend(clusters::findings(mesh, None).await.unwrap_or_default());
         findings.extend(doctor::predecessors(&registry.predecessors().list()));
         Ok(map([("findings", Term::list(findings.iter().map(finding_term)))]))
     }
+}
+
+/// `{Source, Destination}`: services, nodes that stand for theirs, or `*`.
+fn denied(term: &Term) -> Result<[String; 2], Refusal> {
+    let pattern = |term: &Term| match term.as_str()? {
+        "*" => Some("*".to_owned()),
+        node if node.contains('@') => Some(ServiceName::from_node(node).ok()?.to_string()),
+        name => Some(ServiceName::new(name).ok()?.to_string()),
+    };
+    let pair = match term.as_tuple() {
+        Some([source, destination]) => pattern(source).zip(pattern(destination)),
+        _ => None,
+    };
+    let (source, destination) =
+        pair.ok_or_else(|| wrong("deny", "{Source, Destination} of services, nodes or *"))?;
+    Ok([source, destination])
 }
 
 fn listed_term(listed: Listed, own: &str) -> Term {

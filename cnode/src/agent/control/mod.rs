@@ -4,6 +4,7 @@ mod args;
 pub(in crate::agent) mod commands;
 pub(in crate::agent) mod diagnosis;
 pub mod frame;
+mod heartbeat;
 pub mod message;
 mod options;
 mod outbox;
@@ -14,6 +15,7 @@ pub(in crate::agent) mod upstreams;
 mod watches;
 
 pub use commands::PROGRAM;
+pub use heartbeat::{HUNG_AFTER, HUNG_AFTER_MAX, HUNG_AFTER_MIN};
 pub use outbox::{QUEUE_BYTES_MAX, QUEUE_FRAMES_MAX, WRITE_TIME};
 pub use server::FREEZE_TIME;
 pub use session::HELLO_TIME;

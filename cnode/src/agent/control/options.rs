@@ -25,6 +25,7 @@ pub(super) fn options(args: &Args<'_>, name: &str, id: Option<&str>) -> Result<O
     let mut options = Options {
         tags: args.term("tags").map(tags).transpose()?.unwrap_or_default(),
         meta: args.term("meta").map(meta).transpose()?.unwrap_or_default(),
+        cluster: args.optional_text("cluster")?.map(str::to_owned),
         weights: match args.term("weights") {
             None => None,
             Some(term) => Some(weights(term).ok_or_else(|| {
@@ -102,7 +103,7 @@ fn text(term: &Term) -> Option<String> {
     term.as_str().map(str::to_owned)
 }
 
-fn milliseconds(
+pub(super) fn milliseconds(
     args: &Args<'_>,
     key: &str,
     min: Duration,
@@ -166,6 +167,7 @@ mod tests {
         let options = read([
             ("tags", Term::list([text("a"), text("b")])),
             ("meta", Term::map([(text("k"), text("v"))])),
+            ("cluster", text("blue")),
             ("weights", Term::tuple([Term::Int(3), Term::Int(0)])),
             ("ttl", Term::Int(2000)),
             ("deregister_after", Term::Int(60_000)),
@@ -184,6 +186,7 @@ mod tests {
         .unwrap();
         assert_eq!(options.tags, ["a", "b", "c"]);
         assert_eq!(options.meta["k"], "v");
+        assert_eq!(options.cluster.as_deref(), Some("blue"));
         assert_eq!(options.weights, weights_of(3, 0));
         assert_eq!(options.ttl, Some(Duration::from_secs(2)));
         assert_eq!(options.deregister_after, Some(Duration::from_secs(60)));
@@ -205,6 +208,7 @@ mod tests {
         for (key, value, cause) in [
             ("tags", text("a"), Cause::InvalidRequest),
             ("meta", Term::list([]), Cause::InvalidRequest),
+            ("cluster", Term::atom("blue"), Cause::InvalidRequest),
             (
                 "weights",
                 Term::tuple([Term::Int(0), Term::Int(0)]),

@@ -11,6 +11,7 @@ use tracing::{debug, warn};
 
 use super::{
     commands::{Client, Context},
+    heartbeat::Heart,
     message::{event, map, text},
     session::{self, Parked},
     slots::Slots,
@@ -59,12 +60,12 @@ impl Clients {
         stream: UnixStream,
         id: u64,
         greeted: bool,
-        watches: HashMap<String, Vec<ServiceName>>,
+        (watches, heartbeat): (HashMap<String, Vec<ServiceName>>, Option<Duration>),
         context: &Context,
     ) -> io::Result<Arc<Client>> {
         let peer = Peer::of(&stream)?;
         let slot = self.slots.take(peer.uid).map_err(io::Error::other)?;
-        let client = Client::with_watches(Owner { id, peer }, Watches::of(watches));
+        let client = Client::resume(Owner { id, peer }, Watches::of(watches), Heart::new(heartbeat));
         let parked = Parked::new(stream, client, greeted, slot, context);
         let client = parked.client.clone();
         self.parked.push(parked);

@@ -14,7 +14,10 @@ use tokio::{
     sync::mpsc,
     time::{sleep, timeout},
 };
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio_util::{
+    sync::CancellationToken,
+    task::{AbortOnDropHandle, TaskTracker},
+};
 use tracing::{debug, info, warn};
 
 use super::{
@@ -22,7 +25,9 @@ use super::{
     args::{Args, TEXT_MAX},
     commands::{Client, Context, PROGRAM, is_question},
     frame::{Next, REQUEST_MAX, read_frame_unless},
+    heartbeat::{self, HUNG_AFTER, HUNG_AFTER_MAX, HUNG_AFTER_MIN},
     message::{Request, VERSIONS, event, map, reply, text},
+    options::milliseconds,
     outbox::Outbox,
     slots::Slot,
     watches::{self, watch},
@@ -41,6 +46,8 @@ use crate::{
 
 /// `hello` must be there, whole, within this time.
 pub const HELLO_TIME: Duration = Duration::from_secs(5);
+/// Features that one client may have.
+const FEATURES_MAX: usize = 64;
 /// How long a question to the mesh may go on when its client is to come between two frames.
 const QUESTION_GRACE: Duration = Duration::from_secs(1);
 /// How long the last words to a client may take.
@@ -224,7 +231,21 @@ impl Session {
                 }
             }
         }
-        match self.serve(reader, freeze).await {
+        let quiet = CancellationToken::new();
+        let asking = heartbeat::follow(
+            self.context.clone(),
+            self.client.clone(),
+            self.outbox.clone(),
+            quiet.clone(),
+        );
+        let asking = AbortOnDropHandle::new(tokio::spawn(asking));
+        let served = self.serve(reader, freeze).await;
+        if served == Ok(true) {
+            // A successor of this process asks next: what the mesh is being told is told before.
+            quiet.cancel();
+            let _ = asking.await;
+        }
+        match served {
             Ok(frozen) => frozen,
             Err(fault) => {
                 self.drop_client(fault);
@@ -287,6 +308,8 @@ impl Session {
                 VERSIONS.0, VERSIONS.1
             )));
         }
+        let offered = Args(args).optional_texts("features", FEATURES_MAX)?;
+        let after = milliseconds(&Args(args), "heartbeat", HUNG_AFTER_MIN, HUNG_AFTER_MAX)?;
         let name = args.map_get("client").and_then(Term::as_str).unwrap_or("no name");
         let name: String = name.chars().filter(|c| !c.is_control()).take(TEXT_MAX).collect();
         info!(
@@ -297,7 +320,12 @@ impl Session {
             program = name,
             "client connected"
         );
-        Ok(self.context.describe(version))
+        let mut features = Vec::new();
+        if offered.iter().any(|feature| feature == heartbeat::FEATURE) {
+            self.client.heart.begin(after.unwrap_or(HUNG_AFTER));
+            features.push(heartbeat::FEATURE);
+        }
+        Ok(self.context.describe(version, &features))
     }
 
     /// Until the client closes, or it is frozen (true); an error when it breaks the protocol.
@@ -310,6 +338,10 @@ impl Session {
                 Next::Stopped => return Ok(true),
             };
             let request = Request::decode(&frame)?;
+            self.client.heart.beat();
+            if request.command == "pong" {
+                continue;
+            }
             if self.unanswered.fetch_add(1, Ordering::Relaxed) >= UNANSWERED_MAX {
                 self.unanswered.fetch_sub(1, Ordering::Relaxed);
                 let refusal = Cause::Limit.because(format!(

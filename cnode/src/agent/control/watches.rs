@@ -1,7 +1,7 @@
 //! Watches of one control connection: which nodes some services have, told whenever that changes.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -29,6 +29,8 @@ pub const WATCHED_SERVICES_MAX: usize = 64;
 pub const WATCHED_NODES_MAX: usize = 4096;
 /// How often what this agent knows of the services is looked at. Consul tells the agent by itself.
 const LOOK: Duration = Duration::from_millis(500);
+/// The same for all services: Consul is asked each time which have nodes.
+const LOOK_AT_ALL: Duration = Duration::from_secs(1);
 
 /// Those of one client, by name; all end when it goes.
 #[derive(Debug)]
@@ -40,6 +42,7 @@ pub(in crate::agent) struct Watches {
 
 #[derive(Debug)]
 struct Watch {
+    /// Of all services when there is none.
     services: Vec<ServiceName>,
     /// None while the client is not served.
     task: Option<AbortHandle>,
@@ -124,7 +127,11 @@ pub(super) fn watch(
             .map_err(|error| Cause::InvalidName.because(format!("services: {service:?}: {error}")))
     });
     let services: Vec<_> = services.collect::<Result<_, _>>()?;
-    let is_end = services.is_empty();
+    let all = args.optional_bool("all")?.unwrap_or(false);
+    if all && !services.is_empty() {
+        return Err(Cause::InvalidRequest.because("services and all: wanted one of them"));
+    }
+    let is_end = services.is_empty() && !all;
     let begin = || Watch {
         task: Some(begin(context, client, outbox, name, &services)),
         services,
@@ -163,31 +170,36 @@ async fn follow(context: &Context, client: &Client, outbox: &Outbox, name: &str,
             && told.as_ref() != Some(&nodes)
             && !outbox.is_crowded()
         {
-            let terms = nodes
-                .iter()
-                .map(|(node, service)| map([("node", text(node)), ("service", text(service))]));
+            let terms = nodes.iter().map(|((node, service), meta)| {
+                let meta = Term::map(meta.iter().map(|(key, value)| (text(key), text(value))));
+                map([("node", text(node)), ("service", text(service)), ("meta", meta)])
+            });
             let args = map([("watch", text(name)), ("nodes", Term::list(terms))]);
             if let Ok(frame) = event("nodes", args) {
                 outbox.send(frame);
             }
             told = Some(nodes);
         }
-        sleep(LOOK).await;
+        sleep(if services.is_empty() { LOOK_AT_ALL } else { LOOK }).await;
     }
 }
 
-/// The passing nodes, by name.
-async fn nodes(context: &Context, services: &[ServiceName]) -> Result<Vec<(String, ServiceName)>, Refusal> {
-    let mut nodes = Vec::new();
-    for service in services {
-        let instances = answer(context.registry.mesh().instances(service)).await?;
-        let named = instances
-            .into_iter()
-            .filter_map(|instance| Some((instance.node?, instance.service)));
-        nodes.extend(named);
+type Nodes = BTreeMap<(String, ServiceName), BTreeMap<String, String>>;
+
+/// The passing nodes, by name, and their metadata.
+async fn nodes(context: &Context, services: &[ServiceName]) -> Result<Nodes, Refusal> {
+    let mesh = context.registry.mesh();
+    let every = match services {
+        [] => answer(mesh.node_services()).await?,
+        _ => Vec::new(),
+    };
+    let mut all = Vec::new();
+    for service in services.iter().chain(&every) {
+        all.extend(answer(mesh.instances(service)).await?);
     }
-    nodes.sort();
-    nodes.dedup();
-    nodes.truncate(WATCHED_NODES_MAX);
-    Ok(nodes)
+    let named = all
+        .into_iter()
+        .filter_map(|instance| Some(((instance.node?, instance.service), instance.meta)));
+    let nodes: Nodes = named.collect();
+    Ok(nodes.into_iter().take(WATCHED_NODES_MAX).collect())
 }

@@ -226,11 +226,12 @@ impl Heritage {
             id,
             greeted,
             watches,
+            heartbeat,
             stream,
             upstreams: of_client,
         } in taken.clients
         {
-            let client = clients.resume(stream, id, greeted, watches, &context)?;
+            let client = clients.resume(stream, id, greeted, (watches, heartbeat), &context)?;
             upstreams.extend(
                 of_client
                     .into_iter()

@@ -169,6 +169,7 @@ impl Registry {
                 phase: Phase::Live,
                 kept: Some(handed.kept),
                 carried: None,
+                hung: false,
             };
             state.ids.insert(id.clone(), entry);
             all.push(HandedPorts {

@@ -9,6 +9,7 @@ mod checks;
 mod creation;
 mod enlist;
 mod handed;
+mod hung;
 mod leave;
 pub mod options;
 mod pending;
@@ -17,7 +18,7 @@ mod reserved;
 mod session;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     net::SocketAddr,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -142,6 +143,8 @@ struct Entry {
     kept: Option<Kept>,
     /// Ends with the entry, or before.
     carried: Option<Carried>,
+    /// Whether the mesh has it as critical, because its VM does not answer.
+    hung: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -393,6 +396,7 @@ impl Registry {
             agent: self.place.agent.clone(),
             address: self.place.inbound,
             protocol: Protocol::Meshx,
+            meta: BTreeMap::new(),
         }
     }
 
@@ -431,6 +435,7 @@ impl Registry {
                 phase: Phase::Pending,
                 kept: None,
                 carried: None,
+                hung: false,
             },
         );
         Ok(Pending::new(self.clone(), id.to_owned()))

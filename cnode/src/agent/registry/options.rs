@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::{Map, Value};
 
 use crate::agent::trust::{Peer, Trust};
-use crate::mesh::{DataPlane, Entry, Instance, Token, Weights};
+use crate::mesh::{DataPlane, Entry, Instance, META_CLUSTER, Token, Weights};
 use crate::proxy::cause::{Cause, Refusal};
 
 /// Most tags of an instance.
@@ -18,6 +18,8 @@ pub const META_MAX: usize = 56;
 pub const META_KEY_MAX: usize = 128;
 /// Longest value of metadata, in bytes (Consul's limit).
 pub const META_VALUE_MAX: usize = 512;
+/// Longest label of a cluster, in bytes.
+pub const CLUSTER_MAX: usize = 63;
 /// Longest time that a reply may wait for an instance to pass.
 pub const WAIT_MAX: Duration = Duration::from_secs(300);
 /// Shortest time to live of a check: its refreshes must not be what keeps Consul busy.
@@ -36,6 +38,8 @@ pub struct Options {
     pub tags: Vec<String>,
     /// Metadata.
     pub meta: BTreeMap<String, String>,
+    /// Label of its cluster.
+    pub cluster: Option<String>,
     /// Weights.
     pub weights: Option<Weights>,
     /// Time to live of the agent's check.
@@ -65,6 +69,7 @@ impl Default for Options {
         Self {
             tags: Vec::new(),
             meta: BTreeMap::new(),
+            cluster: None,
             weights: None,
             ttl: None,
             deregister_after: None,
@@ -245,6 +250,14 @@ impl Options {
                 )));
             }
         }
+        if let Some(label) = &self.cluster {
+            let good = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
+            if !(1..=CLUSTER_MAX).contains(&label.len()) || !label.bytes().all(good) {
+                return Err(Cause::InvalidRequest.because(format!(
+                    "cluster: {label:?}; wanted 1 to {CLUSTER_MAX} letters, digits, - and _"
+                )));
+            }
+        }
         if self.extra.contains_key("Checks") && self.token.is_none() {
             return Err(Cause::NotPermitted.because(
                 "registration: Checks: a check that Consul makes runs with Consul's rights; give the option token, \
@@ -266,7 +279,12 @@ impl Options {
     }
 
     /// The entry that the mesh is given.
-    pub fn entry(&self, instance: Instance, data_plane: DataPlane) -> Entry {
+    pub fn entry(&self, mut instance: Instance, data_plane: DataPlane) -> Entry {
+        instance.meta = self.meta.clone();
+        let label = self.cluster.iter();
+        instance
+            .meta
+            .extend(label.map(|label| (META_CLUSTER.to_owned(), label.clone())));
         Entry {
             instance,
             tags: self.tags.clone(),
@@ -453,6 +471,20 @@ mod tests {
             ),
             (with(&[("k", &long)]), Cause::Limit),
             (with(&[(&long, "v")]), Cause::Limit),
+            (
+                Options {
+                    cluster: Some("a b".into()),
+                    ..Options::default()
+                },
+                Cause::InvalidRequest,
+            ),
+            (
+                Options {
+                    cluster: Some("x".repeat(CLUSTER_MAX + 1)),
+                    ..Options::default()
+                },
+                Cause::InvalidRequest,
+            ),
             (with(&[("meshx-node", "shop@h1")]), Cause::InvalidRequest),
             (with(&[("", "v")]), Cause::InvalidRequest),
             (with(&[("a b", "v")]), Cause::InvalidRequest),

@@ -174,6 +174,7 @@ async fn give_all(channel: &mut Channel, whole: &Whole<'_>) -> io::Result<()> {
             id,
             greeted: parked.greeted,
             watches: parked.client.watches.handed(),
+            heartbeat: parked.client.heart.after(),
         };
         channel.send(&client, &[parked.stream.as_fd()]).await?;
         for (name, upstream, listener) in parked.client.upstreams.handed()? {

@@ -1,6 +1,6 @@
 //! What two processes of one agent tell each other (`docs/operations.md`, "Upgrading").
 
-use std::{collections::HashMap, net::SocketAddr, path::PathBuf};
+use std::{collections::HashMap, net::SocketAddr, path::PathBuf, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
@@ -97,6 +97,9 @@ pub(super) enum Give {
         /// Services that it watches the nodes of, by the watches' names.
         #[serde(default)]
         watches: HashMap<String, Vec<ServiceName>>,
+        /// How long it may be silent, when it is asked whether it lives.
+        #[serde(default)]
+        heartbeat: Option<Duration>,
     },
     /// An upstream's listener.
     Upstream {

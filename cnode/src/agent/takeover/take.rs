@@ -103,6 +103,7 @@ pub(in crate::agent) struct TakenClient {
     pub(in crate::agent) id: u64,
     pub(in crate::agent) greeted: bool,
     pub(in crate::agent) watches: HashMap<String, Vec<ServiceName>>,
+    pub(in crate::agent) heartbeat: Option<Duration>,
     pub(in crate::agent) stream: UnixStream,
     pub(in crate::agent) upstreams: Vec<(String, Upstream, OwnedFd)>,
 }
@@ -285,12 +286,18 @@ async fn receive_all(channel: &mut Channel) -> Result<Taken, TakeFault> {
     let mut upstreams = 0;
     loop {
         match next(channel).await? {
-            Give::Client { id, greeted, watches } if taken.clients.len() < CLIENTS_MAX => {
+            Give::Client {
+                id,
+                greeted,
+                watches,
+                heartbeat,
+            } if taken.clients.len() < CLIENTS_MAX => {
                 let stream = std::os::unix::net::UnixStream::from(channel.file()?);
                 taken.clients.push(TakenClient {
                     id,
                     greeted,
                     watches,
+                    heartbeat,
                     stream: UnixStream::from_std(stream)?,
                     upstreams: Vec::new(),
                 });

@@ -20,6 +20,9 @@ pub(super) struct NodeFlags<'a> {
     pub(super) short: bool,
     pub(super) cookie: Option<&'a str>,
     pub(super) hidden: bool,
+    pub(super) cluster: Option<&'a str>,
+    /// `KEY=VALUE`.
+    pub(super) meta: &'a [String],
     pub(super) carrier: Carrier<'a>,
     /// With plain distribution: IPv6.
     pub(super) inet6: bool,
@@ -63,6 +66,13 @@ impl NodeFlags<'_> {
         }
         if self.hidden {
             words.push(OsStr::new("-hidden"));
+        }
+        if let Some(label) = self.cluster {
+            words.extend([OsStr::new("-meshx_cluster"), OsStr::new(label)]);
+        }
+        if !self.meta.is_empty() {
+            words.push(OsStr::new("-meshx_meta"));
+            words.extend(self.meta.iter().map(OsStr::new));
         }
         let mut line = Vec::new();
         for word in words {
@@ -134,6 +144,18 @@ pub(super) fn check_name(node: &str) -> Result<(), String> {
         ));
     }
     Ok(())
+}
+
+/// Labels and metadata that reach the emulator as values: the agent checks the rest.
+pub(super) fn check_labels(cluster: Option<&str>, meta: &[String]) -> Result<(), String> {
+    let word = |word: &str| word.starts_with(|c: char| c.is_ascii_alphanumeric() || c == '_');
+    if let Some(label) = cluster.filter(|label| !word(label)) {
+        return Err(format!("--cluster {label:?}: wanted letters, digits, - and _"));
+    }
+    match meta.iter().find(|pair| !word(pair) || !pair.contains('=')) {
+        Some(pair) => Err(format!("--meta {pair:?}: wanted KEY=VALUE")),
+        None => Ok(()),
+    }
 }
 
 /// A cookie that reaches the emulator as the value of `-setcookie`: an empty word or one that looks like a flag
@@ -219,6 +241,25 @@ mod tests {
         assert_eq!(of("-name b", "-name ab +S 2", "-name a"), "-name b -name ab +S 2");
     }
 
+    #[test]
+    fn labels_reach_the_emulator_or_are_refused() {
+        let good = ["tier=a b".to_owned(), "_z=".to_owned()];
+        assert_eq!(check_labels(Some("blue"), &good), Ok(()));
+        assert_eq!(check_labels(None, &[]), Ok(()));
+        for (cluster, meta) in [
+            (Some("-x"), "a=1"),
+            (Some(""), "a=1"),
+            (None, "a"),
+            (None, "-a=1"),
+            (None, "+a=1"),
+        ] {
+            assert!(
+                check_labels(cluster, &[meta.to_owned()]).is_err(),
+                "{cluster:?} {meta}"
+            );
+        }
+    }
+
     /// The reader is a real emulator: what it says its arguments are is what was meant.
     #[test]
     fn a_real_emulator_reads_the_words_as_they_are() {
@@ -227,6 +268,8 @@ mod tests {
             short: false,
             cookie: Some("a 'b\"c\\d$e`f;g*(h)~i"),
             hidden: true,
+            cluster: Some("blue"),
+            meta: &["tier=a b".to_owned(), "zone=1".to_owned()],
             inet6: false,
             carrier: Carrier::Meshx(Path::new("/tmp/with  two blanks/it's \"x\"/ünï/$HOME/ebin")),
         };
@@ -249,6 +292,9 @@ mod tests {
             "proto_dist=meshx",
             "node_name=shop@h1",
             "pa=/tmp/with  two blanks/it's \"x\"/ünï/$HOME/ebin",
+            "meshx_cluster=blue",
+            "meshx_meta=tier=a b",
+            "meshx_meta=zone=1",
             "cookie_word=a 'b\"c\\d$e`f;g*(h)~i",
         ] {
             assert!(
@@ -266,6 +312,8 @@ mod tests {
                 short: true,
                 cookie: None,
                 hidden: false,
+                cluster: None,
+                meta: &[],
                 carrier,
                 inet6,
             }

@@ -43,6 +43,12 @@ pub(super) struct RunArgs {
     /// Start a hidden node
     #[arg(long)]
     hidden: bool,
+    /// Label of the node's cluster: links to nodes of another label are hidden
+    #[arg(long, value_name = "LABEL")]
+    cluster: Option<String>,
+    /// Metadata of the node in the catalogue; may be given several times
+    #[arg(long, value_name = "KEY=VALUE")]
+    meta: Vec<String>,
     /// Where meshx's compiled Erlang modules are [default: $MESHX_EBIN, then the _build directory here]
     #[arg(long, value_name = "DIR")]
     ebin: Option<PathBuf>,
@@ -58,6 +64,12 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     if let Some(cookie) = &args.cookie {
         flags::check_cookie(cookie).map_err(Failure::usage)?;
     }
+    flags::check_labels(args.cluster.as_deref(), &args.meta).map_err(Failure::usage)?;
+    if args.plain.epmd && (args.cluster.is_some() || !args.meta.is_empty()) {
+        return Err(Failure::usage(
+            "--cluster and --meta need our own modules in the VM, and --epmd starts it without: leave one of them out",
+        ));
+    }
     let (dir, environment) = agent_for(&args)?;
     let ebin = match args.plain.epmd {
         true => PathBuf::new(),
@@ -68,6 +80,8 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode, Failure> {
         short: args.sname,
         cookie: args.cookie.as_deref(),
         hidden: args.hidden,
+        cluster: args.cluster.as_deref(),
+        meta: &args.meta,
         carrier: match (args.plain.epmd, args.plain.plain) {
             (true, _) => Carrier::Epmd,
             (false, true) => Carrier::Plain(&ebin),

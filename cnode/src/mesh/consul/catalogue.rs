@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep};
 use super::client::{Client, Fault, Reply, Request, shorten};
 use super::watch::{Seen, watch};
 use super::{IDLE, META_AGENT, META_NODE, META_PROTOCOL, PROTOCOL_MESHX, RETRY, Slots, read};
-use crate::mesh::{Instance, Listed, MeshError, Present, Protocol, ServiceName, split_node};
+use crate::mesh::{Instance, Listed, META_CLUSTER, MeshError, Present, Protocol, ServiceName, split_node};
 
 /// Instances of one service that are taken; the rest are left out.
 pub(super) const INSTANCES_MAX: usize = 4096;
@@ -161,7 +161,17 @@ impl Catalogue {
 
     /// All passing nodes of agents.
     pub(super) async fn nodes(&self) -> Result<Vec<Instance>, MeshError> {
-        let checks = self.checks("").await?;
+        let listed = self.of_services(self.node_services().await?).await?;
+        let nodes = listed
+            .into_iter()
+            .filter(|listed| listed.is_passing() && listed.instance.node.is_some());
+        Ok(nodes.map(|listed| listed.instance).collect())
+    }
+
+    /// The services of all nodes of agents, passing or not: one request.
+    pub(super) async fn node_services(&self) -> Result<Vec<ServiceName>, MeshError> {
+        // A node's id is its name.
+        let checks = self.checks(" and ServiceID contains \"@\"").await?;
         let mut names: Vec<_> = checks
             .iter()
             .filter_map(|check| ServiceName::new(&check.service).ok())
@@ -169,11 +179,7 @@ impl Catalogue {
         names.sort();
         names.dedup();
         names.truncate(SERVICES_MAX);
-        let listed = self.of_services(names).await?;
-        let nodes = listed
-            .into_iter()
-            .filter(|listed| listed.is_passing() && listed.instance.node.is_some());
-        Ok(nodes.map(|listed| listed.instance).collect())
+        Ok(names)
     }
 
     /// Nodes and other instances of all agents, by the notes on their checks: one request. `only` narrows the
@@ -410,6 +416,14 @@ impl ServiceAnswer {
         self.meta.as_ref()?.get(key).map(String::as_str)
     }
 
+    /// What the registration gave, and the cluster's label.
+    fn shown_meta(&self) -> BTreeMap<String, String> {
+        let all = self.meta.iter().flatten();
+        all.filter(|(key, _)| !key.starts_with("meshx") || *key == META_CLUSTER)
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .collect()
+    }
+
     /// Where mesh connections to it are accepted. `node` is the address of its Consul node.
     pub(super) fn socket(&self, node: &str) -> Option<SocketAddr> {
         let address = if self.address.is_empty() {
@@ -448,6 +462,7 @@ impl ServiceAnswer {
             agent: self.meta(META_AGENT).unwrap_or_default().to_owned(),
             address: self.socket(node)?,
             protocol: if meshx { Protocol::Meshx } else { Protocol::Connect },
+            meta: self.shown_meta(),
         })
     }
 }

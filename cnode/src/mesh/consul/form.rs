@@ -7,7 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::catalogue::NOTE;
 use super::{META_AGENT, META_NODE, META_PROTOCOL, PROTOCOL_CONNECT, PROTOCOL_MESHX};
-use crate::mesh::{DataPlane, Entry, Instance, MeshError, Protocol, Sidecar};
+use crate::mesh::{DataPlane, Entry, Instance, META_CLUSTER, MeshError, Protocol, Sidecar};
 
 /// Time to live of a check, unless the entry says otherwise.
 pub(super) const TTL: Duration = Duration::from_secs(10);
@@ -48,8 +48,8 @@ pub(super) fn check_entry(entry: &Entry) -> Result<(), MeshError> {
     Ok(())
 }
 
-/// Everything that Consul is told of an entry of this agent (Consul API, "Register Service").
-pub(super) fn form(entry: &Entry, agent: &str) -> Map<String, Value> {
+/// Everything that Consul is told of an entry of this agent (Consul API, "Register Service"); `passing` or not.
+pub(super) fn form(entry: &Entry, agent: &str, passing: bool) -> Map<String, Value> {
     let Entry {
         instance,
         tags,
@@ -89,7 +89,7 @@ pub(super) fn form(entry: &Entry, agent: &str) -> Map<String, Value> {
         ("ID", json!(instance.id)),
         ("Address", json!(address.ip())),
         ("Port", json!(address.port())),
-        ("Check", check(entry, agent)),
+        ("Check", check(entry, agent, passing)),
         (
             "Connect",
             match data_plane {
@@ -127,17 +127,20 @@ fn own_meta(entry: &Entry, agent: &str) -> BTreeMap<&'static str, String> {
     if let Some(node) = &entry.instance.node {
         meta.insert(META_NODE, node.clone());
     }
+    if let Some(label) = entry.instance.meta.get(META_CLUSTER) {
+        meta.insert(META_CLUSTER, label.clone());
+    }
     meta
 }
 
-fn check(entry: &Entry, agent: &str) -> Value {
+fn check(entry: &Entry, agent: &str, passing: bool) -> Value {
     let after = entry.deregister_after.unwrap_or(DEREGISTER_AFTER);
     json!({
         "CheckID": check_id(&entry.instance.id),
         "Name": "meshx agent",
         "Notes": format!("{NOTE}{}", agent),
         "TTL": duration(ttl(entry)),
-        "Status": "passing",
+        "Status": if passing { "passing" } else { "critical" },
         "DeregisterCriticalServiceAfter": duration(after),
     })
 }

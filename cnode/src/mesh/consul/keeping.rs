@@ -85,10 +85,15 @@ impl Registrar {
                 .lock()
                 .held
                 .get(id)
-                .map(|held| (ttl(&held.entry) / 2, held.entry.adopt));
-            let Some((half, adopted)) = held else { return };
-            // A Consul that is back is to know us soon.
-            sleep(if failing { attempts.wait().min(half) } else { half }).await;
+                .map(|held| (ttl(&held.entry) / 2, held.entry.adopt, held.changed.clone()));
+            let Some((half, adopted, changed)) = held else {
+                return;
+            };
+            tokio::select! {
+                // A Consul that is back is to know us soon.
+                () = sleep(if failing { attempts.wait().min(half) } else { half }) => {}
+                () = changed.notified() => {}
+            }
             let result = if adopted {
                 self.refresh_adopted(id).await
             } else {
@@ -127,13 +132,22 @@ impl Registrar {
         if token != self.current(service) {
             return self.restore(id, "the token changed").await;
         }
-        let request = Request::put(&["agent", "check", "pass", &check_id(id)])
+        let request = self
+            .report(id, &check_id(id))
             .token(token)
             .right(write(service.as_ref()));
         match self.client.send(&request).await {
             Ok(_) => Ok(()),
             Err(fault) if fault.is_missing() => self.restore(id, "Consul does not know it any more").await,
             Err(fault) => Err(fault),
+        }
+    }
+
+    /// What its check is told: that it passes, or why not (Consul API, "TTL Check Pass" and "TTL Check Fail").
+    fn report(&self, id: &str, check: &str) -> Request {
+        match self.critical(id) {
+            None => Request::put(&["agent", "check", "pass", check]),
+            Some(reason) => Request::put(&["agent", "check", "fail", check]).query("note", reason),
         }
     }
 
@@ -150,7 +164,8 @@ impl Registrar {
             .right(read(service.as_ref()));
         let checks: HashMap<String, serde::de::IgnoredAny> = self.client.send(&request).await?.json()?;
         for check in checks.keys() {
-            let request = Request::put(&["agent", "check", "pass", check])
+            let request = self
+                .report(id, check)
                 .token(self.current(service))
                 .right(write(service.as_ref()));
             self.client.send(&request).await?;

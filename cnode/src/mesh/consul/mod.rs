@@ -313,6 +313,10 @@ impl Catalogue for ConsulMesh {
         Box::pin(self.catalogue.nodes())
     }
 
+    fn node_services(&self) -> Answer<'_, Vec<ServiceName>> {
+        Box::pin(self.catalogue.node_services())
+    }
+
     fn services(&self) -> Answer<'_, Vec<Listed>> {
         Box::pin(self.catalogue.every())
     }
@@ -380,6 +384,11 @@ impl Registration for ConsulMesh {
             }
             result
         })
+    }
+
+    fn set_critical(&self, id: &str, reason: Option<&str>) -> Answer<'_, ()> {
+        self.registrar.set_critical(id, reason);
+        Box::pin(std::future::ready(Ok(())))
     }
 
     fn passing(&self, id: &str) -> Answer<'_, ()> {

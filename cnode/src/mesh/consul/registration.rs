@@ -59,6 +59,10 @@ pub(super) struct Held {
     pub(super) token: Option<Token>,
     /// Where an adopted entry is reached.
     address: Option<SocketAddr>,
+    /// Why its check is to be critical.
+    pub(super) critical: Option<String>,
+    /// Fires when that changed.
+    pub(super) changed: Arc<Notify>,
     /// Ends its keeper.
     ended: CancellationToken,
 }
@@ -176,6 +180,19 @@ impl Registrar {
         }
     }
 
+    /// Its keeper tells Consul at once, and again whenever that is needed.
+    pub(super) fn set_critical(&self, id: &str, reason: Option<&str>) {
+        if let Some(held) = self.lock().held.get_mut(id) {
+            held.critical = reason.map(str::to_owned);
+            held.changed.notify_one();
+        }
+    }
+
+    /// Why the check of an entry that is held is to be critical.
+    pub(super) fn critical(&self, id: &str) -> Option<String> {
+        self.lock().held.get(id)?.critical.clone()
+    }
+
     async fn adopt(self: &Arc<Self>, entry: &Entry) -> Result<(), MeshError> {
         let Instance { id, service, .. } = &entry.instance;
         let Some(found) = self.agent_service(id, service).await? else {
@@ -270,7 +287,11 @@ impl Registrar {
             .query("replace-existing-checks", "true")
             .token(token.clone())
             .right(right)
-            .body(Value::Object(form(entry, &self.agent)));
+            .body(Value::Object(form(
+                entry,
+                &self.agent,
+                self.critical(&entry.instance.id).is_none(),
+            )));
         self.client.send(&request).await?;
         Ok(token)
     }
@@ -282,6 +303,8 @@ impl Registrar {
             entry: entry.clone(),
             token,
             address,
+            critical: None,
+            changed: Arc::default(),
             ended: ended.clone(),
         };
         let mut state = self.lock();

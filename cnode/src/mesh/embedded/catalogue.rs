@@ -35,7 +35,26 @@ pub(super) struct AgentEntry {
     address: SocketAddr,
     /// Nanoseconds since 1970, to tell which of two agents is older.
     started: u64,
-    instances: Vec<Instance>,
+    instances: Vec<Record>,
+}
+
+/// An instance, and how it is.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Record {
+    #[serde(flatten)]
+    pub(super) instance: Instance,
+    /// Why it does not pass. A release that does not know this takes it for passing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) critical: Option<String>,
+}
+
+impl From<Instance> for Record {
+    fn from(instance: Instance) -> Self {
+        Self {
+            instance,
+            critical: None,
+        }
+    }
 }
 
 impl AgentEntry {
@@ -128,7 +147,7 @@ impl OwnEntry {
         self.ours.store(true, Ordering::Relaxed);
         let _lock = dir.lock()?;
         let mut own = self.entry.lock().unwrap_or_else(PoisonError::into_inner);
-        own.instances = instances;
+        own.instances = instances.into_iter().map(Record::from).collect();
         write(dir, &own)
     }
 
@@ -167,7 +186,7 @@ impl OwnEntry {
                 }
             }
             let same = |i: &&Instance| i.id == instance.id || i.node.is_some() && i.node == instance.node;
-            if let Some(taken) = other.instances.iter().find(same) {
+            if let Some(taken) = other.instances.iter().map(|record| &record.instance).find(same) {
                 return Err(MeshError::NameTaken(format!(
                     "{} is registered by agent {}",
                     taken.id, other.id
@@ -175,8 +194,8 @@ impl OwnEntry {
             }
         }
         let mut next = own.clone();
-        next.instances.retain(|old| old.id != instance.id);
-        next.instances.push(instance);
+        next.instances.retain(|old| old.instance.id != instance.id);
+        next.instances.push(instance.into());
         write(dir, &next)?;
         *own = next;
         Ok(())
@@ -186,11 +205,30 @@ impl OwnEntry {
         let _lock = dir.lock()?;
         let mut own = self.entry.lock().unwrap_or_else(PoisonError::into_inner);
         let before = own.instances.len();
-        own.instances.retain(|old| old.id != id);
+        own.instances.retain(|old| old.instance.id != id);
         if own.instances.len() < before {
             // Should this fail, on a full disk say, the next change takes it out of the file as well.
             write(dir, &own)?;
         }
+        Ok(())
+    }
+
+    /// Says that an instance does not pass, and why; or that it does.
+    pub(super) fn set_critical(
+        &self,
+        dir: &MeshDir,
+        id: &str,
+        reason: Option<String>,
+    ) -> Result<(), MeshError> {
+        let _lock = dir.lock()?;
+        let mut own = self.entry.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut next = own.clone();
+        let Some(record) = next.instances.iter_mut().find(|record| record.instance.id == id) else {
+            return Ok(());
+        };
+        record.critical = reason;
+        write(dir, &next)?;
+        *own = next;
         Ok(())
     }
 
@@ -259,15 +297,15 @@ impl Entries {
         Ok(entries)
     }
 
-    /// The instances of all live agents for which `wanted` holds.
-    pub(super) fn instances(
+    /// The instances of all live agents for which `wanted` holds, passing or not.
+    pub(super) fn records(
         &self,
         dir: &MeshDir,
-        wanted: impl Fn(&Instance) -> bool,
-    ) -> Result<Vec<Instance>, MeshError> {
+        wanted: impl Fn(&Record) -> bool,
+    ) -> Result<Vec<Record>, MeshError> {
         let live = self.live(dir)?;
         let all = live.iter().flat_map(|entry| &entry.instances);
-        Ok(all.filter(|instance| wanted(instance)).cloned().collect())
+        Ok(all.filter(|record| wanted(record)).cloned().collect())
     }
 }
 
@@ -300,6 +338,7 @@ fn load(dir: &MeshDir, id: &str) -> Result<Option<AgentEntry>, MeshError> {
     if let Some(far) = entry
         .instances
         .iter()
+        .map(|record| &record.instance)
         .find(|instance| !instance.address.ip().is_loopback())
     {
         return Err(MeshError::Unavailable(format!(

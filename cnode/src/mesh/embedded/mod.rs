@@ -26,7 +26,7 @@ pub use dir::MeshDir;
 pub use rules::{Action, Pattern, Rule, Rules};
 
 use self::authority::Authority;
-use self::catalogue::{AgentEntry, OwnEntry};
+use self::catalogue::{AgentEntry, OwnEntry, Record};
 use futures::future::BoxFuture;
 use rustls::pki_types::CertificateDer;
 
@@ -193,8 +193,14 @@ impl Inner {
         work(&mut issued)
     }
 
+    fn records(&self, wanted: impl Fn(&Record) -> bool) -> Result<Vec<Record>, MeshError> {
+        self.own.entries.records(&self.dir, wanted)
+    }
+
+    /// Those that pass.
     fn instances(&self, wanted: impl Fn(&Instance) -> bool) -> Result<Vec<Instance>, MeshError> {
-        self.own.entries.instances(&self.dir, wanted)
+        let passing = self.records(|record| record.critical.is_none() && wanted(&record.instance))?;
+        Ok(passing.into_iter().map(|record| record.instance).collect())
     }
 
     fn identity(&self, service: &ServiceName) -> Result<Arc<Identity>, MeshError> {
@@ -261,8 +267,8 @@ impl Catalogue for EmbeddedMesh {
     fn present(&self, service: &ServiceName) -> Answer<'_, Present> {
         let service = service.clone();
         self.blocking(move |inner| {
-            let of_service = inner.instances(|instance| instance.service == service)?;
-            Ok(Present::new(of_service.iter(), 0))
+            let of_service = inner.records(|record| record.instance.service == service)?;
+            Ok(Present::new(of_service.iter().map(|record| &record.instance), 0))
         })
     }
 
@@ -272,14 +278,14 @@ impl Catalogue for EmbeddedMesh {
 
     fn services(&self) -> Answer<'_, Vec<Listed>> {
         self.blocking(|inner| {
-            let listed = |instance| Listed {
+            let listed = |Record { instance, critical }| Listed {
                 instance,
                 // A dead agent's instances are not there at all.
-                status: "passing".to_owned(),
+                status: critical.map_or_else(|| "passing".to_owned(), |why| format!("critical: {why}")),
                 tags: Vec::new(),
                 weight: 1,
             };
-            Ok(inner.instances(|_| true)?.into_iter().map(listed).collect())
+            Ok(inner.records(|_| true)?.into_iter().map(listed).collect())
         })
     }
 }
@@ -347,8 +353,13 @@ impl Registration for EmbeddedMesh {
         self.blocking(move |inner| inner.own.deregister(&inner.dir, &id))
     }
 
+    fn set_critical(&self, id: &str, reason: Option<&str>) -> Answer<'_, ()> {
+        let (id, reason) = (id.to_owned(), reason.map(str::to_owned));
+        self.blocking(move |inner| inner.own.set_critical(&inner.dir, &id, reason))
+    }
+
     fn passing(&self, _: &str) -> Answer<'_, ()> {
-        // There are no checks: what is registered passes.
+        // What is registered passes at first.
         Box::pin(std::future::ready(Ok(())))
     }
 

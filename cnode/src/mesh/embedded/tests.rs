@@ -3,7 +3,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
 use super::*;
-use crate::mesh::{Mesh, Protocol};
+use crate::mesh::{META_CLUSTER, Mesh, Protocol};
 
 fn open(dir: &Path, agent: &str, host: &str) -> EmbeddedMesh {
     EmbeddedMesh::open(
@@ -23,6 +23,7 @@ fn node(name: &str, agent: &str) -> Instance {
         agent: agent.to_owned(),
         address: "127.0.0.2:4000".parse().unwrap(),
         protocol: Protocol::Meshx,
+        meta: Default::default(),
     }
 }
 
@@ -57,6 +58,36 @@ async fn two_agents_share_names_and_one_authority() {
     a.deregister("shop@h1").await.unwrap();
     assert!(b.nodes().await.unwrap().is_empty());
     b.register(&Entry::plain(node("shop@h1", "a2"))).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_is_critical_is_shown_and_led_to_by_nobody() {
+    let temp = tempfile::tempdir().unwrap();
+    let dir = temp.path().join("mesh");
+    let (a, b) = (open(&dir, "a1", "h1"), open(&dir, "a2", "h2"));
+    let mut labelled = node("shop@h1", "a1");
+    labelled.meta = [(META_CLUSTER.to_owned(), "blue".to_owned())].into();
+    a.register(&Entry::plain(labelled.clone())).await.unwrap();
+    a.register(&Entry::plain(node("cart@h1", "a1"))).await.unwrap();
+    let of_others = fs::read_to_string(dir.join("agents/a1.json")).unwrap();
+    assert!(!of_others.contains("critical"), "{of_others}");
+    a.set_critical("shop@h1", Some("it hangs")).await.unwrap();
+    a.set_critical("none@h1", Some("it hangs")).await.unwrap();
+    assert_eq!(b.node("shop@h1").await.unwrap(), None);
+    assert!(b.instances(&service("shop")).await.unwrap().is_empty());
+    assert_eq!(b.nodes().await.unwrap(), [node("cart@h1", "a1")]);
+    // It is there all the same: its links stay, and its name is taken.
+    assert!(b.present(&service("shop")).await.unwrap().ids.contains("shop@h1"));
+    let status = |listed: Vec<Listed>| listed[0].status.clone();
+    assert_eq!(status(b.services().await.unwrap()), "critical: it hangs");
+    assert!(matches!(
+        b.register(&Entry::plain(node("shop@h1", "a2"))).await,
+        Err(MeshError::NameTaken(_))
+    ));
+    a.set_critical("shop@h1", None).await.unwrap();
+    assert_eq!(b.node("shop@h1").await.unwrap(), Some(labelled));
+    assert_eq!(b.node("shop@h1").await.unwrap().unwrap().cluster(), "blue");
+    assert_eq!(status(b.services().await.unwrap()), "passing");
 }
 
 #[tokio::test]

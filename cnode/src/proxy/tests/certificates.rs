@@ -424,6 +424,7 @@ async fn a_server_must_prove_exactly_the_service_that_was_dialled() {
         agent: "thief".to_owned(),
         address,
         protocol: Protocol::Meshx,
+        meta: Default::default(),
     };
     thief.register(&Entry::plain(instance.clone())).await.unwrap();
 

@@ -35,6 +35,7 @@ impl Elsewhere {
             agent: "other".to_owned(),
             address: self.address,
             protocol,
+            meta: Default::default(),
         };
         self.mesh.register(&Entry::plain(instance)).await.unwrap();
     }

@@ -216,6 +216,7 @@ async fn a_silent_agent_is_given_up() {
         agent: "mute".to_owned(),
         address,
         protocol: Protocol::Meshx,
+        meta: Default::default(),
     };
     mute.register(&Entry::plain(instance.clone())).await.unwrap();
     // The kernel takes the connection; nobody speaks.

@@ -155,6 +155,7 @@ impl Host {
             agent: self.name.clone(),
             address: self.address,
             protocol: Protocol::Meshx,
+            meta: Default::default(),
         };
         self.register(instance, secret.clone(), Endpoint::NodeSocket(path))
             .await;
@@ -175,6 +176,7 @@ impl Host {
             agent: self.name.clone(),
             address: self.address,
             protocol: Protocol::Meshx,
+            meta: Default::default(),
         };
         self.register(instance, Secret::generate().unwrap(), endpoint)
             .await;

@@ -145,6 +145,7 @@ async fn an_agent_that_is_silent_away_or_no_agent_is_told_apart() {
         agent: "h9".to_owned(),
         address,
         protocol: Protocol::Meshx,
+        meta: Default::default(),
     };
     h9.register(&Entry::plain(instance)).await.unwrap();
 
@@ -199,6 +200,7 @@ async fn a_certificate_that_the_other_agent_refuses_is_a_no() {
         agent: "h9".to_owned(),
         address,
         protocol: Protocol::Meshx,
+        meta: Default::default(),
     };
     h9.register(&Entry::plain(instance)).await.unwrap();
     let acceptor = tokio_rustls::TlsAcceptor::from(tls::server_config(&picky, Protocol::Meshx).unwrap());

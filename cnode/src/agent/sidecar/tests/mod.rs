@@ -102,6 +102,7 @@ impl World {
             agent: "a".into(),
             address,
             protocol: Protocol::Connect,
+            meta: Default::default(),
         };
         self.mesh.register(&Entry::plain(instance)).await.unwrap();
     }

@@ -10,6 +10,7 @@ fn entry(id: &str) -> Entry {
         agent: "a".into(),
         address: "127.0.0.1:7000".parse().unwrap(),
         protocol: Protocol::Meshx,
+        meta: Default::default(),
     })
 }
 

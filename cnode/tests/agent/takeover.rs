@@ -112,8 +112,12 @@ fn a_client_keeps_its_connection_its_names_and_its_links() {
     assert_eq!(taken.unwrap_err().0, "name_taken");
     stranger.hello();
     // The link is the first process's, is shown by the second, and carries bytes.
-    let shown = client.ask("links", map([])).unwrap();
-    assert!(shown.to_string().contains(&link), "{shown}");
+    let shown = || client.ask("links", map([])).unwrap().to_string().contains(&link);
+    until(
+        PATIENCE,
+        "the first process to tell the second of its link",
+        shown,
+    );
     near.write_all(b"more").unwrap();
     let mut bytes = [0; 4];
     far.read_exact(&mut bytes).unwrap();

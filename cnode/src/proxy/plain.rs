@@ -289,11 +289,12 @@ impl Proxy {
                 check_name(&mut bytes, &name, true)?;
                 let (remote, guard, preface) =
                     self.prepare_session(&name, uid, &attempt.target, link).await?;
-                (remote, guard, preface, true)
+                (remote, guard, preface, false)
             }
         };
         first.extend_from_slice(&bytes);
         write_all(&mut remote, &first, deadline).await?;
+        // A tool sees its own end as it likes.
         if hidden {
             hide_acceptor(stream, &mut remote, deadline).await?;
         }

@@ -323,10 +323,11 @@ async fn an_entry_says_what_it_was_given() {
         (&json!("7"), &json!(true))
     );
     let listed = mesh.services().await.unwrap();
-    assert_eq!(
-        (&listed[0].instance, &listed[0].tags),
-        (&entry.instance, &entry.tags)
-    );
+    let instance = meshx::mesh::Instance {
+        meta: entry.meta.clone(),
+        ..entry.instance.clone()
+    };
+    assert_eq!((&listed[0].instance, &listed[0].tags), (&instance, &entry.tags));
     mesh.deregister(&entry.instance.id).await.unwrap();
     assert!(consul.entry(&entry.instance.id).await.is_none());
 }

@@ -1,6 +1,8 @@
 //! The ordinary day: a service comes, is found, certified and authorised, and goes.
 
-use meshx::mesh::{Authorization, Catalogue, Certificates, Diagnosis, Level, Protocol, Registration};
+use meshx::mesh::{
+    Authorization, Catalogue, Certificates, Diagnosis, Level, META_CLUSTER, Protocol, Registration,
+};
 use reqwest::Method;
 use serde_json::Value;
 
@@ -40,6 +42,36 @@ async fn a_node_comes_and_goes() {
     })
     .await;
     a.deregister("shop@h1").await.unwrap();
+}
+
+#[tokio::test]
+async fn a_node_is_seen_with_its_label_and_metadata_and_counts_as_a_node_while_it_hangs() {
+    let consul = Consul::dev().await;
+    let (a, b) = (consul.mesh("a", &["h1"]), consul.mesh("b", &["h2"]));
+    let given = [("tier".to_owned(), "web".to_owned())];
+    let label = (META_CLUSTER.to_owned(), "blue".to_owned());
+    let mut entry = node("a", "shop@h1");
+    entry.meta = given.clone().into();
+    entry.instance.meta = given.into_iter().chain([label]).collect();
+    a.register(&entry).await.unwrap();
+    a.register(&plain("a", "echo", "echo-1")).await.unwrap();
+    let found = until("the node", || async { b.node("shop@h1").await.unwrap() }).await;
+    assert_eq!(found, entry.instance);
+    assert_eq!(found.cluster(), "blue");
+    assert_eq!(b.nodes().await.unwrap(), [found]);
+    // What is watched for nodes may pass later.
+    assert_eq!(b.node_services().await.unwrap(), [service("shop")]);
+    a.set_critical("shop@h1", Some("it hangs")).await.unwrap();
+    until("the critical node", || async {
+        b.nodes().await.unwrap().is_empty().then_some(())
+    })
+    .await;
+    assert_eq!(b.node_services().await.unwrap(), [service("shop")]);
+    a.set_critical("shop@h1", None).await.unwrap();
+    until("the node that passes again", || async {
+        (!b.nodes().await.unwrap().is_empty()).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -137,8 +137,11 @@ defmodule MeshxNode do
       {:error, {:not_ready, "this VM is not distributed: start it with -proto_dist meshx and a name"}}
   """
   @spec connect(node) :: :ok | {:error, refusal}
-  def connect(node) when is_atom(node) do
+  def connect(node) when is_atom(node), do: connect(node, :first)
+
+  defp connect(node, attempt) do
     started = :erlang.monotonic_time()
+    just_before = started - :erlang.convert_time_unit(1, :second, :native)
 
     case Node.connect(node) do
       true ->
@@ -151,6 +154,10 @@ defmodule MeshxNode do
         case :meshx_links.refusal(node) do
           {:ok, %{monotonic: at} = refusal} when at >= started ->
             {:error, {refusal.cause, refusal.text}}
+
+          # Another process had begun this attempt, and it was refused when we joined in: the next one is ours.
+          {:ok, %{monotonic: at}} when at >= just_before and attempt == :first ->
+            connect(node, :last)
 
           _ ->
             {:error, unexplained(node)}

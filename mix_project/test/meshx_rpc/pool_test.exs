@@ -29,6 +29,14 @@ defmodule MeshxRpc.PoolTest do
     assert tasks |> Task.await_many(20_000) |> Enum.uniq() == [:ok]
   end
 
+  # Stops a server, which waits for what it runs. What is asked from now on goes to others: the client has heard of it.
+  defp stopping(client, server) do
+    {:ok, {index, pid, _max_message, _trace}} = client |> Client.Pool.fetch!() |> Client.Pool.row()
+    stop = Task.async(fn -> Supervisor.stop(server) end)
+    await(fn -> not match?([{_index, ^pid, _max, _trace}], :ets.lookup(client, index)) end)
+    stop
+  end
+
   # A server that another process can stop.
   defp leaving(options) do
     id = unique("leaving")
@@ -185,7 +193,7 @@ defmodule MeshxRpc.PoolTest do
     connected(client, 1)
     calls = waiting(client, registered(), 3)
     TestRelay.target(relay, two)
-    stop = Task.async(fn -> Supervisor.stop(first) end)
+    stop = stopping(client, first)
     # Answered while the calls of before still run.
     await(fn -> Client.Pool.call(client, :echo, 1, 1_000, 100, 5) == 1 end)
     assert Task.yield(stop, 0) == nil
@@ -203,7 +211,7 @@ defmodule MeshxRpc.PoolTest do
     name = registered()
     calls = waiting(client, name, 3)
     TestRelay.target(relay, two)
-    stop = Task.async(fn -> Supervisor.stop(first) end)
+    stop = stopping(client, first)
     await(fn -> Client.Pool.call(client, :echo, 1, 1_000, 100, 5) == 1 end)
     busy = waiting(client, name, 3)
     answer(calls)
@@ -228,7 +236,7 @@ defmodule MeshxRpc.PoolTest do
       for {server, next} <- [{first, two}, {second, three}] do
         calls = waiting(client, name, 1)
         TestRelay.target(relay, next)
-        stop = Task.async(fn -> Supervisor.stop(server) end)
+        stop = stopping(client, server)
         await(fn -> Client.Pool.call(client, :echo, 1, 1_000, 100, 5) == 1 end)
         {calls, stop}
       end

@@ -126,12 +126,40 @@ fn write_separated(f: &mut Formatter<'_>, items: &[Term]) -> fmt::Result {
     Ok(())
 }
 
-/// Rust's shortest text that reads back as the same number, with the fraction that Erlang demands.
+/// As `float_to_list(Float, [short])` does: the fewest digits that read back as the same number, and an exponent where the
+/// text is shorter with it, or where not every integer is a float any more.
 fn write_float(f: &mut Formatter<'_>, value: f64) -> fmt::Result {
-    let text = format!("{value:?}");
-    match text.split_once('e') {
-        Some((mantissa, exponent)) if !mantissa.contains('.') => write!(f, "{mantissa}.0e{exponent}"),
-        _ => f.write_str(&text),
+    const EXACT: f64 = (1_u64 << 53) as f64;
+    if !value.is_finite() {
+        return write!(f, "{value:?}");
+    }
+    if value.is_sign_negative() {
+        f.write_char('-')?;
+    }
+    let shortest = format!("{:e}", value.abs());
+    let behind = shortest.find('e').unwrap_or_default().saturating_sub(2);
+    // Of two that are as short and as near, the even one.
+    let text = format!("{:.behind$e}", value.abs());
+    let (mantissa, exponent) = text.split_once('e').unwrap_or((&text, "0"));
+    let digits = mantissa.replace('.', "");
+    let (first, rest) = digits.split_at(1);
+    // The point stands behind so many of the digits.
+    let place = exponent.parse::<i64>().unwrap_or_default() + 1;
+    // What an exponent takes: its digits, the letter, and the point, behind which there must be a digit.
+    let cost = exponent.len() as i64 + if rest.is_empty() { 3 } else { 2 };
+    let zeros = |count: i64| "0".repeat(usize::try_from(count).unwrap_or_default());
+    match usize::try_from(place) {
+        Ok(0) => write!(f, "0.{digits}"),
+        Ok(at) if at < digits.len() => {
+            let (whole, fraction) = digits.split_at(at);
+            write!(f, "{whole}.{fraction}")
+        }
+        Ok(at) if (at - digits.len()) as i64 + 2 <= cost && value.abs() < EXACT => {
+            write!(f, "{digits}{}.0", zeros((at - digits.len()) as i64))
+        }
+        Err(_) if 2 - place <= cost => write!(f, "0.{}{digits}", zeros(-place)),
+        _ if rest.is_empty() => write!(f, "{first}.0e{exponent}"),
+        _ => write!(f, "{first}.{rest}e{exponent}"),
     }
 }
 

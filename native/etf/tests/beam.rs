@@ -201,6 +201,14 @@ proptest! {
     }
 
     #[test]
+    fn floats_are_written_as_a_beam_does(digits in 0..10_000_000_000_000_000_i64, shorter in 0..16_u32, exponent in -40..40) {
+        let float: f64 = format!("{}e{exponent}", digits / 10_i64.pow(shorter)).parse().unwrap();
+        let term = Term::list([Term::Float(float), Term::Float(-float)]);
+        let theirs = String::from_utf8(ask("show", &[&encoded(&term)])).unwrap();
+        prop_assert_eq!(term.to_string(), theirs);
+    }
+
+    #[test]
     fn heap_words_are_an_upper_estimate(term in term()) {
         let bytes = encoded(&term);
         let (_, words) = encodings("echo", &bytes);

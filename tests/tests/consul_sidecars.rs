@@ -104,7 +104,10 @@ fn services_on_both_sides(server_kind: &str, client_kind: Option<&str>) {
         sidecars(&consul, &[&h1, &h2]).is_empty()
     })
     .unwrap_or_else(|()| panic!("left: {:?}", sidecars(&consul, &[&h1, &h2])));
-    assert_eq!(consul.service_names().unwrap(), [""; 0]);
+    wait_until(Duration::from_secs(10), || {
+        consul.service_names().unwrap().is_empty()
+    })
+    .unwrap_or_else(|()| panic!("left: {:?}", consul.service_names()));
 }
 
 /// A port that is free on 127.0.0.1 now.

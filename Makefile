@@ -43,8 +43,12 @@ bench-cnode: preflight-test build
 bench-dist: preflight-test build
 	@exec $(CARGO_TARGET_DIR)/release/bench_dist $(ARGS)
 
-bench-mesh: preflight-test build
+# inet_tls_dist of the newest OTP is another one.
+bench-mesh: preflight-test build $(addprefix shop-otp-,$(lastword $(OTP_VERSIONS)))
 	@exec $(CARGO_TARGET_DIR)/release/bench_mesh $(ARGS)
+
+shop-otp-%: build
+	cd examples/shop && $(ON_OTP) MIX_ENV=prod MESHX_NIF=require mix do deps.get, compile
 
 bench-rpc: preflight-test build
 	@exec $(CARGO_TARGET_DIR)/release/bench_rpc $(ARGS)

@@ -85,7 +85,7 @@ impl BeamBuilder {
             COOKIE.into(),
         ];
         let libraries = libraries(self.otp);
-        let ebin = libraries.join("meshx/ebin");
+        let ebin = ebin_on(self.otp);
         arguments.extend(["--ebin".into(), ebin.display().to_string()]);
         arguments.extend(self.run_options);
         arguments.extend(["--".into(), "elixir".into()]);
@@ -144,8 +144,16 @@ fn start(
     Ok(Beam { process, name })
 }
 
+/// Whether this OTP is here, and the carrier compiled for it.
+pub fn has_otp(version: &str) -> bool {
+    otp_path(version).is_ok() && ebin_on(Some(version)).is_dir()
+}
+
 /// The search path with the programs of this OTP in front.
-fn otp_path(version: &str) -> Result<OsString> {
+///
+/// # Errors
+/// When `scripts/get-otp` has not fetched it.
+pub fn otp_path(version: &str) -> Result<OsString> {
     let erl = fetched(
         "",
         &format!("otp/{version}/bin/erl"),
@@ -159,7 +167,12 @@ fn otp_path(version: &str) -> Result<OsString> {
 
 /// Where the carrier is.
 pub fn ebin() -> PathBuf {
-    libraries(None).join("meshx/ebin")
+    ebin_on(None)
+}
+
+/// Where the carrier is that was compiled for this OTP out of `scripts/get-otp`.
+pub fn ebin_on(otp: Option<&str>) -> PathBuf {
+    libraries(otp).join("meshx/ebin")
 }
 
 /// Where `make build` and `make test` put the compiled example with its dependency `:meshx`: for the VM on the search

@@ -19,7 +19,7 @@ pub mod traffic;
 pub mod upgrade;
 
 pub use agent::{Agent, Mesh};
-pub use beam::{Beam, BeamBuilder, COOKIE, ebin};
+pub use beam::{Beam, BeamBuilder, COOKIE, ebin, ebin_on, has_otp, otp_path};
 pub use echo::{EchoClient, EchoServer};
 pub use network::Network;
 pub use process::{Process, kill_all, processes_with, wait_until};

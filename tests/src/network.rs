@@ -12,6 +12,11 @@ use crate::{Context, Process, Result, wait_until};
 /// The address of each host.
 pub const ADDRESSES: [&str; 2] = ["127.0.0.2", "127.0.0.3"];
 
+/// What goes onto a limited cable at once: a few of the largest packets that TCP hands down.
+const BURST: &str = "256kb";
+/// The longest that a packet waits before it.
+const QUEUE: &str = "50ms";
+
 const CABLE: [&str; 2] = ["mesh0", "mesh1"];
 
 /// The two hosts. They are gone with their last process, and the cable with them.
@@ -90,6 +95,35 @@ impl Network {
     pub fn heal(&self) -> Result<()> {
         self.run(1, &["ip", "link", "set", CABLE[1], "up"])?;
         self.route(1)
+    }
+
+    /// Lets no more than so many bits per second onto the cable, each way (token bucket, tc-tbf(8)), with a router's
+    /// queue before it.
+    ///
+    /// # Errors
+    /// When `tc` fails.
+    pub fn limit(&self, rate: u64) -> Result<()> {
+        for (host, cable) in CABLE.iter().enumerate() {
+            self.run(
+                host,
+                &[
+                    "tc",
+                    "qdisc",
+                    "add",
+                    "dev",
+                    cable,
+                    "root",
+                    "tbf",
+                    "rate",
+                    &format!("{rate}bit"),
+                    "burst",
+                    BURST,
+                    "latency",
+                    QUEUE,
+                ],
+            )?;
+        }
+        Ok(())
     }
 
     fn route(&self, host: usize) -> Result<()> {

@@ -20,6 +20,10 @@ pub fn machine() -> Vec<String> {
             read("/proc/sys/net/ipv4/tcp_congestion_control"),
         ),
         (
+            "what the kernel may take over from TCP's users (kTLS would be tls)",
+            read("/proc/sys/net/ipv4/tcp_available_ulp"),
+        ),
+        (
             "net.core.wmem_max, which caps the send buffers that are asked for",
             read("/proc/sys/net/core/wmem_max"),
         ),

@@ -57,11 +57,13 @@ pub fn tls_options(dir: &Path) -> Result<PathBuf> {
         .push(DnType::CommonName, "meshx bench authority");
     params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
     let ca = CertifiedIssuer::self_signed(params, key()?).context("make an authority")?;
-    // inet_tls_dist holds the host part of the node name, as a string, against the names of DNS.
+    // inet_tls_dist holds the host part of the node name against the names of DNS, as a string; that of OTP 29 takes it
+    // for the address that it is.
     let mut params = CertificateParams::default();
-    params.subject_alt_names = vec![SanType::DnsName(
-        "127.0.0.1".try_into().context("name a certificate")?,
-    )];
+    params.subject_alt_names = vec![
+        SanType::DnsName("127.0.0.1".try_into().context("name a certificate")?),
+        SanType::IpAddress([127, 0, 0, 1].into()),
+    ];
     params.extended_key_usages = vec![
         ExtendedKeyUsagePurpose::ServerAuth,
         ExtendedKeyUsagePurpose::ClientAuth,

@@ -8,14 +8,15 @@ mod idle;
 mod peers;
 mod tables;
 
+use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use meshx_tests::Result;
-use meshx_tests::bench::{Way, machine, rounds, write_report};
+use meshx_tests::bench::{Way, machine, relay, rounds, write_report};
+use meshx_tests::{Context, Result};
 
-use peers::{Kind, Pair, Stage};
+use peers::{Kind, NEWEST_OTP, Pair, Peer, Stage};
 
 /// Measures distribution over the mesh.
 #[derive(Debug, Parser)]
@@ -26,12 +27,19 @@ struct Arguments {
     /// How long each measurement lasts, in milliseconds
     #[arg(long, default_value_t = 1000)]
     ms: u64,
-    /// Only these peers; native is always there
+    /// Only these peers, on each OTP; native is always there
     #[arg(long, value_delimiter = ',')]
     peers: Vec<Kind>,
     /// Not over the long ways
     #[arg(long)]
     near: bool,
+    /// How this program starts itself on the other side of a long way
+    #[arg(long, hide = true)]
+    relay: Option<SocketAddr>,
+    #[arg(long, hide = true, default_value_t = 0)]
+    delay_ms: u64,
+    #[arg(long, hide = true, default_value_t = 0)]
+    rate: u64,
 }
 
 /// What one peer did in one round.
@@ -88,16 +96,33 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
+    if let Some(target) = arguments.relay {
+        let way = Way {
+            delay: Duration::from_millis(arguments.delay_ms),
+            rate: arguments.rate,
+        };
+        println!("relay {}", relay(way, target)?);
+        // As long as who started it has this open.
+        std::io::copy(&mut std::io::stdin(), &mut std::io::sink()).context("wait for the end")?;
+        return Ok(());
+    }
     let started = Instant::now();
-    let facts = machine();
-    let wanted =
-        |kind: &Kind| *kind == Kind::Native || arguments.peers.is_empty() || arguments.peers.contains(kind);
-    let kinds: Vec<Kind> = Kind::ALL.iter().copied().filter(wanted).collect();
-    let stage = Stage::new(&kinds, None)?;
+    let mut facts = machine();
+    let wanted = |peer: &Peer| {
+        peer.kind == Kind::Native || arguments.peers.is_empty() || arguments.peers.contains(&peer.kind)
+    };
+    let mut peers = Peer::all();
+    if peers.iter().all(|peer| peer.otp.is_none()) {
+        facts.push(format!(
+            "OTP {NEWEST_OTP}: not here, or Meshx not compiled for it, so not measured"
+        ));
+    }
+    peers.retain(wanted);
+    let stage = Stage::new(&peers, None)?;
     let mut pairs = Vec::new();
-    for kind in &kinds {
-        eprintln!("starting {kind}");
-        pairs.push(stage.start(*kind)?);
+    for peer in &peers {
+        eprintln!("starting {peer}");
+        pairs.push(stage.start(*peer)?);
     }
     let ms = arguments.ms;
     pairs
@@ -108,20 +133,24 @@ fn run(arguments: &Arguments) -> Result<()> {
     })?;
     drop(pairs);
     let mut idle = Vec::new();
-    for kind in &kinds {
-        idle.push(idle::idle(&stage, *kind)?);
+    for peer in &peers {
+        // What stands between the nodes knows nothing of their OTP.
+        idle.push(match peer.otp {
+            None => idle::idle(&stage, peer.kind)?,
+            Some(_) => None,
+        });
     }
     drop(stage);
     let mut far = Vec::new();
     for way in WAYS.into_iter().filter(|_| !arguments.near) {
-        far.push((way, over(way, &kinds, arguments.rounds, ms)?));
+        far.push((way, over(way, &peers, arguments.rounds, ms)?));
     }
     let (text, svg) = tables::report(&tables::Measured {
         facts,
         rounds: arguments.rounds,
         ms,
         took: started.elapsed(),
-        kinds,
+        peers,
         samples,
         idle,
         far,
@@ -133,15 +162,16 @@ fn run(arguments: &Arguments) -> Result<()> {
 }
 
 /// Who goes over a long way, and how.
-type Far = Vec<(Kind, Vec<FarSample>)>;
+type Far = Vec<(Peer, Vec<FarSample>)>;
 
-fn over(way: Way, kinds: &[Kind], count: usize, ms: u64) -> Result<Far> {
-    let kinds: Vec<Kind> = kinds.iter().copied().filter(|kind| FAR.contains(kind)).collect();
-    let stage = Stage::new(&kinds, Some(way))?;
+fn over(way: Way, peers: &[Peer], count: usize, ms: u64) -> Result<Far> {
+    let goes = |peer: &&Peer| peer.otp.is_none() && FAR.contains(&peer.kind);
+    let peers: Vec<Peer> = peers.iter().filter(goes).copied().collect();
+    let stage = Stage::new(&peers, Some(way))?;
     let mut pairs = Vec::new();
-    for kind in &kinds {
-        eprintln!("starting {kind} over {:?} each way", way.delay);
-        pairs.push(stage.start(*kind)?);
+    for peer in &peers {
+        eprintln!("starting {peer} over {:?} each way", way.delay);
+        pairs.push(stage.start(*peer)?);
     }
     let samples = rounds(&mut pairs, count, "a long way", |pair| {
         pair.settle()?;
@@ -152,7 +182,7 @@ fn over(way: Way, kinds: &[Kind], count: usize, ms: u64) -> Result<Far> {
             p50,
         })
     })?;
-    Ok(kinds.into_iter().zip(samples).collect())
+    Ok(peers.into_iter().zip(samples).collect())
 }
 
 fn measure(pair: &mut Pair, ms: u64) -> Result<Sample> {

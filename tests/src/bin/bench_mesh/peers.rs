@@ -6,13 +6,18 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::ValueEnum;
-use meshx_tests::bench::{CpuClock, Way, ask, distribution_flags, free_port, relay, tls_options};
+use meshx_tests::bench::{CpuClock, Way, ask, distribution_flags, free_port, tls_options};
 use meshx_tests::consul::{Consul, Service};
 use meshx_tests::envoy::Envoy;
-use meshx_tests::{Agent, Context, Mesh, Process, Result, ebin, program, repository};
+use meshx_tests::network::ADDRESSES;
+use meshx_tests::{
+    Agent, Context, Mesh, Network, Process, Result, ebin_on, has_otp, otp_path, program, repository,
+};
 use tempfile::TempDir;
 
 const START: Duration = Duration::from_secs(60);
+/// The newest OTP that nodes run on.
+pub(crate) const NEWEST_OTP: &str = "29";
 /// The buffers that a node of Meshx gives its socket, for everybody.
 const BUFFERS: &str = "{nodelay,true},{buffer,262144},{recbuf,262144},{sndbuf,1048576}";
 /// Where TCP is to find its own: it grows them to what a long way needs, unless they are set.
@@ -64,13 +69,41 @@ impl fmt::Display for Kind {
     }
 }
 
+/// Who is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Peer {
+    pub(crate) kind: Kind,
+    /// The OTP of its nodes, where it is not that of the search path.
+    pub(crate) otp: Option<&'static str>,
+}
+
+impl Peer {
+    /// All that can be measured here, in the order of the tables.
+    pub(crate) fn all() -> Vec<Self> {
+        let newest = [Kind::Native, Kind::Tls, Kind::TlsTuned].map(|kind| (kind, Some(NEWEST_OTP)));
+        let own = Kind::ALL.iter().map(|kind| (*kind, None));
+        own.chain(newest.into_iter().filter(|_| has_otp(NEWEST_OTP)))
+            .map(|(kind, otp)| Self { kind, otp })
+            .collect()
+    }
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { kind, otp } = self;
+        write!(f, "{kind}")?;
+        otp.map_or(Ok(()), |otp| write!(f, ", OTP {otp}"))
+    }
+}
+
 /// What all of them stand on.
 pub(crate) struct Stage {
     dir: TempDir,
     pub(crate) agents: [Agent; 2],
     consul: Option<Consul>,
     /// What is between the two sides; none where they are side by side.
-    way: Option<Way>,
+    far: Option<(Way, Network)>,
+    _relays: Vec<Process>,
     // Removed after what lives in it.
     _mesh: Mesh,
 }
@@ -86,8 +119,8 @@ pub(crate) struct Pair {
 }
 
 impl Stage {
-    /// With a Consul where one of `kinds` needs it, and a long way between the sides if one is given.
-    pub(crate) fn new(kinds: &[Kind], way: Option<Way>) -> Result<Self> {
+    /// With a Consul where one of `peers` needs it, and a long way between the sides if one is given.
+    pub(crate) fn new(peers: &[Peer], way: Option<Way>) -> Result<Self> {
         let dir = tempfile::Builder::new()
             .prefix("mxb")
             .tempdir()
@@ -104,23 +137,33 @@ impl Stage {
             return Err(format!("erlc {}: {compiled}", source.display()));
         }
         let mesh = Mesh::new()?;
-        let first = mesh.agent("a", "127.0.0.2", &["h1"])?;
-        let second = match way {
-            Some(way) => {
-                let inbound = SocketAddr::from(([127, 0, 0, 3], free_port()?));
-                let advertised = relay(way, inbound)?.to_string();
-                mesh.agent_at(
-                    &[],
-                    "b",
-                    &inbound.to_string(),
-                    &["h2"],
-                    &["--advertise", &advertised],
-                )?
-            }
-            None => mesh.agent("b", "127.0.0.3", &["h2"])?,
+        let mut far = None;
+        if let Some(way) = way {
+            let network = Network::new().map_err(|e| format!("{e}\n--near leaves out the long ways"))?;
+            network.limit(way.rate)?;
+            far = Some((way, network));
+        }
+        let agent = |side: usize, name, host, bind: &str, options: &[&str]| {
+            let on = far
+                .as_ref()
+                .map_or_else(Vec::new, |(_, network)| network.on(side));
+            mesh.agent_at(&on, name, bind, &[host], options)
         };
-        let proxied = |kind: &Kind| matches!(kind, Kind::Proxies | Kind::Envoys);
-        let consul = match kinds.iter().any(proxied) {
+        let [first, second] = ADDRESSES;
+        let first = agent(0, "a", "h1", &format!("{first}:0"), &[])?;
+        let mut relays = Vec::new();
+        let second = match &far {
+            Some((way, network)) => {
+                // Nobody else is on that host.
+                let inbound = format!("{second}:7800");
+                let (relay, advertised) = relay(*way, network, &inbound)?;
+                relays.push(relay);
+                agent(1, "b", "h2", &inbound, &["--advertise", &advertised.to_string()])?
+            }
+            None => agent(1, "b", "h2", &format!("{second}:0"), &[])?,
+        };
+        let proxied = |peer: &Peer| matches!(peer.kind, Kind::Proxies | Kind::Envoys);
+        let consul = match peers.iter().any(proxied) {
             true => Some(Consul::start()?),
             false => None,
         };
@@ -128,23 +171,28 @@ impl Stage {
             dir,
             agents: [first, second],
             consul,
-            way,
+            far,
+            _relays: relays,
             _mesh: mesh,
         })
     }
 
-    /// Starts the two nodes of a kind, and connects them.
-    pub(crate) fn start(&self, kind: Kind) -> Result<Pair> {
+    /// Starts the two nodes of a peer, and connects them.
+    pub(crate) fn start(&self, peer: Peer) -> Result<Pair> {
         let port = free_port()?;
-        let (peer, between) = self.between(kind, port)?;
-        let [name, other] = ["answers", "sends"].map(|role| match kind {
-            Kind::Native => format!("{role}@{}", if role == "answers" { "h2" } else { "h1" }),
-            _ => format!("{role}-{}@127.0.0.1", format!("{kind:?}").to_lowercase()),
+        let (at, between) = self.between(peer.kind, port)?;
+        let [name, other] = [("answers", "h2"), ("sends", "h1")].map(|(role, host)| {
+            let who = format!("{role}-{:?}{}", peer.kind, peer.otp.unwrap_or_default()).to_lowercase();
+            match peer.kind {
+                Kind::Native => format!("{who}@{host}"),
+                // In the certificates of inet_tls_dist.
+                _ => format!("{who}@127.0.0.1"),
+            }
         });
-        let (answers, answers_pid) = self.vm(kind, &name, &self.agents[1], port, peer)?;
-        let (mut sender, sender_pid) = self.vm(kind, &other, &self.agents[0], free_port()?, peer)?;
+        let (answers, answers_pid) = self.vm(peer, &name, 1, port, at)?;
+        let (mut sender, sender_pid) = self.vm(peer, &other, 0, free_port()?, at)?;
         ask(&mut sender, &format!("connect {name}"))?;
-        let pids = match kind {
+        let pids = match peer.kind {
             Kind::Native => self.agents.iter().map(|agent| agent.process.pid()).collect(),
             _ => between.iter().map(Process::pid).collect(),
         };
@@ -159,16 +207,17 @@ impl Stage {
     }
 
     /// What stands before the node that answers at `port`, and where it is reached.
-    fn between(&self, kind: Kind, port: u16) -> Result<(u16, Vec<Process>)> {
+    fn between(&self, kind: Kind, port: u16) -> Result<(SocketAddr, Vec<Process>)> {
         if let Kind::Proxies | Kind::Envoys = kind {
             let upstream = local(free_port()?);
             let processes = self.sidecars(kind, "dist", local(port), upstream)?;
-            return Ok((upstream.port(), processes));
+            return Ok((upstream, processes));
         }
-        let (Some(way), Kind::Tcp | Kind::Tls | Kind::TlsTuned) = (self.way, kind) else {
-            return Ok((port, Vec::new()));
+        let (Some((way, network)), Kind::Tcp | Kind::Tls | Kind::TlsTuned) = (&self.far, kind) else {
+            return Ok((local(port), Vec::new()));
         };
-        Ok((relay(way, local(port))?.port(), Vec::new()))
+        let (relay, at) = relay(*way, network, &format!("{}:{port}", ADDRESSES[1]))?;
+        Ok((at, vec![relay]))
     }
 
     /// Two sidecars: who connects to `upstream` reaches `application` through both.
@@ -205,27 +254,45 @@ impl Stage {
         })
     }
 
-    fn vm(&self, kind: Kind, name: &str, agent: &Agent, port: u16, peer: u16) -> Result<(Process, u32)> {
+    /// A node on one of the two sides that listens at `port`, where that is its own, and finds its peer `at`.
+    fn vm(
+        &self,
+        Peer { kind, otp }: Peer,
+        name: &str,
+        side: usize,
+        port: u16,
+        at: SocketAddr,
+    ) -> Result<(Process, u32)> {
+        let ebin = ebin_on(otp);
+        let path = otp.map(otp_path).transpose()?;
         let mut words = vec![
             "-pa".to_owned(),
-            ebin().join("../../*/ebin").display().to_string(),
+            ebin.join("../../*/ebin").display().to_string(),
             repository().join("tests/bench/dist.exs").display().to_string(),
         ];
         match kind {
             Kind::Carrier => words.extend([name.into(), "adapter".into(), self.file("carrier")]),
             _ => words.push("boot".into()),
         }
-        let mut process = if kind == Kind::Native {
-            let ebin = ebin().display().to_string();
-            let run = ["run", name, "--cookie", "bench", "--ebin", &ebin, "--", "elixir"].map(str::to_owned);
-            Process::start(name, program("meshx")?, run.into_iter().chain(words), |command| {
-                command.env("MESHX_DIR", agent.dir());
-            })?
+        let mut line = if kind == Kind::Native {
+            let (meshx, ebin) = (
+                program("meshx")?.display().to_string(),
+                ebin.display().to_string(),
+            );
+            let run = [&meshx, "run", name, "--cookie", "bench", "--ebin", &ebin, "--"];
+            run.map(str::to_owned).to_vec()
         } else {
-            Process::start(name, "elixir", words, |command| {
-                command.env("ERL_FLAGS", self.flags(kind, name, port, peer));
-            })?
+            self.on(side)
         };
+        line.push("elixir".into());
+        line.extend(words);
+        let mut process = Process::start(name, &line[0], &line[1..], |command| {
+            command.envs(path.map(|path| ("PATH", path)));
+            match kind {
+                Kind::Native => command.env("MESHX_DIR", self.agents[side].dir()),
+                _ => command.env("ERL_FLAGS", self.flags(kind, name, side, port, at)),
+            };
+        })?;
         let line = process.wait_for(START, |line| line.strip_prefix("ready ").map(str::to_owned))?;
         let (pid, _) = line
             .split_once(' ')
@@ -233,20 +300,37 @@ impl Stage {
         Ok((process, pid.parse().context("the VM's process id")?))
     }
 
-    fn flags(&self, kind: Kind, name: &str, port: u16, peer: u16) -> String {
+    /// What starts a program on a side.
+    fn on(&self, side: usize) -> Vec<String> {
+        self.far
+            .as_ref()
+            .map_or_else(Vec::new, |(_, network)| network.on(side))
+    }
+
+    fn flags(&self, kind: Kind, name: &str, side: usize, port: u16, at: SocketAddr) -> String {
+        let own = match self.far {
+            Some(_) => ADDRESSES[side],
+            None => "127.0.0.1",
+        };
         let found = format!(
             "-name {name} -setcookie bench -start_epmd false -pa {} -epmd_module bench_epmd -bench_port {port} \
-             -bench_peer {peer} -kernel inet_dist_use_interface {{127,0,0,1}}",
-            self.dir.path().display()
+             -bench_peer {} -bench_address {} -kernel inet_dist_use_interface {{{}}}",
+            self.dir.path().display(),
+            at.port(),
+            at.ip(),
+            own.replace('.', ","),
         );
-        let buffers = match self.way {
+        let buffers = match self.far {
             Some(_) => NO_BUFFERS,
             None => BUFFERS,
         };
         let tls = format!("-proto_dist inet_tls -ssl_dist_optfile {}", self.file("tls.conf"));
         match kind {
             Kind::Native => String::new(),
-            Kind::Carrier => format!("-pa {} -proto_dist Elixir.MeshxNode -no_epmd", ebin().display()),
+            Kind::Carrier => format!(
+                "-pa {} -proto_dist Elixir.MeshxNode -no_epmd",
+                ebin_on(None).display()
+            ),
             Kind::Tcp | Kind::Proxies | Kind::Envoys => format!("{found} {}", distribution_flags(buffers)),
             Kind::Tls => format!("{found} {tls} {}", distribution_flags(NO_BUFFERS)),
             Kind::TlsTuned => format!("{found} {tls} {}", distribution_flags(buffers)),
@@ -257,6 +341,18 @@ impl Stage {
         let path: PathBuf = self.dir.path().join(name);
         path.display().to_string()
     }
+}
+
+/// A process on the second host that leads to `target` there with the way's delay, and its address.
+fn relay(way: Way, network: &Network, target: &str) -> Result<(Process, SocketAddr)> {
+    let mut line = network.on(1);
+    let own = std::env::current_exe().context("find the running program")?;
+    line.push(own.display().to_string());
+    let [delay, rate] = [way.delay.as_millis().to_string(), way.rate.to_string()];
+    line.extend(["--relay", target, "--delay-ms", &delay, "--rate", &rate].map(str::to_owned));
+    let mut process = Process::start("relay", &line[0], &line[1..], |_| {})?;
+    let address = process.wait_for(START, |line| line.strip_prefix("relay ").map(str::to_owned))?;
+    Ok((process, address.parse().context("the relay's address")?))
 }
 
 pub(crate) fn local(port: u16) -> SocketAddr {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use meshx_tests::bench::{Limit, Quartiles, Series, Table, Way, bars, judge, median, ratios};
 
-use crate::peers::Kind;
+use crate::peers::{Kind, NEWEST_OTP, Peer};
 use crate::{Far, Sample};
 
 const MIB: f64 = 1_048_576.0;
@@ -29,8 +29,8 @@ pub(crate) struct Measured {
     pub(crate) rounds: usize,
     pub(crate) ms: u64,
     pub(crate) took: Duration,
-    pub(crate) kinds: Vec<Kind>,
-    /// Kind by kind, as all that follows.
+    pub(crate) peers: Vec<Peer>,
+    /// Peer by peer, as all that follows.
     pub(crate) samples: Vec<Vec<Sample>>,
     /// Bytes of an idle link.
     pub(crate) idle: Vec<Option<f64>>,
@@ -39,7 +39,7 @@ pub(crate) struct Measured {
 
 /// The text and the plot.
 pub(crate) fn report(measured: &Measured) -> (String, String) {
-    let Measured { kinds, samples, .. } = measured;
+    let Measured { peers, samples, .. } = measured;
     let mut text = format!(
         "# Distribution over the mesh\n\n{} interleaved rounds, {} ms for each figure, {:.0} s in all. Ratios are \
          paired, shown as median (lower-upper quartile); a limit is met when its worse quartile keeps it.\n\n",
@@ -50,11 +50,11 @@ pub(crate) fn report(measured: &Measured) -> (String, String) {
     for fact in &measured.facts {
         let _ = writeln!(text, "- {fact}");
     }
-    let column = |kind: Kind, field: fn(&Sample) -> f64| -> Option<Vec<f64>> {
-        let at = kinds.iter().position(|known| *known == kind)?;
+    let column = |peer: Peer, field: fn(&Sample) -> f64| -> Option<Vec<f64>> {
+        let at = peers.iter().position(|known| *known == peer)?;
         Some(samples.get(at)?.iter().map(field).collect())
     };
-    let ratio = |ours: Kind, theirs: Kind, field: fn(&Sample) -> f64| {
+    let ratio = |ours: Peer, theirs: Peer, field: fn(&Sample) -> f64| {
         Some(ratios(&column(ours, field)?, &column(theirs, field)?))
     };
 
@@ -68,12 +68,12 @@ pub(crate) fn report(measured: &Measured) -> (String, String) {
         "new links/s",
         "KiB of an idle link",
     ]);
-    for (kind, idle) in kinds.iter().zip(&measured.idle) {
+    for (peer, idle) in peers.iter().zip(&measured.idle) {
         let show = |field: fn(&Sample) -> f64, unit: f64, digits: usize| {
-            column(*kind, field).map_or_else(String::new, |v| format!("{:.digits$}", median(&v) / unit))
+            column(*peer, field).map_or_else(String::new, |v| format!("{:.digits$}", median(&v) / unit))
         };
         all.row(vec![
-            kind.to_string(),
+            peer.to_string(),
             show(bulk, MIB, 0),
             show(|s| s.cpu, 1.0 / GIB, 2),
             show(|s| s.between, 1.0 / GIB, 2),
@@ -96,11 +96,13 @@ pub(crate) fn report(measured: &Measured) -> (String, String) {
         "CPU per byte, ratio",
     ]);
     let (mut names, mut series) = (Vec::new(), [Vec::new(), Vec::new()]);
-    for (ours, theirs, at_least, aim, trip) in LIMITS {
+    let held_on = |otp| LIMITS.iter().map(move |limits| (otp, limits));
+    for (otp, (ours, theirs, at_least, aim, trip)) in held_on(None).chain(held_on(Some(NEWEST_OTP))) {
+        let [ours, theirs] = [*ours, *theirs].map(|kind| Peer { kind, otp });
         let figures = (
-            ratio(*ours, *theirs, bulk),
-            ratio(*ours, *theirs, p50),
-            ratio(*ours, *theirs, |s| s.cpu),
+            ratio(ours, theirs, bulk),
+            ratio(ours, theirs, p50),
+            ratio(ours, theirs, |s| s.cpu),
         );
         let (Some(rate), Some(times), Some(cpu)) = figures else {
             continue;
@@ -146,20 +148,20 @@ pub(crate) fn report(measured: &Measured) -> (String, String) {
 
 fn far(ways: &[(Way, Far)]) -> String {
     let mut table = Table::new(&[
-        "over a relay with",
+        "between two network namespaces",
         "",
         "part of its rate, messages of 1 MiB",
         "at least",
         "",
         "p50 ms",
     ]);
-    for (way, kinds) in ways {
-        for (kind, samples) in kinds {
+    for (way, peers) in ways {
+        for (peer, samples) in peers {
             let share: Vec<f64> = samples.iter().map(|sample| sample.share).collect();
             let trips: Vec<f64> = samples.iter().map(|sample| sample.p50 / 1000.0).collect();
             table.row(vec![
                 format!("{:?} each way, {} Mbit/s", way.delay, way.rate / 1_000_000),
-                kind.to_string(),
+                peer.to_string(),
                 Quartiles::of(&share).to_string(),
                 SHARE.to_string(),
                 judge(&share, SHARE).to_string(),

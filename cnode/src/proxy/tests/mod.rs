@@ -3,6 +3,7 @@
 
 mod certificates;
 mod connect;
+mod crowds;
 mod foreign;
 mod hostile;
 mod links;

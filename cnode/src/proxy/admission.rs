@@ -14,8 +14,8 @@ use crate::mesh::SpiffeId;
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Origin {
     who: Who,
-    /// Where it comes from, for those who come from several places.
-    from: Option<IpAddr>,
+    /// Which of his hosts or programs it is.
+    part: Option<Part>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -23,8 +23,13 @@ enum Who {
     Unknown,
     Address(IpAddr),
     User(u32),
-    Here(String),
     Service(SpiffeId),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Part {
+    Host(IpAddr),
+    Registration(String),
 }
 
 impl Origin {
@@ -32,7 +37,7 @@ impl Origin {
     pub(crate) const UNKNOWN: Self = Self::new(Who::Unknown);
 
     const fn new(who: Who) -> Self {
-        Self { who, from: None }
+        Self { who, part: None }
     }
 
     /// Somebody who has proven nothing. Of IPv6 a host may have all addresses of a /64.
@@ -48,22 +53,25 @@ impl Origin {
         Self::new(Who::User(uid))
     }
 
-    /// A registration of this agent, by its id.
-    pub(crate) fn here(id: &str) -> Self {
-        Self::new(Who::Here(id.to_owned()))
+    /// A registration of this agent, by its id, and the user whose it is: he may have many.
+    pub(crate) fn registration(uid: u32, id: &str) -> Self {
+        Self {
+            who: Who::User(uid),
+            part: Some(Part::Registration(id.to_owned())),
+        }
     }
 
     /// A service that has shown its certificate, and the host that it did it from.
     pub(crate) fn service(id: SpiffeId, from: IpAddr) -> Self {
         Self {
             who: Who::Service(id),
-            from: Some(from.to_canonical()),
+            part: Some(Part::Host(from.to_canonical())),
         }
     }
 }
 
 /// Room for connections under way. The newest always gets in, and whoever has most makes room for it with his oldest:
-/// of all services that with most, and of its hosts that with most. So who opens many connections, and leaves them half
+/// of all services that with most, and of its hosts that with most; of all users likewise, and of their programs. So who opens many connections, and leaves them half
 /// done or not, pushes out his own.
 #[derive(Debug)]
 pub(crate) struct Admission {
@@ -78,7 +86,7 @@ type Places = BTreeMap<u64, CancellationToken>;
 #[derive(Debug, Default)]
 struct Slots {
     next: u64,
-    taken: HashMap<Who, HashMap<Option<IpAddr>, Places>>,
+    taken: HashMap<Who, HashMap<Option<Part>, Places>>,
 }
 
 /// How many of `max` one origin may have: others find room at once.
@@ -114,7 +122,7 @@ impl Admission {
         let id = slots.next;
         slots.next += 1;
         let parts = slots.taken.entry(origin.who.clone()).or_default();
-        parts.entry(origin.from).or_default().insert(id, evicted);
+        parts.entry(origin.part.clone()).or_default().insert(id, evicted);
         drop(slots);
         Place {
             admission: self.clone(),
@@ -138,7 +146,7 @@ impl Slots {
         let places = self
             .taken
             .get(&origin.who)
-            .and_then(|parts| parts.get(&origin.from));
+            .and_then(|parts| parts.get(&origin.part));
         places.map_or(0, Places::len)
     }
 
@@ -149,12 +157,12 @@ impl Slots {
             .taken
             .iter()
             .max_by_key(|(_, parts)| (size(parts), Reverse(parts.values().filter_map(oldest).min())))?;
-        let (from, _) = parts
+        let (part, _) = parts
             .iter()
             .max_by_key(|(_, places)| (places.len(), Reverse(oldest(places))))?;
         Some(Origin {
             who: who.clone(),
-            from: *from,
+            part: part.clone(),
         })
     }
 
@@ -163,7 +171,7 @@ impl Slots {
         let places = self
             .taken
             .get(&origin.who)
-            .and_then(|parts| parts.get(&origin.from));
+            .and_then(|parts| parts.get(&origin.part));
         let Some((&id, evicted)) = places.and_then(Places::first_key_value) else {
             return false;
         };
@@ -176,7 +184,7 @@ impl Slots {
         let Some(parts) = self.taken.get_mut(&origin.who) else {
             return;
         };
-        if let Some(places) = parts.get_mut(&origin.from) {
+        if let Some(places) = parts.get_mut(&origin.part) {
             places.remove(&id);
         }
         parts.retain(|_, places| !places.is_empty());
@@ -186,7 +194,7 @@ impl Slots {
     }
 }
 
-fn size(parts: &HashMap<Option<IpAddr>, Places>) -> usize {
+fn size(parts: &HashMap<Option<Part>, Places>) -> usize {
     parts.values().map(Places::len).sum()
 }
 

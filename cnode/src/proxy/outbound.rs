@@ -142,7 +142,7 @@ impl Proxy {
             let text = format!("uid {uid} dials as {}, wanted uid {}", dialler.id, dialler.uid);
             return Err(Cause::NotPermitted.because(text));
         }
-        slot.is_of(Origin::here(&dialler.id));
+        slot.is_of(Origin::registration(uid, &dialler.id));
         self.prepare_between(dialler, target, link).await
     }
 

@@ -274,7 +274,7 @@ impl Proxy {
                 )));
             }
             Some(dialler) => {
-                slot.is_of(Origin::here(&dialler.instance.id));
+                slot.is_of(Origin::registration(uid, &dialler.instance.id));
                 let Prepared {
                     remote,
                     link,

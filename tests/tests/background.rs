@@ -220,6 +220,29 @@ fn who_comes_while_an_agent_ends_has_an_agent() {
     wait_end(&runtime, "the last agent");
 }
 
+/// Somebody reads a pipe, on descriptor 3, until everybody has closed it.
+#[test]
+fn an_agent_in_the_background_holds_nobodys_files() {
+    let mesh = Mesh::new().unwrap();
+    let runtime = runtime_dir(&mesh);
+    let program = program("meshx").unwrap();
+    let script = "\"$0\" start --idle-exit 600 3>&1 >/dev/null";
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", script])
+        .arg(program)
+        .env("XDG_RUNTIME_DIR", &runtime)
+        .env_remove("MESHX_DIR");
+    // Returns at the pipe's end.
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    let pids = agents(&runtime);
+    assert_eq!(pids.len(), 1);
+    let pid = rustix::process::Pid::from_raw(pids[0].try_into().unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    wait_end(&runtime, "an agent after SIGTERM");
+}
+
 /// What an agent that ends does to a connection that it has not accepted yet.
 #[test]
 fn a_connection_that_breaks_is_tried_again() {

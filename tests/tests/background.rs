@@ -8,10 +8,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use meshx_tests::{BeamBuilder, Mesh, ebin, processes_with, program, wait_until};
+use meshx_tests::{BeamBuilder, Mesh, Process, ebin, processes_with, program, repository, wait_until};
 
 /// What a shared agent of these tests stays unused, in seconds.
 const IDLE: &str = "2";
+/// A VM boots, on a busy machine.
+const BOOT: Duration = Duration::from_secs(120);
 /// How long its end may take after that: three times what is promised, and no less than a busy machine needs.
 const END: Duration = Duration::from_secs(3 * 2 + 30);
 
@@ -220,6 +222,29 @@ fn who_comes_while_an_agent_ends_has_an_agent() {
     wait_end(&runtime, "the last agent");
 }
 
+/// Somebody reads a pipe, on descriptor 3, until everybody has closed it.
+#[test]
+fn an_agent_in_the_background_holds_nobodys_files() {
+    let mesh = Mesh::new().unwrap();
+    let runtime = runtime_dir(&mesh);
+    let program = program("meshx").unwrap();
+    let script = "\"$0\" start --idle-exit 600 3>&1 >/dev/null";
+    let mut command = Command::new("sh");
+    command
+        .args(["-c", script])
+        .arg(program)
+        .env("XDG_RUNTIME_DIR", &runtime)
+        .env_remove("MESHX_DIR");
+    // Returns at the pipe's end.
+    let output = command.output().unwrap();
+    assert!(output.status.success(), "{}", said(&output));
+    let pids = agents(&runtime);
+    assert_eq!(pids.len(), 1);
+    let pid = rustix::process::Pid::from_raw(pids[0].try_into().unwrap()).unwrap();
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+    wait_end(&runtime, "an agent after SIGTERM");
+}
+
 /// What an agent that ends does to a connection that it has not accepted yet.
 #[test]
 fn a_connection_that_breaks_is_tried_again() {
@@ -279,6 +304,56 @@ fn a_private_agent_ends_with_its_node() {
     wait_end(&runtime, "the second private agent");
     // The mesh that the first node's user would share was not made.
     assert_eq!(fs::read_dir(&runtime).unwrap().count(), 0);
+}
+
+/// A VM whose application is configured so, and that `meshx run` has not started.
+fn application(runtime: &Path, agent: &str) -> Process {
+    let ebin = ebin().display().to_string();
+    let script = repository().join("tests/support/console.exs");
+    let words = ["-pa", &ebin, script.to_str().unwrap(), "meshx"];
+    let mut vm = Process::start(agent, "elixir", words, |command| {
+        command
+            .env("XDG_RUNTIME_DIR", runtime)
+            .env("MESHX_PROGRAM", program("meshx").unwrap())
+            .env("ERL_FLAGS", format!("-meshx agent {agent}"));
+    })
+    .unwrap();
+    vm.wait_for(BOOT, |line| line.starts_with("ready ").then_some(()))
+        .unwrap();
+    vm
+}
+
+/// The nodes of its agent, and where it was told to look for it, as Elixir shows them.
+fn nodes_and_dir(vm: &mut Process) -> String {
+    let ask = "{:ok, _} = :meshx_agent.start(); {:ok, %{nodes: nodes}} = :meshx_agent.call(:names, %{}); {nodes, System.get_env(\"MESHX_DIR\")}";
+    vm.write_line(ask).unwrap();
+    vm.wait_for(BOOT, |line| line.starts_with("ok ").then(|| line.to_owned()))
+        .unwrap()
+}
+
+#[test]
+fn an_application_is_configured_to_have_an_agent() {
+    let mesh = Mesh::new().unwrap();
+    let runtime = runtime_dir(&mesh);
+    let shared = format!("{{shared,[{{idle_exit,{IDLE}}}]}}");
+    let mut first = application(&runtime, &shared);
+    let mut second = application(&runtime, &shared);
+    assert_eq!(agents(&runtime).len(), 1);
+    for vm in [&mut first, &mut second] {
+        assert_eq!(nodes_and_dir(vm), "ok {[], nil}");
+    }
+    let mut alone = application(&runtime, "private");
+    let told = nodes_and_dir(&mut alone);
+    let dir = told.strip_prefix("ok {[], \"").unwrap().trim_end_matches("\"}");
+    assert!(Path::new(dir).starts_with(&runtime), "{told}");
+    assert_eq!(agents(&runtime).len(), 2);
+
+    alone.kill();
+    wait_until(END, || !Path::new(dir).exists()).unwrap();
+    first.kill();
+    assert_eq!(nodes_and_dir(&mut second), "ok {[], nil}");
+    second.kill();
+    wait_end(&runtime, "the agent of two applications");
 }
 
 #[test]

@@ -45,6 +45,9 @@ const IDLE_EXIT: u64 = 60;
 const START_LOCK: &str = "start.lock";
 /// What the agent's log calls a connection that keeps it.
 const HOLDER: &str = concat!("meshx/", env!("CARGO_PKG_VERSION"), " run");
+/// Executes its arguments without the files that this process may have got: somebody may wait for the end of a pipe,
+/// as a VM does for that of its port.
+const WITHOUT_OTHERS_FILES: &str = r#"exec "$0" "$@" 3<&- 4<&- 5<&- 6<&- 7<&- 8<&- 9<&-"#;
 /// Bytes of what an agent that does not start says that are passed on.
 const COMPLAINT_MAX: u64 = 16 << 10;
 
@@ -232,8 +235,10 @@ pub(super) async fn private(host: Option<&str>) -> Result<Private, Failure> {
 fn program(words: &[&str]) -> Result<Command, Failure> {
     let own = std::env::current_exe()
         .map_err(|error| Failure::new(EX_OSERR, format!("where this program is: {error}")))?;
-    let mut command = Command::new(own);
+    let mut command = Command::new("/bin/sh");
     command
+        .args(["-c", WITHOUT_OTHERS_FILES])
+        .arg(own)
         .arg("agent")
         .args(words)
         // Nobody's file system is kept from being taken away.

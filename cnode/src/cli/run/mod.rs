@@ -11,15 +11,16 @@ use std::{
         unix::process::CommandExt,
     },
     path::PathBuf,
-    process::{Command, ExitCode},
+    process::{Command, ExitCode, Stdio},
 };
 
 use flags::{Carrier, NodeFlags};
 use plain::PlainArgs;
 pub(super) use plain::{InetrcArgs, inetrc};
+use rustix::process::{Pid, Signal, set_parent_process_death_signal, test_kill_process};
 
 use super::{
-    EX_OSERR, Failure,
+    EX_OSERR, EX_UNAVAILABLE, Failure,
     background::{self, IdleOption},
     block_on, connect,
 };
@@ -69,6 +70,9 @@ pub(super) struct RunArgs {
     ebin: Option<PathBuf>,
     #[command(flatten)]
     plain: PlainArgs,
+    /// For programs that run this one: COMMAND gets SIGTERM when the parent process ends, has no standard input, and does not start when PID has ended
+    #[arg(long, value_name = "PID", hide = true)]
+    end_with: Option<i32>,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<OsString>,
@@ -126,8 +130,13 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     if let Some(hold) = hold {
         keep(hold)?;
     }
+    let mut command = Command::new(program);
+    if let Some(pid) = args.end_with {
+        end_with(pid)?;
+        command.stdin(Stdio::null());
+    }
     // Returns only when the command could not be started.
-    let error = Command::new(program)
+    let error = command
         .args(arguments)
         .env(ERL_FLAGS, flags::prepend(&own, &present, &outer))
         .env(OWN_FLAGS, &own)
@@ -194,6 +203,20 @@ fn check_host(client: &ControlClient, name: &str, agent: WhichAgent) -> Result<(
             )),
         }),
         _ => Ok(()),
+    }
+}
+
+/// SIGTERM once the parent has ended, which the command keeps (PR_SET_PDEATHSIG in prctl(2)). `pid` is what the parent
+/// lives for: when it is there now, the parent's end is still to come.
+fn end_with(pid: i32) -> Result<(), Failure> {
+    set_parent_process_death_signal(Some(Signal::TERM))
+        .map_err(|error| Failure::new(EX_OSERR, format!("cannot end with process {pid}: {error}")))?;
+    match Pid::from_raw(pid).map(test_kill_process) {
+        Some(Ok(())) => Ok(()),
+        _ => Err(Failure::new(
+            EX_UNAVAILABLE,
+            format!("process {pid}, with which the command is to end, has ended"),
+        )),
     }
 }
 

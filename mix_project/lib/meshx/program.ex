@@ -95,7 +95,7 @@ defmodule Meshx.Program do
 
     # Cargo knows whether there is something to do, which takes minutes the first time.
     unless File.regular?(built),
-      do: Mix.shell().info("Compiling the agent (cargo build --release)")
+      do: Mix.shell().info("Compiling the agent (cargo build --release), which takes some minutes")
 
     case cargo(args, target) do
       {_output, 0} ->

@@ -338,6 +338,20 @@ mod tests {
     }
 
     #[test]
+    fn a_user_of_many_registrations_counts_as_one() {
+        let admission = Admission::new(8);
+        let web: Vec<_> = (0..2)
+            .map(|_| admission.enter(Origin::registration(1, "web@h1")))
+            .collect();
+        let many: Vec<_> = (0..6)
+            .map(|at| admission.enter(Origin::registration(2, &format!("n{at}@h1"))))
+            .collect();
+        let _newest = admission.enter(Origin::user(3));
+        assert_eq!(gone(&web), [false; 2]);
+        assert_eq!(gone(&many), [true, false, false, false, false, false]);
+    }
+
+    #[test]
     fn who_is_known_better_counts_among_those() {
         let (strangers, known) = (Admission::new(4), Admission::new(4));
         let slot = strangers.enter(from(1));

@@ -1,8 +1,8 @@
 %% Links that the agent's end took away come back by themselves.
 %%
 %% A VM cannot know what another one wants, so it connects again only to whom it was connected when the agent went, the
-%% same way, and gives up after a while: then `dist_auto_connect' or the program's own ways do the rest, as after any
-%% other loss.
+%% same way, and not to whom it disconnected from by itself. It gives up after a while: then `dist_auto_connect' or the
+%% program's own ways do the rest, as after any other loss.
 -module(meshx_again).
 
 -export([connect/1]).

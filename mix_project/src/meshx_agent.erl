@@ -283,10 +283,14 @@ handle_event(info, {'DOWN', Monitor, process, _, _}, State, #data{node = #node{m
     end;
 handle_event(info, {'DOWN', _, process, Pid, _}, _, Data) ->
     {keep_state, Data#data{subscribers = maps:remove(Pid, Data#data.subscribers)}};
-handle_event(info, {'EXIT', Pid, _}, _, #data{ended = Ended} = Data) when is_pid(Pid) ->
+handle_event(info, {'EXIT', Pid, Reason}, _, #data{ended = Ended} = Data) when is_pid(Pid) ->
     case meshx_links:down(Pid) of
         [] ->
             keep_state_and_data;
+        %% By `erlang:disconnect_node/1': nobody wants it back.
+        Links when Reason =:= disconnect ->
+            Nodes = [Node || {Node, _} <- Links],
+            {keep_state, Data#data{ended = [Known || {_, {Node, _}} = Known <- Ended, not lists:member(Node, Nodes)]}};
         Links ->
             Now = erlang:monotonic_time(millisecond),
             {keep_state, Data#data{ended = lists:sublist([{Now, Link} || Link <- Links] ++ Ended, ?MAX_ENDED)}}

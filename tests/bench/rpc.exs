@@ -3,9 +3,11 @@
 #   rpc.exs server erpc                      ready OSPID NODE
 #   rpc.exs server rpc CHECKSUM CODEC        ready OSPID PORT
 #   rpc.exs server mesh CHECKSUM             ready OSPID SERVICE
+#   rpc.exs server socket                    ready OSPID PORT
 #   rpc.exs client erpc NODE
 #   rpc.exs client rpc CHECKSUM CODEC PORT
-#   rpc.exs client mesh CHECKSUM SERVICE     ready OSPID client
+#   rpc.exs client mesh CHECKSUM SERVICE
+#   rpc.exs client socket PORT               ready OSPID client
 #
 #   settle                       collects garbage                 -> done
 #   slice                        the longest call of the NIF since -> done NANOSECONDS
@@ -16,6 +18,54 @@
 
 defmodule Bench.Server do
   def echo(argument), do: argument
+end
+
+# What two VMs can do with sockets: one for each caller, a process behind it, nothing else.
+defmodule Bench.Socket do
+  @size 262_144
+  @options [:binary, packet: 4, active: false, nodelay: true] ++
+             [buffer: @size, recbuf: @size, sndbuf: @size]
+
+  def listen do
+    {:ok, listen} = :gen_tcp.listen(0, [ip: {127, 0, 0, 1}, backlog: 128] ++ @options)
+    {:ok, port} = :inet.port(listen)
+    spawn_link(fn -> accept(listen) end)
+    port
+  end
+
+  defp accept(listen) do
+    {:ok, socket} = :gen_tcp.accept(listen)
+    server = spawn(fn -> receive(do: (:go -> serve(socket))) end)
+    :ok = :gen_tcp.controlling_process(socket, server)
+    send(server, :go)
+    accept(listen)
+  end
+
+  defp serve(socket) do
+    with {:ok, bytes} <- :gen_tcp.recv(socket, 0) do
+      :ok = :gen_tcp.send(socket, bytes |> decode() |> Bench.Server.echo() |> encode())
+      serve(socket)
+    end
+  end
+
+  def call(port, argument) do
+    socket = Process.get(:socket) || connect(port)
+    :ok = :gen_tcp.send(socket, encode(argument))
+    {:ok, bytes} = :gen_tcp.recv(socket, 0)
+    decode(bytes)
+  end
+
+  # It goes with the caller.
+  defp connect(port) do
+    {:ok, socket} = :gen_tcp.connect({127, 0, 0, 1}, port, @options)
+    Process.put(:socket, socket)
+    socket
+  end
+
+  defp encode(binary) when is_binary(binary), do: [0 | binary]
+  defp encode(term), do: [1 | :erlang.term_to_iovec(term)]
+  defp decode(<<0, binary::binary>>), do: binary
+  defp decode(<<1, bytes::binary>>), do: :erlang.binary_to_term(bytes, [:safe])
 end
 
 defmodule Bench do
@@ -38,6 +88,8 @@ defmodule Bench do
     "bench-rpc"
   end
 
+  def server(["socket"]), do: Bench.Socket.listen()
+
   def client(["erpc", node]) do
     node = String.to_atom(node)
     await(fn -> Node.connect(node) end)
@@ -51,6 +103,11 @@ defmodule Bench do
 
   def client(["mesh", checksum, service]) do
     rpc([mesh: [adapter: Meshx.Agent, service: service]] ++ options(checksum, "nif"))
+  end
+
+  def client(["socket", port]) do
+    port = String.to_integer(port)
+    &Bench.Socket.call(port, &1)
   end
 
   defp rpc(options) do

@@ -78,6 +78,22 @@ impl BeamBuilder {
     /// # Errors
     /// When the process cannot be started.
     pub fn spawn(self, agent: &Agent) -> Result<Beam> {
+        self.spawn_with("MESHX_DIR", agent.dir())
+    }
+
+    /// Starts it for a user with this `XDG_RUNTIME_DIR`, and waits until it answers: `meshx run` is to find the agent
+    /// or to start one.
+    ///
+    /// # Errors
+    /// When it does not boot: the text has its output.
+    pub fn start_for(self, runtime_dir: &Path) -> Result<Beam> {
+        let mut beam = self.spawn_with("XDG_RUNTIME_DIR", runtime_dir)?;
+        beam.process
+            .wait_for(START, |line| line.starts_with("ready ").then_some(()))?;
+        Ok(beam)
+    }
+
+    fn spawn_with(self, variable: &str, directory: &Path) -> Result<Beam> {
         let mut arguments = vec![
             "run".to_owned(),
             self.name.clone(),
@@ -94,7 +110,13 @@ impl BeamBuilder {
             None => None,
             Some(version) => Some(otp_path(version)?),
         };
-        start(self.name, program("meshx")?, arguments, path, agent)
+        start(
+            self.name,
+            program("meshx")?,
+            arguments,
+            path,
+            (variable, directory),
+        )
     }
 
     /// Starts a VM without a name, by hand and not by `meshx run`: it may start distribution later.
@@ -104,7 +126,13 @@ impl BeamBuilder {
     pub fn start_nameless(self, agent: &Agent) -> Result<Beam> {
         let flags = format!("-proto_dist meshx -no_epmd -setcookie {COOKIE} {}", self.erl);
         let arguments = console(&libraries(None), &flags, &self.apps);
-        let mut beam = start(self.name, "elixir".into(), arguments, None, agent)?;
+        let mut beam = start(
+            self.name,
+            "elixir".into(),
+            arguments,
+            None,
+            ("MESHX_DIR", agent.dir()),
+        )?;
         beam.process
             .wait_for(START, |line| line.starts_with("ready ").then_some(()))?;
         Ok(beam)
@@ -132,10 +160,10 @@ fn start(
     program: PathBuf,
     arguments: Vec<String>,
     path: Option<OsString>,
-    agent: &Agent,
+    (variable, directory): (&str, &Path),
 ) -> Result<Beam> {
     let process = Process::start(&name, program, arguments, |command| {
-        command.env("MESHX_DIR", agent.dir());
+        command.env(variable, directory);
         if let Some(path) = path {
             command.env("PATH", path);
         }

@@ -197,3 +197,48 @@ fn a_gibibyte_goes_through_in_constant_memory() {
     println!("resident {before:?} -> at most {most:?} KiB");
     wait_until(SOON, || world.live() == [0.0; 2]).unwrap();
 }
+
+/// More at once than one agent decides at a time: they wait, and nobody hears `limit`.
+#[test]
+fn six_hundred_links_at_once_all_come_through() {
+    const LINKS: usize = 600;
+    let world = World::new();
+    let echo = EchoServer::start([127, 0, 0, 1]).unwrap();
+    let address = world.reach(echo.address());
+    let dial = || {
+        let mut stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(SOON)).unwrap();
+        // May have been refused already.
+        let _ = stream.write_all(b"!");
+        stream
+    };
+    let began = Instant::now();
+    let (mut waiting, mut again) = ((0..LINKS).map(|_| dial()).collect::<Vec<_>>(), 0);
+    let mut through = Vec::new();
+    while let Some(mut stream) = waiting.pop() {
+        if matches!(stream.read(&mut [0]), Ok(1)) {
+            through.push(stream);
+        } else {
+            // Its time was over, on a busy machine.
+            again += 1;
+            assert!(
+                began.elapsed() < SOON,
+                "{} of {LINKS} came through",
+                through.len()
+            );
+            waiting.push(dial());
+        }
+    }
+    println!(
+        "{LINKS} links at once after {:?}, {again} of them tried again",
+        began.elapsed()
+    );
+    assert_eq!(world.live(), [LINKS as f64; 2]);
+    for agent in [&world.h1, &world.h2] {
+        let metrics = agent.metrics().unwrap();
+        let limited = |line: &&str| line.starts_with("meshx_refusals_total") && line.contains("\"limit\"");
+        for line in metrics.lines().filter(limited) {
+            assert!(line.ends_with(" 0"), "{line}");
+        }
+    }
+}

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use meshx_tests::{Beam, Mesh};
+use meshx_tests::{Agent, Beam, BeamBuilder, Mesh};
 
 /// Promised: within 1 s. Three times that is the deadline here.
 const FREED: Duration = Duration::from_secs(3);
@@ -56,6 +56,32 @@ fn a_node_registers_again_when_its_agent_comes_back() {
     cart.expect("MeshxNode.connect(:shop@h1)", ":ok").unwrap();
     assert_eq!(shop.eval(":erlang.system_info(:creation)").unwrap(), creation);
     shop.expect("MeshxNode.peer(:cart@h2) |> elem(0)", ":ok").unwrap();
+}
+
+/// Links that an agent took along are made again; what was taken down on purpose just before is not.
+#[test]
+fn a_node_that_was_disconnected_stays_so_when_the_agent_comes_back() {
+    let mesh = Mesh::new().unwrap();
+    let mut h1 = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    let h2 = mesh.agent("b", "127.0.0.3", &["h2"]).unwrap();
+    // No link but by hand.
+    let node = |agent: &Agent, name: &str| {
+        let flags = "-connect_all false -kernel prevent_overlapping_partitions false";
+        BeamBuilder::new(name).erl(flags).start(agent).unwrap()
+    };
+    let (_cart, _search) = (node(&h2, "cart@h2"), node(&h2, "search@h2"));
+    let mut shop = node(&h1, "shop@h1");
+    shop.expect("MeshxNode.connect(:cart@h2)", ":ok").unwrap();
+    shop.expect("MeshxNode.connect(:search@h2)", ":ok").unwrap();
+    shop.expect(":net_kernel.monitor_nodes(true)", ":ok").unwrap();
+    shop.expect("Node.disconnect(:cart@h2)", "true").unwrap();
+    h1.process.kill();
+    let lost = "receive do {:nodedown, :search@h2} -> :down after 30_000 -> Node.list() end";
+    shop.expect(lost, ":down").unwrap();
+    let _h1 = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    // It is tried in the order of their names.
+    let back = "receive do {:nodeup, :search@h2} -> Node.list() after 30_000 -> :none end";
+    shop.expect(back, "[:search@h2]").unwrap();
 }
 
 #[test]

@@ -15,4 +15,5 @@ pub mod sidecar;
 pub mod takeover;
 pub mod trust;
 
+pub(crate) use daemon::quoted;
 pub use daemon::{Agent, Event, STOP_TIME, StartError};

@@ -22,6 +22,8 @@ pub const DIST_SOCKET: &str = "dist.sock";
 pub const TAKEOVER_SOCKET: &str = "takeover.sock";
 /// Name of the file in the agent's directory by which names outlive an agent that is killed.
 pub const NAMES_FILE: &str = "names.json";
+/// Name of the file in the agent's directory that holds the log of an agent in the background.
+pub const LOG_FILE: &str = "agent.log";
 /// Directory below the agent's in which nodes make the sockets that they listen on.
 pub const VM_DIR: &str = "vm";
 /// Directory below the agent's for the sockets of services and upstreams.
@@ -108,6 +110,16 @@ pub fn mesh_dir(explicit: Option<&Path>) -> PathBuf {
     find_mesh_dir(explicit, |name| std::env::var_os(name), uid())
 }
 
+/// Where private agents have their directories: `$XDG_RUNTIME_DIR`, `/tmp`.
+pub fn private_base() -> PathBuf {
+    find_private_base(|name| std::env::var_os(name))
+}
+
+/// Whether this process was told where its agent is, so that none is started for it.
+pub fn is_configured(explicit: Option<&Path>) -> bool {
+    explicit.is_some() || std::env::var_os(DIR_VARIABLE).is_some_and(|value| !value.is_empty())
+}
+
 /// The directory, made absolute, after the check that every client owes itself: it is a directory
 /// (no symbolic link) of this user or of root, nobody else may write to it, and nobody else may put another one
 /// in its place: a directory on the way that a group or others may write has the sticky bit. The one exception is
@@ -168,6 +180,11 @@ fn find_agent_dir(explicit: Option<&Path>, var: impl Fn(&str) -> Option<OsString
 fn find_mesh_dir(explicit: Option<&Path>, var: impl Fn(&str) -> Option<OsString>, uid: u32) -> PathBuf {
     first(explicit, &var, MESH_DIR_VARIABLE, "meshx-mesh")
         .unwrap_or_else(|| format!("/tmp/meshx-mesh-{uid}").into())
+}
+
+fn find_private_base(var: impl Fn(&str) -> Option<OsString>) -> PathBuf {
+    let runtime_dir = var("XDG_RUNTIME_DIR").filter(|value| !value.is_empty());
+    runtime_dir.map_or_else(|| "/tmp".into(), PathBuf::from)
 }
 
 fn first(

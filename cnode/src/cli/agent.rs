@@ -1,50 +1,182 @@
 //! `meshx agent`.
 
-use std::process::ExitCode;
+use std::{
+    fs::{self, DirBuilder, OpenOptions},
+    io::{self, ErrorKind, Read},
+    os::unix::fs::DirBuilderExt,
+    path::PathBuf,
+    process::ExitCode,
+    sync::Arc,
+    time::Duration,
+};
 
 use rustix::{
     fs::Mode,
-    process::{Resource, Rlimit, getrlimit, setrlimit, umask},
+    process::{Resource, Rlimit, getrlimit, setrlimit, setsid, umask},
 };
-use tokio::signal::unix::{Signal, SignalKind, signal};
-use tracing_subscriber::{EnvFilter, filter::LevelFilter};
+use tokio::{
+    signal::unix::{Signal, SignalKind, signal},
+    time::{Instant, sleep},
+};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::{EnvFilter, filter::LevelFilter, fmt::writer::BoxMakeWriter};
 
-use super::{EX_OSERR, EX_SOFTWARE, EX_UNAVAILABLE, Failure, notify, print};
+use super::{EX_OSERR, EX_SOFTWARE, EX_UNAVAILABLE, Failure, background, notify, print};
 use crate::agent::{
-    Agent, Event,
+    Agent, Event, STOP_TIME, StartError,
     config::{AgentArgs, AgentConfig, LogFormat},
+    paths::{self, DirError, LOG_FILE, MESH_DIR_VARIABLE},
 };
 
-pub(super) fn run(args: AgentArgs) -> Result<ExitCode, Failure> {
-    let config = AgentConfig::from_args(args).map_err(|errors| Failure::usage(errors.to_string()))?;
-    log_to_stderr(config.log_format)?;
-    // Between making a socket and setting its mode, nobody else may open it.
+/// Pause between two tries for the directory of an agent that ends.
+const LOCK_RETRY: Duration = Duration::from_millis(50);
+
+/// An agent, and how it is run.
+#[derive(Debug, clap::Args)]
+pub(super) struct AgentCommand {
+    #[command(flatten)]
+    agent: AgentArgs,
+    /// Leave the terminal: a session of its own, and the log goes to agent.log in the agent's directory
+    #[arg(long)]
+    detached: bool,
+    /// Be the agent of one VM, detached, in a new directory and on an embedded mesh of its own (or the one that MESHX_MESH_DIR names); ends when standard input does, and removes the directory
+    #[arg(long, conflicts_with_all = ["mesh", "dir", "config", "takeover"])]
+    private: bool,
+}
+
+pub(super) fn run(command: AgentCommand) -> Result<ExitCode, Failure> {
+    let AgentCommand {
+        mut agent,
+        detached,
+        private,
+    } = command;
+    // Between making a socket or a file and setting its mode, nobody else may open it.
     umask(Mode::RWXG | Mode::RWXO);
+    let private = private.then(PrivateDir::make).transpose()?;
+    if let Some(PrivateDir(dir)) = &private {
+        agent.mesh = Some("embedded".to_owned());
+        agent.dir = Some(dir.clone());
+        if std::env::var_os(MESH_DIR_VARIABLE).is_none_or(|value| value.is_empty()) {
+            agent.mesh_dir = agent.mesh_dir.or_else(|| Some(dir.join("mesh")));
+        }
+    }
+    let config = AgentConfig::from_args(agent).map_err(|errors| Failure::usage(errors.to_string()))?;
+    let detached = detached || private.is_some();
+    let log = match detached {
+        true => leave_terminal(&config)?,
+        false => BoxMakeWriter::new(io::stderr),
+    };
+    start_log(config.log_format, log)?;
     raise_descriptor_limit();
+    let life = private.as_ref().map(|_| until_stdin_ends());
     tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .map_err(|error| Failure::new(EX_OSERR, format!("cannot start: {error}")))?
-        .block_on(serve(config))
+        .block_on(serve(config, detached, life.unwrap_or_default()))
 }
 
-async fn serve(config: AgentConfig) -> Result<ExitCode, Failure> {
+/// A private agent's directory, made by it and removed with it.
+struct PrivateDir(PathBuf);
+
+impl PrivateDir {
+    fn make() -> Result<Self, Failure> {
+        let random = getrandom::u32().map_err(io::Error::other);
+        let random = random.map_err(|error| Failure::new(EX_OSERR, error.to_string()))?;
+        let dir = paths::private_base().join(format!("meshx-{}-{random:08x}", paths::uid()));
+        match DirBuilder::new().mode(0o700).create(&dir) {
+            Ok(()) => Ok(Self(dir)),
+            Err(error) => Err(Failure::new(
+                EX_OSERR,
+                format!("directory {}: {error}", dir.display()),
+            )),
+        }
+    }
+}
+
+impl Drop for PrivateDir {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.0) {
+            tracing::warn!(dir = %self.0.display(), %error, "could not be removed");
+        }
+    }
+}
+
+/// No terminal's signals from here on, and a file for the log. What keeps the agent from starting is still said on
+/// standard error.
+fn leave_terminal(config: &AgentConfig) -> Result<BoxMakeWriter, Failure> {
+    // Refused to a process that leads its group: then it is nobody's foreground job either.
+    let _ = setsid();
+    let failed =
+        |error: io::Error| Failure::new(EX_UNAVAILABLE, format!("{}: {error}", config.dir.display()));
+    match DirBuilder::new().mode(0o700).create(&config.dir) {
+        Err(error) if error.kind() != ErrorKind::AlreadyExists => return Err(failed(error)),
+        _ => {}
+    }
+    let dir = paths::checked_client_dir(&config.dir);
+    let dir = dir.map_err(|error| Failure::new(EX_UNAVAILABLE, error.to_string()))?;
+    let file =
+        background::private_file(OpenOptions::new().append(true), &dir.join(LOG_FILE)).map_err(failed)?;
+    // The log is of one agent; one that still ends there goes on behind what is cut off.
+    file.set_len(0).map_err(failed)?;
+    std::panic::set_hook(Box::new(
+        |panic| tracing::error!(%panic, "this is a bug, please report it"),
+    ));
+    Ok(BoxMakeWriter::new(Arc::new(file)))
+}
+
+/// Fires when nobody holds the other end of standard input any more.
+fn until_stdin_ends() -> CancellationToken {
+    let ended = CancellationToken::new();
+    let tell = ended.clone();
+    std::thread::spawn(move || {
+        let mut stdin = io::stdin().lock();
+        let mut bytes = [0; 256];
+        loop {
+            match stdin.read(&mut bytes) {
+                Ok(1..) => {}
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                _ => break tell.cancel(),
+            }
+        }
+    });
+    ended
+}
+
+/// One that is detached waits for an agent that ends.
+async fn start(config: AgentConfig, detached: bool) -> Result<Agent, StartError> {
+    let until = Instant::now() + STOP_TIME;
+    loop {
+        match Agent::start(config.clone()).await {
+            Err(StartError::Dir(DirError::Taken(_))) if detached && Instant::now() < until => {
+                sleep(LOCK_RETRY).await;
+            }
+            started => return started,
+        }
+    }
+}
+
+async fn serve(config: AgentConfig, detached: bool, life: CancellationToken) -> Result<ExitCode, Failure> {
     // From here on a signal ends the agent in order.
     let mut signals = Signals::listen().map_err(|error| Failure::new(EX_OSERR, error.to_string()))?;
-    let started = Agent::start(config).await;
+    let started = start(config, detached).await;
     let mut agent = started.map_err(|error| Failure::new(EX_UNAVAILABLE, error.to_string()))?;
     if let Err(error) = notify::ready() {
         tracing::warn!(%error, "systemd cannot be told that the agent serves");
     }
     let result = match print(&format!("{}\n", agent.ready_line())) {
         Err(failure) => Err(failure),
-        Ok(()) => run_until(&mut agent, &mut signals).await,
+        Ok(()) => run_until(&mut agent, &mut signals, life).await,
     };
     agent.stop().await;
     result
 }
 
-async fn run_until(agent: &mut Agent, signals: &mut Signals) -> Result<ExitCode, Failure> {
+async fn run_until(
+    agent: &mut Agent,
+    signals: &mut Signals,
+    life: CancellationToken,
+) -> Result<ExitCode, Failure> {
     loop {
         tokio::select! {
             signal = signals.next() => {
@@ -53,6 +185,10 @@ async fn run_until(agent: &mut Agent, signals: &mut Signals) -> Result<ExitCode,
                     () = agent.drain() => {}
                     signal = signals.next() => tracing::info!(signal, "ending now"),
                 }
+                return Ok(ExitCode::SUCCESS);
+            }
+            () = life.cancelled() => {
+                tracing::info!("the VM has ended: ending");
                 return Ok(ExitCode::SUCCESS);
             }
             event = agent.run() => match event {
@@ -90,14 +226,14 @@ impl Signals {
     }
 }
 
-fn log_to_stderr(format: LogFormat) -> Result<(), Failure> {
+fn start_log(format: LogFormat, writer: BoxMakeWriter) -> Result<(), Failure> {
     let filter = EnvFilter::builder()
         .with_default_directive(LevelFilter::INFO.into())
         .from_env()
         .map_err(|error| Failure::usage(format!("RUST_LOG: {error}")))?;
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(std::io::stderr)
+        .with_writer(writer)
         .with_ansi(false);
     let set = match format {
         LogFormat::Text => log.try_init(),

@@ -2,6 +2,7 @@
 
 mod agent;
 mod answer;
+mod background;
 mod call;
 mod caller;
 mod check;
@@ -26,10 +27,7 @@ use std::{
 
 use clap::{Parser, Subcommand};
 
-use crate::agent::{
-    client::{ClientError, ControlClient},
-    config::AgentArgs,
-};
+use crate::agent::client::{ClientError, ControlClient};
 
 /// Erlang distribution and RPC over a service mesh.
 #[derive(Debug, Parser)]
@@ -45,7 +43,8 @@ enum Command {
     ///
     /// Prints one line when it is ready: meshx agent ready dir=DIR inbound=IP:PORT hosts=NAME,.. mesh=MESH.
     /// Logs go to stderr, RUST_LOG says how much. SIGINT or SIGTERM ends it.
-    Agent(Box<AgentArgs>),
+    Agent(Box<agent::AgentCommand>),
+    Start(background::StartArgs),
     Run(run::RunArgs),
     Inetrc(run::InetrcArgs),
     Names(names::NamesArgs),
@@ -94,6 +93,7 @@ pub fn main() -> ExitCode {
     };
     let result = match cli.command {
         Command::Agent(args) => agent::run(*args),
+        Command::Start(args) => background::start(&args),
         Command::Run(args) => run::run(args),
         Command::Inetrc(args) => run::inetrc(&args),
         Command::Names(args) => names::run(&args),

@@ -61,7 +61,7 @@ pub const TOOLS: [&str; 6] = [
 ];
 /// A whole request must be there within this time.
 pub const REQUEST_TIME: Duration = Duration::from_secs(5);
-/// Connections that are not answered yet; one more ends the oldest of them.
+/// Connections that are not answered yet; one more ends the oldest of the user who has most.
 pub const PENDING_MAX: usize = 256;
 /// Names that may be registered.
 pub const NAMES_MAX: usize = 1024;

@@ -21,7 +21,7 @@ use crate::agent::control::FREEZE_TIME;
 use crate::agent::registry::options::Options;
 use crate::agent::registry::{NodeListens, NodeRequest, Owner};
 use crate::agent::trust::Peer;
-use crate::proxy::admission::Slot;
+use crate::proxy::admission::{Origin, Slot};
 use crate::proxy::cause::{Cause, Refusal};
 use crate::proxy::peer_uid;
 
@@ -56,6 +56,9 @@ impl Epmd {
         // Now, while the client cannot have gone unnoticed: a socket without a process has no user.
         let uid = peer_uid::of(&stream);
         let known = uid.as_ref().ok().copied();
+        if let Some(uid) = known {
+            slot.is_of(Origin::user(uid));
+        }
         let answered = tokio::select! {
             answered = self.answer(&mut stream, uid, &mut asked) => answered,
             () = slot.evicted() => Err(slot.refusal()),

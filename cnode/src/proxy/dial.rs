@@ -15,6 +15,7 @@ use super::links::{Direction, LinkId, LinkInfo, Purpose, unix_now};
 use super::local::{LocalInstance, SidecarUpstreams};
 use super::proof::Proof;
 use super::tls::{self, Peer};
+use super::turns::Turn;
 use super::unverified::sidecar_of;
 use super::why::{AGENT, CERTIFICATE, TLS, Trail, span};
 use super::wire::{Asked, MAX_MESH_FRAME, Request, decode_reply};
@@ -27,9 +28,20 @@ pub(super) struct Dialled {
     address: SocketAddr,
     /// None when somebody else has verified the other end.
     proof: Option<Proof>,
+    /// None where nobody has to wait.
+    pub(super) turn: Option<Turn>,
 }
 
 impl Dialled {
+    fn by(secured: Secured, turn: Turn) -> Self {
+        Self {
+            stream: Box::new(secured.stream),
+            address: secured.address,
+            proof: Some(secured.proof),
+            turn: Some(turn),
+        }
+    }
+
     /// Completes what is known of the link.
     pub(super) fn describe(&self, info: &mut LinkInfo) {
         info.direction = Direction::Outbound;
@@ -47,16 +59,6 @@ pub(super) struct Secured {
     pub(super) stream: TlsStream<TcpStream>,
     pub(super) address: SocketAddr,
     pub(super) proof: Proof,
-}
-
-impl From<Secured> for Dialled {
-    fn from(secured: Secured) -> Self {
-        Self {
-            stream: Box::new(secured.stream),
-            address: secured.address,
-            proof: Some(secured.proof),
-        }
-    }
 }
 
 impl Proxy {
@@ -136,7 +138,7 @@ impl Proxy {
 
     /// Dials the agent of `target` as `source`, and asks for the instance. `node` is the dialling node's name,
     /// or empty. A data plane of another make is asked for nothing: it decides when the handshake is done, and tells
-    /// only by closing.
+    /// only by closing. Waits for its turn there.
     pub(super) async fn dial(
         &self,
         source: &ServiceName,
@@ -145,9 +147,11 @@ impl Proxy {
         link: LinkId,
         node: &str,
     ) -> Result<Dialled, Refusal> {
+        let who = if node.is_empty() { source.as_ref() } else { node };
+        let turn = self.turns.take(target.address, who).await;
         let mut secured = self.handshake(source, target, &mut Trail::none()).await?;
         if target.protocol == Protocol::Connect {
-            return Ok(secured.into());
+            return Ok(Dialled::by(secured, turn));
         }
         let request = Request {
             asked: Asked::Link(purpose),
@@ -159,7 +163,7 @@ impl Proxy {
         // The other agent may need all of its own time to decide.
         let deadline = self.settings.setup_timeout;
         self.request(&mut secured, &request, deadline).await?;
-        Ok(secured.into())
+        Ok(Dialled::by(secured, turn))
     }
 
     /// Asks another agent, and waits so long for its yes.
@@ -216,6 +220,7 @@ impl Proxy {
             stream: Box::new(stream),
             address,
             proof: None,
+            turn: None,
         })
     }
 }

@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 
-use super::admission::Slot;
+use super::admission::{Origin, Slot};
 use super::cause::{Cause, Refusal};
 use super::frames::{Duplex, linger, silent, write_all};
 use super::links::{Direction, LinkGuard, LinkId, LinkInfo, Purpose};
@@ -81,7 +81,7 @@ impl Proxy {
         attempt.peer = address.to_string();
         let decided = tokio::select! {
             // In a box of its own: what only the decision needs goes with it.
-            decided = Box::pin(self.decide_inbound(stream, address, only.as_deref(), &mut attempt)) => decided,
+            decided = Box::pin(self.decide_inbound(stream, address, only.as_deref(), &mut attempt, &slot)) => decided,
             () = slot.evicted() => Err(slot.refusal().into()),
         };
         match decided {
@@ -112,6 +112,7 @@ impl Proxy {
         address: SocketAddr,
         only: Option<&str>,
         attempt: &mut Attempt,
+        slot: &Slot,
     ) -> Result<Option<Decided>, Refused> {
         let deadline = self.settings.handshake_timeout;
         let secured = timeout(deadline, self.secure(stream, address, only, attempt)).await;
@@ -123,6 +124,7 @@ impl Proxy {
         let Secured { stream, peer, shown } = secured?;
         if let Ok(peer) = &peer {
             attempt.source = peer.id.service().to_string();
+            slot.moves(&self.proven, Origin::service(peer.id.clone(), address.ip()));
         }
         match shown.protocol {
             Protocol::Meshx => self.decide_request(stream, peer, shown, only, attempt).await,

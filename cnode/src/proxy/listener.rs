@@ -10,7 +10,7 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
-use super::admission::{Admission, Slot};
+use super::admission::{Admission, Origin, Slot};
 use super::near;
 
 /// Pause after a failed accept: descriptors that ran out come back when links end.
@@ -68,6 +68,9 @@ pub(crate) trait Accept {
     type Connection;
 
     fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Connection>>;
+
+    /// Who dials, as far as the connection itself tells.
+    fn origin(connection: &Self::Connection) -> Origin;
 }
 
 impl Accept for TcpListener {
@@ -75,6 +78,10 @@ impl Accept for TcpListener {
 
     fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Connection>> {
         Self::poll_accept(self, cx)
+    }
+
+    fn origin((_, peer): &Self::Connection) -> Origin {
+        Origin::address(peer.ip())
     }
 }
 
@@ -85,6 +92,11 @@ impl Accept for UnixListener {
         let accepted = ready!(Self::poll_accept(self, cx))?;
         near::widen(&accepted.0);
         Poll::Ready(Ok(accepted))
+    }
+
+    fn origin((stream, _): &Self::Connection) -> Origin {
+        let peer = stream.peer_cred();
+        peer.map_or(Origin::UNKNOWN, |peer| Origin::user(peer.uid()))
     }
 }
 
@@ -103,7 +115,8 @@ pub(crate) async fn serve<L: Accept, F>(
         tokio::select! {
             accepted = poll_fn(|cx| listener.poll_accept(cx)) => match accepted {
                 Ok(connection) => {
-                    tasks.spawn(link(connection, admission.enter()));
+                    let slot = admission.enter(L::origin(&connection));
+                    tasks.spawn(link(connection, slot));
                 }
                 Err(error) => {
                     tracing::warn!(at = at.as_str(), %error, "a connection could not be accepted");

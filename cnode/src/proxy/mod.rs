@@ -42,6 +42,7 @@ mod sessions;
 mod splice;
 mod tls;
 pub mod totals;
+mod turns;
 mod unverified;
 mod upstream;
 pub mod why;
@@ -69,6 +70,7 @@ use self::cause::{Cause, Refusal};
 use self::frames::Duplex;
 use self::links::{LinkGuard, LinkId, LinkTable, Purpose};
 use self::local::{LocalInstance, LocalTable};
+use self::turns::Turns;
 use crate::log_limit::LogLimit;
 use crate::mesh::{Instance, Mesh, MeshError, ServiceName, SpiffeId, split_node};
 
@@ -85,8 +87,11 @@ pub struct Settings {
     pub mesh_timeout: Duration,
     /// From the first byte to the decision; covers all of the above together.
     pub setup_timeout: Duration,
-    /// Connections on one listener that are not decided yet; one more ends the oldest of them.
+    /// Connections on one listener that are not decided yet, three quarters of them of one dialler; one more ends the
+    /// oldest of whoever has most. At the inbound ports those who have shown their certificate are counted apart.
     pub max_pending: usize,
+    /// Links that are made to one other agent at a time, three quarters of them by one dialler; further ones wait.
+    pub max_dials: usize,
     /// How often it is looked whether links are to be proven anew, or cut because they were not.
     pub proof_look: Duration,
     /// After a rotation links are proven anew within 10 ms for each that lives, and within this when there are many.
@@ -117,7 +122,8 @@ impl Default for Settings {
             connect_timeout: Duration::from_secs(5),
             mesh_timeout: Duration::from_secs(5),
             setup_timeout: Duration::from_secs(10),
-            max_pending: 256,
+            max_pending: PENDING_MAX,
+            max_dials: 32,
             proof_look: Duration::from_secs(1),
             reproof_spread: Duration::from_secs(10),
             reproof_grace: Duration::from_secs(60),
@@ -131,6 +137,14 @@ impl Default for Settings {
     }
 }
 
+/// Connections on one listener that are not decided yet, where descriptors are enough.
+pub const PENDING_MAX: usize = 1024;
+
+/// [`Settings::max_pending`] for a process that may have so many files open: at least 256.
+pub fn pending_max(descriptors: u64) -> usize {
+    usize::try_from(descriptors / 16).map_or(PENDING_MAX, |room| room.clamp(256, PENDING_MAX))
+}
+
 /// The data plane of one agent.
 pub struct Proxy {
     mesh: Arc<dyn Mesh>,
@@ -140,6 +154,9 @@ pub struct Proxy {
     settings: Settings,
     /// Of all inbound ports together: whoever floods many of them takes no more than by one.
     inbound: Arc<Admission>,
+    /// Those of them that have shown their certificate.
+    proven: Arc<Admission>,
+    turns: Arc<Turns>,
     /// One for each kind of listener, so that who floods one hides nothing of the others.
     refusals: [LogLimit; Listener::ALL.len()],
     /// Fires when no listener takes connections any more.
@@ -165,6 +182,8 @@ impl Proxy {
             local,
             links,
             inbound: Admission::new(settings.max_pending),
+            proven: Admission::new(settings.max_pending),
+            turns: Turns::new(settings.max_dials),
             balancer: Balancer::new(settings.balance),
             settings,
             refusals: std::array::from_fn(|_| LogLimit::new("refused links")),

@@ -7,7 +7,7 @@ use meshx_dist::name_frame::refusal_status;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::timeout;
 
-use super::admission::{Admission, Slot};
+use super::admission::{Admission, Origin, Slot};
 use super::cause::{Cause, Refusal};
 use super::endpoint::accept_frame;
 use super::frames::{
@@ -17,6 +17,7 @@ use super::links::{Direction, LinkGuard, LinkId, LinkInfo, Purpose};
 use super::listener::{self, Listener};
 use super::local::{LocalInstance, Secret};
 use super::sessions::{Session, check_name};
+use super::turns::Turn;
 use super::why::{Approach, Trail};
 use super::wire::{Connect, ConnectReply, MAX_DIST_FRAME};
 use super::{Attempt, Proxy};
@@ -30,6 +31,8 @@ pub(super) struct Prepared {
     pub(super) preface: Vec<u8>,
     /// The nodes are to be hidden from each other.
     pub(super) hidden: bool,
+    /// To be held until the name message is on its way, which the other agent waits for.
+    pub(super) turn: Option<Turn>,
     reply: ConnectReply,
     dialler: Dialler,
 }
@@ -87,7 +90,7 @@ impl Proxy {
         attempt.purpose = Some(Purpose::Dist);
         let deadline = self.settings.setup_timeout;
         let prepared = tokio::select! {
-            prepared = timeout(deadline, Box::pin(self.prepare_dist(&mut stream, &mut attempt))) => {
+            prepared = timeout(deadline, Box::pin(self.prepare_dist(&mut stream, &mut attempt, &slot))) => {
                 prepared.unwrap_or_else(|_| Err(silent("the decision on a link", deadline)))
             }
             () = slot.evicted() => Err(slot.refusal()),
@@ -108,6 +111,8 @@ impl Proxy {
         };
         drop(slot);
         if let Err(refusal) = named {
+            // It is no link, and another one's turn.
+            drop(prepared);
             self.refuse(&attempt, &refusal);
             let _ = write_all(&mut stream, refusal_status(), self.settings.frame_timeout).await;
             return linger(&mut stream).await;
@@ -121,6 +126,7 @@ impl Proxy {
         &self,
         stream: &mut UnixStream,
         attempt: &mut Attempt,
+        slot: &Slot,
     ) -> Result<Prepared, Refusal> {
         let fault = |error: io::Error| Cause::InvalidRequest.because(format!("dist socket: {error}"));
         let uid = stream.peer_cred().map_err(fault)?.uid();
@@ -136,6 +142,7 @@ impl Proxy {
             let text = format!("uid {uid} dials as {}, wanted uid {}", dialler.id, dialler.uid);
             return Err(Cause::NotPermitted.because(text));
         }
+        slot.is_of(Origin::registration(uid, &dialler.id));
         self.prepare_between(dialler, target, link).await
     }
 
@@ -204,6 +211,7 @@ impl Proxy {
                 link: link_guard,
                 preface,
                 hidden,
+                turn: None,
                 reply,
                 dialler,
             });
@@ -237,6 +245,7 @@ impl Proxy {
             link,
             preface: Vec::new(),
             hidden,
+            turn: dialled.turn,
             reply,
             dialler,
         })
@@ -272,6 +281,7 @@ impl Proxy {
             link: guard,
             preface: accept_frame(local, link, &dialler.name, None, "local"),
             hidden: true,
+            turn: None,
             reply: ConnectReply::Ok {
                 remote_spiffe: spiffe.to_string(),
                 remote_agent: "local".into(),
@@ -314,6 +324,7 @@ impl Proxy {
         check_name(&mut bytes, &prepared.dialler.name, prepared.hidden)?;
         let bytes = [prepared.preface.as_slice(), &bytes].concat();
         write_all(&mut prepared.remote, &bytes, deadline).await?;
+        prepared.turn = None;
         match &prepared.dialler.who {
             Who::Session(session) if session.has_no_name() => {
                 let (given, bytes) = read_given_name(&mut prepared.remote, deadline).await?;

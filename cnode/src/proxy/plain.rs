@@ -16,7 +16,7 @@ use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::admission::{Admission, Slot};
+use super::admission::{Admission, Origin, Slot};
 use super::cause::{Cause, Refusal};
 use super::endpoint::accept_frame;
 use super::frames::{Duplex, hide_acceptor, linger, read_name, silent, write_all};
@@ -214,7 +214,7 @@ impl Proxy {
         attempt.target = target.to_string();
         let deadline = self.settings.setup_timeout;
         let prepared = tokio::select! {
-            prepared = timeout(deadline, self.prepare_plain(&mut stream, &mut attempt)) => {
+            prepared = timeout(deadline, self.prepare_plain(&mut stream, &mut attempt, &slot)) => {
                 prepared.unwrap_or_else(|_| Err(silent("the decision on a link", deadline)))
             }
             () = slot.evicted() => Err(slot.refusal()),
@@ -243,6 +243,7 @@ impl Proxy {
         &self,
         stream: &mut TcpStream,
         attempt: &mut Attempt,
+        slot: &Slot,
     ) -> Result<(Box<dyn Duplex>, LinkGuard), Refusal> {
         let fault = |error: io::Error| Cause::InvalidRequest.because(format!("plain port: {error}"));
         stream.set_nodelay(true).map_err(fault)?;
@@ -254,6 +255,7 @@ impl Proxy {
             }
         };
         attempt.peer = format!("uid {uid}");
+        slot.is_of(Origin::user(uid));
         let deadline = self.settings.frame_timeout;
         let named = read_name(stream, deadline).await;
         attempt.is_probe = matches!(&named, Err(left) if left.cause == Cause::Unreachable);
@@ -272,6 +274,7 @@ impl Proxy {
                 )));
             }
             Some(dialler) => {
+                slot.is_of(Origin::registration(uid, &dialler.instance.id));
                 let Prepared {
                     remote,
                     link,

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
-use super::admission::{Admission, Slot};
+use super::admission::{Admission, Origin, Slot};
 use super::cause::{Cause, Refusal};
 use super::endpoint::accept_frame;
 use super::frames::{Duplex, hide_acceptor, linger, read_name, silent, write_all};
@@ -48,7 +48,7 @@ impl Proxy {
         attempt.target = instance.to_string();
         let deadline = self.settings.setup_timeout;
         let prepared = tokio::select! {
-            prepared = timeout(deadline, self.prepare_unverified(&mut stream, address, &instance, &mut attempt)) => {
+            prepared = timeout(deadline, self.prepare_unverified(&mut stream, address, &instance, &mut attempt, &slot)) => {
                 prepared.unwrap_or_else(|_| Err(silent("the decision on a link", deadline)))
             }
             () = slot.evicted() => Err(slot.refusal()),
@@ -74,6 +74,7 @@ impl Proxy {
         address: SocketAddr,
         instance: &str,
         attempt: &mut Attempt,
+        slot: &Slot,
     ) -> Result<(Box<dyn Duplex>, LinkGuard), Refusal> {
         let gone = || Cause::NoSuchNode.because(format!("{instance} is not registered here"));
         let local = self.local.by_id(instance).ok_or_else(gone)?;
@@ -87,6 +88,7 @@ impl Proxy {
                 return Err(untold);
             }
         };
+        slot.is_of(Origin::user(uid));
         sidecar_of(&local, uid)?;
         let deadline = self.settings.frame_timeout;
         let named = read_name(stream, deadline).await;

@@ -13,7 +13,7 @@ use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::admission::{Admission, Slot};
+use super::admission::{Admission, Origin, Slot};
 use super::balance::Candidate;
 use super::cause::{Cause, Refusal};
 use super::frames::{Duplex, silent};
@@ -204,6 +204,9 @@ impl Proxy {
         attempt.source = upstream.source.to_string();
         attempt.target = upstream.target.to_string();
         let uid = stream.uid();
+        if let Ok(uid) = uid {
+            slot.is_of(Origin::user(uid));
+        }
         let deadline = self.settings.setup_timeout;
         let prepared = tokio::select! {
             prepared = timeout(deadline, Box::pin(self.prepare_upstream(uid, &upstream, &mut attempt))) => {

@@ -5,6 +5,8 @@ defmodule Meshx.Application do
   @impl true
   def start(_type, _args) do
     MeshxConsul.Config.check!()
-    Supervisor.start_link([], strategy: :one_for_one, name: Meshx.Supervisor)
+    # Before anything asks for it.
+    agent = Meshx.Agent.Start.children(Application.get_env(:meshx, :agent, :require))
+    Supervisor.start_link(agent, strategy: :one_for_one, name: Meshx.Supervisor)
   end
 end

@@ -17,8 +17,6 @@ defmodule Meshx.Release do
   and a node that finds none does not boot and says so.
   """
 
-  @variable "MESHX_PROGRAM"
-
   @doc """
   A step of a release, after `:assemble`: puts the program `meshx` into the release's `lib/meshx-VERSION/priv/bin`.
 
@@ -29,53 +27,8 @@ defmodule Meshx.Release do
   def add_agent(%{path: path, applications: %{meshx: meshx}} = release) do
     target = Path.join([path, "lib", "meshx-#{meshx[:vsn]}", "priv", "bin", "meshx"])
     File.mkdir_p!(Path.dirname(target))
-    File.cp!(program(System.get_env(@variable, "")), target)
+    File.cp!(Meshx.Program.for_release!(), target)
     File.chmod!(target, 0o755)
     release
-  end
-
-  defp program(""), do: build()
-
-  defp program(path) do
-    if File.regular?(path),
-      do: path,
-      else: Mix.raise("#{@variable} is #{path}, which is no file; wanted the program meshx")
-  end
-
-  defp build do
-    root = Mix.Project.deps_paths() |> Map.fetch!(:meshx) |> Path.join("..") |> Path.expand()
-
-    unless File.regular?(Path.join(root, "cnode/Cargo.toml")) do
-      Mix.raise(
-        "the agent cannot be built: its sources are not in #{root}/cnode; " <>
-          "set #{@variable} to the program meshx"
-      )
-    end
-
-    target =
-      case System.get_env("CARGO_TARGET_DIR", "") do
-        "" -> Path.join(Mix.Project.build_path(), "meshx_agent")
-        directory -> Path.expand(directory)
-      end
-
-    manifest = Path.join(root, "cnode/Cargo.toml")
-    args = ~w(build --release --locked --bin meshx --manifest-path) ++ [manifest]
-    Mix.shell().info("Compiling the agent (cargo build --release)")
-
-    case cargo(args, target) do
-      {_output, 0} ->
-        Path.join(target, "release/meshx")
-
-      {output, status} ->
-        Mix.raise("the agent cannot be built: cargo ended with status #{status}:\n#{output}")
-    end
-  end
-
-  defp cargo(args, target) do
-    cargo =
-      System.find_executable("cargo") ||
-        Mix.raise("the agent cannot be built: there is no cargo on the PATH; or set #{@variable}")
-
-    System.cmd(cargo, args, env: [{"CARGO_TARGET_DIR", target}], stderr_to_stdout: true)
   end
 end

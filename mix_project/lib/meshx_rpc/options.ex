@@ -160,7 +160,7 @@ defmodule MeshxRpc.Options do
       ],
       stream_window: [
         type: {:range, 1_024, @max_window},
-        default: 4 * @mib,
+        default: 8 * @mib,
         doc: "bytes that the peer may send on one stream before it is granted more"
       ],
       connection_window: [

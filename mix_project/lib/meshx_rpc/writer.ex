@@ -6,10 +6,14 @@ defmodule MeshxRpc.Writer do
 
     1. control frames,
     2. messages of at most 64 KiB, whole,
-    3. at most `max_bulk` larger messages, one frame each in turn; further ones wait in order,
+    3. larger messages: of each class of sizes (up to 1 MiB, up to 16 MiB, above) one at a time, in order; those of
+       different classes one frame each in turn,
 
   and lets a bulk frame go first once 256 KiB of small messages overtook it, so that neither starves.
   Bytes of arguments and results never exceed the window of their stream nor that of the connection.
+
+  Messages of one size that went in turn would all arrive when the last of them does, and until then each takes its
+  memory at both ends. Those of different sizes do, so that none waits for one that is many times as large.
 
   Messages are known by a key of the caller's. A request gets its stream id when its first frame is made:
   ids must grow on the wire, and small requests overtake bulk ones.
@@ -18,13 +22,17 @@ defmodule MeshxRpc.Writer do
   alias MeshxRpc.{Frame, Shared}
 
   @small 65_536
+  @medium 1_048_576
+  @large 16_777_216
   @overtake 262_144
   @max_window 0x7FFF_FFFF
 
   defmodule Message do
     @moduledoc false
+    # class: :small, or one of those of larger messages. active?: a larger one that has its class's place.
     @enforce_keys [:kind, :head, :data, :left, :class, :window]
-    defstruct [:kind, :head, :data, :left, :class, :window, stream: nil, seq: 0, blocked: false]
+    defstruct [:kind, :head, :data, :left, :class, :window] ++
+                [stream: nil, seq: 0, active?: false, blocked: false]
   end
 
   @enforce_keys [:block, :stream_window, :shared]
@@ -33,15 +41,15 @@ defmodule MeshxRpc.Writer do
     :crc,
     :stream_window,
     :shared,
-    max_bulk: 4,
     control: [],
     control_bytes: 0,
     messages: %{},
     streams: %{},
     small: :queue.new(),
     bulk: :queue.new(),
-    waiting: :queue.new(),
-    active_bulk: 0,
+    # By class: those that wait for its place, and whether somebody has it.
+    waiting: %{medium: :queue.new(), large: :queue.new(), huge: :queue.new()},
+    active: [],
     overtaken: 0,
     bytes: 0
   ]
@@ -54,8 +62,8 @@ defmodule MeshxRpc.Writer do
 
   @doc """
   A writer for a connection whose hello is done. Options: `:block` (bytes per frame), `:crc` (nil or a
-  function from iodata to its checksum), `:stream_window` and `:connection_window` (what the peer grants),
-  `:max_bulk`, and those of `MeshxRpc.Shared.new/2`.
+  function from iodata to its checksum), `:stream_window` and `:connection_window` (what the peer grants), and those
+  of `MeshxRpc.Shared.new/2`.
   """
   @spec new(keyword()) :: t()
   def new(options) do
@@ -67,8 +75,7 @@ defmodule MeshxRpc.Writer do
         Shared.new(
           Keyword.fetch!(options, :connection_window),
           Keyword.take(options, [:next_stream, :last_stream])
-        ),
-      max_bulk: Keyword.get(options, :max_bulk, 4)
+        )
     }
   end
 
@@ -254,10 +261,10 @@ defmodule MeshxRpc.Writer do
     end
   end
 
-  defp overtaken(_writer, %{class: :bulk_active}, _n), do: 0
+  defp overtaken(%{active: active} = writer, %{class: :small}, n) when active != [],
+    do: writer.overtaken + n + 12
 
-  defp overtaken(writer, _message, n),
-    do: if(writer.active_bulk == 0, do: 0, else: writer.overtaken + n + 12)
+  defp overtaken(_writer, _message, _n), do: 0
 
   defp open(writer, key, %{stream: nil} = message) do
     stream = Shared.take_id(writer.shared)
@@ -268,7 +275,7 @@ defmodule MeshxRpc.Writer do
   defp open(writer, _key, message), do: {writer, message, []}
 
   defp put(writer, key, kind, stream, head, data, size) do
-    class = if size <= @small, do: :small, else: :bulk
+    class = class(size)
 
     message = %Message{
       kind: kind,
@@ -283,11 +290,18 @@ defmodule MeshxRpc.Writer do
     streams = if stream, do: Map.put(writer.streams, stream, key), else: writer.streams
     writer = save(%{writer | streams: streams, bytes: writer.bytes + size}, key, message)
 
-    case class do
-      :small -> %{writer | small: :queue.in(key, writer.small)}
-      :bulk -> promote(%{writer | waiting: :queue.in(key, writer.waiting)})
-    end
+    if class == :small,
+      do: %{writer | small: :queue.in(key, writer.small)},
+      else: writer |> wait(class, &:queue.in(key, &1)) |> promote(class)
   end
+
+  defp class(size) when size <= @small, do: :small
+  defp class(size) when size <= @medium, do: :medium
+  defp class(size) when size <= @large, do: :large
+  defp class(_size), do: :huge
+
+  defp wait(writer, class, fun),
+    do: %{writer | waiting: Map.update!(writer.waiting, class, fun)}
 
   defp forget(writer, key, message) do
     writer = %{
@@ -297,40 +311,36 @@ defmodule MeshxRpc.Writer do
         bytes: writer.bytes - message.left
     }
 
-    case message.class do
-      :bulk_active -> promote(%{writer | active_bulk: writer.active_bulk - 1})
-      _ -> writer
-    end
+    leave(writer, message)
   end
 
-  # Lets waiting bulk messages in while there is room.
-  defp promote(%{active_bulk: active, max_bulk: max} = writer) when active >= max, do: writer
+  # The place of its class, if it had it, is the next one's.
+  defp leave(writer, %{active?: false}), do: writer
 
-  defp promote(writer) do
-    case :queue.out(writer.waiting) do
-      {:empty, _} ->
-        writer
+  defp leave(writer, %{class: class}),
+    do: promote(%{writer | active: List.delete(writer.active, class)}, class)
 
-      {{:value, key}, waiting} ->
-        writer = %{writer | waiting: waiting}
+  defp promote(%{active: active} = writer, class) do
+    with false <- class in active,
+         {{:value, key}, queue} <- :queue.out(Map.fetch!(writer.waiting, class)) do
+      writer = wait(writer, class, fn _old -> queue end)
 
-        case writer.messages do
-          %{^key => message} ->
-            promote(%{
-              save(writer, key, %{message | class: :bulk_active})
-              | bulk: :queue.in(key, writer.bulk),
-                active_bulk: writer.active_bulk + 1
-            })
+      case writer.messages do
+        %{^key => message} ->
+          writer = save(writer, key, %{message | active?: true})
+          %{writer | bulk: :queue.in(key, writer.bulk), active: [class | active]}
 
-          _dropped ->
-            promote(writer)
-        end
+        _dropped ->
+          promote(writer, class)
+      end
+    else
+      _taken_or_nobody -> writer
     end
   end
 
   # A small message goes on at once, a bulk one when the others had their turn.
   defp requeue(writer, key, :small), do: %{writer | small: :queue.in_r(key, writer.small)}
-  defp requeue(writer, key, :bulk_active), do: %{writer | bulk: :queue.in(key, writer.bulk)}
+  defp requeue(writer, key, _class), do: %{writer | bulk: :queue.in(key, writer.bulk)}
 
   defp save(writer, key, message), do: %{writer | messages: Map.put(writer.messages, key, message)}
 end

@@ -24,11 +24,11 @@ defmodule MeshxRpc.WriterTest do
 
   defp order(frames), do: Enum.map(frames, fn {_type, stream, _seq, _last?, _payload} -> stream end)
 
-  test "control frames, then small messages whole, then bulk in turn; ids in the order of sending" do
+  test "control frames, then small messages whole, then larger ones in turn; ids in the order of sending" do
     writer =
-      writer()
+      writer(stream_window: 2_000_000, connection_window: 10_000_000)
       |> Writer.request(:bulk1, "h", [:binary.copy("a", 70_000)], 70_000)
-      |> Writer.request(:bulk2, "h", [:binary.copy("b", 70_000)], 70_000)
+      |> Writer.request(:bulk2, "h", [:binary.copy("b", 1_100_000)], 1_100_000)
       |> Writer.request(:small, "h", ["cc", "dd"], 4)
       |> Writer.control(<<1::24, 0x80, 0, 0::24, 0::32, 9>>)
 
@@ -43,20 +43,50 @@ defmodule MeshxRpc.WriterTest do
     assert Writer.count(writer) == 2
   end
 
-  test "at most max_bulk larger messages at once, the others in order" do
+  test "larger messages of one class go one after the other, those of different classes in turn" do
+    sizes = %{
+      1 => 70_000,
+      2 => 1_100_000,
+      3 => 1_000_000,
+      4 => 17_000_000,
+      5 => 16_000_000,
+      6 => 80_000
+    }
+
+    writer = writer(block: 10_000, stream_window: 20_000_000, connection_window: 100_000_000)
+
     writer =
-      Enum.reduce(1..6, writer(max_bulk: 2, connection_window: 10_000_000), fn n, writer ->
-        Writer.response(writer, n, "h", [:binary.copy(<<n>>, 70_000)], 70_000)
-      end)
+      for {n, size} <- sizes, reduce: writer do
+        writer -> Writer.response(writer, n, "h", [:binary.copy(<<n>>, size)], size)
+      end
 
-    {batch, _size, notes, _writer} = Writer.take(writer, 10_000_000)
-    assert for({:sent, key} <- notes, do: key) == [1, 2, 3, 4, 5, 6]
+    {batch, _size, notes, _writer} = Writer.take(writer, 100_000_000)
+    order = batch |> frames() |> order()
+    assert Enum.take(order, 8) == [1, 2, 4, 1, 2, 4, 1, 2]
 
-    assert batch |> frames() |> order() |> Enum.chunk_every(140) |> Enum.map(&Enum.uniq/1) == [
-             [1, 2],
-             [3, 4],
-             [5, 6]
-           ]
+    # Of one class, in the order in which they came: 1, 3 and 6 up to 1 MiB, 2 and 5 up to 16 MiB, 4 above.
+    for class <- [[1, 3, 6], [2, 5], [4]] do
+      assert order |> Enum.filter(&(&1 in class)) |> Enum.dedup() == class
+    end
+
+    assert for({:sent, key} <- notes, do: key) == [1, 3, 2, 6, 4, 5]
+  end
+
+  test "the place of a dropped message is the next one's" do
+    writer =
+      for n <- 1..3, reduce: writer(stream_window: 2_000) do
+        writer -> Writer.response(writer, n, "h", [:binary.copy(<<n>>, 70_000)], 70_000)
+      end
+
+    {batch, _size, _notes, writer} = Writer.take(writer, 1_000_000)
+    assert batch |> frames() |> order() == [1, 1]
+    {:partial, writer} = Writer.drop(writer, 1)
+    {:unsent, writer} = Writer.drop(writer, 2)
+    {batch, _size, _notes, writer} = Writer.take(writer, 1_000_000)
+    assert batch |> frames() |> order() == [3, 3]
+    {:ok, writer} = Writer.window(writer, 3, 1_000_000)
+    {_batch, _size, [{:sent, 3}], writer} = Writer.take(writer, 1_000_000)
+    assert {Writer.count(writer), Writer.bytes(writer)} == {0, 0}
   end
 
   test "a stream without window waits, and does not keep the others" do
@@ -147,8 +177,8 @@ defmodule MeshxRpc.WriterTest do
   test "property: bytes in order, windows kept, nothing forgotten" do
     for round <- 1..150 do
       :rand.seed(:exsss, {round, 2, 3})
-      stream_window = :rand.uniform(80_000)
-      connection_window = :rand.uniform(150_000)
+      stream_window = :rand.uniform(300_000)
+      connection_window = :rand.uniform(900_000)
       crc = if rem(round, 2) == 0, do: &:erlang.crc32/1
 
       writer =
@@ -156,7 +186,6 @@ defmodule MeshxRpc.WriterTest do
           block: :rand.uniform(20_000),
           stream_window: stream_window,
           connection_window: connection_window,
-          max_bulk: :rand.uniform(4),
           crc: crc
         )
 
@@ -188,11 +217,11 @@ defmodule MeshxRpc.WriterTest do
 
   defp pieces(_seed) do
     for _ <- 0..:rand.uniform(4),
-        do: :binary.copy(<<:rand.uniform(255)>>, Enum.random([0, 1, 7, 3_000, 40_000]))
+        do: :binary.copy(<<:rand.uniform(255)>>, Enum.random([0, 1, 7, 3_000, 40_000, 400_000]))
   end
 
   defp pump(writer, peer, rounds) when rounds < 20_000 do
-    {batch, size, notes, writer} = Writer.take(writer, Enum.random([1, 5_000, 100_000]))
+    {batch, size, notes, writer} = Writer.take(writer, Enum.random([1, 5_000, 400_000]))
     assert size == IO.iodata_length(batch)
     peer = Enum.reduce(notes, peer, &note/2)
     peer = batch |> frames() |> Enum.reduce(peer, &take/2)
@@ -243,12 +272,12 @@ defmodule MeshxRpc.WriterTest do
   end
 
   defp grant(writer, peer) do
-    n = :rand.uniform(30_000)
+    n = :rand.uniform(300_000)
     {:ok, writer} = Writer.window(writer, 0, n)
     peer = %{peer | connection: peer.connection + n}
 
     Enum.reduce(peer.windows, {writer, peer}, fn {stream, _left}, {writer, peer} ->
-      n = :rand.uniform(30_000)
+      n = :rand.uniform(100_000)
       {:ok, writer} = Writer.window(writer, stream, n)
       {writer, %{peer | windows: Map.update!(peer.windows, stream, &(&1 + n))}}
     end)

@@ -52,6 +52,8 @@ pub struct Setup {
 pub struct Consul {
     /// The process itself.
     pub process: Process,
+    /// What stands before its command line.
+    on: Vec<String>,
     setup: Setup,
     dir: TempDir,
     ip: Ipv4Addr,
@@ -76,12 +78,28 @@ impl Consul {
     /// # Errors
     /// When there is no program, or it does not get ready.
     pub fn start_with(setup: Setup) -> Result<Self> {
+        Self::start_at(setup, own_address(), &[])
+    }
+
+    /// Starts one on a host of a [`crate::Network`], at its address. This process, which is not there, asks it at a Unix
+    /// socket.
+    ///
+    /// # Errors
+    /// When there is no program, or it does not get ready.
+    pub fn start_on(on: &[String], ip: Ipv4Addr) -> Result<Self> {
+        let setup = Setup {
+            unix: true,
+            ..Setup::default()
+        };
+        Self::start_at(setup, ip, on)
+    }
+
+    fn start_at(setup: Setup, ip: Ipv4Addr, on: &[String]) -> Result<Self> {
         // Short: socket paths have 108 bytes.
         let dir = tempfile::Builder::new()
             .prefix("mc")
             .tempdir()
             .context("make a temporary directory")?;
-        let ip = own_address();
         // Several of one process differ by port, those of others by address.
         static NEXT: AtomicU16 = AtomicU16::new(0);
         let ports = 8300 + 10 * NEXT.fetch_add(1, Ordering::Relaxed);
@@ -115,11 +133,14 @@ impl Consul {
                 dir.path(),
                 management.as_deref(),
                 connect_ca.as_ref(),
+                !on.is_empty(),
             ),
             setup.keeps_state,
+            on,
         )?;
         let mut consul = Self {
             process,
+            on: on.to_vec(),
             setup,
             dir,
             ip,
@@ -151,8 +172,9 @@ impl Consul {
             self.dir.path(),
             self.management.as_deref(),
             self.connect_ca.as_ref(),
+            !self.on.is_empty(),
         );
-        self.process = run(self.dir.path(), &config, self.setup.keeps_state)?;
+        self.process = run(self.dir.path(), &config, self.setup.keeps_state, &self.on)?;
         self.wait_ready()
     }
 
@@ -247,6 +269,28 @@ impl Consul {
         options: &[&str],
         token: Option<&str>,
     ) -> Result<Agent> {
+        self.agent_at(&[], name, ip, hosts, options, &self.environment(token)?)
+    }
+
+    /// As [`Consul::agent`], on a host of the network that this Consul [is on](Consul::start_on).
+    ///
+    /// # Errors
+    /// When it does not get ready.
+    pub fn agent_on(&self, on: &[String], name: &str, ip: &str, hosts: &[&str]) -> Result<Agent> {
+        let address = format!("http://{}", SocketAddrV4::new(self.ip, self.ports + 1));
+        let environment = [("CONSUL_HTTP_ADDR".to_owned(), address)];
+        self.agent_at(on, name, ip, hosts, &[], &environment)
+    }
+
+    fn agent_at(
+        &self,
+        on: &[String],
+        name: &str,
+        ip: &str,
+        hosts: &[&str],
+        options: &[&str],
+        environment: &[(String, String)],
+    ) -> Result<Agent> {
         let (consul, envoy) = (program()?, crate::envoy::program()?);
         let programs = [consul, envoy].map(|path| path.display().to_string());
         let ours = [
@@ -259,13 +303,13 @@ impl Consul {
         ];
         let arguments = [&ours, options].concat();
         Agent::start(
-            &[],
+            on,
             name,
             &self.dir.path().join(name),
             &format!("{ip}:0"),
             hosts,
             &arguments,
-            &self.environment(token)?,
+            environment,
         )
     }
 
@@ -355,6 +399,7 @@ fn config(
     dir: &Path,
     management: Option<&str>,
     connect_ca: Option<&Authority>,
+    also_tcp: bool,
 ) -> Value {
     let (http, https) = if setup.tls {
         (-1, i32::from(ports) + 1)
@@ -380,7 +425,8 @@ fn config(
         config["data_dir"] = json!(file("data"));
     }
     if setup.unix {
-        config["addresses"] = json!({"http": format!("unix://{}", file("http.sock"))});
+        let tcp = if also_tcp { format!(" {ip}") } else { String::new() };
+        config["addresses"] = json!({"http": format!("unix://{}{tcp}", file("http.sock"))});
     }
     if setup.tls {
         config["ca_file"] = json!(file("ca.pem"));
@@ -408,16 +454,19 @@ fn config(
     config
 }
 
-fn run(dir: &Path, config: &Value, keeps_state: bool) -> Result<Process> {
+fn run(dir: &Path, config: &Value, keeps_state: bool, on: &[String]) -> Result<Process> {
     let file = dir.join("consul.json");
     std::fs::write(&file, config.to_string()).context("write Consul's configuration")?;
-    let mut arguments = vec![
-        "agent".to_owned(),
+    let mut words = on.to_vec();
+    words.extend([
+        program()?.display().to_string(),
+        "agent".into(),
         "-config-file".into(),
         file.display().to_string(),
-    ];
+    ]);
     if !keeps_state {
-        arguments.push("-dev".into());
+        words.push("-dev".into());
     }
-    Process::start("consul", program()?, arguments, |_| {})
+    let first = words.remove(0);
+    Process::start("consul", first, words, |_| {})
 }

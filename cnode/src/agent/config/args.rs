@@ -85,6 +85,9 @@ pub struct AgentArgs {
     /// How long live links may go on after SIGTERM, in seconds [default: 5]
     #[arg(long, value_name = "SECONDS")]
     pub drain_time: Option<u64>,
+    /// End when for this time, in seconds, nobody has used the agent: no control connection, no registered node, no link [default: never]
+    #[arg(long, value_name = "SECONDS")]
+    pub idle_exit: Option<u64>,
     /// Take over from the agent that runs in the directory, which keeps its live links until they end; start as usual when none does
     #[arg(long)]
     pub takeover: bool,

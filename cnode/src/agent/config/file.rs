@@ -37,6 +37,7 @@ pub(super) struct FileSettings {
     #[serde(default)]
     pub(super) allow_unverified_peers: bool,
     pub(super) drain_time: Option<u64>,
+    pub(super) idle_exit: Option<u64>,
     pub(super) session_service: Option<String>,
     #[serde(default)]
     pub(super) epmd: Vec<String>,

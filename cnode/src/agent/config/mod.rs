@@ -64,6 +64,8 @@ pub struct AgentConfig {
     pub allow_unverified_peers: bool,
     /// How long live links may go on once the agent is told to end.
     pub drain_time: Duration,
+    /// How long nobody may use the agent until it ends by itself; none: for ever.
+    pub idle_exit: Option<Duration>,
     /// Take over from the agent that runs in the directory, if one does.
     pub takeover: bool,
     /// The agent stands in for EPMD.
@@ -224,6 +226,8 @@ impl AgentConfig {
             host: args.epmd_host.or(file.epmd_host),
         };
         let epmd = faults.check(epmd.checked(&hosts)).flatten();
+        let idle_exit = args.idle_exit.or(file.idle_exit);
+        let idle_exit = idle_exit.and_then(|seconds| faults.check(values::idle_exit(seconds)));
         let balance = args.balance.or(file.balance);
         let balance = faults.check(values::parse_balance(balance.as_deref()));
         if let (Some(mesh), Some(kind)) = (&mesh, &data_plane)
@@ -269,6 +273,7 @@ impl AgentConfig {
                         .drain_time
                         .or(file.drain_time)
                         .map_or(DRAIN_TIME, Duration::from_secs),
+                    idle_exit,
                     takeover: args.takeover,
                 })
             }

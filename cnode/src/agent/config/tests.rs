@@ -37,6 +37,7 @@ fn every_bad_value_is_told_at_once() {
         data_plane: Some("nginx".into()),
         instance_ports: Some("9-8".into()),
         balance: Some("at will".into()),
+        idle_exit: Some(0),
         ..AgentArgs::default()
     };
     let text = AgentConfig::from_args(args).unwrap_err().to_string();
@@ -55,10 +56,11 @@ fn every_bad_value_is_told_at_once() {
         "nginx",
         "9-8",
         "at will",
+        "idle-exit 0",
     ] {
         assert!(text.contains(seen), "{seen} not in {text}");
     }
-    assert_eq!(text.lines().count(), 14, "{text}");
+    assert_eq!(text.lines().count(), 15, "{text}");
 }
 
 #[test]
@@ -125,7 +127,7 @@ fn a_file_is_read_and_the_command_line_comes_first() {
         &path,
         "mesh = \"embedded\"\nhost = [\"h1\", \"h2\"]\nbind = \"127.0.0.2:7\"\nhttp = \"127.0.0.1:9\"\n\
          allow_register = [\"uid:1=a\"]\nsocket_mode = \"0660\"\nsocket_group = \"root\"\n\
-         log_format = \"json\"\n",
+         log_format = \"json\"\nidle_exit = 7\n",
     )
     .unwrap();
     let args = AgentArgs {
@@ -145,6 +147,7 @@ fn a_file_is_read_and_the_command_line_comes_first() {
             group: Some(0)
         }
     );
+    assert_eq!(config.idle_exit, Some(std::time::Duration::from_secs(7)));
     assert_eq!(
         (config.log_format, config.dir),
         (LogFormat::Json, PathBuf::from("/d"))

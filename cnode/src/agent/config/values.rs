@@ -1,6 +1,6 @@
 //! Single values: read, and what was wanted instead.
 
-use std::{fs, net::SocketAddr, ops::RangeInclusive};
+use std::{fs, net::SocketAddr, ops::RangeInclusive, time::Duration};
 
 use super::{LogFormat, NodeService};
 use crate::{
@@ -30,6 +30,13 @@ pub(super) fn host(name: String) -> Result<String, String> {
         "host {name:?}: wanted a host name or address of at most {} bytes, without @",
         hosts::HOST_MAX
     ))
+}
+
+pub(super) fn idle_exit(seconds: u64) -> Result<Duration, String> {
+    match seconds {
+        0 => Err("idle-exit 0: wanted at least one second".to_owned()),
+        seconds => Ok(Duration::from_secs(seconds)),
+    }
 }
 
 /// Execute bits mean nothing on a socket, and the owner must be able to connect.

@@ -109,6 +109,13 @@ impl Client {
 }
 
 impl Context {
+    /// Whether something is used that a client need not be connected for: a link, a node that EPMD registered.
+    pub(super) fn is_used(&self) -> bool {
+        !self.links.snapshot().is_empty()
+            || !self.registry.local_nodes().is_empty()
+            || !self.registry.predecessors().list().is_empty()
+    }
+
     /// The answer to hello.
     pub(super) fn describe(&self, version: i64, features: &[&str]) -> Term {
         let place = self.registry.place();

@@ -5,6 +5,7 @@ pub(in crate::agent) mod commands;
 pub(in crate::agent) mod diagnosis;
 pub mod frame;
 mod heartbeat;
+pub(in crate::agent) mod idle;
 pub mod message;
 mod options;
 mod outbox;

@@ -12,6 +12,7 @@ use tracing::{debug, warn};
 use super::{
     commands::{Client, Context},
     heartbeat::Heart,
+    idle::Idle,
     message::{event, map, text},
     session::{self, Parked},
     slots::Slots,
@@ -38,6 +39,10 @@ pub(in crate::agent) struct Clients {
     pub(in crate::agent) parked: Vec<Parked>,
     /// The id of the next one's connection.
     pub(in crate::agent) next_id: u64,
+    /// How long there may be none.
+    pub(in crate::agent) idle: Idle,
+    /// It was that long: the agent is to end.
+    pub(in crate::agent) unused: bool,
     slots: Slots,
 }
 
@@ -47,6 +52,8 @@ impl Clients {
         Self {
             parked: Vec::new(),
             next_id,
+            idle: Idle::new(None),
+            unused: false,
             slots: Slots::new(paths::uid()),
         }
     }
@@ -74,7 +81,7 @@ impl Clients {
 }
 
 /// Serves until `stop` fires, then until every session has given up what it registered; or until `freeze` fires, and
-/// gives the clients back.
+/// gives the clients back; or until nobody has used the agent for as long as `clients` says.
 pub(in crate::agent) async fn serve(
     listener: Arc<UnixListener>,
     context: Arc<Context>,
@@ -88,16 +95,26 @@ pub(in crate::agent) async fn serve(
     for parked in clients.parked.drain(..) {
         sessions.spawn(run(parked));
     }
+    let slots = clients.slots.clone();
+    let used = || !slots.is_empty() || context.is_used();
     loop {
         let accepted = tokio::select! {
-            accepted = listener.accept() => accepted,
+            // In this order: the last look before the agent ends unused is at who waits to be accepted.
+            biased;
+            () = stop.cancelled() => break,
+            () = freeze.cancelled() => break,
             Some(ended) = sessions.join_next() => {
                 clients.parked.extend(ended.ok().flatten());
+                clients.idle.touch();
                 continue;
             }
-            () = freeze.cancelled() => break,
-            () = stop.cancelled() => break,
+            accepted = listener.accept() => accepted,
+            () = clients.idle.over(used) => {
+                clients.unused = true;
+                break;
+            }
         };
+        clients.idle.touch();
         match accepted.and_then(|(stream, _)| Ok((Peer::of(&stream)?, stream))) {
             Ok((peer, stream)) => match clients.slots.take(peer.uid) {
                 Ok(slot) => {

@@ -56,6 +56,11 @@ impl Slots {
         })
     }
 
+    /// Whether no connection is open.
+    pub(super) fn is_empty(&self) -> bool {
+        self.lock().is_empty()
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<u32, usize>> {
         // Nothing that can panic runs under the lock, so what it holds is whole.
         self.by_uid.lock().unwrap_or_else(PoisonError::into_inner)

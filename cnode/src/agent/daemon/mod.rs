@@ -5,7 +5,7 @@ mod handover;
 mod parts;
 mod police;
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 pub use end::STOP_TIME;
 use parts::{Parts, Place, context, join, listen_http, programs, serve_epmd};
@@ -23,6 +23,7 @@ use super::{
     config::{AgentConfig, MeshKind},
     control::{
         commands::Context,
+        idle::Idle,
         server::{self, Clients},
     },
     dir::AgentDir,
@@ -79,6 +80,15 @@ pub enum StartError {
     System(#[from] io::Error),
 }
 
+/// A directory in a line of words: one with blanks is quoted as in JSON.
+pub(crate) fn quoted(dir: &Path) -> String {
+    let dir = dir.to_string_lossy();
+    match dir.contains(|c: char| c.is_whitespace() || c == '"') {
+        true => serde_json::Value::from(dir).to_string(),
+        false => dir.into_owned(),
+    }
+}
+
 /// An agent that serves.
 pub struct Agent {
     context: Arc<Context>,
@@ -108,7 +118,8 @@ pub enum Event {
     Failed,
     /// Another process wants to take over: [`Agent::hand_over`].
     Successor(Successor),
-    /// A successor has taken over, and the last link of this process has ended.
+    /// A successor has taken over, and the last link of this process has ended; or nobody has used the agent for
+    /// [`AgentConfig::idle_exit`].
     Ended,
 }
 
@@ -214,9 +225,10 @@ impl Agent {
         let Parts {
             mut context,
             listeners,
-            clients,
+            mut clients,
             epmd,
         } = parts;
+        clients.idle = Idle::new(config.idle_exit);
         let (stop, freeze) = (CancellationToken::new(), CancellationToken::new());
         let epmd = epmd.map(|epmd| serve_epmd(epmd, &stop, &freeze));
         context.epmd = epmd.as_ref().map(|(epmd, _)| epmd.clone());
@@ -294,11 +306,7 @@ impl Agent {
     /// One line for programs: `meshx agent ready dir=... inbound=IP:PORT hosts=A,B mesh=embedded`, and `http=IP:PORT`
     /// and `epmd=PORT` where these are served. A directory with blanks is quoted as in JSON.
     pub fn ready_line(&self) -> String {
-        let dir = self.context.dir.path().to_string_lossy();
-        let dir = match dir.contains(|c: char| c.is_whitespace() || c == '"') {
-            true => serde_json::Value::from(dir).to_string(),
-            false => dir.into_owned(),
-        };
+        let dir = quoted(self.context.dir.path());
         let http = self.about.http;
         let http = http.map(|http| format!(" http={http}")).unwrap_or_default();
         let port = |(epmd, _): &(Arc<Epmd>, _)| format!(" epmd={}", epmd.port());
@@ -322,7 +330,11 @@ impl Agent {
             return Event::Failed;
         };
         tokio::select! {
-            _ = control => {
+            ended = control => {
+                if ended.is_ok_and(|clients| clients.unused) {
+                    info!("nobody uses this agent: ending");
+                    return Event::Ended;
+                }
                 tracing::error!("the control socket is no longer served");
                 Event::Failed
             }

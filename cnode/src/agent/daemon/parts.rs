@@ -29,6 +29,7 @@ use crate::{
         Proxy, Settings,
         links::{LINKS_MAX, LinkTable},
         local::LocalTable,
+        pending_max,
         plain::PlainPorts,
     },
 };
@@ -80,6 +81,7 @@ pub(super) fn context(
         allow_unverified_peers: config.allow_unverified_peers,
         session_service: config.session_service.clone(),
         balance: config.balance,
+        max_pending: pending_max(descriptors),
         ..Settings::default()
     };
     let proxy = Proxy::new(mesh.clone(), local.clone(), links.clone(), settings);

@@ -453,6 +453,11 @@ mod tests {
             ..Options::default()
         };
         with(&[("k-1_A", "v")]).permit(peer(0), &trust).unwrap();
+        let many = |pairs: usize| Options {
+            meta: (0..pairs).map(|at| (format!("k{at}"), String::new())).collect(),
+            ..Options::default()
+        };
+        many(META_MAX).permit(peer(0), &trust).unwrap();
         let long = "x".repeat(META_VALUE_MAX + 1);
         for (options, cause) in [
             (
@@ -469,11 +474,19 @@ mod tests {
                 },
                 Cause::Limit,
             ),
+            (many(META_MAX + 1), Cause::Limit),
             (with(&[("k", &long)]), Cause::Limit),
             (with(&[(&long, "v")]), Cause::Limit),
             (
                 Options {
                     cluster: Some("a b".into()),
+                    ..Options::default()
+                },
+                Cause::InvalidRequest,
+            ),
+            (
+                Options {
+                    cluster: Some(String::new()),
                     ..Options::default()
                 },
                 Cause::InvalidRequest,

@@ -6,17 +6,28 @@ mod plain;
 
 use std::{
     ffi::OsString,
-    os::unix::process::CommandExt,
+    os::{
+        fd::{IntoRawFd, OwnedFd},
+        unix::process::CommandExt,
+    },
     path::PathBuf,
-    process::{Command, ExitCode},
+    process::{Command, ExitCode, Stdio},
 };
 
 use flags::{Carrier, NodeFlags};
 use plain::PlainArgs;
 pub(super) use plain::{InetrcArgs, inetrc};
+use rustix::process::{Pid, Signal, set_parent_process_death_signal, test_kill_process};
 
-use super::{Failure, block_on, connect};
-use crate::agent::paths::DIR_VARIABLE;
+use super::{
+    EX_OSERR, EX_UNAVAILABLE, Failure,
+    background::{self, IdleOption},
+    block_on, connect,
+};
+use crate::agent::{
+    client::ControlClient,
+    paths::{self, DIR_VARIABLE},
+};
 
 /// What the emulator reads before its own command line.
 const ERL_FLAGS: &str = "ERL_FLAGS";
@@ -34,6 +45,11 @@ pub(super) struct RunArgs {
     /// The agent's directory
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
+    /// The agent: require (one must run), shared (one is started for this user when none runs) or private (one is started for this command)
+    #[arg(long, value_name = "WHICH", value_enum, default_value_t = WhichAgent::Require)]
+    agent: WhichAgent,
+    #[command(flatten)]
+    idle: IdleOption,
     /// Use short names (-sname) instead of long ones (-name)
     #[arg(long)]
     sname: bool,
@@ -54,9 +70,20 @@ pub(super) struct RunArgs {
     ebin: Option<PathBuf>,
     #[command(flatten)]
     plain: PlainArgs,
+    /// For programs that run this one: COMMAND gets SIGTERM when the parent process ends, has no standard input, and does not start when PID has ended
+    #[arg(long, value_name = "PID", hide = true)]
+    end_with: Option<i32>,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "COMMAND")]
     command: Vec<OsString>,
+}
+
+/// Where the agent of the command comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum WhichAgent {
+    Require,
+    Shared,
+    Private,
 }
 
 pub(super) fn run(args: RunArgs) -> Result<ExitCode, Failure> {
@@ -70,11 +97,16 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode, Failure> {
             "--cluster and --meta need our own modules in the VM, and --epmd starts it without: leave one of them out",
         ));
     }
-    let (dir, environment) = agent_for(&args)?;
+    // What may take minutes comes before the agent.
     let ebin = match args.plain.epmd {
         true => PathBuf::new(),
         false => ebin::find(args.ebin.as_deref())?,
     };
+    let Served {
+        dir,
+        environment,
+        hold,
+    } = agent_for(&args)?;
     let own = NodeFlags {
         name: &args.name,
         short: args.sname,
@@ -95,8 +127,16 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     let Some((program, arguments)) = args.command.split_first() else {
         return Err(Failure::usage("no command after --"));
     };
+    if let Some(hold) = hold {
+        keep(hold)?;
+    }
+    let mut command = Command::new(program);
+    if let Some(pid) = args.end_with {
+        end_with(pid)?;
+        command.stdin(Stdio::null());
+    }
     // Returns only when the command could not be started.
-    let error = Command::new(program)
+    let error = command
         .args(arguments)
         .env(ERL_FLAGS, flags::prepend(&own, &present, &outer))
         .env(OWN_FLAGS, &own)
@@ -109,23 +149,82 @@ pub(super) fn run(args: RunArgs) -> Result<ExitCode, Failure> {
     ))
 }
 
-/// The directory of the agent that will serve this node, when it answers and owns the host, and what else the node's
-/// environment needs.
-fn agent_for(args: &RunArgs) -> Result<(PathBuf, plain::Environment), Failure> {
+/// What a node needs of its agent.
+struct Served {
+    /// The agent's directory.
+    dir: PathBuf,
+    environment: plain::Environment,
+    /// An agent that was started for nodes stays as long as somebody has this.
+    hold: Option<OwnedFd>,
+}
+
+/// The agent that will serve this node: it answers and owns the host.
+fn agent_for(args: &RunArgs) -> Result<Served, Failure> {
+    let host = args.name.split_once('@').map(|(_, host)| host);
     block_on(async {
-        let client = connect(args.dir.as_deref()).await?;
-        let hosts = &client.hello().hosts;
-        if let Some((_, host)) = args.name.split_once('@')
-            && !hosts.iter().any(|owned| owned == host)
-        {
-            return Err(Failure::usage(format!(
-                "host_not_owned: host part {host:?} of {:?} is not one of the agent's: {}; choose one of these or start the \
-                 agent with --host {host}",
-                args.name,
-                hosts.join(", ")
-            )));
-        }
+        let (client, hold) = match args.agent {
+            WhichAgent::Require => (connect(args.dir.as_deref()).await?, None),
+            WhichAgent::Shared => {
+                let hosts: Vec<String> = host.iter().map(ToString::to_string).collect();
+                let client = background::shared(args.dir.as_deref(), &hosts, &args.idle).await?;
+                let hold = background::hold(client.dir())?;
+                (client, Some(hold))
+            }
+            WhichAgent::Private if paths::is_configured(args.dir.as_deref()) => {
+                return Err(Failure::usage(format!(
+                    "--agent private: --dir or ${DIR_VARIABLE} names the agent of this host, and none is started beside \
+                     it; leave --agent out, or unset ${DIR_VARIABLE}"
+                )));
+            }
+            WhichAgent::Private => {
+                let private = background::private(host).await?;
+                (connect(Some(&private.dir)).await?, Some(private.life))
+            }
+        };
+        check_host(&client, &args.name, args.agent)?;
         let environment = args.plain.environment(&client, &args.name).await?;
-        Ok((client.dir().to_path_buf(), environment))
+        Ok(Served {
+            dir: client.dir().to_path_buf(),
+            environment,
+            hold,
+        })
     })
+}
+
+fn check_host(client: &ControlClient, name: &str, agent: WhichAgent) -> Result<(), Failure> {
+    let hosts = &client.hello().hosts;
+    match name.split_once('@') {
+        Some((_, host)) if !hosts.iter().any(|owned| owned == host) => Err(match agent {
+            WhichAgent::Shared => background::not_owned(host, hosts),
+            _ => Failure::usage(format!(
+                "host_not_owned: host part {host:?} of {name:?} is not one of the agent's: {}; choose one of these or \
+                 start the agent with --host {host}",
+                hosts.join(", ")
+            )),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// SIGTERM once the parent has ended, which the command keeps (PR_SET_PDEATHSIG in prctl(2)). `pid` is what the parent
+/// lives for: when it is there now, the parent's end is still to come.
+fn end_with(pid: i32) -> Result<(), Failure> {
+    set_parent_process_death_signal(Some(Signal::TERM))
+        .map_err(|error| Failure::new(EX_OSERR, format!("cannot end with process {pid}: {error}")))?;
+    match Pid::from_raw(pid).map(test_kill_process) {
+        Some(Ok(())) => Ok(()),
+        _ => Err(Failure::new(
+            EX_UNAVAILABLE,
+            format!("process {pid}, with which the command is to end, has ended"),
+        )),
+    }
+}
+
+/// The command inherits it, and whatever comes of the command; a BEAM closes it in the programs that it starts.
+fn keep(hold: OwnedFd) -> Result<(), Failure> {
+    rustix::io::fcntl_setfd(&hold, rustix::io::FdFlags::empty())
+        .map_err(|error| Failure::new(EX_OSERR, format!("cannot hold the agent: {error}")))?;
+    // Open until the command ends.
+    let _ = hold.into_raw_fd();
+    Ok(())
 }

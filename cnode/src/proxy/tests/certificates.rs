@@ -221,6 +221,7 @@ pub(super) async fn ask(
     request.encode(&mut bytes);
     // The alert says more than a failed write.
     let _ = stream.write_all(&bytes).await;
+    let _ = stream.flush().await;
     Ok(decode_reply(&frame(stream).await?).unwrap())
 }
 

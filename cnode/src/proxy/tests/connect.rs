@@ -9,14 +9,14 @@ use super::*;
 use crate::mesh::Identity;
 
 /// A host without an agent of ours.
-struct Elsewhere {
+pub(super) struct Elsewhere {
     listener: TcpListener,
     mesh: EmbeddedMesh,
     address: SocketAddr,
 }
 
 impl Elsewhere {
-    async fn new(world: &World) -> Self {
+    pub(super) async fn new(world: &World) -> Self {
         let listener = TcpListener::bind("127.0.0.5:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let mesh = EmbeddedMesh::open(&world.mesh_dir(), "other", vec!["h9".to_owned()], address).unwrap();
@@ -27,7 +27,7 @@ impl Elsewhere {
         }
     }
 
-    async fn register(&self, id: &str, service: &str, protocol: Protocol) {
+    pub(super) async fn register(&self, id: &str, service: &str, protocol: Protocol) {
         let instance = Instance {
             id: id.to_owned(),
             service: service.parse().unwrap(),
@@ -41,7 +41,7 @@ impl Elsewhere {
     }
 
     /// Takes a connection; gives what the client asked for by SNI and ALPN.
-    async fn accept(
+    pub(super) async fn accept(
         &self,
         leaf: &Identity,
         protocol: Protocol,

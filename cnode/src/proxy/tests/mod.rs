@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod certificates;
+mod clusters;
 mod connect;
+mod crowds;
 mod foreign;
 mod hostile;
 mod links;
@@ -13,6 +15,7 @@ mod sidecars;
 mod spoofing;
 mod why;
 
+use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
@@ -30,7 +33,7 @@ use super::local::*;
 use super::wire::*;
 use super::*;
 use crate::mesh::embedded::{Action, EmbeddedMesh, MeshDir, Rule, Rules};
-use crate::mesh::{Certificates, Entry, Protocol, Registration};
+use crate::mesh::{Certificates, Entry, META_CLUSTER, Protocol, Registration};
 
 /// Beyond any deadline of the data plane: only a hang lasts this long.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -145,6 +148,11 @@ impl Drop for Host {
 impl Host {
     /// Registers a node and listens for it.
     async fn node(&self, name: &str) -> Node {
+        self.node_in(name, "").await
+    }
+
+    /// As [`Host::node`], with a label of a cluster.
+    async fn node_in(&self, name: &str, cluster: &str) -> Node {
         let path = self.dir.join(format!("{name}.sock"));
         let listener = UnixListener::bind(&path).unwrap();
         let secret = Secret::generate().unwrap();
@@ -155,7 +163,7 @@ impl Host {
             agent: self.name.clone(),
             address: self.address,
             protocol: Protocol::Meshx,
-            meta: Default::default(),
+            meta: labelled(cluster),
         };
         self.register(instance, secret.clone(), Endpoint::NodeSocket(path))
             .await;
@@ -311,6 +319,12 @@ async fn rest(stream: &mut (impl AsyncRead + Unpin)) -> Vec<u8> {
     let mut bytes = Vec::new();
     let _ = soon("the end of a connection", stream.read_to_end(&mut bytes)).await;
     bytes
+}
+
+/// A node's metadata with the label of its cluster; none when it is empty.
+fn labelled(cluster: &str) -> BTreeMap<String, String> {
+    let label = (!cluster.is_empty()).then(|| (META_CLUSTER.to_owned(), cluster.to_owned()));
+    label.into_iter().collect()
 }
 
 /// `send_name` of OTP 25.

@@ -4,7 +4,7 @@ use futures::future::BoxFuture;
 use super::services::{tcp, upstream};
 use super::*;
 
-fn trusting() -> Settings {
+pub(super) fn trusting() -> Settings {
     Settings {
         allow_unverified_peers: true,
         ..settings()
@@ -12,7 +12,7 @@ fn trusting() -> Settings {
 }
 
 /// The loopback port that the sidecar of a node hands connections to.
-async fn behind(host: &mut Host, node: &str) -> SocketAddr {
+pub(super) async fn behind(host: &mut Host, node: &str) -> SocketAddr {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let serve = host.proxy.clone().serve_unverified(listener, node.to_owned());
@@ -21,7 +21,7 @@ async fn behind(host: &mut Host, node: &str) -> SocketAddr {
 }
 
 /// Comes through a sidecar and names itself.
-async fn come(port: SocketAddr, name: &str) -> TcpStream {
+pub(super) async fn come(port: SocketAddr, name: &str) -> TcpStream {
     let mut stream = TcpStream::connect(port).await.unwrap();
     stream.write_all(&name_message(name)).await.unwrap();
     stream

@@ -292,7 +292,12 @@ defmodule MeshxRpc.Client.Streams do
       {:ok, {:failed, reason}} ->
         fail(session, reason)
 
-      {:ok, _error} ->
+      # Its time may be over a moment before the call's, and before ours.
+      {:ok, {:error, _flag, _bytes} = error} ->
+        {:error_rpc, reason} = Request.value(error, session.pool)
+        fail(session, reason)
+
+      {:ok, _not_asked_for} ->
         fail(session, :invalid_state)
     end
   end

@@ -37,7 +37,6 @@ defmodule MeshxRpc.Server.Connection do
     # The timer of the first deadline, and when it is.
     alarm: nil,
     streams: %{},
-    pids: %{},
     last: 0,
     hsk_ref: 0,
     since: 0
@@ -377,32 +376,31 @@ defmodule MeshxRpc.Server.Connection do
     state = %{
       state
       | alarm: Alarm.set(state.alarm, until),
-        streams: Map.put(state.streams, stream, request),
-        pids: Map.put(state.pids, pid, stream)
+        streams: Map.put(state.streams, stream, request)
     }
 
     if kind == :cast, do: respond(state, stream, :started, {0, [], 0}), else: state
   end
 
-  defp done(%{pids: pids} = state, pid, stream, done) when is_map_key(pids, pid) do
-    if done == :answered,
-      do: state |> finished(stream) |> over(stream),
-      else: finish(state, stream, done)
+  defp done(state, pid, stream, done) do
+    case state.streams do
+      %{^stream => %{pid: ^pid}} when done == :answered -> state |> finished(stream) |> over(stream)
+      %{^stream => %{pid: ^pid}} -> finish(state, stream, done)
+      _over -> state
+    end
   end
 
-  defp done(state, _pid, _stream, _done), do: state
-
-  # A request's process is gone, mostly after it has told us all.
-  defp ended(%{pids: pids} = state, pid, reason) do
-    case pids do
-      %{^pid => stream} ->
+  # A request's process that has not told us how it ended: few do, so nothing is kept to find them fast.
+  defp ended(state, pid, reason) do
+    case Enum.find(state.streams, fn {_stream, request} -> request.pid == pid end) do
+      {stream, _request} ->
         reason = Term.exit_reason(reason)
 
         state
         |> Report.tell_ended(stream, reason)
         |> finish(stream, {:error, Term.encode_error(reason)})
 
-      _over ->
+      nil ->
         state
     end
   end
@@ -422,13 +420,14 @@ defmodule MeshxRpc.Server.Connection do
 
   # The request no longer runs.
   defp finished(state, stream) do
-    {request, streams} = Map.pop!(state.streams, stream)
     release_slot(state)
-    %{state | streams: streams, pids: Map.delete(state.pids, request.pid)}
+    %{state | streams: Map.delete(state.streams, stream)}
   end
 
   defp kill(state, stream, reason) do
-    Process.exit(state.streams[stream].pid, :kill)
+    %{pid: pid} = state.streams[stream]
+    Process.unlink(pid)
+    Process.exit(pid, :kill)
     Report.tell_ended(state, stream, reason)
   end
 

@@ -41,6 +41,7 @@ defmodule MeshxRpc.Server.Task do
   def run_internal(%{connection: connection, server: server}, stream, name, flag, argument) do
     config = Entry.get({:server, server})
     send(connection, {:done, self(), stream, internal_result(name, flag, argument, config)})
+    leave(connection)
   end
 
   @doc false
@@ -68,7 +69,12 @@ defmodule MeshxRpc.Server.Task do
       result = if match?({:result, _encoded}, done), do: :ok, else: {:error_rpc, result}
       tell(config, Map.put(measured, :sent, size(done)), result, time)
     end
+
+    leave(task.connection)
   end
+
+  # It knows all: the message of our end would tell it nothing, and costs it as much as the result did.
+  defp leave(connection), do: Process.unlink(connection)
 
   defp size({_status, {_flag, _iovec, size}}), do: size
   defp size(_refused), do: 0

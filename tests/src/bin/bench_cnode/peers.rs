@@ -38,13 +38,15 @@ pub(crate) enum Who {
     Ours,
     Ei,
     Beam,
+    /// The C node of libei, which sends frames that it made before, or reads without looking: what its socket can do.
+    Socket,
 }
 
 impl Who {
     fn node(self) -> &'static str {
         match self {
             Self::Ours => "ours@127.0.0.1",
-            Self::Ei => "ei@127.0.0.1",
+            Self::Ei | Self::Socket => "ei@127.0.0.1",
             Self::Beam => "other@127.0.0.1",
         }
     }
@@ -114,7 +116,8 @@ impl Stage {
     pub(crate) fn send(&mut self, who: Who, count: u32, size: u32) -> Result<Took> {
         let command = match who {
             Who::Beam => format!("send {BEAM} {count} {size}"),
-            _ => format!("send {count} {size}"),
+            Who::Socket => format!("flood {count} {size}"),
+            Who::Ours | Who::Ei => format!("send {count} {size}"),
         };
         let process = self.process(who);
         measured(process, |process| ask(process, &command))
@@ -129,11 +132,12 @@ impl Stage {
         let command = format!("blast {} {count} {size}", who.node());
         let process = match who {
             Who::Ours => &mut self.ours,
-            Who::Ei | Who::Beam => &mut self.ei,
+            Who::Ei | Who::Socket | Who::Beam => &mut self.ei,
         };
+        let take = if who == Who::Socket { "drain" } else { "receive" };
         let beam = &mut self.beam;
         measured(process, |process| {
-            process.write_line(&format!("receive {count}"))?;
+            process.write_line(&format!("{take} {count}"))?;
             ask(beam, &command)?;
             process.wait_for(PATIENCE, |line| line.starts_with("done").then_some(()))
         })
@@ -164,7 +168,7 @@ impl Stage {
     fn process(&mut self, who: Who) -> &mut Process {
         match who {
             Who::Ours => &mut self.ours,
-            Who::Ei => &mut self.ei,
+            Who::Ei | Who::Socket => &mut self.ei,
             Who::Beam => &mut self.other,
         }
     }

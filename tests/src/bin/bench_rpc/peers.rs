@@ -27,6 +27,8 @@ pub(crate) enum Kind {
     TlsTuned,
     /// MeshxRpc through two agents: mutual TLS 1.3 between them.
     Mesh,
+    /// A plain socket for each caller: what two VMs can do.
+    Socket,
 }
 
 impl Kind {
@@ -39,6 +41,7 @@ impl Kind {
         Self::Tls,
         Self::TlsTuned,
         Self::Mesh,
+        Self::Socket,
     ];
 }
 
@@ -52,6 +55,7 @@ impl fmt::Display for Kind {
             Self::Tls => "erpc, inet_tls",
             Self::TlsTuned => "erpc, inet_tls, 256 KiB",
             Self::Mesh => "MeshxRpc, agents",
+            Self::Socket => "bare sockets",
         })
     }
 }
@@ -115,6 +119,7 @@ impl Stage {
             Kind::Crc32 => &["rpc", "crc32", "nif"],
             Kind::Elixir => &["rpc", "none", "elixir"],
             Kind::Mesh => &["mesh", "none"],
+            Kind::Socket => &["socket"],
         };
         let arguments: Vec<String> = arguments.iter().map(|a| (*a).to_owned()).collect();
         let (server, server_pid, place) = self.vm(kind, "server", &arguments)?;
@@ -211,7 +216,7 @@ impl Pair {
 
     /// The longest call of the NIF in either VM since this was asked before, in microseconds.
     pub(crate) fn slice(&mut self) -> Result<f64> {
-        if matches!(self.kind, Kind::Erpc | Kind::Tls | Kind::TlsTuned | Kind::Elixir) {
+        if !matches!(self.kind, Kind::Rpc | Kind::Crc32 | Kind::Mesh) {
             return Ok(0.0);
         }
         let longest = [&mut self.client, &mut self.server].map(|vm| ask(vm, "slice"));

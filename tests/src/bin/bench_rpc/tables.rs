@@ -78,9 +78,20 @@ impl View<'_> {
         ))
     }
 
-    /// Calls per second of everybody, and MeshxRpc's against the figures.
+    /// Calls per second, MeshxRpc's against the figures, and what sockets of the VM's are good for.
     fn speed(&self) -> String {
-        let mut table = Table::new(&["calls/s", "erpc", "MeshxRpc", "ratio", "at least", "", "aim", ""]);
+        let mut table = Table::new(&[
+            "calls/s",
+            "erpc",
+            "MeshxRpc",
+            "ratio",
+            "at least",
+            "",
+            "aim",
+            "",
+            "bare sockets",
+            "to erpc",
+        ]);
         for (row, peers) in self.rows.iter().zip(self.samples) {
             let Some(ratio) = self.ratio(peers, Kind::Rpc, Kind::Erpc, rate) else {
                 continue;
@@ -91,6 +102,8 @@ impl View<'_> {
             for limit in [Limit::AtLeast(row.at_least), Limit::AtLeast(row.aim)] {
                 cells.extend([limit.to_string(), judge(&ratio, limit).to_string()]);
             }
+            cells.push(self.rate(peers, Kind::Socket));
+            cells.push(shown(self.ratio(peers, Kind::Socket, Kind::Erpc, rate)));
             table.row(cells);
         }
         section("Speed", &table)

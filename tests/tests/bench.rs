@@ -50,6 +50,7 @@ fn bench_mesh_measures_and_writes_its_tables() {
             "| native / built-in proxies ",
             "| native / Envoy pair ",
             "| carrier alone / inet_tcp_dist ",
+            "| between two network namespaces ",
             "bench/mesh.svg",
             UNDECIDED,
         ],

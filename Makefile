@@ -23,7 +23,7 @@ OTP_VERSIONS ?= 27 29
 # In a rule whose stem is a version: its programs first, and a build directory of its own.
 ON_OTP = PATH=$(CARGO_TARGET_DIR)/otp/$*/bin:$$PATH MIX_BUILD_ROOT=_build/otp-$*
 # What a version of OTP may change.
-OTP_TESTS := auto_cluster c_node cluster command_line distribution epmd epmd_module hostile ownership refusals rpc sessions spoofing takeover ways
+OTP_TESTS := auto_cluster background c_node cluster command_line distribution epmd epmd_module hostile mix_run ownership refusals rpc sessions spoofing takeover ways
 OTP_RUST_TESTS := beam libei node_calls node_connections node_exits node_hostile_beam node_links node_soak node_spawned
 
 .PHONY: build demo test bench-cnode bench-dist bench-mesh bench-rpc preflight-demo preflight-test lint test-rust test-elixir built-for-end-to-end test-end-to-end test-consul test-otp fuzz clean

@@ -228,7 +228,7 @@ fn an_agent_in_the_background_holds_nobodys_files() {
     let mesh = Mesh::new().unwrap();
     let runtime = runtime_dir(&mesh);
     let program = program("meshx").unwrap();
-    let script = "\"$0\" start --idle-exit 600 3>&1 >/dev/null";
+    let script = "\"$0\" start --idle-exit 60 3>&1 >/dev/null";
     let mut command = Command::new("sh");
     command
         .args(["-c", script])

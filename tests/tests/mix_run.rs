@@ -13,7 +13,8 @@ const BOOT: Duration = Duration::from_secs(120);
 const END: Duration = Duration::from_secs(60);
 
 /// Prints `up PID` and waits, some minutes at most; on SIGTERM it takes a moment, says so and ends with status 3.
-const COMMAND: &str = "trap 'sleep 1; echo bye; exit 3' TERM; echo up $$; for i in $(seq 3000); do sleep 0.05; done";
+const COMMAND: &str =
+    "trap 'sleep 1; echo bye; exit 3' TERM; echo up $$; for i in $(seq 3000); do sleep 0.05; done";
 
 fn start(runtime: &Path) -> (Process, u32) {
     let words = [

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use meshx::agent::control::message::text;
 use meshx_tests::control::Control;
-use meshx_tests::{Beam, Mesh};
+use meshx_tests::{Beam, Mesh, ebin};
 
 /// "At once" is well below the 7 s that OTP's own setup timer would take; three times what is promised.
 const AT_ONCE: Duration = Duration::from_secs(3);
@@ -160,9 +160,9 @@ fn an_agent_that_is_gone_is_unreachable_and_no_agent_is_a_clear_boot_error() {
         "{answer}"
     );
 
-    let output = h2
-        .meshx(&["run", "late@h2", "--ebin", ".", "--", "true"])
-        .unwrap();
+    let ebin = ebin();
+    let run = ["run", "late@h2", "--ebin", ebin.to_str().unwrap(), "--", "true"];
+    let output = h2.meshx(&run).unwrap();
     assert!(!output.status.success());
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(

@@ -283,11 +283,12 @@ defmodule MeshxRpc.HostileTest do
 
     {:ok, port} = :inet.port(listen)
     client = client_down({:tcp, {127, 0, 0, 1}, port}, max_queue: 1_000_000, timeout_send: 2_000)
-    _socket = TestPeer.accept(listen)
+    socket = TestPeer.accept(listen)
     big = :binary.copy("x", 20_000_000)
 
     first = Task.async(fn -> Client.Pool.call(client, :echo, big, 60_000, 100, 5) end)
-    # As soon as the first is queued there is no room for another.
+    # The first is queued when a part of it has come: then there is no room for another.
+    assert {:ok, _header} = :gen_tcp.recv(socket, 12, 10_000)
     assert full(client) == {:error_rpc, :full}
     assert {:error_rpc, reason} = Task.await(first, 30_000)
     assert reason in [:closed, :timeout]

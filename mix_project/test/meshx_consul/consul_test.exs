@@ -11,6 +11,10 @@ defmodule MeshxConsulTest do
   @proxy "upstream-" <> @host
 
   setup do
+    # What a test before this one has left: when it ended, its agent had gone before.
+    for id <- MeshxConsul.list(), do: MeshxConsul.stop(id)
+    assert MeshxConsul.list() == []
+
     on_exit(fn ->
       for id <- MeshxConsul.list(), do: MeshxConsul.stop(id)
 

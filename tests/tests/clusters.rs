@@ -60,6 +60,10 @@ fn lost(node: &mut Beam) -> String {
         .unwrap()
 }
 
+/// Which of the nodes that no rule keeps from it has told `node` of its loss.
+const FURTHER: &str = "Process.info(self(), :messages) |> elem(1) |> Enum.flat_map(fn \
+     {:nodedown, node, _} when node in [:cart@h2, :search@h1] -> [node]; _ -> [] end)";
+
 #[test]
 fn links_between_clusters_are_hidden_and_a_denial_between_them_disturbs_nothing() {
     let mut world = world(["blue", "blue", "green", "green"]);
@@ -132,14 +136,19 @@ fn a_denial_inside_a_cluster_costs_further_links_and_is_announced() {
     }
 
     world.h1.meshx_ok(&["deny", "shop", "stats"]).unwrap();
-    // The denied link and, by `global`, more: it is one of the two that is left alone.
-    let mut left = [0, 3].map(|_| String::new());
-    let fewer = wait_until(PATIENCE, || {
-        left = [0, 3].map(|end| world.nodes[end].eval("Enum.sort(Node.list())").unwrap());
-        left[0] != "[:cart@h2, :search@h1, :stats@h2]" && left.iter().any(|left| left == "[]")
+    assert_eq!(lost(&mut world.nodes[0]), ":stats@h2");
+    // And, by `global`, more: whom it cuts off, and whether they come back, is a race inside OTP. That the two lose
+    // nodes which no rule keeps from them is not.
+    let mut further = [0, 3].map(|_| String::new());
+    let told = wait_until(PATIENCE, || {
+        further = [0, 3].map(|end| world.nodes[end].eval(FURTHER).unwrap());
+        further.iter().any(|lost| lost != "[]")
     });
-    println!("shop@h1 has {}, stats@h2 has {}", left[0], left[1]);
-    assert!(fewer.is_ok(), "{left:?}");
+    println!(
+        "shop@h1 lost {}, stats@h2 lost {} as well",
+        further[0], further[1]
+    );
+    assert!(told.is_ok(), "{further:?}");
     let told = world.h1.meshx(&["doctor"]).unwrap();
     let told = String::from_utf8_lossy(&told.stdout).into_owned();
     assert!(told.contains("shop -> stats is denied"), "{told}");

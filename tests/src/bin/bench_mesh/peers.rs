@@ -20,6 +20,9 @@ const START: Duration = Duration::from_secs(60);
 pub(crate) const NEWEST_OTP: &str = "29";
 /// The buffers that a node of Meshx gives its socket, for everybody.
 const BUFFERS: &str = "{nodelay,true},{buffer,262144},{recbuf,262144},{sndbuf,1048576}";
+/// Links that are made as soon as they are lost can leave OTP's `global` exchanging messages at both nodes without end,
+/// over whatever carries them (erlang/otp issue 9117): all others would be measured beside that.
+const WITHOUT_GLOBAL: &str = "-connect_all false";
 /// Where TCP is to find its own: it grows them to what a long way needs, unless they are set.
 const NO_BUFFERS: &str = "{nodelay,true}";
 
@@ -288,6 +291,7 @@ impl Stage {
         line.extend(words);
         let mut process = Process::start(name, &line[0], &line[1..], |command| {
             command.envs(path.map(|path| ("PATH", path)));
+            command.env("ERL_AFLAGS", WITHOUT_GLOBAL);
             match kind {
                 Kind::Native => command.env("MESHX_DIR", self.agents[side].dir()),
                 _ => command.env("ERL_FLAGS", self.flags(kind, name, side, port, at)),

@@ -187,7 +187,7 @@ impl Key {
             Self::Hash(hash) => hash,
         };
         // The high bits are those that depend on all others.
-        (word.wrapping_mul(FACTOR) >> 48) as usize
+        (word.wrapping_mul(FACTOR) >> (64 - SLOTS.ilog2())) as usize
     }
 }
 

@@ -221,13 +221,18 @@ fn what_the_vm_would_make_atoms_of_or_take_long_for_stays_as_it_is() {
     ] {
         assert_eq!(check(&with(std::slice::from_ref(&refused))), None, "{refused:?}");
     }
-    // What one row costs at most, and a megabyte.
+    // What takes longer than a millisecond, and a megabyte.
     let rows = |count| encoded(&Term::list(vec![map(32); count]));
     assert!(check(&rows(200)).is_some());
     assert_eq!(check(&rows(400)), None);
-    let ints = |count: usize| with(&vec![vec![98, 0, 1, 0, 0]; count]);
-    assert!(check(&ints(150_000)).is_some());
-    assert_eq!(check(&ints(180_000)), None);
+    let ints = |count: usize| with(&vec![vec![97, 1]; count]);
+    assert!(check(&ints(190_000)).is_some());
+    assert_eq!(check(&ints(210_000)), None);
+    let mut text = b"\x631.5".to_vec();
+    text.resize(32, 0);
+    let floats = |count: usize| with(&vec![text.clone(); count]);
+    assert!(check(&floats(12_000)).is_some());
+    assert_eq!(check(&floats(13_000)), None);
     let bytes = |count: usize| with(&vec![part(&Term::binary(vec![0; 1000])); count]);
     assert!(check(&bytes(1_000)).is_some());
     assert_eq!(check(&bytes(1_100)), None);

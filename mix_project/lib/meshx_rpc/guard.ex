@@ -26,7 +26,7 @@ defmodule MeshxRpc.Guard do
   Half or more of that time goes into atoms, which the VM looks up by their texts wherever they stand. A term that
   repeats its atoms, as a list of maps or structs does, is therefore given to the VM with its atoms in a table, as
   distribution sends it, and decoded on the scheduler of the process: 10,000 small maps in a quarter of the time. That is
-  for terms of 256 atoms or more, at most 255 different ones, and at most 1 MiB, that take the VM about 1 ms or less. They
+  for terms of 256 atoms or more, at most 255 different ones, and 2 KiB to 1 MiB, that take the VM about 1 ms or less. They
   hold no identifiers, no functions, no binaries of more than 1 KiB and no maps of more than 32 pairs or with keys that
   are no atoms. The guard, and what it refuses, is the same for them.
 

@@ -239,7 +239,7 @@ pub struct Guard {
     failed: Option<GuardError>,
     /// Whether to write the term's other form.
     indexing: bool,
-    indexer: Option<Indexer>,
+    indexer: Option<Box<Indexer>>,
 }
 
 impl Guard {
@@ -270,7 +270,7 @@ impl Guard {
 
     /// When the guard is done, and once: the term with its atoms in a table, if a BEAM decodes it sooner that way, and in
     /// about a millisecond. Such a term has 256 atoms or more, at most 255 different ones, maps of at most 32 pairs with
-    /// atoms as keys, no identifiers, no functions, and at most 1 MiB.
+    /// atoms as keys, no identifiers, no functions, no binaries of more than 1 KiB, and 2 KiB to 1 MiB in all.
     pub fn indexed(&mut self, bytes: &[u8]) -> Option<Indexed> {
         (self.owed == 0 && self.failed.is_none() && self.len == Some(bytes.len()))
             .then(|| self.indexer.take()?.finish(bytes))?

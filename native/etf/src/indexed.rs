@@ -21,6 +21,8 @@ pub struct Indexed {
 
 /// Longest term that is written anew: it is held a second time.
 const MAX_LEN: usize = 1 << 20;
+/// Shortest.
+const MIN_LEN: usize = 2 << 10;
 /// Fewest atoms that make it worthwhile.
 const MIN_ATOMS: usize = 256;
 /// Of an atom that is as often there on average.
@@ -46,7 +48,7 @@ const PROBES: usize = 16;
 pub(crate) struct Indexer {
     atoms: Vec<(Key, Atom)>,
     /// 1 + the place in `atoms` by the hash of its text, 0 if there is none.
-    slots: Box<[u8; SLOTS]>,
+    slots: [u8; SLOTS],
     /// What is written, and room for more.
     bytes: Vec<u8>,
     written: usize,
@@ -58,16 +60,17 @@ pub(crate) struct Indexer {
 
 impl Indexer {
     /// `None` for a term of so many bytes that it would not be worthwhile.
-    pub(crate) fn new(len: usize) -> Option<Self> {
-        (2 * MIN_ATOMS..=MAX_LEN).contains(&len).then(|| Self {
+    pub(crate) fn new(len: usize) -> Option<Box<Self>> {
+        let indexer = || Self {
             atoms: Vec::new(),
-            slots: Box::new([0; SLOTS]),
+            slots: [0; SLOTS],
             bytes: Vec::new(),
             written: 0,
             copied: 0,
             found: 0,
             cost: 0,
-        })
+        };
+        (MIN_LEN..=MAX_LEN).contains(&len).then(|| Box::new(indexer()))
     }
 
     /// Takes the token at `at..end` of the input; `None` if the term is to stay as it is. `short` is the text of an atom
@@ -250,7 +253,7 @@ mod tests {
             .filter(|name| slot(name) == slot(&names[0]))
             .collect();
         assert!(same.len() > PROBES);
-        let mut indexer = Indexer::new(1 << 10).unwrap();
+        let mut indexer = Indexer::new(MIN_LEN).unwrap();
         let mut index = |name: &str| indexer.index(AtomRef::utf8(name), None);
         for (at, name) in same.iter().take(PROBES).enumerate() {
             assert_eq!(index(name), u8::try_from(at).ok());
@@ -261,7 +264,7 @@ mod tests {
 
     #[test]
     fn a_table_that_is_full_takes_no_more() {
-        let mut indexer = Indexer::new(1 << 10).unwrap();
+        let mut indexer = Indexer::new(MIN_LEN).unwrap();
         for _ in 0..2 {
             for n in 0..MAX_ATOMS {
                 let text = n as u128;

@@ -30,8 +30,8 @@ defmodule MeshxRpc.Guard do
   hold no identifiers, no functions, no binaries of more than 1 KiB and no maps of more than 32 pairs or with keys that
   are no atoms. The guard, and what it refuses, is the same for them.
 
-  A compressed term is always refused: what it holds shows only after inflating it. Whether an atom exists is left to
-  `:erlang.binary_to_term(binary, [:safe])`.
+  A compressed term is always refused: what it holds shows only after inflating it. Whether an atom exists is left to the
+  VM, which makes none (`:erlang.binary_to_term(binary, [:safe])`).
   """
 
   @defaults %{

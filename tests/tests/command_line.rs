@@ -379,3 +379,19 @@ fn commands_by_plain_epmd() {
     let node = Process::start("script", program("meshx").unwrap(), arguments, |_| ()).unwrap();
     script(node, "cart@127.0.0.1", "script@127.0.0.1", &mut console);
 }
+
+/// By rep movsb an agent would spend most of its time on copies where the processor is one of some: see cli::copying.
+#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+#[test]
+fn an_agent_copies_without_rep_movsb() {
+    let mesh = Mesh::new().unwrap();
+    let agent = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    // Of the process that was started, so whoever did it finds it under its pid.
+    let environment = std::fs::read(format!("/proc/{}/environ", agent.process.pid())).unwrap();
+    let wanted = b"GLIBC_TUNABLES=glibc.cpu.x86_rep_movsb_threshold=0x10000000";
+    assert!(
+        environment
+            .split(|byte| *byte == 0)
+            .any(|variable| variable == wanted)
+    );
+}

@@ -21,7 +21,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::{EnvFilter, filter::LevelFilter, fmt::writer::BoxMakeWriter};
 
-use super::{EX_OSERR, EX_SOFTWARE, EX_UNAVAILABLE, Failure, background, notify, print};
+use super::{EX_OSERR, EX_SOFTWARE, EX_UNAVAILABLE, Failure, background, copying, notify, print};
 use crate::agent::{
     Agent, Event, STOP_TIME, StartError,
     config::{AgentArgs, AgentConfig, LogFormat},
@@ -50,6 +50,7 @@ pub(super) fn run(command: AgentCommand) -> Result<ExitCode, Failure> {
         detached,
         private,
     } = command;
+    copying::by_vectors();
     // Between making a socket or a file and setting its mode, nobody else may open it.
     umask(Mode::RWXG | Mode::RWXO);
     let private = private.then(PrivateDir::make).transpose()?;

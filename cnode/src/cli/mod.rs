@@ -6,6 +6,7 @@ mod background;
 mod call;
 mod caller;
 mod check;
+mod copying;
 mod doctor;
 mod json;
 mod links;

@@ -43,6 +43,7 @@ use crate::agent::registry::{Registry, answer};
 use crate::listeners;
 use crate::log_limit::LogLimit;
 use crate::mesh::{Finding, Level};
+use crate::proxy::Lanes;
 use crate::proxy::admission::Admission;
 use crate::proxy::cause::{Cause, Refusal};
 use crate::proxy::listener::{self, Listener};
@@ -380,7 +381,17 @@ impl Epmd {
         let (admission, epmd) = (self.admission.clone(), self);
         let session =
             move |(stream, _), slot| epmd.clone().session(stream, slot, stop.clone(), freeze.clone());
-        listener::serve(Listener::Epmd, listener.clone(), admission, until, session).await;
+        // A connection here holds a name, and carries nothing.
+        let lanes = Lanes::default();
+        listener::serve(
+            Listener::Epmd,
+            listener.clone(),
+            admission,
+            until,
+            &lanes,
+            session,
+        )
+        .await;
         (address, Some(listener))
     }
 

@@ -18,6 +18,7 @@ use super::tls::{self, Peer};
 use super::turns::Turn;
 use super::unverified::sidecar_of;
 use super::why::{AGENT, CERTIFICATE, TLS, Trail, span};
+use super::wide::Wide;
 use super::wire::{Asked, MAX_MESH_FRAME, Request, decode_reply};
 use super::{Proxy, keepalive, peer_uid};
 use crate::mesh::{Instance, Protocol, ServiceName};
@@ -56,7 +57,7 @@ impl Dialled {
 
 /// A connection whose two ends have proven who they are.
 pub(super) struct Secured {
-    pub(super) stream: TlsStream<TcpStream>,
+    pub(super) stream: TlsStream<Wide>,
     pub(super) address: SocketAddr,
     pub(super) proof: Proof,
 }
@@ -108,7 +109,7 @@ impl Proxy {
         keepalive::watch(&stream).map_err(|error| unreachable(&error))?;
         trail.pass(|| format!("{address} takes connections"));
         trail.look(TLS);
-        let handshake = TlsConnector::from(config).connect(name, stream);
+        let handshake = TlsConnector::from(config).connect(name, Wide::new(stream));
         let handshake = match timeout(settings.handshake_timeout, handshake).await {
             Ok(done) => done.map_err(|error| tls::refusal(&error)),
             Err(_) => Err(silent("a TLS handshake", settings.handshake_timeout)),

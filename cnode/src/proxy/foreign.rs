@@ -6,7 +6,6 @@
 
 use std::sync::Arc;
 
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::server::TlsStream;
 
@@ -18,13 +17,14 @@ use super::links::{LinkGuard, LinkId, Purpose};
 use super::local::LocalInstance;
 use super::sessions::check_name;
 use super::tls::Peer;
+use super::wide::Wide;
 use super::{Attempt, Proxy, no_such_service};
 
 impl Proxy {
     /// The decision on a link of a foreign client.
     pub(super) async fn decide_foreign(
         &self,
-        mut stream: TlsStream<TcpStream>,
+        mut stream: TlsStream<Wide>,
         peer: Result<Peer, Refusal>,
         shown: Shown,
         only: Option<&str>,
@@ -44,7 +44,7 @@ impl Proxy {
 
     async fn prepare_foreign(
         &self,
-        stream: &mut TlsStream<TcpStream>,
+        stream: &mut TlsStream<Wide>,
         peer: Result<Peer, Refusal>,
         shown: &Shown,
         only: Option<&str>,
@@ -84,7 +84,7 @@ impl Proxy {
     /// A node of this agent: whoever dials it says which node he is, and must be that.
     async fn foreign_node(
         &self,
-        stream: &mut TlsStream<TcpStream>,
+        stream: &mut TlsStream<Wide>,
         peer: &Peer,
         shown: &Shown,
         link: LinkId,

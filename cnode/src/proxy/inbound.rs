@@ -18,12 +18,13 @@ use super::listener::{self, Listener};
 use super::local::LocalInstance;
 use super::proof::Proof;
 use super::tls::{self, Peer};
+use super::wide::Wide;
 use super::{Attempt, Proxy, keepalive};
 use crate::mesh::{Identity, Instance, Protocol, ServiceName, SpiffeId};
 
 /// A connection whose handshake is done.
 struct Secured {
-    stream: TlsStream<TcpStream>,
+    stream: TlsStream<Wide>,
     peer: Result<Peer, Refusal>,
     shown: Shown,
 }
@@ -64,9 +65,17 @@ impl Proxy {
     }
 
     async fn serve_port(self: Arc<Self>, listener: Arc<TcpListener>, only: Option<Arc<str>>) {
-        let link = |(stream, peer), slot| self.clone().inbound_link(stream, peer, only.clone(), slot);
+        let proxy = self.clone();
+        let link = move |(stream, peer), slot| proxy.clone().inbound_link(stream, peer, only.clone(), slot);
         let (admission, closed) = (self.inbound.clone(), self.closed.clone());
-        let serve = listener::serve(Listener::Inbound, listener, admission, closed, link);
+        let serve = listener::serve(
+            Listener::Inbound,
+            listener,
+            admission,
+            closed,
+            &self.settings.lanes,
+            link,
+        );
         self.serving.track_future(serve).await;
     }
 
@@ -144,7 +153,7 @@ impl Proxy {
         attempt: &mut Attempt,
     ) -> Result<Secured, Refused> {
         // rustls has sent its alert by then.
-        let fault = |error: &io::Error, stream: Option<TcpStream>| Refused {
+        let fault = |error: &io::Error, stream: Option<Wide>| Refused {
             refusal: match error.kind() {
                 io::ErrorKind::UnexpectedEof => {
                     Cause::InvalidRequest.because("closed inside its TLS handshake")
@@ -157,7 +166,7 @@ impl Proxy {
         if matches!(stream.peek(&mut [0]).await, Ok(0)) {
             attempt.is_probe = true;
         }
-        let mut acceptor = LazyConfigAcceptor::new(Acceptor::default(), stream);
+        let mut acceptor = LazyConfigAcceptor::new(Acceptor::default(), Wide::new(stream));
         let hello = match (&mut acceptor).await {
             Ok(hello) => hello,
             Err(error) => return Err(fault(&error, acceptor.take_io())),

@@ -2,15 +2,17 @@
 
 use std::future::poll_fn;
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream, unix};
 use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use super::admission::{Admission, Origin, Slot};
+use super::lanes::Lanes;
 use super::near;
 
 /// Pause after a failed accept: descriptors that ran out come back when links end.
@@ -67,17 +69,35 @@ pub(crate) trait Accept {
     /// A connection and its peer.
     type Connection;
 
+    /// The same on its way to another runtime.
+    type Parcel: Send + 'static;
+
     fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Connection>>;
+
+    /// Takes a connection out of this runtime.
+    fn pack(connection: Self::Connection) -> io::Result<Self::Parcel>;
+
+    /// Puts it into this one.
+    fn unpack(parcel: Self::Parcel) -> io::Result<Self::Connection>;
 
     /// Who dials, as far as the connection itself tells.
     fn origin(connection: &Self::Connection) -> Origin;
 }
 
 impl Accept for TcpListener {
-    type Connection = (tokio::net::TcpStream, std::net::SocketAddr);
+    type Connection = (TcpStream, SocketAddr);
+    type Parcel = (std::net::TcpStream, SocketAddr);
 
     fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Connection>> {
         Self::poll_accept(self, cx)
+    }
+
+    fn pack((stream, peer): Self::Connection) -> io::Result<Self::Parcel> {
+        Ok((stream.into_std()?, peer))
+    }
+
+    fn unpack((stream, peer): Self::Parcel) -> io::Result<Self::Connection> {
+        Ok((TcpStream::from_std(stream)?, peer))
     }
 
     fn origin((_, peer): &Self::Connection) -> Origin {
@@ -86,12 +106,21 @@ impl Accept for TcpListener {
 }
 
 impl Accept for UnixListener {
-    type Connection = (tokio::net::UnixStream, tokio::net::unix::SocketAddr);
+    type Connection = (UnixStream, unix::SocketAddr);
+    type Parcel = (std::os::unix::net::UnixStream, unix::SocketAddr);
 
     fn poll_accept(&self, cx: &mut Context<'_>) -> Poll<io::Result<Self::Connection>> {
         let accepted = ready!(Self::poll_accept(self, cx))?;
         near::widen(&accepted.0);
         Poll::Ready(Ok(accepted))
+    }
+
+    fn pack((stream, peer): Self::Connection) -> io::Result<Self::Parcel> {
+        Ok((stream.into_std()?, peer))
+    }
+
+    fn unpack((stream, peer): Self::Parcel) -> io::Result<Self::Connection> {
+        Ok((UnixStream::from_std(stream)?, peer))
     }
 
     fn origin((stream, _): &Self::Connection) -> Origin {
@@ -100,13 +129,15 @@ impl Accept for UnixListener {
     }
 }
 
-/// Serves `listener` until `closed`, then what it has accepted until that ends. Dropped, it ends everything.
+/// Serves `listener` until `closed`, then what it has accepted until that ends; each connection on one of `lanes`.
+/// Dropped, it ends everything.
 pub(crate) async fn serve<L: Accept, F>(
     at: Listener,
     listener: Arc<L>,
     admission: Arc<Admission>,
     closed: CancellationToken,
-    link: impl Fn(L::Connection, Slot) -> F,
+    lanes: &Lanes,
+    link: impl Fn(L::Connection, Slot) -> F + Clone + Send + 'static,
 ) where
     F: Future<Output = ()> + Send + 'static,
 {
@@ -116,10 +147,24 @@ pub(crate) async fn serve<L: Accept, F>(
             accepted = poll_fn(|cx| listener.poll_accept(cx)) => match accepted {
                 Ok(connection) => {
                     let slot = admission.enter(L::origin(&connection));
-                    tasks.spawn(link(connection, slot));
+                    let Some(place) = lanes.take() else {
+                        tasks.spawn(link(connection, slot));
+                        continue;
+                    };
+                    let (parcel, link) = (L::pack(connection), link.clone());
+                    let lane = place.runtime().clone();
+                    let there = async move {
+                        let _place = place;
+                        let link = match parcel.and_then(L::unpack) {
+                            Ok(connection) => link(connection, slot),
+                            Err(error) => return not_accepted(at, &error),
+                        };
+                        link.await;
+                    };
+                    tasks.spawn_on(there, &lane);
                 }
                 Err(error) => {
-                    tracing::warn!(at = at.as_str(), %error, "a connection could not be accepted");
+                    not_accepted(at, &error);
                     tokio::time::sleep(ACCEPT_BACKOFF).await;
                 }
             },
@@ -133,10 +178,78 @@ pub(crate) async fn serve<L: Accept, F>(
     }
 }
 
+fn not_accepted(at: Listener, error: &io::Error) {
+    tracing::warn!(at = at.as_str(), %error, "a connection could not be accepted");
+}
+
 fn task_ended(ended: Result<(), JoinError>) {
     if let Err(error) = ended
         && error.is_panic()
     {
         tracing::error!(%error, "a link's task panicked: this is a bug, please report it");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    /// Answers with the name of the thread it runs on, and stays.
+    async fn name_thread(mut stream: impl tokio::io::AsyncWrite + Unpin, slot: Slot) {
+        let thread = std::thread::current().name().unwrap_or_default().to_owned();
+        stream
+            .write_all(&[thread.as_bytes(), b"\n"].concat())
+            .await
+            .unwrap();
+        slot.evicted().await;
+    }
+
+    async fn read_line(stream: &mut (impl tokio::io::AsyncRead + Unpin)) -> String {
+        let mut line = Vec::new();
+        while !line.ends_with(b"\n") {
+            line.push(stream.read_u8().await.unwrap());
+        }
+        String::from_utf8(line).unwrap()
+    }
+
+    #[tokio::test]
+    async fn connections_are_served_on_a_lane_and_end_with_their_listener() {
+        let lanes = Lanes::new(1).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let unix = UnixListener::bind(dir.path().join("s")).unwrap();
+        let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mut near = UnixStream::connect(dir.path().join("s")).await.unwrap();
+        let mut far = TcpStream::connect(tcp.local_addr().unwrap()).await.unwrap();
+        let closed = CancellationToken::new();
+        let both = {
+            let (lanes, closed) = (lanes.clone(), closed.clone());
+            tokio::spawn(async move {
+                let [one, other] = [(); 2].map(|()| Admission::new(4));
+                let unix = serve(
+                    Listener::Dist,
+                    Arc::new(unix),
+                    one,
+                    closed.clone(),
+                    &lanes,
+                    |(s, _), slot| name_thread(s, slot),
+                );
+                let tcp = serve(
+                    Listener::Inbound,
+                    Arc::new(tcp),
+                    other,
+                    closed,
+                    &lanes,
+                    |(s, _), slot| name_thread(s, slot),
+                );
+                tokio::join!(unix, tcp)
+            })
+        };
+        assert_eq!(read_line(&mut near).await, "meshx-links-0\n");
+        assert_eq!(read_line(&mut far).await, "meshx-links-0\n");
+        both.abort();
+        assert_eq!(near.read(&mut [0]).await.unwrap(), 0);
+        assert_eq!(far.read(&mut [0]).await.unwrap(), 0);
     }
 }

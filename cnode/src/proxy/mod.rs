@@ -27,6 +27,7 @@ mod frames;
 mod gone;
 mod inbound;
 mod keepalive;
+mod lanes;
 pub mod links;
 pub(crate) mod listener;
 pub mod local;
@@ -46,6 +47,7 @@ mod turns;
 mod unverified;
 mod upstream;
 pub mod why;
+mod wide;
 pub mod wire;
 
 use std::future::Future;
@@ -54,6 +56,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 pub use balance::Balance;
+pub use lanes::Lanes;
 pub use listener::Listener;
 pub use proof::Proof;
 pub(crate) use reproof::{Elsewhere, Forwarded};
@@ -112,6 +115,8 @@ pub struct Settings {
     pub allow_unverified_peers: bool,
     /// The service that [sessions](Session) are beyond their own user's nodes here, and whose sessions are let in.
     pub session_service: Option<ServiceName>,
+    /// The threads that carry links.
+    pub lanes: Lanes,
 }
 
 impl Default for Settings {
@@ -133,6 +138,7 @@ impl Default for Settings {
             balance: Balance::default(),
             allow_unverified_peers: false,
             session_service: None,
+            lanes: Lanes::default(),
         }
     }
 }

@@ -78,10 +78,18 @@ enum Who {
 impl Proxy {
     /// Serves the dist socket until dropped, and its links with it.
     pub async fn serve_dist(self: Arc<Self>, listener: impl Into<Arc<UnixListener>>) {
-        let link = |(stream, _), slot| self.clone().dist_link(stream, slot);
+        let proxy = self.clone();
+        let link = move |(stream, _), slot| proxy.clone().dist_link(stream, slot);
         let (listener, closed) = (listener.into(), self.closed.clone());
         let admission = Admission::new(self.settings.max_pending);
-        let serve = listener::serve(Listener::Dist, listener, admission, closed, link);
+        let serve = listener::serve(
+            Listener::Dist,
+            listener,
+            admission,
+            closed,
+            &self.settings.lanes,
+            link,
+        );
         self.serving.track_future(serve).await;
     }
 

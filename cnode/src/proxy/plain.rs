@@ -157,8 +157,9 @@ impl PlainPorts {
         );
         let (target, until) = (key.1.clone(), closed.clone());
         let serve = async move {
-            let link = |(stream, _), slot| proxy.clone().plain_link(stream, target.clone(), slot);
-            listener::serve(Listener::Plain, listener, admission, until, link).await;
+            let lanes = proxy.settings.lanes.clone();
+            let link = move |(stream, _), slot| proxy.clone().plain_link(stream, target.clone(), slot);
+            listener::serve(Listener::Plain, listener, admission, until, &lanes, link).await;
         };
         let task = tokio::spawn(self.proxy.serving.track_future(serve)).abort_handle();
         let open = Open {

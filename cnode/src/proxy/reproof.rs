@@ -17,7 +17,6 @@ use futures::future::BoxFuture;
 use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
 use serde::{Deserialize, Serialize};
-use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
 use tokio::task::{JoinSet, yield_now};
 use tokio::time::sleep;
@@ -31,6 +30,7 @@ use super::links::{Direction, LinkId, LinkInfo, Purpose, unix_now};
 use super::proof::Proof;
 use super::tls::Peer;
 use super::why::Trail;
+use super::wide::Wide;
 use super::wire::{Asked, MAX_MESH_FRAME, Request, encode_reply};
 use crate::mesh::{Identity, Instance, Protocol, ServiceName};
 use crate::node::Backoff;
@@ -265,7 +265,7 @@ impl Proxy {
     /// The refusal of a request that is no such one. Its reply is still to be sent.
     pub(super) async fn answer_reproofs(
         &self,
-        stream: &mut TlsStream<TcpStream>,
+        stream: &mut TlsStream<Wide>,
         first: Request,
         peer: &Peer,
         shown: &Shown,

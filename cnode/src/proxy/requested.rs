@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use meshx_dist::name_frame::refusal_status;
-use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::server::TlsStream;
 
@@ -15,6 +14,7 @@ use super::links::{LinkGuard, Purpose};
 use super::local::LocalInstance;
 use super::sessions::check_name;
 use super::tls::Peer;
+use super::wide::Wide;
 use super::wire::{Asked, MAX_MESH_FRAME, Request, encode_reply};
 use super::{Attempt, Proxy, no_such_service};
 use crate::mesh::{ServiceName, SpiffeId};
@@ -34,7 +34,7 @@ impl Proxy {
     /// The request, the decision, the reply and, for distribution, the name message.
     pub(super) async fn decide_request(
         &self,
-        mut stream: TlsStream<TcpStream>,
+        mut stream: TlsStream<Wide>,
         peer: Result<Peer, Refusal>,
         shown: Shown,
         only: Option<&str>,
@@ -94,7 +94,7 @@ impl Proxy {
     /// live ones.
     async fn prepare_request(
         &self,
-        stream: &mut TlsStream<TcpStream>,
+        stream: &mut TlsStream<Wide>,
         peer: Result<Peer, Refusal>,
         shown: &Shown,
         only: Option<&str>,

@@ -28,10 +28,22 @@ impl Proxy {
     /// with it.
     pub async fn serve_unverified(self: Arc<Self>, listener: impl Into<Arc<TcpListener>>, instance: String) {
         let instance: Arc<str> = instance.into();
-        let link = |(stream, peer), slot| self.clone().unverified_link(stream, peer, instance.clone(), slot);
+        let proxy = self.clone();
+        let link = move |(stream, peer), slot| {
+            proxy
+                .clone()
+                .unverified_link(stream, peer, instance.clone(), slot)
+        };
         let (listener, closed) = (listener.into(), self.closed.clone());
         let admission = Admission::new(self.settings.max_pending);
-        let serve = listener::serve(Listener::Unverified, listener, admission, closed, link);
+        let serve = listener::serve(
+            Listener::Unverified,
+            listener,
+            admission,
+            closed,
+            &self.settings.lanes,
+            link,
+        );
         self.serving.track_future(serve).await;
     }
 

@@ -185,8 +185,9 @@ impl Proxy {
         let weak: Weak<dyn AsFd + Send + Sync> = Arc::<L>::downgrade(&listener);
         let serve = async move {
             let admission = Admission::new(proxy.settings.max_pending);
-            let link = |(stream, _), slot| proxy.clone().upstream_link(stream, served.clone(), slot);
-            listener::serve(Listener::Upstream, listener, admission, until, link).await;
+            let lanes = proxy.settings.lanes.clone();
+            let link = move |(stream, _), slot| proxy.clone().upstream_link(stream, served.clone(), slot);
+            listener::serve(Listener::Upstream, listener, admission, until, &lanes, link).await;
         };
         let task = tokio::spawn(self.serving.track_future(serve)).abort_handle();
         UpstreamHandle {

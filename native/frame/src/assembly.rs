@@ -3,6 +3,7 @@
 use std::collections::TryReserveError;
 
 use crate::Memory;
+use crate::copy::append;
 
 /// Up to here room is made by doubling, so that a message costs no more than twice what has come of it. Beyond, room
 /// for the whole message is reserved at once: the peer has sent this much already, the byte budget holds the
@@ -49,7 +50,7 @@ impl Assembly {
         if needed > self.bytes.capacity() {
             if needed > DOUBLING_UP_TO {
                 let mut whole = (self.memory.reserve)(self.total.max(needed))?;
-                whole.extend_from_slice(&self.bytes);
+                append(&mut whole, &self.bytes);
                 self.bytes = whole;
             } else {
                 let target = needed
@@ -60,7 +61,7 @@ impl Assembly {
                     .try_reserve_exact(target.max(needed) - self.bytes.len())?;
             }
         }
-        self.bytes.extend_from_slice(block);
+        append(&mut self.bytes, block);
         Ok(())
     }
 

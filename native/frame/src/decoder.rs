@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::copy::append;
 use crate::header::{FLAG_CKS, HEADER_LEN, Header, frame_type::*};
 use crate::streams::{Check, Streams};
 use crate::{
@@ -193,7 +194,7 @@ impl Decoder {
             None => None,
         };
         let Some((header, frame, after)) = frame else {
-            self.partial.extend_from_slice(rest);
+            append(&mut self.partial, rest);
             *rest = &[];
             return Ok(false);
         };
@@ -220,7 +221,7 @@ impl Decoder {
     fn fill(&mut self, wanted: usize, rest: &mut &[u8]) {
         let missing = wanted.saturating_sub(self.partial.len()).min(rest.len());
         let (now, later) = rest.split_at(missing);
-        self.partial.extend_from_slice(now);
+        append(&mut self.partial, now);
         *rest = later;
     }
 

@@ -62,6 +62,7 @@ mod cause;
 mod checksum;
 mod contain;
 mod control_rate;
+mod copy;
 mod decoder;
 pub mod encode;
 mod event;

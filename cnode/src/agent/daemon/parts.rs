@@ -1,6 +1,6 @@
 //! What an agent is made of, by its configuration.
 
-use std::{io, net::SocketAddr, os::fd::OwnedFd, sync::Arc};
+use std::{io, net::SocketAddr, num::NonZero, os::fd::OwnedFd, sync::Arc, thread::available_parallelism};
 
 use rustix::process::{Resource, getrlimit};
 use tokio::{net::TcpListener, sync::Semaphore, task::JoinHandle};
@@ -26,7 +26,7 @@ use crate::{
     log_limit::LogLimit,
     mesh::{Mesh, MeshError, consul::ConsulMesh, embedded::EmbeddedMesh, observed::Observed},
     proxy::{
-        Proxy, Settings,
+        Lanes, Proxy, Settings,
         links::{LINKS_MAX, LinkTable},
         local::LocalTable,
         pending_max,
@@ -77,11 +77,13 @@ pub(super) fn context(
         up: dir.up(),
         node_service: config.node_service,
     };
+    let threads = available_parallelism().map_or(1, NonZero::get);
     let settings = Settings {
         allow_unverified_peers: config.allow_unverified_peers,
         session_service: config.session_service.clone(),
         balance: config.balance,
         max_pending: pending_max(descriptors),
+        lanes: Lanes::new(threads)?,
         ..Settings::default()
     };
     let proxy = Proxy::new(mesh.clone(), local.clone(), links.clone(), settings);

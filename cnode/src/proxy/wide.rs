@@ -1,0 +1,111 @@
+//! A TCP connection that is read in large pieces.
+//!
+//! rustls takes what it reads by single records of 16 KiB. That many system calls cost less than what comes with them:
+//! after each, the kernel tells the sender of the room that there is again, and wakes it.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, BytesMut};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::net::TcpStream;
+use tokio_util::io::poll_read_buf;
+
+/// What is read at once.
+const PIECE: usize = 256 << 10;
+
+/// See above. It holds memory only as long as there is something to read.
+#[derive(Debug)]
+pub(super) struct Wide {
+    stream: TcpStream,
+    held: BytesMut,
+}
+
+impl Wide {
+    pub(super) fn new(stream: TcpStream) -> Self {
+        Self {
+            stream,
+            held: BytesMut::new(),
+        }
+    }
+}
+
+impl AsyncRead for Wide {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let Self { stream, held } = &mut *self;
+        if held.is_empty() {
+            held.reserve(PIECE);
+            let read = poll_read_buf(Pin::new(stream), cx, held);
+            if held.is_empty() {
+                *held = BytesMut::new();
+            }
+            ready!(read)?;
+        }
+        let taken = held.len().min(buffer.remaining());
+        buffer.put_slice(held.get(..taken).unwrap_or_default());
+        held.advance(taken);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Wide {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bytes)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    #[tokio::test]
+    async fn what_was_sent_is_read_in_whatever_pieces() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (mut far, _) = listener.accept().await.unwrap();
+        let sent: Vec<u8> = (0..3 * PIECE + 7).map(|at| (at % 251) as u8).collect();
+        let wanted = sent.clone();
+        let (mut wide, mut seen) = (Wide::new(near), Vec::new());
+        assert!(futures::poll!(Box::pin(wide.read(&mut [0]))).is_pending());
+        assert_eq!(wide.held.capacity(), 0);
+        let sending = tokio::spawn(async move { far.write_all(&sent).await });
+        for size in (1..).step_by(997) {
+            let mut piece = vec![0; size];
+            match wide.read(&mut piece).await.unwrap() {
+                0 => break,
+                read => seen.extend_from_slice(&piece[..read]),
+            }
+        }
+        sending.await.unwrap().unwrap();
+        assert!(seen == wanted);
+        assert_eq!(wide.held.capacity(), 0);
+    }
+}

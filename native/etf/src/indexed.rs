@@ -76,8 +76,8 @@ impl Indexer {
     /// Takes the token at `at..end` of the input; `None` if the term is to stay as it is. `short` is the text of an atom
     /// that [`Cursor::next_short_atom`](crate::cursor::Cursor::next_short_atom) found.
     ///
-    /// Not only for the time it takes do keys have to be atoms: identifiers and functions have atoms inside, which the
-    /// BEAM would make if they were not there.
+    /// Keys that are no atoms take long to compare or hash. Identifiers and functions have atoms inside, which the BEAM
+    /// would make if they were not there.
     #[inline(always)]
     pub(crate) fn token(
         &mut self,
@@ -139,7 +139,8 @@ impl Indexer {
 
     #[cold]
     fn grow(&mut self, by: usize) {
-        self.bytes.resize(2 * (self.bytes.len() + by), 0);
+        let len = (2 * self.bytes.len()).max(self.written + by);
+        self.bytes.resize(len, 0);
     }
 
     #[inline(always)]

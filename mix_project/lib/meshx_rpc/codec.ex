@@ -128,7 +128,8 @@ defmodule MeshxRpc.Codec do
   The term, when its guard lets it pass. Raises `ArgumentError` when it has atoms that this VM does not have.
 
   `:erlang.binary_to_term/2` holds its scheduler for milliseconds when a term has some thousand atoms or pairs of maps:
-  the NIF decodes such terms, and all that are as large, on a dirty scheduler.
+  the NIF decodes such terms, and all that are as large, on a dirty scheduler, or has the VM decode them another way that
+  takes less (`MeshxRpc.Guard`).
   """
   @callback decode(binary(), policy :: map() | term()) ::
               {:ok, term()} | {:error, {name :: atom(), text :: String.t()}}

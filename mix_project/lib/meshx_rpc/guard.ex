@@ -23,8 +23,15 @@ defmodule MeshxRpc.Guard do
   long it is held. An identifier of a node with a creation that the VM has not met takes a place in its table of nodes,
   for a minute at least.
 
-  A compressed term is always refused: what it holds shows only after inflating it. Whether an atom exists is left to
-  `:erlang.binary_to_term(binary, [:safe])`.
+  Half or more of that time goes into atoms, which the VM looks up by their texts wherever they stand. A term that
+  repeats its atoms, as a list of maps or structs does, is therefore given to the VM with its atoms in a table, as
+  distribution sends it, and decoded on the scheduler of the process: 10,000 small maps in a quarter of the time. That is
+  for terms of 256 atoms or more, at most 255 different ones, and 2 KiB to 1 MiB, that take the VM about 1 ms or less. They
+  hold no identifiers, no functions, no binaries of more than 1 KiB and no maps of more than 32 pairs or with keys that
+  are no atoms. The guard, and what it refuses, is the same for them.
+
+  A compressed term is always refused: what it holds shows only after inflating it. Whether an atom exists is left to the
+  VM, which makes none (`:erlang.binary_to_term(binary, [:safe])`).
   """
 
   @defaults %{

@@ -213,8 +213,12 @@ defmodule MeshxRpc.CodecGuardTest do
 
     for {term, aside?} <- [
           {{:ok, %{id: 1}}, false},
-          {List.duplicate(:a, 2_000), false},
-          {List.duplicate(:a, 2_100), true},
+          {Enum.to_list(1..2_000), false},
+          {Enum.to_list(1..2_100), true},
+          # With its atoms in a table.
+          {List.duplicate(:a, 2_100), false},
+          {List.duplicate(%{id: 1, ok: true}, 10_000), false},
+          {List.duplicate(%{id: 1, ok: true}, 50_000), true},
           {Map.new(1..1_000, &{&1, &1}), false},
           {Map.new(1..1_100, &{&1, &1}), true},
           {Map.new(1..262_144, &{&1, &1}), true},

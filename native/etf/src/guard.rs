@@ -32,8 +32,9 @@
 use thiserror::Error;
 
 use crate::atom::Atom;
-use crate::cursor::Cursor;
+use crate::cursor::{Container, Cursor};
 use crate::error::DecodeError;
+use crate::indexed::{Indexed, Indexer};
 use crate::limits::Limits;
 use crate::token::{AtomRef, Token};
 use crate::walk::{Nesting, check_start};
@@ -236,6 +237,9 @@ pub struct Guard {
     /// Nodes and creations seen, at most `max_nodes`.
     nodes: Vec<(Atom, u32)>,
     failed: Option<GuardError>,
+    /// Whether to write the term's other form.
+    indexing: bool,
+    indexer: Option<Box<Indexer>>,
 }
 
 impl Guard {
@@ -251,7 +255,25 @@ impl Guard {
             in_keys: 0,
             nodes: Vec::new(),
             failed: None,
+            indexing: false,
+            indexer: None,
         }
+    }
+
+    /// One that also writes the term with its atoms in a table, see [`Guard::indexed`].
+    pub fn indexing(policy: GuardPolicy) -> Self {
+        Self {
+            indexing: true,
+            ..Self::new(policy)
+        }
+    }
+
+    /// When the guard is done, and once: the term with its atoms in a table, if a BEAM decodes it sooner that way, and in
+    /// about a millisecond. Such a term has 256 atoms or more, at most 255 different ones, maps of at most 32 pairs with
+    /// atoms as keys, no identifiers, no functions, no binaries of more than 1 KiB, and 2 KiB to 1 MiB in all.
+    pub fn indexed(&mut self, bytes: &[u8]) -> Option<Indexed> {
+        (self.owed == 0 && self.failed.is_none() && self.len == Some(bytes.len()))
+            .then(|| self.indexer.take()?.finish(bytes))?
     }
 
     /// Goes on for about `max_work` bytes of the term and at least one token. Contents of binaries and strings,
@@ -284,6 +306,9 @@ impl Guard {
                     },
                 )?;
                 self.len = Some(bytes.len());
+                if self.indexing {
+                    self.indexer = Indexer::new(bytes.len());
+                }
             }
             Some(began) if began != bytes.len() => {
                 return Err(GuardError::OtherInput {
@@ -310,20 +335,26 @@ impl Guard {
         while cursor.owed() > 0 {
             let at = cursor.pos();
             let is_key = self.nesting.next_is_key(cursor.owed());
-            let token = cursor.token()?;
-            match is_key {
-                Some(true) => self.in_keys += 1,
-                Some(false) => self.in_keys = self.in_keys.saturating_sub(1),
-                None => {}
-            }
-            self.nesting.advance(&token, at, &cursor)?;
-            let len = cursor.pos() - at;
-            self.admit(&token, at, len)?;
-            work = work.saturating_add((len - unread_len(&token)).max(TOKEN_WORK));
-            if let Some((node, creation)) = node(&token) {
-                work = work.saturating_add(self.nodes.len());
-                self.admit_node(node, creation, at)?;
-            }
+            // The usual forms first, each with a copy of what is done with a token: it is known then of which kind it is.
+            let done = if let Some((text, short)) = cursor.next_short_atom() {
+                let token = Token::Atom(AtomRef::ascii(text));
+                self.pass(&token, Some(short), at, is_key, &cursor, bytes)
+            } else if let Some(value) = cursor.next_int() {
+                self.pass(&Token::Int(value), None, at, is_key, &cursor, bytes)
+            } else if let Some(binary) = cursor.next_binary() {
+                self.pass(&Token::Binary(binary), None, at, is_key, &cursor, bytes)
+            } else if let Some((container, count)) = cursor.next_container() {
+                let token = match container {
+                    Container::List => Token::List { len: count },
+                    Container::Map => Token::Map { pairs: count },
+                    Container::Tuple => Token::Tuple { arity: count },
+                };
+                self.pass(&token, None, at, is_key, &cursor, bytes)
+            } else {
+                let token = cursor.token()?;
+                self.pass(&token, None, at, is_key, &cursor, bytes)
+            };
+            work = work.saturating_add(done?);
             if work >= max_work {
                 break;
             }
@@ -345,7 +376,42 @@ impl Guard {
         }
     }
 
+    /// Takes one token that began at `at`; `after` is behind its own bytes. Returns the work it was.
+    #[inline(always)]
+    fn pass(
+        &mut self,
+        token: &Token<'_>,
+        short: Option<u128>,
+        at: usize,
+        is_key: Option<bool>,
+        after: &Cursor<'_>,
+        bytes: &[u8],
+    ) -> Result<usize, GuardError> {
+        match is_key {
+            Some(true) => self.in_keys += 1,
+            Some(false) => self.in_keys = self.in_keys.saturating_sub(1),
+            None => {}
+        }
+        self.nesting.advance(token, at, after)?;
+        let len = after.pos() - at;
+        self.admit(token, at, len)?;
+        if let Some(indexer) = &mut self.indexer
+            && indexer
+                .token(bytes, token, short, at, after.pos(), is_key == Some(true))
+                .is_none()
+        {
+            self.indexer = None;
+        }
+        let mut work = (len - unread_len(token)).max(TOKEN_WORK);
+        if let Some((node, creation)) = node(token) {
+            work = work.saturating_add(self.nodes.len());
+            self.admit_node(node, creation, at)?;
+        }
+        Ok(work)
+    }
+
     /// Holds one token of `len` bytes against the policy and adds it to the figures.
+    #[inline(always)]
     fn admit(&mut self, token: &Token<'_>, offset: usize, len: usize) -> Result<(), GuardError> {
         let policy = &self.policy;
         let refused = match token {

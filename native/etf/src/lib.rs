@@ -51,6 +51,7 @@ mod encode;
 mod error;
 pub mod guard;
 mod ids;
+mod indexed;
 mod inflate;
 #[cfg(feature = "eetf")]
 mod interop;
@@ -74,6 +75,7 @@ pub use decode::{decode, decode_bare_prefix, decode_prefix, decode_shared};
 pub use encode::{encode, encode_bare};
 pub use error::{DecodeError, EncodeError};
 pub use ids::{Export, Fun, Pid, Port, Reference};
+pub use indexed::Indexed;
 pub use inflate::inflate;
 #[cfg(feature = "eetf")]
 pub use interop::ConvertError;

@@ -7,6 +7,7 @@ pub(crate) const VERSION: u8 = 131;
 pub(crate) const COMPRESSED: u8 = 80;
 
 pub(crate) const BIT_BINARY: u8 = 77;
+pub(crate) const ATOM_CACHE_REF: u8 = 82;
 pub(crate) const NEW_FLOAT: u8 = 70;
 pub(crate) const NEW_PID: u8 = 88;
 pub(crate) const NEW_PORT: u8 = 89;
@@ -45,7 +46,7 @@ pub(crate) fn refused_name(tag: u8) -> Option<&'static str> {
         68 => "distribution header",
         69 => "distribution fragment header",
         COMPRESSED => "compressed term",
-        82 => "ATOM_CACHE_REF",
+        ATOM_CACHE_REF => "ATOM_CACHE_REF",
         117 => "FUN_EXT",
         121 => "LOCAL_EXT",
         VERSION => "version byte",

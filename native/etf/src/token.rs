@@ -133,6 +133,12 @@ impl<'a> AtomRef<'a> {
         self.bytes.len()
     }
 
+    /// The text as it stands in the input.
+    #[inline(always)]
+    pub(crate) fn bytes(self) -> &'a [u8] {
+        self.bytes
+    }
+
     /// The bytes of the text if they are UTF-8.
     #[inline(always)]
     pub(crate) fn utf8_bytes(self) -> Option<&'a [u8]> {

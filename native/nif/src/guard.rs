@@ -4,9 +4,9 @@ use std::panic::{AssertUnwindSafe, RefUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 use std::time::Instant;
 
-use meshx_etf::DecodeError;
 use meshx_etf::guard::{Guard, GuardError, GuardPolicy, Step};
-use rustler::{Atom, Binary, Encoder, Env, Error, NifMap, NifResult, Resource, ResourceArc, Term};
+use meshx_etf::{DecodeError, Indexed};
+use rustler::{Atom, Binary, Encoder, Env, Error, NewBinary, NifMap, NifResult, Resource, ResourceArc, Term};
 
 use crate::atoms;
 
@@ -77,43 +77,73 @@ fn guard_policy(policy: PolicyMap) -> ResourceArc<PolicyResource> {
 }
 
 /// The first slice, and for most terms the only one: `ok`, `{error, {Name, Text}}`, or `{more, Guard}`. Terms of the
-/// last kind, and those for which it is `aside`, take long to decode: [`binary_to_term`] is for them.
+/// last kind, and those for which it is `aside`, take long to decode: [`binary_to_term`] is for them. With `Index` it may
+/// also be `{indexed, Names, Bytes}`: the term is allowed, and these are its atoms and its other form.
 #[rustler::nif]
-fn guard<'a>(env: Env<'a>, policy: ResourceArc<PolicyResource>, bytes: Binary<'a>) -> Term<'a> {
+fn guard<'a>(env: Env<'a>, policy: ResourceArc<PolicyResource>, bytes: Binary<'a>, index: bool) -> Term<'a> {
     let before = Instant::now();
     let step = catch_unwind(AssertUnwindSafe(|| {
-        let mut guard = Guard::new(policy.0);
-        let step = guard.step(bytes.as_slice(), AT_ONCE);
+        let mut guard = if index {
+            Guard::indexing(policy.0)
+        } else {
+            Guard::new(policy.0)
+        };
+        let step = step(&mut guard, &bytes, AT_ONCE);
         (guard, step)
     }));
-    crate::count_time(env, before);
-    match step {
-        Ok((guard, Ok(Step::More))) => {
+    let answer = match step {
+        Ok((guard, Ok((Step::More, _)))) => {
             let guard = ResourceArc::new(GuardResource(Mutex::new(guard)));
             (atoms::more(), guard).encode(env)
         }
-        Ok((_, Ok(Step::Done(stats)))) if stats.key_bytes > AT_ONCE_KEYS => atoms::aside().encode(env),
-        Ok((_, Ok(Step::Done(_)))) => atoms::ok().encode(env),
+        Ok((_, Ok((Step::Done(_), Some(indexed))))) => encode(env, &indexed),
+        Ok((_, Ok((Step::Done(stats), None)))) if stats.key_bytes > AT_ONCE_KEYS => {
+            atoms::aside().encode(env)
+        }
+        Ok((_, Ok(_))) => atoms::ok().encode(env),
         Ok((_, Err(error))) => (atoms::error(), (name(&error), error.to_string())).encode(env),
         Err(_) => failed(env),
-    }
+    };
+    crate::count_time(env, before);
+    answer
 }
 
-/// Goes on for one slice: `more`, `ok` or `{error, {Name, Text}}`.
+/// Goes on for one slice: `more`, `ok`, `{indexed, Names, Bytes}` or `{error, {Name, Text}}`.
 #[rustler::nif]
 fn guard_step<'a>(env: Env<'a>, guard: ResourceArc<GuardResource>, bytes: Binary<'a>) -> Term<'a> {
     let before = Instant::now();
     let step = catch_unwind(AssertUnwindSafe(|| {
         let mut guard = guard.0.lock().ok()?;
-        Some(guard.step(bytes.as_slice(), SLICE))
+        Some(step(&mut guard, &bytes, SLICE))
     }));
-    crate::count_time(env, before);
-    match step {
-        Ok(Some(Ok(Step::More))) => atoms::more().encode(env),
-        Ok(Some(Ok(Step::Done(_)))) => atoms::ok().encode(env),
+    let answer = match step {
+        Ok(Some(Ok((Step::More, _)))) => atoms::more().encode(env),
+        Ok(Some(Ok((Step::Done(_), Some(indexed))))) => encode(env, &indexed),
+        Ok(Some(Ok((Step::Done(_), None)))) => atoms::ok().encode(env),
         Ok(Some(Err(error))) => (atoms::error(), (name(&error), error.to_string())).encode(env),
         Ok(None) | Err(_) => failed(env),
-    }
+    };
+    crate::count_time(env, before);
+    answer
+}
+
+fn step(guard: &mut Guard, bytes: &[u8], work: usize) -> Result<(Step, Option<Indexed>), GuardError> {
+    let step = guard.step(bytes, work)?;
+    Ok((step, guard.indexed(bytes)))
+}
+
+fn encode<'a>(env: Env<'a>, indexed: &Indexed) -> Term<'a> {
+    let binary = |bytes: &[u8]| {
+        let mut binary = NewBinary::new(env, bytes.len());
+        binary.as_mut_slice().copy_from_slice(bytes);
+        Term::from(binary)
+    };
+    let names: Vec<_> = indexed
+        .atoms
+        .iter()
+        .map(|atom| binary(atom.as_str().as_bytes()))
+        .collect();
+    (atoms::indexed(), names, binary(&indexed.bytes)).encode(env)
 }
 
 /// `binary_to_term(Bytes, [safe])` on a dirty scheduler, for what the guard has let pass. A bad argument: an atom that

@@ -5,7 +5,7 @@ defmodule MeshxRpc.Codec.Nif do
   @behaviour MeshxRpc.Codec
 
   alias MeshxRpc.Codec.Elixir.Crc32c
-  alias MeshxRpc.Codec.Nif.Native
+  alias MeshxRpc.Codec.Nif.{Indexed, Native}
 
   # Below this the VM's own crc32 is as fast as a NIF call with its list of binaries; above the other, one call
   # could hold a scheduler for too long, and the VM's own yields.
@@ -134,39 +134,41 @@ defmodule MeshxRpc.Codec.Nif do
 
   @impl true
   def guard(binary, policy) do
-    case first(binary, policy) do
+    case first(binary, policy, false) do
       {:more, guard} -> step(guard, binary)
       :aside -> :ok
       done -> done
     end
   end
 
-  # What takes long to decode goes to a dirty scheduler.
+  # What takes long to decode goes to a dirty scheduler, but for what does not with its atoms in a table.
   @impl true
   def decode(binary, policy) do
-    case first(binary, policy) do
-      :ok ->
-        {:ok, :erlang.binary_to_term(binary, [:safe])}
-
-      :aside ->
-        {:ok, Native.binary_to_term(binary)}
-
-      {:more, guard} ->
-        with :ok <- step(guard, binary), do: {:ok, Native.binary_to_term(binary)}
-
-      refused ->
-        refused
+    case first(binary, policy, Indexed.works?()) do
+      :ok -> {:ok, :erlang.binary_to_term(binary, [:safe])}
+      :aside -> {:ok, Native.binary_to_term(binary)}
+      {:more, guard} -> guard |> step(binary) |> decode_large(binary)
+      done -> decode_large(done, binary)
     end
   end
 
-  defp first(binary, policy) when is_map(policy), do: first(binary, policy(policy))
+  defp decode_large(:ok, binary), do: {:ok, Native.binary_to_term(binary)}
 
-  defp first(binary, {prepared, policy}) do
-    Native.guard(prepared, binary)
+  defp decode_large({:indexed, names, bytes}, binary) do
+    with :error <- Indexed.decode(names, bytes), do: {:ok, Native.binary_to_term(binary)}
+  end
+
+  defp decode_large({:error, _why} = refused, _binary), do: refused
+
+  defp first(binary, policy, index?) when is_map(policy),
+    do: first(binary, policy(policy), index?)
+
+  defp first(binary, {prepared, policy}, index?) do
+    Native.guard(prepared, binary, index?)
   rescue
     # Of a library that was loaded before this one.
     ArgumentError ->
-      policy |> :erlang.binary_to_term() |> Native.guard_policy() |> Native.guard(binary)
+      policy |> :erlang.binary_to_term() |> Native.guard_policy() |> Native.guard(binary, index?)
   end
 
   defp step(guard, binary) do

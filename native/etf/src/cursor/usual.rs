@@ -35,10 +35,12 @@ impl<'a> Cursor<'a> {
     /// zeros. `None` also close to the end of the input.
     #[inline(always)]
     pub(crate) fn next_short_atom(&mut self) -> Option<(&'a [u8], u128)> {
-        let (&[tag, len], after) = self.rest.split_first_chunk()?;
-        if tag != tag::SMALL_ATOM_UTF8 {
-            return None;
-        }
+        let (len, after) = match *self.rest {
+            [tag::SMALL_ATOM_UTF8, len, ref after @ ..] => (len, after),
+            // OTP 25 writes all atoms that it can so.
+            [tag::ATOM, 0, len, ref after @ ..] => (len, after),
+            _ => return None,
+        };
         // Read at once with what follows it, and that taken off.
         let window = u128::from_le_bytes(*after.first_chunk::<WINDOW>()?);
         let text = window & FIRST.get(usize::from(len))?;

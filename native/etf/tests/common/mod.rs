@@ -163,6 +163,17 @@ pub(crate) fn readable_term() -> impl Strategy<Value = Term> {
     nested(leaf(false))
 }
 
+/// No pids, ports, references or funs, and no maps.
+pub(crate) fn plain_value() -> impl Strategy<Value = Term> {
+    leaf(false).prop_recursive(3, 12, 4, |inner| {
+        prop_oneof![
+            vec(inner.clone(), 0..4).prop_map(Term::List),
+            vec(inner.clone(), 0..4).prop_map(Term::Tuple),
+            (vec(inner.clone(), 1..4), inner).prop_map(|(items, tail)| Term::list_with_tail(items, tail)),
+        ]
+    })
+}
+
 /// Calls `see` with the term and all its parts.
 pub(crate) fn each(term: &Term, see: &mut impl FnMut(&Term)) {
     see(term);

@@ -2,10 +2,11 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
-use meshx_tests::{Agent, Beam, COOKIE, Mesh, Process, program};
+use meshx_tests::{Agent, Beam, COOKIE, Mesh, Process, program, wait_until};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -394,4 +395,26 @@ fn an_agent_copies_without_rep_movsb() {
             .split(|byte| *byte == 0)
             .any(|variable| variable == wanted)
     );
+}
+
+/// glibc drops what it is told by the environment of a program that has another owner's rights.
+#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+#[test]
+fn an_agent_with_rights_of_its_own_starts_without_that() {
+    let dir = tempfile::tempdir().unwrap();
+    let copy = dir.path().join("meshx");
+    std::fs::copy(program("meshx").unwrap(), &copy).unwrap();
+    std::os::unix::fs::chown(&copy, Some(65534), None).unwrap();
+    std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o4755)).unwrap();
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let missing = dir.path().join("missing.toml");
+    let mut agent = Command::new(copy)
+        .args(["agent", "--config"])
+        .arg(missing)
+        .spawn()
+        .unwrap();
+    // It ends if it does not begin itself anew without end.
+    let ended = wait_until(PATIENCE, || agent.try_wait().unwrap().is_some());
+    agent.kill().unwrap();
+    assert_eq!(agent.wait().unwrap().code(), Some(USAGE), "{ended:?}");
 }

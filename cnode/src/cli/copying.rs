@@ -10,6 +10,9 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 
 const TUNABLES: &str = "GLIBC_TUNABLES";
+/// Set when this program has begun itself anew: glibc takes the other variable away from a program with capabilities or
+/// another owner's rights (`AT_SECURE`), which must not try for ever.
+const DONE: &str = "MESHX_BEGAN_ANEW";
 const THRESHOLD: &str = "glibc.cpu.x86_rep_movsb_threshold";
 /// Beyond all that an agent copies at once.
 const NEVER: &str = "0x10000000";
@@ -17,7 +20,7 @@ const NEVER: &str = "0x10000000";
 /// Begins this program anew where the limit is to be set first. Returns where it need not or cannot be: then copies are
 /// as glibc has them.
 pub(super) fn by_vectors() {
-    if !cfg!(all(target_arch = "x86_64", target_env = "gnu")) {
+    if !cfg!(all(target_arch = "x86_64", target_env = "gnu")) || env::var_os(DONE).is_some() {
         return;
     }
     let Some(tunables) = tunables(&env::var(TUNABLES).unwrap_or_default()) else {
@@ -32,6 +35,7 @@ pub(super) fn by_vectors() {
         .arg0(name)
         .args(arguments)
         .env(TUNABLES, tunables)
+        .env(DONE, "1")
         .exec();
 }
 

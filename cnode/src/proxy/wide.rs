@@ -7,19 +7,25 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, BufMut, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio_util::io::poll_read_buf;
 
-/// What is read at once.
-const PIECE: usize = 256 << 10;
+/// What is read at first: a stranger who has not shown his certificate gets no more memory than that of a record or two.
+const FIRST: usize = 16 << 10;
+/// By how much more after a piece that was full.
+const GROWTH: usize = 4;
+/// The most that is read at once.
+const MOST: usize = 256 << 10;
 
 /// See above. It holds memory only as long as there is something to read.
 #[derive(Debug)]
 pub(super) struct Wide {
     stream: TcpStream,
     held: BytesMut,
+    /// What is read next time.
+    piece: usize,
 }
 
 impl Wide {
@@ -27,6 +33,7 @@ impl Wide {
         Self {
             stream,
             held: BytesMut::new(),
+            piece: FIRST,
         }
     }
 }
@@ -37,12 +44,14 @@ impl AsyncRead for Wide {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let Self { stream, held } = &mut *self;
+        let Self { stream, held, piece } = &mut *self;
         if held.is_empty() {
-            held.reserve(PIECE);
-            let read = poll_read_buf(Pin::new(stream), cx, held);
+            held.reserve(*piece);
+            let read = poll_read_buf(Pin::new(stream), cx, &mut held.limit(*piece));
             if held.is_empty() {
-                *held = BytesMut::new();
+                (*held, *piece) = (BytesMut::new(), FIRST);
+            } else if held.len() >= *piece {
+                *piece = (*piece * GROWTH).min(MOST);
             }
             ready!(read)?;
         }
@@ -91,18 +100,20 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let near = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (mut far, _) = listener.accept().await.unwrap();
-        let sent: Vec<u8> = (0..3 * PIECE + 7).map(|at| (at % 251) as u8).collect();
+        let sent: Vec<u8> = (0..5 * MOST + 7).map(|at| (at % 251) as u8).collect();
         let wanted = sent.clone();
         let (mut wide, mut seen) = (Wide::new(near), Vec::new());
         assert!(futures::poll!(Box::pin(wide.read(&mut [0]))).is_pending());
         assert_eq!(wide.held.capacity(), 0);
         let sending = tokio::spawn(async move { far.write_all(&sent).await });
         for size in (1..).step_by(997) {
-            let mut piece = vec![0; size];
+            let (mut piece, before) = (vec![0; size], wide.piece);
             match wide.read(&mut piece).await.unwrap() {
                 0 => break,
                 read => seen.extend_from_slice(&piece[..read]),
             }
+            assert!(wide.held.len() <= before, "{} of {before}", wide.held.len());
+            assert!(seen.len() > 1 || wide.held.len() < 16 << 10, "at first");
         }
         sending.await.unwrap().unwrap();
         assert!(seen == wanted);

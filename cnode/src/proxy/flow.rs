@@ -16,6 +16,10 @@ use super::frames::Duplex;
 /// What is read at once, and the most that a way holds: eight TLS records. Of those, rustls holds up to four again.
 pub(super) const BUFFER: usize = 128 << 10;
 
+/// What a way moves before others on its thread have their turn, which they would else have only when it has to wait:
+/// about a millisecond.
+const TURN: usize = 1 << 20;
+
 thread_local! {
     static SHARED: Cell<Option<Box<[u8]>>> = const { Cell::new(None) };
 }
@@ -48,6 +52,7 @@ impl Flow {
         to: &mut dyn Duplex,
         count: &AtomicU64,
     ) -> Poll<io::Result<()>> {
+        let mut moved = 0;
         loop {
             match self.stage {
                 Stage::Ended => return Poll::Ready(Ok(())),
@@ -57,7 +62,11 @@ impl Flow {
                 }
                 Stage::Flows => {
                     ready!(self.write_held(cx, to))?;
-                    ready!(self.pass(cx, from, to, count))?;
+                    if moved >= TURN {
+                        cx.waker().wake_by_ref();
+                        return Poll::Pending;
+                    }
+                    moved += ready!(self.pass(cx, from, to, count))?;
                 }
             }
         }
@@ -72,14 +81,14 @@ impl Flow {
         Poll::Ready(Ok(()))
     }
 
-    /// Reads once, and writes of it what goes.
+    /// Reads once, and writes of it what goes. Returns what was read.
     fn pass(
         &mut self,
         cx: &mut Context<'_>,
         from: &mut dyn Duplex,
         to: &mut dyn Duplex,
         count: &AtomicU64,
-    ) -> Poll<io::Result<()>> {
+    ) -> Poll<io::Result<usize>> {
         let mut shared = SHARED.take().unwrap_or_else(|| vec![0; BUFFER].into());
         let passed = self.pass_through(cx, &mut shared, from, to, count);
         SHARED.set(Some(shared));
@@ -97,14 +106,15 @@ impl Flow {
         from: &mut dyn Duplex,
         to: &mut dyn Duplex,
         count: &AtomicU64,
-    ) -> Poll<io::Result<()>> {
+    ) -> Poll<io::Result<usize>> {
         let mut buffer = ReadBuf::new(shared);
         ready!(Pin::new(from).poll_read(cx, &mut buffer))?;
         let mut rest = buffer.filled();
+        let read = rest.len();
         if rest.is_empty() {
             self.stage = Stage::Ends;
         }
-        count.fetch_add(rest.len() as u64, Ordering::Relaxed);
+        count.fetch_add(read as u64, Ordering::Relaxed);
         while !rest.is_empty() {
             match write(cx, to, rest) {
                 Poll::Ready(written) => {
@@ -117,7 +127,7 @@ impl Flow {
                 }
             }
         }
-        Poll::Ready(Ok(()))
+        Poll::Ready(Ok(read))
     }
 }
 
@@ -172,6 +182,28 @@ mod tests {
                 assert!(seen == bytes);
                 assert!(way.held.is_empty());
             });
+        }
+    }
+
+    /// Neither end ever has to wait.
+    #[tokio::test]
+    async fn a_way_that_never_waits_gives_others_their_turn() {
+        let endless = || tokio::io::join(tokio::io::repeat(7), tokio::io::sink());
+        let (mut from, mut to) = (endless(), endless());
+        let (mut way, count) = (Flow::default(), AtomicU64::new(0));
+        for turn in 1..4 {
+            // Only what the way wakes by itself lets this go on.
+            let mut polled = false;
+            poll_fn(|cx| {
+                if polled {
+                    return Poll::Ready(());
+                }
+                polled = true;
+                assert!(way.poll(cx, &mut from, &mut to, &count).is_pending());
+                Poll::Pending
+            })
+            .await;
+            assert_eq!(count.load(Ordering::Relaxed), turn * TURN as u64);
         }
     }
 

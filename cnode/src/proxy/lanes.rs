@@ -53,7 +53,11 @@ impl Lanes {
 
 impl Lane {
     fn new(number: usize) -> io::Result<Self> {
-        let runtime = Builder::new_current_thread().enable_all().build()?;
+        // Whether others have something is looked at after each turn of a link, and not only after 61.
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .event_interval(1)
+            .build()?;
         let until = CancellationToken::new();
         let lane = Self {
             runtime: runtime.handle().clone(),

@@ -17,8 +17,8 @@ use super::frames::Duplex;
 pub(super) const BUFFER: usize = 128 << 10;
 
 /// What a way moves before others on its thread have their turn, which they would else have only when it has to wait:
-/// about a millisecond.
-const TURN: usize = 1 << 20;
+/// a quarter of a millisecond.
+const TURN: usize = 256 << 10;
 
 thread_local! {
     static SHARED: Cell<Option<Box<[u8]>>> = const { Cell::new(None) };

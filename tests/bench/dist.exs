@@ -1,6 +1,8 @@
 # One VM of `make bench-mesh`: a node that answers, or one that sends to it, told what to do line by line.
 #
-#   dist.exs NODE adapter DIR | dist.exs boot         ready OSPID NODE
+#   dist.exs NODE adapter DIR [SOCKET] | dist.exs boot         ready OSPID NODE
+#
+# With a SOCKET its peer is found behind that.
 #
 #   connect NODE                 until it is there                -> done
 #   bulk MS                      messages of 1 MiB, one way       -> done BYTES MICROSECONDS
@@ -17,9 +19,11 @@ defmodule Bench.Dist do
 
   def start(["boot"]), do: :ok
 
-  def start([node, "adapter", dir]) do
+  def start([node, "adapter", dir | relay]) do
     {:ok, _} = Application.ensure_all_started(:meshx)
-    Application.put_env(:meshx_node, :mesh_adapter, SocketDir)
+    Application.put_env(:bench, :relay, relay)
+    adapter = if relay == [], do: SocketDir, else: Bench.Relayed
+    Application.put_env(:meshx_node, :mesh_adapter, adapter)
     {:ok, _pid} = SocketDir.start_link(dir: dir)
     {:ok, _pid} = MeshxNode.start(String.to_atom(node), :bench)
     :ok
@@ -132,7 +136,18 @@ defmodule Bench.Dist do
   end
 end
 
-if match?([_, "adapter", _], System.argv()) do
+defmodule Bench.Relayed do
+  defdelegate start(params, template, force_registration?, timeout), to: SocketDir
+  defdelegate stop(service_id), to: SocketDir
+  defdelegate disconnect(upstreams, proxy_id, restart_proxy?), to: SocketDir
+
+  def connect(upstreams, _template, _proxy) do
+    [socket] = Application.fetch_env!(:bench, :relay)
+    {:ok, for(_ <- upstreams, do: {:ok, {:uds, socket}})}
+  end
+end
+
+if match?([_, "adapter" | _], System.argv()) do
   Code.require_file("../../examples/adapter/lib/socket_dir.ex", __DIR__)
 end
 

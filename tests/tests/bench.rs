@@ -49,6 +49,7 @@ fn bench_mesh_measures_and_writes_its_tables() {
             "| native / inet_tls_dist ",
             "| native / built-in proxies ",
             "| native / Envoy pair ",
+            "| bare relays ",
             "| carrier alone / inet_tcp_dist ",
             "| between two network namespaces ",
             "bench/mesh.svg",

@@ -3,6 +3,7 @@
 //! The machines that run them are noisy, so absolute figures say little. Every figure that is held against a limit is a
 //! ratio of two measurements of the same round; rounds interleave all peers.
 
+mod bare;
 mod machine;
 mod plot;
 mod relay;
@@ -12,6 +13,7 @@ mod stats;
 mod usage;
 mod vm;
 
+pub use bare::{bare_entrance, bare_exit};
 pub use machine::machine;
 pub use plot::{Series, bars};
 pub use relay::{Way, relay};

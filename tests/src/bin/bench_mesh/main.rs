@@ -9,11 +9,12 @@ mod peers;
 mod tables;
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use meshx_tests::bench::{Way, machine, relay, rounds, write_report};
+use meshx_tests::bench::{Way, bare_entrance, bare_exit, machine, relay, rounds, write_report};
 use meshx_tests::{Context, Result};
 
 use peers::{Kind, NEWEST_OTP, Pair, Peer, Stage};
@@ -33,9 +34,13 @@ struct Arguments {
     /// Not over the long ways
     #[arg(long)]
     near: bool,
-    /// How this program starts itself on the other side of a long way
+    /// How this program starts itself as a relay
     #[arg(long, hide = true)]
     relay: Option<SocketAddr>,
+    #[arg(long, hide = true, requires = "relay")]
+    bare_entrance: Option<PathBuf>,
+    #[arg(long, hide = true)]
+    bare_exit: Option<PathBuf>,
     #[arg(long, hide = true, default_value_t = 0)]
     delay_ms: u64,
     #[arg(long, hide = true, default_value_t = 0)]
@@ -96,12 +101,8 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
-    if let Some(target) = arguments.relay {
-        let way = Way {
-            delay: Duration::from_millis(arguments.delay_ms),
-            rate: arguments.rate,
-        };
-        println!("relay {}", relay(way, target)?);
+    if let Some(address) = as_relay(arguments)? {
+        println!("relay {address}");
         // As long as who started it has this open.
         std::io::copy(&mut std::io::stdin(), &mut std::io::sink()).context("wait for the end")?;
         return Ok(());
@@ -163,6 +164,25 @@ fn run(arguments: &Arguments) -> Result<()> {
 
 /// Who goes over a long way, and how.
 type Far = Vec<(Peer, Vec<FarSample>)>;
+
+/// Where this is a relay, if it is to be one.
+fn as_relay(arguments: &Arguments) -> Result<Option<SocketAddr>> {
+    let way = Way {
+        delay: Duration::from_millis(arguments.delay_ms),
+        rate: arguments.rate,
+    };
+    Ok(
+        match (arguments.relay, &arguments.bare_entrance, &arguments.bare_exit) {
+            (Some(target), Some(socket), _) => {
+                bare_entrance(socket, target)?;
+                Some(target)
+            }
+            (Some(target), None, _) => Some(relay(way, target)?),
+            (None, _, Some(dir)) => Some(bare_exit(dir.clone())?),
+            (None, _, None) => None,
+        },
+    )
+}
 
 fn over(way: Way, peers: &[Peer], count: usize, ms: u64) -> Result<Far> {
     let goes = |peer: &&Peer| peer.otp.is_none() && FAR.contains(&peer.kind);

@@ -33,6 +33,8 @@ pub(crate) enum Kind {
     Native,
     /// The carrier alone: nodes that meet at a Unix socket, without agents.
     Carrier,
+    /// The same through two relays that do nothing but hand on bytes: what no pair of proxies can beat.
+    Relays,
     /// inet_tcp_dist.
     Tcp,
     /// inet_tls_dist: TLS 1.3, both sides verified, sockets with the system's defaults and nodelay.
@@ -50,6 +52,7 @@ impl Kind {
     pub(crate) const ALL: &[Self] = &[
         Self::Native,
         Self::Carrier,
+        Self::Relays,
         Self::Tcp,
         Self::Tls,
         Self::TlsTuned,
@@ -63,6 +66,7 @@ impl fmt::Display for Kind {
         f.write_str(match self {
             Self::Native => "native",
             Self::Carrier => "carrier alone",
+            Self::Relays => "bare relays",
             Self::Tcp => "inet_tcp_dist",
             Self::Tls => "inet_tls_dist",
             Self::TlsTuned => "inet_tls_dist, tuned",
@@ -83,7 +87,8 @@ pub(crate) struct Peer {
 impl Peer {
     /// All that can be measured here, in the order of the tables.
     pub(crate) fn all() -> Vec<Self> {
-        let newest = [Kind::Native, Kind::Tls, Kind::TlsTuned].map(|kind| (kind, Some(NEWEST_OTP)));
+        let newest =
+            [Kind::Native, Kind::Relays, Kind::Tls, Kind::TlsTuned].map(|kind| (kind, Some(NEWEST_OTP)));
         let own = Kind::ALL.iter().map(|kind| (*kind, None));
         own.chain(newest.into_iter().filter(|_| has_otp(NEWEST_OTP)))
             .map(|(kind, otp)| Self { kind, otp })
@@ -183,7 +188,7 @@ impl Stage {
     /// Starts the two nodes of a peer, and connects them.
     pub(crate) fn start(&self, peer: Peer) -> Result<Pair> {
         let port = free_port()?;
-        let (at, between) = self.between(peer.kind, port)?;
+        let (at, between) = self.between(peer, port)?;
         let [name, other] = [("answers", "h2"), ("sends", "h1")].map(|(role, host)| {
             let who = format!("{role}-{:?}{}", peer.kind, peer.otp.unwrap_or_default()).to_lowercase();
             match peer.kind {
@@ -210,7 +215,14 @@ impl Stage {
     }
 
     /// What stands before the node that answers at `port`, and where it is reached.
-    fn between(&self, kind: Kind, port: u16) -> Result<(SocketAddr, Vec<Process>)> {
+    fn between(&self, peer: Peer, port: u16) -> Result<(SocketAddr, Vec<Process>)> {
+        let kind = peer.kind;
+        if kind == Kind::Relays {
+            let (exit, at) = started(&[], &["--bare-exit", &self.dir_of(peer, 1)])?;
+            let to = at.to_string();
+            let (entrance, _) = started(&[], &["--bare-entrance", &self.entrance(peer), "--relay", &to])?;
+            return Ok((at, vec![entrance, exit]));
+        }
         if let Kind::Proxies | Kind::Envoys = kind {
             let upstream = local(free_port()?);
             let processes = self.sidecars(kind, "dist", local(port), upstream)?;
@@ -258,14 +270,8 @@ impl Stage {
     }
 
     /// A node on one of the two sides that listens at `port`, where that is its own, and finds its peer `at`.
-    fn vm(
-        &self,
-        Peer { kind, otp }: Peer,
-        name: &str,
-        side: usize,
-        port: u16,
-        at: SocketAddr,
-    ) -> Result<(Process, u32)> {
+    fn vm(&self, peer: Peer, name: &str, side: usize, port: u16, at: SocketAddr) -> Result<(Process, u32)> {
+        let Peer { kind, otp } = peer;
         let ebin = ebin_on(otp);
         let path = otp.map(otp_path).transpose()?;
         let mut words = vec![
@@ -275,6 +281,10 @@ impl Stage {
         ];
         match kind {
             Kind::Carrier => words.extend([name.into(), "adapter".into(), self.file("carrier")]),
+            Kind::Relays => {
+                words.extend([name.into(), "adapter".into(), self.dir_of(peer, side)]);
+                words.extend((side == 0).then(|| self.entrance(peer)));
+            }
             _ => words.push("boot".into()),
         }
         let mut line = if kind == Kind::Native {
@@ -294,7 +304,7 @@ impl Stage {
             command.env("ERL_AFLAGS", WITHOUT_GLOBAL);
             match kind {
                 Kind::Native => command.env("MESHX_DIR", self.agents[side].dir()),
-                _ => command.env("ERL_FLAGS", self.flags(kind, name, side, port, at)),
+                _ => command.env("ERL_FLAGS", self.flags(peer, name, side, port, at)),
             };
         })?;
         let line = process.wait_for(START, |line| line.strip_prefix("ready ").map(str::to_owned))?;
@@ -311,7 +321,7 @@ impl Stage {
             .map_or_else(Vec::new, |(_, network)| network.on(side))
     }
 
-    fn flags(&self, kind: Kind, name: &str, side: usize, port: u16, at: SocketAddr) -> String {
+    fn flags(&self, peer: Peer, name: &str, side: usize, port: u16, at: SocketAddr) -> String {
         let own = match self.far {
             Some(_) => ADDRESSES[side],
             None => "127.0.0.1",
@@ -329,16 +339,25 @@ impl Stage {
             None => BUFFERS,
         };
         let tls = format!("-proto_dist inet_tls -ssl_dist_optfile {}", self.file("tls.conf"));
-        match kind {
+        match peer.kind {
             Kind::Native => String::new(),
-            Kind::Carrier => format!(
+            Kind::Carrier | Kind::Relays => format!(
                 "-pa {} -proto_dist Elixir.MeshxNode -no_epmd",
-                ebin_on(None).display()
+                ebin_on(peer.otp).display()
             ),
             Kind::Tcp | Kind::Proxies | Kind::Envoys => format!("{found} {}", distribution_flags(buffers)),
             Kind::Tls => format!("{found} {tls} {}", distribution_flags(NO_BUFFERS)),
             Kind::TlsTuned => format!("{found} {tls} {}", distribution_flags(buffers)),
         }
+    }
+
+    /// Where a node behind bare relays listens, and nobody else.
+    fn dir_of(&self, Peer { otp, .. }: Peer, side: usize) -> String {
+        self.file(&format!("relays{}-{side}", otp.unwrap_or_default()))
+    }
+
+    fn entrance(&self, Peer { otp, .. }: Peer) -> String {
+        self.file(&format!("relays{}.s", otp.unwrap_or_default()))
     }
 
     fn file(&self, name: &str) -> String {
@@ -349,11 +368,19 @@ impl Stage {
 
 /// A process on the second host that leads to `target` there with the way's delay, and its address.
 fn relay(way: Way, network: &Network, target: &str) -> Result<(Process, SocketAddr)> {
-    let mut line = network.on(1);
-    let own = std::env::current_exe().context("find the running program")?;
-    line.push(own.display().to_string());
     let [delay, rate] = [way.delay.as_millis().to_string(), way.rate.to_string()];
-    line.extend(["--relay", target, "--delay-ms", &delay, "--rate", &rate].map(str::to_owned));
+    started(
+        &network.on(1),
+        &["--relay", target, "--delay-ms", &delay, "--rate", &rate],
+    )
+}
+
+/// This program as a relay, and where it is reached.
+fn started(on: &[String], arguments: &[&str]) -> Result<(Process, SocketAddr)> {
+    let own = std::env::current_exe().context("find the running program")?;
+    let mut line = on.to_vec();
+    line.push(own.display().to_string());
+    line.extend(arguments.iter().map(|&argument| argument.into()));
     let mut process = Process::start("relay", &line[0], &line[1..], |_| {})?;
     let address = process.wait_for(START, |line| line.strip_prefix("relay ").map(str::to_owned))?;
     Ok((process, address.parse().context("the relay's address")?))

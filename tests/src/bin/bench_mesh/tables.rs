@@ -94,11 +94,13 @@ pub(crate) fn report(measured: &Measured) -> (String, String) {
         "limit",
         "",
         "CPU per byte, ratio",
+        "bare relays: MiB/s",
+        "p50",
     ]);
     let (mut names, mut series) = (Vec::new(), [Vec::new(), Vec::new()]);
     let held_on = |otp| LIMITS.iter().map(move |limits| (otp, limits));
     for (otp, (ours, theirs, at_least, aim, trip)) in held_on(None).chain(held_on(Some(NEWEST_OTP))) {
-        let [ours, theirs] = [*ours, *theirs].map(|kind| Peer { kind, otp });
+        let [ours, theirs, bare] = [*ours, *theirs, Kind::Relays].map(|kind| Peer { kind, otp });
         let figures = (
             ratio(ours, theirs, bulk),
             ratio(ours, theirs, p50),
@@ -118,6 +120,11 @@ pub(crate) fn report(measured: &Measured) -> (String, String) {
             judge(&times, limit).to_string(),
             Quartiles::of(&cpu).to_string(),
         ]);
+        // Between the nodes of the carrier alone there is no proxy.
+        for field in [bulk, p50].map(|field| (ours.kind == Kind::Native).then_some(field)) {
+            let beside = field.and_then(|field| ratio(bare, theirs, field));
+            cells.push(beside.map_or_else(String::new, |beside| Quartiles::of(&beside).to_string()));
+        }
         names.push(cells[0].clone());
         series[0].push(Some(Quartiles::of(&rate)));
         series[1].push(Some(Quartiles::of(&times)));

@@ -66,9 +66,9 @@ defmodule MeshxRpc.ExamplesTest do
     files = Path.join(directory, "files")
     File.mkdir!(files)
     from = Path.join(directory, "from")
-    size = 160 * 1_048_576
+    size = 384 * 1_048_576
     # Each block another, so that one in the wrong place is seen.
-    blocks = Stream.map(1..160, &:binary.copy(<<&1::32>>, 262_144))
+    blocks = Stream.map(1..384, &:binary.copy(<<&1::32>>, 262_144))
     blocks |> Stream.into(File.stream!(from, [], 1_048_576)) |> Stream.run()
     {port, _} = start(~s|Copy.serve("#{address}", "#{files}")|)
 
@@ -80,8 +80,10 @@ defmodule MeshxRpc.ExamplesTest do
       assert output =~ "#{size} bytes"
       assert hash(copy) == hash(from)
       [_, mib] = Regex.run(~r/client: at most (\d+) MiB/, output)
-      # A VM with Elixir's compiler is about 80 MiB; whoever held the file would add 160.
-      assert String.to_integer(mib) < 160, output
+
+      # A VM with Elixir's compiler is about 100 MiB, and what its processes have done with waits for their next
+      # collection: up to 100 MiB more on a busy machine. Whoever held the file would add 384.
+      assert String.to_integer(mib) < 288, output
     end
 
     refused = ~s|Copy.get("#{address}", "../from", "#{from}.refused")|

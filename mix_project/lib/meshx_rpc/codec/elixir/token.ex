@@ -114,11 +114,12 @@ defmodule MeshxRpc.Codec.Elixir.Token do
   defp binary(len, head) when len <= 64, do: {:binary, nil, head + div(len + 7, 8)}
   defp binary(_len, _head), do: {:binary, nil, 12}
 
+  # Of a text without a zero byte `binary_to_term` would read on behind it, and behind the message.
   defp float_text(text) do
-    [digits | _] = :binary.split(text, <<0>>)
-
-    case Float.parse(String.trim(digits)) do
-      {_, ""} -> {:float, nil, 2}
+    with [digits, _fill] <- :binary.split(text, <<0>>),
+         {_, ""} <- Float.parse(String.trim(digits)) do
+      {:float, nil, 2}
+    else
       _ -> malformed(99)
     end
   end

@@ -264,6 +264,7 @@ defmodule MeshxRpc.CodecGuardTest do
         end
       end)
 
+    Code.ensure_loaded!(native)
     1 = :erlang.trace_pattern({native, :binary_to_term, 1}, true, [:local])
     1 = :erlang.trace(pid, true, [:call])
     send(pid, :go)

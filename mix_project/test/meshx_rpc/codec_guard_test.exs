@@ -192,6 +192,9 @@ defmodule MeshxRpc.CodecGuardTest do
         assert refused(codec, <<131, 70, 0x7FF0000000000000::64>>) == :malformed
         assert refused(codec, <<131, 100, 256::16, :binary.copy("a", 256)::binary>>) == :malformed
 
+        # For which some OTP 27 would allocate 2^61 bytes.
+        assert refused(codec, <<131, 77, 0::32, 0>>) == :malformed
+
         # Of a number that does not end, the VM takes what is in its memory behind the message for more digits.
         digits = "1." <> String.duplicate("0", 28)
         assert codec.guard(<<131, 99, digits::binary, 0>>, %{}) == :ok

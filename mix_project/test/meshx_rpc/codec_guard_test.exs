@@ -192,6 +192,14 @@ defmodule MeshxRpc.CodecGuardTest do
         assert refused(codec, <<131, 70, 0x7FF0000000000000::64>>) == :malformed
         assert refused(codec, <<131, 100, 256::16, :binary.copy("a", 256)::binary>>) == :malformed
 
+        # For which some OTP 27 would allocate 2^61 bytes.
+        assert refused(codec, <<131, 77, 0::32, 0>>) == :malformed
+
+        # Of a number that does not end, the VM takes what is in its memory behind the message for more digits.
+        digits = "1." <> String.duplicate("0", 28)
+        assert codec.guard(<<131, 99, digits::binary, 0>>, %{}) == :ok
+        assert refused(codec, <<131, 99, digits::binary, ?0>>) == :malformed
+
         for tag <- [67, 68, 69, 82, 117, 121, 131, 255],
             do: assert(refused(codec, <<131, tag>>) == :malformed)
       end
@@ -259,6 +267,7 @@ defmodule MeshxRpc.CodecGuardTest do
         end
       end)
 
+    Code.ensure_loaded!(native)
     1 = :erlang.trace_pattern({native, :binary_to_term, 1}, true, [:local])
     1 = :erlang.trace(pid, true, [:call])
     send(pid, :go)

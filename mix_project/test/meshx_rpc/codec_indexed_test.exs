@@ -2,6 +2,7 @@ defmodule MeshxRpc.CodecIndexedTest do
   # One test says of the whole VM that it does not decode such terms.
   use ExUnit.Case, async: false
 
+  import MeshxRpc.CodecPeer, only: [at: 2]
   alias MeshxRpc.Codec
   alias MeshxRpc.Codec.Nif.{Indexed, Native}
 
@@ -34,6 +35,42 @@ defmodule MeshxRpc.CodecIndexedTest do
     # Neither is rare.
     assert %{indexed: indexed, ok: as_it_is} = Enum.frequencies(ways)
     assert indexed > 500 and as_it_is > 100, inspect({indexed, as_it_is})
+  end
+
+  test "bytes that no VM writes come to the same, damaged or not" do
+    seed = ExUnit.configuration()[:seed]
+
+    ways =
+      for run <- 1..1_500 do
+        :rand.seed(:exsss, {seed, run, 4})
+        parts = for(_ <- 1..:rand.uniform(12), do: part(3)) ++ atoms_for_a_table()
+        parts = Enum.shuffle(parts)
+        whole = IO.iodata_to_binary([<<131, 108, length(parts)::32>>, parts, part(0)])
+        binary = if rem(run, 2) == 0, do: whole, else: damage(whole, :rand.uniform(2))
+        about = "run #{run} of seed #{seed}"
+        as_it_is = as_it_is(binary)
+        assert_same(MeshxRpc.Term.decode(Codec.Nif, 1, binary, %{}), as_it_is, about)
+
+        case {written(binary), as_it_is} do
+          {{:indexed, names, bytes}, {:ok, _term}} ->
+            assert_same(Indexed.decode(names, bytes), as_it_is, about)
+            :indexed
+
+          {{:indexed, _names, _bytes}, {:error, text}} when is_binary(text) ->
+            :indexed_and_refused
+
+          {{:error, why}, {:error, why}} ->
+            :refused
+
+          {:ok, _either} ->
+            :as_it_is
+        end
+      end
+
+    # None is rare.
+    counts = Enum.frequencies(ways)
+    least = [indexed: 400, indexed_and_refused: 100, refused: 150, as_it_is: 1]
+    for {way, least} <- least, do: assert(Map.get(counts, way, 0) > least, inspect(counts))
   end
 
   test "a VM that does not decode such terms gets them as they are" do
@@ -124,6 +161,99 @@ defmodule MeshxRpc.CodecIndexedTest do
     for %{body: body} <- decoded, do: assert(:binary.referenced_byte_size(body) == 1_000)
   end
 
+  # What the VM makes of it by itself, when the guard lets it pass.
+  defp as_it_is(binary) do
+    with :ok <- Codec.Nif.guard(binary, %{}), do: {:ok, :erlang.binary_to_term(binary, [:safe])}
+  rescue
+    ArgumentError -> {:error, "it has atoms that this VM does not know, or is malformed"}
+  end
+
+  # To the bit: 0.0 and -0.0 are the same to OTP 25.
+  defp assert_same(one, other, about) do
+    assert one === other, about
+    assert :erlang.term_to_binary(one) == :erlang.term_to_binary(other), about
+  end
+
+  defp damage(binary, 0), do: binary
+
+  defp damage(binary, times) do
+    at = :rand.uniform(byte_size(binary)) - 1
+    {before, _byte, rest} = at(binary, at)
+    damage(<<before::binary, :rand.uniform(256) - 1, rest::binary>>, times - 1)
+  end
+
+  defp atoms_for_a_table do
+    few = for _ <- 1..8, do: atom(Enum.random(atoms()))
+    [<<109, 1_000::32, 0::8_000>> | for(_ <- 1..600, do: Enum.random(few))]
+  end
+
+  # In each form that a VM takes.
+  defp atom(name) do
+    text = Atom.to_string(name)
+    short? = byte_size(text) < 256
+
+    case {:rand.uniform(4), :unicode.characters_to_binary(text, :utf8, :latin1)} do
+      {1, <<latin1::binary>>} -> <<100, byte_size(latin1)::16, latin1::binary>>
+      {2, <<latin1::binary>>} -> <<115, byte_size(latin1), latin1::binary>>
+      {3, _} when short? -> <<119, byte_size(text), text::binary>>
+      _ -> <<118, byte_size(text)::16, text::binary>>
+    end
+  end
+
+  defp part(0), do: leaf(:rand.uniform(10))
+
+  defp part(depth) do
+    parts = fn n -> for _ <- 1..n//1, do: part(depth - 1) end
+    n = :rand.uniform(5) - 1
+
+    case :rand.uniform(400) do
+      1 -> never(:rand.uniform(14))
+      2 -> Enum.random([<<119, 12, "nobody knows">>, <<116, 1::32, 97, 1, 106>>])
+      way when way < 60 -> [<<104, n>>, parts.(n)]
+      way when way < 90 -> [<<105, n::32>>, parts.(n)]
+      way when way < 150 -> [<<108, n::32>>, parts.(n), part(depth - 1)]
+      way when way < 220 -> map(Enum.take_random(atoms(), n), depth)
+      # A key twice, which only the VM sees.
+      way when way < 223 -> map([:ok, :é, :ok], depth)
+      _ -> part(0)
+    end
+  end
+
+  defp map(keys, depth),
+    do: [<<116, length(keys)::32>>, for(key <- keys, do: [atom(key), part(depth - 1)])]
+
+  # Integers with zeros before them, text behind a float's end, bits that are not used.
+  defp leaf(1), do: <<98, Enum.random([0, 1, -1, 0x7FFFFFFF])::32>>
+  defp leaf(2), do: <<110, 9, Enum.random([0, 1, 2, 255]), :rand.bytes(4)::binary, 0::40>>
+  defp leaf(3), do: <<111, 12::32, 1, :rand.bytes(1)::binary, 0::88>>
+  defp leaf(4), do: <<70, :rand.uniform(2) - 1::1, :rand.uniform(2047) - 1::11, 5::52>>
+  defp leaf(5), do: <<99, "-2.5e-3", 0, :rand.bytes(23)::binary>>
+  defp leaf(6), do: <<77, 9::32, :rand.uniform(8), :rand.bytes(9)::binary>>
+
+  defp leaf(7),
+    do: Enum.random([<<106>>, <<107, 0::16>>, <<110, 0, 1>>, <<111, 0::32, 0>>, <<105, 0::32>>])
+
+  defp leaf(8), do: <<107, 3::16, :rand.bytes(3)::binary>>
+  defp leaf(9), do: <<109, 65::32, :rand.bytes(65)::binary>>
+  defp leaf(10), do: atom(Enum.random(atoms()))
+
+  # What has no place in a term, most of it known to some VM: of a table, of a distribution header, a float that is not
+  # one, of a VM's own memory, a record.
+  defp never(1), do: <<82, 0>>
+  defp never(2), do: <<121, 0::32, 106>>
+  defp never(3), do: <<131, 106>>
+  defp never(4), do: <<70, 0x7FF8::16, 0::48>>
+  defp never(5), do: <<73, 5::16>>
+  defp never(6), do: <<75, 5::24>>
+  defp never(7), do: <<67, 0::32, 0, 119, 2, "ok", 119, 2, "ok">>
+  defp never(8), do: <<119, 2, 0xC3, 0x28>>
+  defp never(9), do: <<99, "1,5", 0::224>>
+  defp never(10), do: <<99, :binary.copy("0", 31)::binary>>
+  defp never(11), do: <<110, 255, 0>>
+  defp never(12), do: <<105, 0xFFFFFFFF::32>>
+  defp never(13), do: <<113, 119, 5, "lists", 119, 3, "map", 97, 2>>
+  defp never(14), do: <<77, 0::32, 0>>
+
   defp written(binary, policy \\ %{}) do
     {prepared, _policy} = Codec.Nif.policy(policy)
 
@@ -143,7 +273,7 @@ defmodule MeshxRpc.CodecIndexedTest do
   end
 
   defp atoms do
-    [:a, :b, :id, :name, :ok, :error, nil, true, false, :é, :日本, :"", Enum, :"with space"] ++
+    [:a, :b, :id, :name, :ok, :error, nil, true, false, :é, :"Ã©", :日本, :"", Enum, :"with space"] ++
       [String.to_atom(String.duplicate("x", 255)), String.to_atom(String.duplicate("é", 255))]
   end
 

@@ -513,7 +513,7 @@ fn malformed_leaves() {
         let bytes = [&[131, 70][..], &bits.to_be_bytes()].concat();
         assert_eq!(refusal(&bytes), DecodeError::Float { offset: 1 });
     }
-    for text in ["inf", "nan", "1e999", "", "1.5x"] {
+    for text in ["inf", "nan", "1e999", "", "1.5x", &"0".repeat(31)] {
         let mut bytes = [&[131, 99], text.as_bytes()].concat();
         bytes.resize(33, 0);
         assert_eq!(refusal(&bytes), DecodeError::Float { offset: 1 });

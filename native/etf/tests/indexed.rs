@@ -3,94 +3,11 @@
 
 mod common;
 
-use common::agreement::{form_only, step_through};
+use common::agreement::{check_indexed as check, form_only, indexed};
 use common::{encoded, plain_value, readable_term};
-use meshx_etf::guard::{Guard, GuardPolicy, Step};
-use meshx_etf::{Atom, Indexed, Limits, Term, decode};
+use meshx_etf::{Atom, Term};
 use proptest::collection::vec;
 use proptest::prelude::*;
-
-const CACHE_REF: u8 = 82;
-
-/// What the guard writes of a term; its verdict has to be that of a guard that writes nothing.
-fn indexed(bytes: &[u8], policy: GuardPolicy, max_work: usize) -> Option<Indexed> {
-    let mut guard = Guard::indexing(policy);
-    let verdict = loop {
-        match guard.step(bytes, max_work) {
-            Ok(Step::More) => assert_eq!(guard.indexed(bytes), None, "before the end"),
-            Ok(Step::Done(stats)) => break Ok(stats),
-            Err(error) => break Err(error),
-        }
-    };
-    assert_eq!(verdict, step_through(bytes, policy, max_work).0);
-    let indexed = guard.indexed(bytes);
-    assert!(verdict.is_ok() || indexed.is_none(), "of a refused term");
-    assert_eq!(guard.indexed(bytes), None, "twice");
-    indexed
-}
-
-/// The term with its atoms as text again, read by the layouts in the manual of the format and not by our cursor.
-fn expanded(indexed: &Indexed) -> Vec<u8> {
-    assert_eq!(indexed.bytes[0], 131);
-    let mut out = vec![131];
-    let (mut owed, mut at) = (1, 1);
-    while owed > 0 {
-        owed -= 1;
-        let rest = &indexed.bytes[at..];
-        let count = |from: usize, len: usize| {
-            rest[from..from + len]
-                .iter()
-                .fold(0, |all, &byte| all << 8 | usize::from(byte))
-        };
-        let (len, parts) = match rest[0] {
-            CACHE_REF => {
-                let text = indexed.atoms[count(1, 1)].as_str();
-                out.push(118);
-                out.extend(u16::try_from(text.len()).unwrap().to_be_bytes());
-                out.extend(text.bytes());
-                at += 2;
-                continue;
-            }
-            70 => (9, 0),
-            77 => (6 + count(1, 4), 0),
-            97 => (2, 0),
-            98 => (5, 0),
-            99 => (32, 0),
-            104 => (2, count(1, 1)),
-            105 => (5, count(1, 4)),
-            106 => (1, 0),
-            107 => (3 + count(1, 2), 0),
-            108 => (5, count(1, 4) + 1),
-            109 => (5 + count(1, 4), 0),
-            110 => (3 + count(1, 1), 0),
-            111 => (6 + count(1, 4), 0),
-            116 => (5, 2 * count(1, 4)),
-            tag => panic!("tag {tag} in {indexed:?}"),
-        };
-        out.extend(&rest[..len]);
-        at += len;
-        owed += parts;
-    }
-    assert_eq!(at, indexed.bytes.len());
-    out
-}
-
-/// Holds what is written of these bytes, if anything, against them.
-fn check(bytes: &[u8]) -> Option<Indexed> {
-    let whole = indexed(bytes, form_only(), usize::MAX);
-    for max_work in [1, 100, 16 << 10] {
-        assert_eq!(indexed(bytes, form_only(), max_work), whole);
-    }
-    let written = whole?;
-    assert!(written.bytes.len() <= bytes.len() && written.atoms.len() <= 255);
-    // Also what only a decoder sees: a key that a map has twice.
-    let limits = Limits::default();
-    match (decode(&expanded(&written), &limits), decode(bytes, &limits)) {
-        (Ok(one), Ok(other)) => assert_eq!(one, other),
-        (one, other) => assert!(one.is_err() && other.is_err(), "{one:?} {other:?}"),
-    }
-    Some(written)
-}
 
 /// Rows with the same keys and a hundred atoms more, so that there is something to win.
 fn rows() -> impl Strategy<Value = Vec<u8>> {

@@ -1,17 +1,21 @@
 use std::sync::Arc;
 
-use meshx_etf::{Limits, Term, Walk, decode, decode_bare_prefix, decode_shared, encode};
+use meshx_etf::{Limits, Term, Walk, decode, decode_bare_prefix, decode_shared, encode, term_len};
 
-use super::etf_agreement::check_agreement;
+use super::etf_agreement::{check_agreement, check_indexed};
 
-/// The external term format: walk, decoder and guard agree; what is decoded can be shown, ordered, encoded and
-/// decoded again.
+/// The external term format: walk, decoder and guard agree; with its atoms in a table a term is the same; what is decoded
+/// can be shown, ordered, encoded and decoded again.
 pub fn etf(data: &[u8]) {
     let limits = Limits {
         max_inflated: 1 << 20,
         ..Limits::default()
     };
     check_agreement(data);
+    check_indexed(data);
+    if term_len(data, &limits) == Ok(data.len()) {
+        check_indexed(&among_atoms(data));
+    }
     if let Ok(mut walk) = Walk::new(data, &limits) {
         while let Ok(Some(token)) = walk.next_token() {
             std::hint::black_box(format!("{token:?}"));
@@ -34,6 +38,17 @@ pub fn etf(data: &[u8]) {
     let mut second = Vec::new();
     encode(&again, &mut second).unwrap();
     assert_eq!(second, bytes);
+}
+
+/// `{Term, ['an atom', ...]}`: terms of few atoms are not written with a table.
+fn among_atoms(data: &[u8]) -> Vec<u8> {
+    const COUNT: u16 = 300;
+    let mut bytes = vec![131, 104, 2];
+    bytes.extend_from_slice(data.get(1..).unwrap_or_default());
+    bytes.extend([&[108, 0, 0][..], &COUNT.to_be_bytes()].concat());
+    bytes.extend(b"\x77\x07an atom".repeat(COUNT.into()));
+    bytes.push(106);
+    bytes
 }
 
 /// Sharing memory makes no other term, whatever lies around it, and keeps nothing alive but with the term.

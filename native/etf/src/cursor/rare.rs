@@ -29,7 +29,8 @@ pub(super) fn rare_token<'a>(
         tag::BIT_BINARY => {
             let len = c.length()?;
             let bits = c.u8()?;
-            if bits > 8 || (bits == 0) != (len == 0) {
+            // By its source, OTP 27.3.4.1 would allocate 2^61 bytes for an empty one, and end. None writes it.
+            if bits == 0 || bits > 8 || len == 0 {
                 return Err(DecodeError::BitCount {
                     len,
                     bits,

@@ -33,11 +33,15 @@ pub(super) fn atom_text(at: usize, bytes: &[u8], latin1: bool) -> Result<AtomRef
 }
 
 /// `FLOAT_EXT`: the number as text, `sprintf("%.20e")`, filled up with zero bytes.
+///
+/// There is at least one. `binary_to_term` reads digits up to a zero byte wherever that is: of a text without one, at the
+/// end of a message, memory behind the message would become part of the number.
 pub(super) fn float_text<'a>(offset: usize, bytes: &[u8]) -> Result<Token<'a>, DecodeError> {
-    let text = bytes.split(|&b| b == 0).next().unwrap_or_default();
+    let end = bytes.iter().position(|&b| b == 0);
+    let text = end.and_then(|end| bytes.get(..end));
     // Rust also parses "inf" and "nan".
-    let value = std::str::from_utf8(text)
-        .ok()
+    let value = text
+        .and_then(|text| std::str::from_utf8(text).ok())
         .and_then(|text| text.parse::<f64>().ok())
         .filter(|value| value.is_finite());
     value.map(Token::Float).ok_or_else(|| not_finite(offset))

@@ -220,6 +220,7 @@ handle_event({call, From}, {subscribe, Pid}, State, Data) ->
     end;
 handle_event({call, From}, deregister_node, State, #data{node = Node} = Data) ->
     Forgotten = Data#data{node = undefined},
+    meshx_links:leave(),
     case Node of
         #node{monitor = Monitor, registration = #{instance := Instance}} when State =:= ready ->
             demonitor(Monitor, [flush]),
@@ -467,7 +468,7 @@ received({unknown_words, _}, _, Data) ->
 received({event, cut, #{link := <<_:16/binary>> = Link, cause := Cause, text := Text}}, _, _) when
     is_atom(Cause), is_binary(Text)
 ->
-    cut(Link, Cause, Text),
+    meshx_links:cut(Link, Cause, Text),
     keep_state_and_data;
 received({event, ping, _}, ready, #data{socket = Socket} = Data) ->
     case gen_tcp:send(Socket, meshx_control:pong()) of
@@ -504,17 +505,6 @@ answered(Id, Reply, #data{pending = Pending} = Data) ->
 finish({register, From}, Reply, Data) -> registered(meshx_control:registration(Reply), From, Data);
 finish({session, Self, From}, Reply, Data) -> session(meshx_control:session(Reply), Self, From, Data);
 finish(Kind, Reply, Data) -> {keep_state, Data, meshx_pending:replies(Kind, Reply)}.
-
-cut(Link, Cause, Text) ->
-    case meshx_links:port(Link) of
-        {ok, Port} ->
-            ?LOG_WARNING("meshx: a link was cut: ~ts: ~ts", [Cause, Text]),
-            %% The reason that `net_kernel:monitor_nodes/2' tells.
-            exit(Port, {meshx, Cause});
-        error ->
-            %% It ended meanwhile.
-            ok
-    end.
 
 %% === This VM's node
 

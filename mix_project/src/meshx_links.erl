@@ -3,8 +3,10 @@
 %% and the caller of `Node.connect/1' finds it at once.
 -module(meshx_links).
 
--export([new/0, add/5, named/2, up/1, down/1, live/0, port/1, list/0, refuse/3, refusal/1]).
+-export([new/0, add/5, named/2, up/1, down/1, leave/0, live/0, cut/3, list/0, refuse/3, refusal/1]).
 -export_type([direction/0, refusal/0, ended/0]).
+
+-include_lib("kernel/include/logger.hrl").
 
 -define(TABLE, meshx_links).
 %% Refusals kept, one per node name. Names come from this VM's own calls, so this is only a bound on memory.
@@ -57,6 +59,13 @@ down(Owner) ->
         error:badarg -> []
     end.
 
+%% Forgets the links that are up: net_kernel takes them along as it ends, and for that reason, whatever the agent says
+%% of them meanwhile.
+-spec leave() -> ok.
+leave() ->
+    true = ets:match_delete(?TABLE, {{link, '_'}, '_', '_', #{up => true}}),
+    ok.
+
 %% To whom links are up.
 -spec live() -> [ended()].
 live() ->
@@ -65,12 +74,23 @@ live() ->
 ended(Peers) ->
     [{Node, Hidden} || #{up := true, node := Node, hidden := Hidden} <- Peers].
 
--spec port(meshx_frame:link_id()) -> {ok, port()} | error.
-port(Link) ->
+%% Ends a link that the agent has cut.
+-spec cut(meshx_frame:link_id(), atom(), binary()) -> ok.
+cut(Link, Cause, Text) ->
     case ets:lookup(?TABLE, {link, Link}) of
-        [{_, Port, _, _}] -> {ok, Port};
-        [] -> error
+        [{_, Port, _, _}] ->
+            ?LOG(severity(Cause), "meshx: a link was cut: ~ts: ~ts", [Cause, Text]),
+            %% The reason that `net_kernel:monitor_nodes/2' tells.
+            exit(Port, {meshx, Cause}),
+            ok;
+        [] ->
+            %% It ended meanwhile.
+            ok
     end.
+
+%% Nodes come and go.
+severity(no_such_node) -> info;
+severity(_) -> warning.
 
 -spec list() -> [{meshx_frame:link_id(), map()}].
 list() ->

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use meshx_tests::{BeamBuilder, Mesh, Process, ebin, processes_with, program, repository, wait_until};
 
 /// What a shared agent of these tests stays unused, in seconds.
@@ -304,6 +306,60 @@ fn a_private_agent_ends_with_its_node() {
     wait_end(&runtime, "the second private agent");
     // The mesh that the first node's user would share was not made.
     assert_eq!(fs::read_dir(&runtime).unwrap().count(), 0);
+}
+
+#[test]
+fn what_a_killed_private_agent_left_is_cleared_up_by_the_next() {
+    let mesh = Mesh::new().unwrap();
+    let runtime = runtime_dir(&mesh);
+    let node = || {
+        let node = BeamBuilder::new("shop@h1").run_options(&["--agent", "private"]);
+        let mut node = node.start_for(&runtime).unwrap();
+        let dir = node.eval("System.get_env(\"MESHX_DIR\")").unwrap();
+        (node, PathBuf::from(dir.trim_matches('"')))
+    };
+    let next = || {
+        let ebin = ebin();
+        let words = [
+            "run",
+            "next@h1",
+            "--agent",
+            "private",
+            "--ebin",
+            ebin.to_str().unwrap(),
+            "--",
+            "true",
+        ];
+        let output = meshx(&runtime, &words).output().unwrap();
+        assert!(output.status.success(), "{}", said(&output));
+    };
+    let (mut killed, left) = node();
+    let agent = agents(&runtime);
+    let (mut living, kept) = node();
+    let agent = Pid::from_raw(agent[0].try_into().unwrap()).unwrap();
+    kill_process(agent, Signal::KILL).unwrap();
+    wait_until(END, || agents(&runtime).len() == 1).unwrap();
+    // Somebody else's, and one of an agent that has just begun.
+    let begun = runtime.join(format!("meshx-{}-0123abcd", rustix::process::geteuid().as_raw()));
+    let other = runtime.join("meshx-mine");
+    for dir in [&begun, &other.join("vm")] {
+        fs::DirBuilder::new()
+            .mode(0o700)
+            .recursive(true)
+            .create(dir)
+            .unwrap();
+    }
+
+    next();
+    assert!(left.exists(), "its node lives");
+    killed.process.kill();
+    next();
+    assert!(!left.exists() && kept.exists() && begun.exists() && other.exists());
+    living
+        .expect("{:ok, names} = MeshxNode.names(); length(names)", "1")
+        .unwrap();
+    living.process.kill();
+    wait_end(&runtime, "the private agent");
 }
 
 /// A VM whose application is configured so, and that `meshx run` has not started.

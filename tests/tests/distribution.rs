@@ -178,3 +178,46 @@ fn a_link_ends_when_it_should_and_only_then() {
     )
     .unwrap();
 }
+
+#[test]
+fn a_node_that_leaves_is_nothing_to_warn_of() {
+    let (_mesh, h1, h2) = two_hosts();
+    let mut cart = Beam::start(&h2, "cart@h2").unwrap();
+    let mut near = Beam::start(&h1, "near@h1").unwrap();
+    let mut shop = BeamBuilder::new("shop").start_nameless(&h1).unwrap();
+    shop.expect("Node.start(:shop@h1) |> elem(0)", ":ok").unwrap();
+    for node in [&mut cart, &mut near, &mut shop] {
+        node.expect(":net_kernel.monitor_nodes(true, [:nodedown_reason])", ":ok")
+            .unwrap();
+    }
+    for other in ["cart@h2", "near@h1"] {
+        shop.expect(&format!("MeshxNode.connect(:{other})"), ":ok")
+            .unwrap();
+    }
+    shop.expect("Node.stop()", ":ok").unwrap();
+    for node in [&mut cart, &mut near] {
+        let (node, why) = (node.name().to_owned(), down(node, SOON));
+        println!("{node} was told {why}");
+        assert!(why.starts_with("{:shop@h1, "), "{node}: {why}");
+    }
+    for _ in 0..2 {
+        let why = down(&mut shop, SOON);
+        assert!(why.ends_with(", :net_kernel_terminated}"), "{why}");
+    }
+    for node in [&mut cart, &mut near, &mut shop] {
+        // What was logged before is read before.
+        node.eval(":logger.error('so far')").unwrap();
+        node.process.wait_log("so far", SOON).unwrap();
+        let log = node.process.log();
+        assert!(
+            !log.contains("[warning] meshx: a link was cut"),
+            "{}: {log}",
+            node.name()
+        );
+    }
+    shop.expect(
+        "{:ok, _} = Node.start(:shop@h1); MeshxNode.connect(:cart@h2)",
+        ":ok",
+    )
+    .unwrap();
+}

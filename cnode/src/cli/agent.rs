@@ -4,7 +4,7 @@ use std::{
     fs::{self, DirBuilder, OpenOptions},
     io::{self, ErrorKind, Read},
     os::unix::fs::DirBuilderExt,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::Arc,
     time::Duration,
@@ -25,11 +25,14 @@ use super::{EX_OSERR, EX_SOFTWARE, EX_UNAVAILABLE, Failure, background, copying,
 use crate::agent::{
     Agent, Event, STOP_TIME, StartError,
     config::{AgentArgs, AgentConfig, LogFormat},
-    paths::{self, DirError, LOG_FILE, MESH_DIR_VARIABLE},
+    dir::{Access, AgentDir},
+    paths::{self, DirError, LOG_FILE, MESH_DIR_VARIABLE, VM_DIR},
 };
 
 /// Pause between two tries for the directory of an agent that ends.
 const LOCK_RETRY: Duration = Duration::from_millis(50);
+/// Directories of private agents that a new one looks at.
+const LEFT_MAX: usize = 256;
 
 /// An agent, and how it is run.
 #[derive(Debug, clap::Args)]
@@ -84,13 +87,43 @@ impl PrivateDir {
     fn make() -> Result<Self, Failure> {
         let random = getrandom::u32().map_err(io::Error::other);
         let random = random.map_err(|error| Failure::new(EX_OSERR, error.to_string()))?;
-        let dir = paths::private_base().join(format!("meshx-{}-{random:08x}", paths::uid()));
+        let base = paths::private_base();
+        Self::clear_up(&base);
+        let dir = base.join(format!("{}{random:08x}", Self::prefix()));
         match DirBuilder::new().mode(0o700).create(&dir) {
             Ok(()) => Ok(Self(dir)),
             Err(error) => Err(Failure::new(
                 EX_OSERR,
                 format!("directory {}: {error}", dir.display()),
             )),
+        }
+    }
+
+    fn prefix() -> String {
+        format!("meshx-{}-", paths::uid())
+    }
+
+    /// Removes the directories of private agents that were killed. Nobody else would.
+    fn clear_up(base: &Path) {
+        let prefix = Self::prefix();
+        let is_private = |name: &str| {
+            let random = name.strip_prefix(&prefix).unwrap_or_default();
+            random.len() == 8 && random.bytes().all(|byte| byte.is_ascii_hexdigit())
+        };
+        let entries = fs::read_dir(base).into_iter().flatten().flatten();
+        let named = entries.filter(|entry| entry.file_name().to_str().is_some_and(is_private));
+        for dir in named.take(LEFT_MAX).map(|entry| entry.path()) {
+            // An agent makes this under its lock, and takes it away under it: one that begins or ends is none that died.
+            let vm = dir.join(VM_DIR);
+            if !vm.is_dir() {
+                continue;
+            }
+            // Without its agent the socket of a node that lives stays.
+            if let Ok(_dead) = AgentDir::open(&dir, Access::default())
+                && fs::read_dir(&vm).is_ok_and(|mut sockets| sockets.next().is_none())
+            {
+                drop(Self(dir));
+            }
         }
     }
 }

@@ -48,6 +48,7 @@ defmodule MeshxRpc.Client.Streams do
           "window is #{inspect(options[:window])}, wanted 1024 to #{@max_window} bytes"
         )
 
+    :ok = Request.again!(options[:retry], options[:retry_sleep])
     Map.new(options) |> Map.put(:until, Request.until(options[:timeout]))
   end
 

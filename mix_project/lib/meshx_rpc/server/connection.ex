@@ -10,7 +10,7 @@ defmodule MeshxRpc.Server.Connection do
   require Logger
 
   alias MeshxRpc.{Address, Frame, Hello, Link, Options, Refs, Shared, Telemetry, Term, Writer}
-  alias MeshxRpc.Server.{Alarm, Functions, Report, Task}
+  alias MeshxRpc.Server.{Alarm, Functions, Report, Room, Task}
 
   @linger 1_000
   # How often a connection that drains looks whether it has.
@@ -181,9 +181,8 @@ defmodule MeshxRpc.Server.Connection do
   def handle_info({:timeout, _timer, :send}, state), do: continue(state)
 
   defp attach(state, socket) do
-    # One stream more than may run, so that the refusal names what is full.
     budget = {state.config.budget, state.held}
-    link = Link.new(socket, :server, state.config, state.config.max_concurrency + 1, budget)
+    link = Link.new(socket, :server, state.config, Room.most(state.config), budget)
     %{state | link: link, peer: Address.peer(socket)}
   end
 
@@ -283,7 +282,7 @@ defmodule MeshxRpc.Server.Connection do
 
     case offered(state, fun) do
       {{:ok, fun}, state} ->
-        if acquire(state) do
+        if Room.take?(state.config, state.held, Room.place(fun)) do
           start(state, stream, kind, deadline, fun, flag, argument)
         else
           text = "#{state.config.max_concurrency} requests run (max_concurrency)"
@@ -372,6 +371,7 @@ defmodule MeshxRpc.Server.Connection do
 
     until = Alarm.until(min(deadline, execute))
     request = %{pid: pid, until: until, reason: reason, kind: kind, measured: measured}
+    request = Map.put(request, :place, Room.place(fun))
 
     state = %{
       state
@@ -420,8 +420,9 @@ defmodule MeshxRpc.Server.Connection do
 
   # The request no longer runs.
   defp finished(state, stream) do
-    release_slot(state)
-    %{state | streams: Map.delete(state.streams, stream)}
+    {%{place: place}, streams} = Map.pop!(state.streams, stream)
+    Room.leave(state.config, state.held, place)
+    %{state | streams: streams}
   end
 
   defp kill(state, stream, reason) do
@@ -484,21 +485,6 @@ defmodule MeshxRpc.Server.Connection do
 
   defp reset(state, stream, cause, text),
     do: over(%{state | link: Link.queue(state.link, Frame.reset(stream, cause, text))}, stream)
-
-  defp acquire(%{config: %{running: running, max_concurrency: max}} = state) do
-    if :atomics.add_get(running, 1, 1) <= max do
-      :counters.add(state.held, 1, 1)
-      true
-    else
-      :atomics.sub(running, 1, 1)
-      false
-    end
-  end
-
-  defp release_slot(state) do
-    :counters.sub(state.held, 1, 1)
-    :atomics.sub(state.config.running, 1, 1)
-  end
 
   # Writing
 

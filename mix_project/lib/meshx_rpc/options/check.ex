@@ -98,10 +98,16 @@ defmodule MeshxRpc.Options.Check do
 
   def wanted_socket_opts,
     do:
-      "a list of #{names(@socket_opts)} and {:raw, protocol, option, binary}; " <>
+      "a list of #{names(@socket_opts)}, with values as for :inet, and {:raw, protocol, option, binary}; " <>
         "how bytes are framed and delivered cannot be changed"
 
-  defp socket_opt?({name, _value}), do: name in @socket_opts
+  # A value that the socket does not take is known only when there is one: at a client, in each connection.
+  defp socket_opt?({name, value}) when name in [:keepalive, :nodelay], do: is_boolean(value)
+  defp socket_opt?({:linger, {on?, seconds}}), do: is_boolean(on?) and seconds in 0..65_535
+  defp socket_opt?({:bind_to_device, value}), do: is_binary(value)
+  defp socket_opt?({:netns, value}), do: is_binary(value) or is_list(value)
+  defp socket_opt?({:linger, _value}), do: false
+  defp socket_opt?({name, value}), do: name in @socket_opts and value in 0..0x7FFF_FFFF
 
   defp socket_opt?({:raw, protocol, option, value}),
     do: is_integer(protocol) and is_integer(option) and is_binary(value)

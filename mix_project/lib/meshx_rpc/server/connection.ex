@@ -180,6 +180,9 @@ defmodule MeshxRpc.Server.Connection do
 
   def handle_info({:timeout, _timer, :send}, state), do: continue(state)
 
+  # Functions of the user's find us among their links.
+  def handle_info(_not_for_us, state), do: continue(state)
+
   defp attach(state, socket) do
     budget = {state.config.budget, state.held}
     link = Link.new(socket, :server, state.config, Room.most(state.config), budget)

@@ -126,7 +126,7 @@ defmodule MeshxRpc.Client.Connection do
 
   def handle_info({:timeout, timer, :hello}, %{timer: timer} = state) do
     text = "the server's hello took longer than #{state.config.timeout_hsk} ms"
-    Link.shutdown(state.link, Frame.refused(:timeout, text))
+    say(state, Frame.refused(:timeout, text))
     state |> lost({:timeout, text}) |> continue()
   end
 
@@ -167,7 +167,7 @@ defmodule MeshxRpc.Client.Connection do
 
       {:error, link, events, out, cause, text} ->
         state = events(%{state | link: link}, events)
-        if state.link, do: Link.shutdown(state.link, out)
+        if state.link, do: say(state, out)
         lost(state, {cause, text})
     end
   end
@@ -300,8 +300,7 @@ defmodule MeshxRpc.Client.Connection do
         %{state | agreed: agreed, link: Link.queue(state.link, Frame.auth(proof))}
 
       {:refused, cause, text} ->
-        quiet? = state.config.quiet_on_hsk_error?
-        Link.shutdown(state.link, if(quiet?, do: [], else: Frame.refused(cause, text)))
+        say(state, Frame.refused(cause, text))
         lost(state, {cause, text})
     end
   end
@@ -368,8 +367,14 @@ defmodule MeshxRpc.Client.Connection do
 
   defp event(_unexpected, state) do
     text = "a frame came out of turn"
-    Link.shutdown(state.link, Frame.refused(:protocol, text))
+    say(state, Frame.refused(:protocol, text))
     lost(state, {:protocol, text})
+  end
+
+  # Last words.
+  defp say(%{phase: phase, config: config, link: link}, frames) do
+    quiet? = config.quiet_on_hsk_error? and phase == :hello
+    Link.shutdown(link, if(quiet?, do: [], else: frames))
   end
 
   defp watch_idle(%{config: %{idle_reconnect: :infinity}} = state), do: state

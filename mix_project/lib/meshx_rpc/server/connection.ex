@@ -137,7 +137,7 @@ defmodule MeshxRpc.Server.Connection do
   def handle_info(:evicted, %{phase: phase} = state) when phase in [:hello, :auth] do
     text = "#{state.config.max_hello} newer connections are in their hello (max_hello)"
     Report.log(state, :full, text)
-    Link.shutdown(state.link, Frame.refused(:full, text))
+    Link.shutdown(state.link, if(quiet?(state), do: [], else: Frame.refused(:full, text)))
     {:stop, :normal, state}
   end
 
@@ -350,7 +350,7 @@ defmodule MeshxRpc.Server.Connection do
       {:error, link, events, out, cause, text} ->
         state = events(%{state | link: link}, events)
         unless state.phase == :closing, do: Report.log(state, cause, text)
-        close(state, out)
+        close(state, if(quiet?(state), do: [], else: out))
     end
   end
 
@@ -563,8 +563,10 @@ defmodule MeshxRpc.Server.Connection do
 
   defp refuse(state, cause, text) do
     Report.log(state, cause, text)
-    close(state, if(state.config.quiet_on_hsk_error?, do: [], else: Frame.refused(cause, text)))
+    close(state, if(quiet?(state), do: [], else: Frame.refused(cause, text)))
   end
+
+  defp quiet?(state), do: state.config.quiet_on_hsk_error? and state.phase in [:hello, :auth]
 
   defp close(%{phase: :closing} = state, _frames), do: state
 

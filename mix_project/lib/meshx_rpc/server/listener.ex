@@ -88,8 +88,8 @@ defmodule MeshxRpc.Server.Listener do
   def handle_call(:admit, _from, %{config: config} = state) do
     cond do
       map_size(state.connections) >= config.max_connections ->
-        {:reply, {:error, "#{config.max_connections} connections are open (max_connections)"},
-         state}
+        text = "#{config.max_connections} connections are open (max_connections)"
+        {:reply, {:error, if(config.quiet_on_hsk_error?, do: :full, else: text)}, state}
 
       true ->
         state = if state.hellos >= config.max_hello, do: evict(state), else: state
@@ -285,7 +285,7 @@ defmodule MeshxRpc.Server.Listener do
         _ = :gen_tcp.send(accepted, Frame.refused(:full, text))
         :gen_tcp.close(accepted)
 
-      {:error, _closed} ->
+      {:error, _quiet_or_closed} ->
         :gen_tcp.close(accepted)
     end
   end

@@ -103,6 +103,29 @@ defmodule MeshxRpc.RetryTest do
     end
   end
 
+  def deserialize(_bytes, reason, _flag), do: {:error, reason}
+
+  test "a result that the client's own function refuses, for whatever reason, is not asked for again" do
+    {server, address} = server()
+    name = registered()
+
+    for reason <- [:closed, :tcp_closed, :full] do
+      client = client_down(address, deserialize_mfa: {__MODULE__, :deserialize, reason})
+      await(fn -> Client.Pool.info(client).connected == 1 end)
+      call = Task.async(fn -> Client.Pool.call(client, :wait, {name, reason}, 10_000, 3, 1) end)
+      assert_receive {:running, pid, ^reason}, 10_000
+      send(pid, {:answer, 1})
+      assert Task.await(call) == {:error_rpc, {:exit, reason}}
+
+      assert client
+             |> Client.Async.send_request(:echo, 1)
+             |> Client.Async.receive_response(10_000) == {:error_rpc, {:exit, reason}}
+    end
+
+    await(fn -> Server.Pool.info(server).running == 0 end)
+    refute_received {:running, _pid, _reason}
+  end
+
   test "a request that its caller wrote, to a connection that was just gone, may have run" do
     {_server, address} = server()
     client = client(address)

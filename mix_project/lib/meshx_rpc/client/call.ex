@@ -194,7 +194,7 @@ defmodule MeshxRpc.Client.Call do
     case Message.decode(message, codec, flag, bytes, guard) do
       {:ok, term} -> {:ok, term}
       {:error, :refused} -> {:error_rpc, :serialization_fail}
-      {:error, reason} -> {:error_rpc, reason}
+      {:error, reason} -> {:error_rpc, Term.localize(reason)}
     end
   end
 

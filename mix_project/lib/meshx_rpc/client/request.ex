@@ -91,7 +91,7 @@ defmodule MeshxRpc.Client.Request do
     case Message.decode(pool.message, pool.codec, flag, bytes, pool.guard) do
       {:ok, term} -> term
       {:error, :refused} -> {:error_rpc, :serialization_fail}
-      {:error, reason} -> {:error_rpc, reason}
+      {:error, reason} -> {:error_rpc, Term.localize(reason)}
     end
   end
 

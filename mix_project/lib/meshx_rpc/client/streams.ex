@@ -196,7 +196,7 @@ defmodule MeshxRpc.Client.Streams do
 
     case Pieces.decode(session.pool.message, batch, session.pool) do
       {:ok, pieces} -> {pieces, session}
-      {:error, reason} -> fail(session, reason)
+      {:error, reason} -> fail(session, Term.localize(reason))
     end
   end
 

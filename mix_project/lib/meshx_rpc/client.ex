@@ -36,7 +36,7 @@ defmodule MeshxRpc.Client do
   | an exception | the function raised it |
   | `{{:nocatch, value}, stack}` | the function threw `value` |
   | `{reason, stack}` | the function failed with an Erlang error |
-  | any other term | the function called `exit` with it; `{:exit, reason}` for `:closed`, `:tcp_closed` and `:full` |
+  | any other term | the function called `exit` with it, or a serializer of your own failed with it; `{:exit, reason}` for `:closed`, `:tcp_closed` and `:full` |
 
   Modules and functions in a `stack` that this VM has no atom for are binaries.
 

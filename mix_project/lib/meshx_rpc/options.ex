@@ -221,7 +221,8 @@ defmodule MeshxRpc.Options do
         max_concurrency: [
           type: {:range, 1, 1_000_000},
           default: 1_024,
-          doc: "requests that run at once; more are `:full`"
+          doc:
+            "requests that run at once, those for pieces of streams not counted; more are `:full`"
         ],
         max_bytes: [
           type: {:range, 1, @max_budget},

@@ -40,7 +40,7 @@ defmodule MeshxRpc.Stream do
     A server's `:timeout_execute` counts likewise.
   - A stream does not outlive its connection: `:tcp_closed`, and pieces that have come are not taken back.
 
-  A stream counts as one running request on the server, and as up to eight more while pieces are on their way.
+  A stream counts as one running request on the server. Requests for its pieces have room of their own.
   """
 
   @enforce_keys [:enumerable]

@@ -9,6 +9,7 @@ defmodule MeshxRpc.Telemetry do
   Where nobody has attached a handler to an event, nothing is measured for it.
   """
 
+  alias MeshxRpc.Link
   require Logger
 
   @names [:init, :hsk, :idle, :recv, :send, :call, :cast]
@@ -220,7 +221,8 @@ defmodule MeshxRpc.Telemetry do
     total = Float.round(Enum.sum(Keyword.values(spent)) / 1, 3)
     shown = [:address, :id, :fun_name, :fun_req, :result, :local, :remote]
     rest = metadata |> Map.drop(shown) |> Enum.reject(fn {_key, value} -> value == nil end)
-    name = if metadata[:fun_name], do: [" ", to_string(metadata.fun_name)], else: []
+    # A peer's own text, when there is no such function.
+    name = if fun = metadata[:fun_name], do: " " <> Link.printable(to_string(fun)), else: ""
 
     """
     #{inspect(event)}#{name} -> #{inspect(metadata.result)}

@@ -63,7 +63,7 @@ defmodule MeshxRpc.Term do
   @doc "The reason as its caller sees it: names in stack traces are atoms again where this VM knows them."
   @spec localize(term()) :: term()
   # These say what became of the request, and decide whether a call is made again: a function that exits with one of
-  # them says no such thing.
+  # them, or a serializer that fails with it, says no such thing.
   def localize(reason) when reason in [:closed, :tcp_closed, :full], do: {:exit, reason}
 
   def localize({reason, stack}) when length(stack) > 0,

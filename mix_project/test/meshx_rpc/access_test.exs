@@ -104,6 +104,48 @@ defmodule MeshxRpc.AccessTest do
   end
 
   @tag :capture_log
+  test "nor does a quiet server tell anybody else what it is" do
+    for {options, bytes} <- [
+          {[], "GET / HTTP/1.0\r\n\r\n"},
+          {[], :binary.copy(<<0>>, 100)},
+          {[], Frame.auth(<<0::256>>)},
+          {[timeout_hsk: 50], ""},
+          # Another one comes, and there is no room for two.
+          {[max_hello: 1], :another},
+          {[max_connections: 1], :another}
+        ] do
+      {server, address} = server([shared_key: @key, quiet_on_hsk_error?: true] ++ options)
+      socket = raw(address)
+
+      if bytes == :another do
+        await(fn -> Server.Pool.info(server).in_hello == 1 end)
+        second = raw(address)
+        over = if options[:max_hello], do: socket, else: second
+        assert read_all(over) == ""
+      else
+        :ok = :gen_tcp.send(socket, bytes)
+        assert read_all(socket) == ""
+      end
+    end
+  end
+
+  @tag :capture_log
+  test "nor a quiet client" do
+    {:ok, listen} = :gen_tcp.listen(0, [:binary, active: false, ip: {127, 0, 0, 1}])
+    {:ok, port} = :inet.port(listen)
+
+    for bytes <- ["HTTP/1.0 400 Bad Request\r\n\r\n", Frame.ready(), Frame.hello_ack("x"), ""] do
+      options = [quiet_on_hsk_error?: true, timeout_hsk: 500]
+      client = client_down({:tcp, {127, 0, 0, 1}, port}, options)
+      {:ok, socket} = :gen_tcp.accept(listen, 10_000)
+      assert {0x01, 0, _hello} = TestPeer.frame(socket)
+      :ok = :gen_tcp.send(socket, bytes)
+      assert read_all(socket) == ""
+      stop_supervised!(client)
+    end
+  end
+
+  @tag :capture_log
   test "a client that refuses tells the server, unless it is to be quiet" do
     {:ok, listen} = :gen_tcp.listen(0, [:binary, active: false, ip: {127, 0, 0, 1}])
     {:ok, port} = :inet.port(listen)

@@ -33,6 +33,45 @@ defmodule MeshxRpc.CallTest do
     end
   end
 
+  defmodule Bridge do
+    @moduledoc false
+    @behaviour :supervisor_bridge
+    @impl true
+    def init(argument), do: {:error, argument}
+    @impl true
+    def terminate(_reason, _state), do: :ok
+    def offered(argument), do: argument
+  end
+
+  test "nor those of a behaviour that the VM has not loaded yet" do
+    :code.purge(:supervisor_bridge)
+    :code.delete(:supervisor_bridge)
+    {_server, address} = server(module: Bridge)
+    client = client_down(address)
+    assert Client.Pool.call(client, :offered, 1, 10_000, 1_000, 5) == 1
+    assert {:error_rpc, {:undef, _stack}} = Client.Pool.call(client, :init)
+  end
+
+  defmodule Stray do
+    @moduledoc false
+    # It is linked to what serves its caller's connection.
+    def disturb(_argument) do
+      {:links, links} = Process.info(self(), :links)
+      for pid <- links, is_pid(pid), do: send(pid, {:nothing, "of yours"})
+    end
+
+    def echo(argument), do: argument
+  end
+
+  test "a function that sends messages to its links disturbs no other call" do
+    {server, address} = server(module: Stray)
+    client = client(address)
+    call = Task.async(fn -> Client.Pool.call(client, :disturb) end)
+    assert [{:nothing, _}] = Task.await(call)
+    assert Client.Pool.call(client, :echo, 1, 10_000, 0) == 1
+    assert Server.Pool.info(server).connections == 1
+  end
+
   test "a timeout that cannot be waited for is refused before anything is sent" do
     {_server, address} = server()
     client = client(address)

@@ -56,6 +56,55 @@ defmodule MeshxRpc.CastTest do
     assert_raise ArgumentError, fn -> Client.Pool.cast(client, :note, 1, unknown: 1) end
   end
 
+  test "what cannot be made again is refused where it is asked for, and disturbs no other cast" do
+    {_server, client, address} = pair()
+    name = registered()
+
+    for {retry, sleep} <- [{:infinity, 1}, {-1, 1}, {1.5, 1}, {1, :infinity}, {1, -5}, {1, 1.5}] do
+      options = [retry: retry, retry_sleep: sleep]
+      wanted = ~r/retry is .*wanted a number, 0 or more/
+
+      assert_raise ArgumentError, wanted, fn ->
+        Client.Pool.cast(client, :note, {name, 1}, options)
+      end
+
+      assert_raise ArgumentError, wanted, fn ->
+        Client.Pool.call(client, :note, {name, 1}, 1_000, retry, sleep)
+      end
+
+      assert_raise ArgumentError, wanted, fn ->
+        Client.Pool.stream(client, :note, {name, 1}, options)
+      end
+    end
+
+    # With a server that is not there it is made again.
+    down = client_down(put_elem(address, 2, 1), retry_proxy_fail: 60_000)
+    keeper = :ets.lookup_element(down, :casts, 2)
+    options = [retry: 1, retry_sleep: 0, ack: true]
+    assert Client.Pool.cast(down, :note, {name, 1}, options) == {:error_rpc, :closed}
+    assert :ets.lookup_element(down, :casts, 2) == keeper
+  end
+
+  test "who waits for its start waits no longer than the timeout, whatever is before it" do
+    {_server, client, _address} = pair()
+    name = registered()
+    assert Client.Pool.cast(client, :hold, {name, 1}, key: :a, ack: true) == :ok
+    assert_received {:started, first, 1}
+    # It waits at the server, and the next one for it.
+    assert Client.Pool.cast(client, :note, {name, 2}, key: :a) == :ok
+    options = [key: :a, ack: true, timeout: 100]
+    assert Client.Pool.cast(client, :note, {name, 3}, options) == {:error_rpc, :timeout}
+    send(first, :go)
+    assert_receive {:noted, 2}, 5_000
+    await(fn -> Client.Pool.info(client).casts == 0 end)
+    assert Client.Pool.info(client).cast_failures == 1
+
+    down = client_down({:tcp, {127, 0, 0, 1}, 1}, retry_proxy_fail: 60_000)
+    options = [ack: true, timeout: 100, retry_sleep: 100_000]
+    assert Client.Pool.cast(down, :note, {name, 4}, options) == {:error_rpc, :timeout}
+    refute_received {:noted, _}
+  end
+
   test "a function that fails was started: the server counts it" do
     {server, client, _address} = pair()
     assert Client.Pool.cast(client, :fail, 1, ack: true) == :ok

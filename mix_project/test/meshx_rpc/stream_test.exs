@@ -8,6 +8,14 @@ defmodule MeshxRpc.StreamTest do
 
   defmodule Pieces do
     @moduledoc false
+
+    # Runs when the test has seen as many others of it.
+    def together({name, n, numbers}) do
+      test = name |> :erlang.binary_to_existing_atom() |> Process.whereis()
+      send(test, {:together, self()})
+      receive do: (:go -> if(n == 0, do: Enum.sum(numbers), else: 1..n))
+    end
+
     def range(n), do: 1..n//1
     def blocks({count, size}), do: Stream.map(1..count, fn n -> :binary.copy(<<n>>, size) end)
     def sum(numbers), do: Enum.sum(numbers)
@@ -397,6 +405,31 @@ defmodule MeshxRpc.StreamTest do
              60_000,
              0
            ) == {:error_rpc, :closed}
+  end
+
+  test "streams that fill the server's max_concurrency end, and calls are refused meanwhile" do
+    {server, address} = server(module: Pieces, max_concurrency: 2)
+    client = client_down(address)
+    await(fn -> Client.Pool.info(client).connected == 1 end)
+    name = registered()
+
+    streams = [
+      fn -> Client.Pool.call(client, :together, {name, 0, Pieced.new(1..20_000)}, 60_000) end,
+      fn ->
+        client
+        |> Client.Pool.stream(:together, {name, 20_000, []}, window: 1_024, timeout: 60_000)
+        |> Enum.sum()
+      end
+    ]
+
+    streams = Enum.map(streams, &Task.async/1)
+    assert_receive {:together, one}, 10_000
+    assert_receive {:together, two}, 10_000
+    assert Client.Pool.call(client, :sum, [1], 60_000, 0) == {:error_rpc, :full}
+    for pid <- [one, two], do: send(pid, :go)
+    assert Task.await_many(streams, 60_000) == List.duplicate(200_010_000, 2)
+    await(fn -> Server.Pool.info(server).running == 0 end)
+    assert Client.Pool.call(client, :sum, [1, 2], 60_000) == 3
   end
 
   test "requests for pieces of streams that are not there, or are malformed, harm nobody" do

@@ -215,6 +215,26 @@ defmodule MeshxRpc.TelemetryTest do
     assert_raise ArgumentError, fn -> MeshxRpc.attach_telemetry([]) end
   end
 
+  test "the name that a peer calls is printed so that it is one line of ours" do
+    prefix = [unique("shop")]
+    {_server, address} = server()
+    # The same text at the server; a client's is there when the call has ended.
+    client = client(address, telemetry_prefix: prefix)
+    assert MeshxRpc.attach_telemetry(prefix) == :ok
+
+    log =
+      capture_log(fn ->
+        for name <- ["x\n[info] y", "\e[31m", <<255, 254>>],
+            do: assert({:error_rpc, {:undef, _}} = Client.Pool.call(client, name, 1))
+      end)
+
+    assert MeshxRpc.detach_telemetry(hd(prefix)) == :ok
+    assert log =~ ~S(x\n[info] y -> {:error_rpc, :undef})
+    assert log =~ ~S(\e[31m -> {:error_rpc, :undef})
+    assert log =~ ~S(\xFF\xFE -> {:error_rpc, :undef})
+    refute log =~ "failed"
+  end
+
   describe "with :telemetry, in a VM of its own:" do
     # Does what the application of that name does, and counts.
     @fake """

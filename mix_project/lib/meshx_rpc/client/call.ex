@@ -5,7 +5,7 @@ defmodule MeshxRpc.Client.Call do
   # The answer comes to a process alias that is gone when the caller has given up: late answers vanish.
 
   alias MeshxRpc.{Client, Frame, Message, Shared, Telemetry, Term, Traceparent}
-  alias MeshxRpc.Client.{Direct, Measured}
+  alias MeshxRpc.Client.{Direct, Measured, Request}
 
   @max_fun 255
   @max_timeout 0xFFFF_FFFF
@@ -15,6 +15,7 @@ defmodule MeshxRpc.Client.Call do
   def call(pool, fun, argument, timeout, retry, retry_sleep) do
     pool = Client.Pool.fetch!(pool)
     fun = name!(fun)
+    :ok = Request.again!(retry, retry_sleep)
 
     request = %{
       pool: pool,
@@ -42,8 +43,12 @@ defmodule MeshxRpc.Client.Call do
   defp timed(%{measured: false}, _name, fun), do: fun.()
   defp timed(_request, name, fun), do: Measured.time(name, fun)
 
+  # A result may itself look like an error, of a server that calls another: it has run, and is not made again.
   defp attempt(request, retry) do
     case once(request) do
+      {:ok, result} ->
+        result
+
       {:error_rpc, reason} = error when retry > 0 ->
         cond do
           reason not in request.pool.retry_on -> error
@@ -51,8 +56,8 @@ defmodule MeshxRpc.Client.Call do
           true -> {:error_rpc, :timeout}
         end
 
-      result ->
-        result
+      error ->
+        error
     end
   end
 
@@ -96,23 +101,24 @@ defmodule MeshxRpc.Client.Call do
           {:error_rpc, :closed}
 
         written ->
-          answer = wait(request, alias, pid, left)
+          # It may have gone before we asked for its end, and its socket after we wrote.
+          answer = wait(request, alias, pid, left, :tcp_closed)
           if written == :soon, do: written(direct.socket)
           answer
       end
     else
       send(pid, {:call, alias, self(), request.fun, left, request.encoded})
-      wait(request, alias, pid, left)
+      # When it was gone, it was before our message came.
+      wait(request, alias, pid, left, :closed)
     end
   end
 
-  defp wait(request, alias, pid, left) do
+  defp wait(request, alias, pid, left, gone) do
     receive do
       {^alias, :result, flag, bytes} -> decoded(request, flag, bytes)
       {^alias, :error, flag, bytes} -> {:error_rpc, reason(request, flag, bytes)}
       {^alias, :failed, reason} -> {:error_rpc, reason}
-      # It was gone before our message came.
-      {:DOWN, ^alias, :process, _pid, :noproc} -> {:error_rpc, :closed}
+      {:DOWN, ^alias, :process, _pid, :noproc} -> {:error_rpc, gone}
       {:DOWN, ^alias, :process, _pid, _reason} -> {:error_rpc, :tcp_closed}
     after
       left ->
@@ -186,9 +192,9 @@ defmodule MeshxRpc.Client.Call do
     %{message: message, codec: codec, guard: guard} = request.pool
 
     case Message.decode(message, codec, flag, bytes, guard) do
-      {:ok, term} -> term
+      {:ok, term} -> {:ok, term}
       {:error, :refused} -> {:error_rpc, :serialization_fail}
-      {:error, reason} -> {:error_rpc, reason}
+      {:error, reason} -> {:error_rpc, Term.localize(reason)}
     end
   end
 

@@ -33,6 +33,8 @@ defmodule MeshxRpc.Client.Casts do
     options =
       Keyword.validate!(options, [:key, timeout: :infinity, retry: 5, retry_sleep: 100, ack: false])
 
+    :ok = Request.again!(options[:retry], options[:retry_sleep])
+
     case Message.encode(pool.message, argument) do
       {:ok, encoded} -> made(pool, fun, encoded, options)
       {:error, reason} -> refused(pool, fun, reason, options[:ack])
@@ -78,10 +80,23 @@ defmodule MeshxRpc.Client.Casts do
       receive do
         {^monitor, result} -> result
         {:DOWN, ^monitor, :process, _pid, _reason} -> {:error_rpc, :tcp_closed}
+      after
+        # Others of its key, or a pause, may be before it; when its turn comes it is not sent any more.
+        Request.left(cast.until) -> too_late(monitor)
       end
     else
       send(keeper, {:cast, cast})
       :ok
+    end
+  end
+
+  defp too_late(monitor) do
+    :erlang.demonitor(monitor, [:flush])
+
+    receive do
+      {^monitor, result} -> result
+    after
+      0 -> {:error_rpc, :timeout}
     end
   end
 

@@ -9,8 +9,9 @@ defmodule MeshxRpc.Client.Connection do
 
   use GenServer
 
-  alias MeshxRpc.{Frame, Hello, Link, Options, Reason, Refs, Shared, Telemetry, Writer}
-  alias MeshxRpc.Client.{Backoff, Calls, Dial, Direct, Growth, Listing, Liveness, Report, Successor}
+  alias MeshxRpc.{Frame, Hello, Link, Options, Reason, Refs, Shared, Telemetry}
+  alias MeshxRpc.Client.{Backoff, Calls, Dial, Direct, Growth, InFlight, Listing}
+  alias MeshxRpc.Client.{Liveness, Report, Successor}
 
   # Messages that are collected for one write.
   @collect 32
@@ -84,7 +85,7 @@ defmodule MeshxRpc.Client.Connection do
 
   @impl true
   def handle_info({:call, key, caller, fun, deadline, encoded}, state),
-    do: state |> ask(key, caller, fun, deadline, encoded) |> continue()
+    do: state |> InFlight.ask(key, caller, fun, deadline, encoded) |> continue()
 
   # A caller that has written itself for the first time.
   def handle_info({:watch, caller}, state),
@@ -95,7 +96,7 @@ defmodule MeshxRpc.Client.Connection do
     do: continue(%{state | link: Link.frame(state.link, frame, size)})
 
   def handle_info({:cancel, caller, key}, state),
-    do: state |> adopt() |> give_up({caller, key}) |> continue()
+    do: state |> InFlight.adopt() |> give_up({caller, key}) |> continue()
 
   def handle_info({:DOWN, _monitor, :process, caller, _reason}, state),
     do: state |> caller_gone(caller) |> continue()
@@ -125,7 +126,7 @@ defmodule MeshxRpc.Client.Connection do
 
   def handle_info({:timeout, timer, :hello}, %{timer: timer} = state) do
     text = "the server's hello took longer than #{state.config.timeout_hsk} ms"
-    Link.shutdown(state.link, Frame.refused(:timeout, text))
+    say(state, Frame.refused(:timeout, text))
     state |> lost({:timeout, text}) |> continue()
   end
 
@@ -152,7 +153,7 @@ defmodule MeshxRpc.Client.Connection do
   end
 
   def handle_info({:timeout, timer, :ping}, %{ping_timer: timer} = state),
-    do: state |> adopt() |> alive() |> continue()
+    do: state |> InFlight.adopt() |> alive() |> continue()
 
   # One beyond the pool's size, that is not needed any more.
   def handle_info(:leave, state), do: state |> Listing.leave() |> replaced() |> continue()
@@ -166,7 +167,7 @@ defmodule MeshxRpc.Client.Connection do
 
       {:error, link, events, out, cause, text} ->
         state = events(%{state | link: link}, events)
-        if state.link, do: Link.shutdown(state.link, out)
+        if state.link, do: say(state, out)
         lost(state, {cause, text})
     end
   end
@@ -218,7 +219,7 @@ defmodule MeshxRpc.Client.Connection do
   defp lost(%{link: nil} = state, _reason), do: state
 
   defp lost(state, reason) do
-    state = state |> Listing.leave() |> close()
+    state = state |> Listing.leave() |> InFlight.close()
     state = Report.tell(state, Report.event_of(state), reason)
     Listing.forget(state.table)
     Link.close(state.link)
@@ -229,7 +230,7 @@ defmodule MeshxRpc.Client.Connection do
 
     # What was not wholly sent has not run.
     outcome = fn call ->
-      {how_far, _writer} = if state.agreed, do: drop(state, call), else: {:unsent, nil}
+      {how_far, _writer} = if state.agreed, do: InFlight.drop(state, call), else: {:unsent, nil}
       {:failed, if(how_far == :sent, do: :tcp_closed, else: :closed)}
     end
 
@@ -299,8 +300,7 @@ defmodule MeshxRpc.Client.Connection do
         %{state | agreed: agreed, link: Link.queue(state.link, Frame.auth(proof))}
 
       {:refused, cause, text} ->
-        quiet? = state.config.quiet_on_hsk_error?
-        Link.shutdown(state.link, if(quiet?, do: [], else: Frame.refused(cause, text)))
+        say(state, Frame.refused(cause, text))
         lost(state, {cause, text})
     end
   end
@@ -360,22 +360,21 @@ defmodule MeshxRpc.Client.Connection do
   # What the server will not run may be sent to another.
   defp event({:goaway, last, cause, text}, %{phase: phase} = state)
        when phase in [:up, :draining],
-       do: state |> close() |> unsent(last) |> drain({cause, Link.printable(text)})
+       do:
+         state |> InFlight.close() |> InFlight.unsent(last) |> drain({cause, Link.printable(text)})
 
   defp event({:pong, _bytes}, state), do: state
 
   defp event(_unexpected, state) do
     text = "a frame came out of turn"
-    Link.shutdown(state.link, Frame.refused(:protocol, text))
+    say(state, Frame.refused(:protocol, text))
     lost(state, {:protocol, text})
   end
 
-  # Ends the calls that have not run and will not.
-  defp unsent(state, last) do
-    Enum.reduce(Calls.above(state.calls, last), state, fn call, state ->
-      {_how_far, state} = drop(state, call)
-      %{state | calls: Calls.finish(state.calls, call, {:failed, :closed})}
-    end)
+  # Last words.
+  defp say(%{phase: phase, config: config, link: link}, frames) do
+    quiet? = config.quiet_on_hsk_error? and phase == :hello
+    Link.shutdown(link, if(quiet?, do: [], else: frames))
   end
 
   defp watch_idle(%{config: %{idle_reconnect: :infinity}} = state), do: state
@@ -387,7 +386,7 @@ defmodule MeshxRpc.Client.Connection do
 
   # No new calls; over as soon as there are no old ones.
   defp drain(state, reason) do
-    state = state |> Listing.leave() |> close()
+    state = state |> Listing.leave() |> InFlight.close()
 
     if Calls.empty?(state.calls) do
       lost(state, reason)
@@ -400,69 +399,23 @@ defmodule MeshxRpc.Client.Connection do
 
   # Calls
 
-  defp ask(%{phase: :up} = state, key, caller, fun, deadline, {flag, iovec, size}) do
-    queued = Link.queued(state.link)
-
-    if queued > 0 and queued + size > state.config.max_queue do
-      send(key, {key, :failed, :full})
-      state
-    else
-      head = Frame.request_head(deadline, size, flag, fun)
-      call = {caller, key}
-      {stream, link} = Link.request(state.link, call, head, iovec, size)
-      %{state | calls: Calls.add(state.calls, call, stream), link: link}
-    end
-  end
-
-  defp ask(state, key, _caller, _fun, _deadline, _encoded) do
-    send(key, {key, :failed, :closed})
-    state
-  end
-
   # A stream has ended at the server, perhaps before all was sent.
   defp done(state, stream, outcome) do
     case Calls.on_stream(state.calls, stream) do
       {:ok, call} ->
-        state = answered(state, stream, call, outcome)
+        state = InFlight.answered(state, stream, call, outcome)
         # Before its caller can ask again.
         if Calls.last?(state.calls), do: Shared.idle(state.link.shared)
         state = %{state | calls: Calls.finish(state.calls, call, outcome)}
         if state.phase == :draining, do: drain(state, :drained), else: state
 
       :error ->
-        done_direct(state, stream, outcome)
+        InFlight.done_direct(state, stream, outcome)
     end
   end
-
-  # All of these are adopted when the connection drains.
-  defp done_direct(state, stream, outcome) do
-    case Calls.take_direct(state.calls, stream) do
-      {:ok, {_caller, key} = call, calls} ->
-        state = answered(%{state | calls: calls}, stream, call, outcome)
-        # Before its caller can ask again.
-        if Calls.empty?(calls), do: Shared.idle(state.link.shared)
-        Calls.reply(key, outcome)
-        state
-
-      :error ->
-        state
-    end
-  end
-
-  # What arrived whole is no longer known to the codec, and its request mostly not to the writer.
-  defp answered(%{link: %{writer: %{messages: none}}} = state, _stream, _call, {_, _, _})
-       when none == %{},
-       do: state
-
-  defp answered(state, stream, call, _outcome) do
-    {_how_far, state} = drop(state, call)
-    release(state, stream)
-  end
-
-  defp release(state, stream), do: %{state | link: Link.release(state.link, stream)}
 
   defp caller_gone(state, caller) do
-    state = adopt(state)
+    state = InFlight.adopt(state)
     state = state.calls |> Calls.of(caller) |> Enum.reduce(state, &give_up(&2, &1))
     %{state | calls: Calls.gone(state.calls, caller)}
   end
@@ -471,29 +424,14 @@ defmodule MeshxRpc.Client.Connection do
   defp give_up(state, call) do
     case Calls.stream(state.calls, call) do
       {:ok, stream} ->
-        {_how_far, state} = drop(state, call)
+        {_how_far, state} = InFlight.drop(state, call)
         state = %{state | calls: Calls.forget(state.calls, call)}
-        state = if stream, do: cancel(state, stream), else: state
+        state = if stream, do: InFlight.cancel(state, stream), else: state
         if state.phase == :draining, do: drain(state, :drained), else: state
 
       :error ->
         state
     end
-  end
-
-  defp adopt(state), do: %{state | calls: Calls.adopt(state.calls)}
-  defp close(state), do: %{state | calls: Calls.close(state.calls)}
-
-  defp cancel(state, stream),
-    do: %{
-      state
-      | link: state.link |> Link.open() |> Link.release(stream) |> Link.queue(Frame.cancel(stream))
-    }
-
-  # What of it is not yet sent stays here.
-  defp drop(state, call) do
-    {how_far, writer} = Writer.drop(state.link.writer, call)
-    {how_far, %{state | link: %{state.link | writer: writer}}}
   end
 
   # Writing
@@ -513,7 +451,7 @@ defmodule MeshxRpc.Client.Connection do
     else
       receive do
         {:call, key, caller, fun, deadline, encoded} ->
-          state |> ask(key, caller, fun, deadline, encoded) |> collect(left - 1)
+          state |> InFlight.ask(key, caller, fun, deadline, encoded) |> collect(left - 1)
 
         {:inet_reply, ^socket, :ok} ->
           collect(state, left)
@@ -580,7 +518,7 @@ defmodule MeshxRpc.Client.Connection do
     %{state | replaced: :asked}
   end
 
-  defp retire(state), do: used_up(state)
+  defp retire(state), do: InFlight.used_up(state)
 
   # It is not needed any more. Callers that have found it just before may still ask it.
   defp replaced(%{phase: phase} = state) do
@@ -614,10 +552,6 @@ defmodule MeshxRpc.Client.Connection do
       0 -> state
     end
   end
-
-  # What has no stream id gets none any more.
-  defp used_up(state),
-    do: if(Shared.exhausted?(state.link.shared), do: unsent(state, 0xFFFF_FFFF), else: state)
 
   defp watch(%{link: %{blocked: true}, send_timer: nil} = state),
     do: %{state | send_timer: :erlang.start_timer(state.config.timeout_send, self(), :send)}

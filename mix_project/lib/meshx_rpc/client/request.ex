@@ -15,6 +15,7 @@ defmodule MeshxRpc.Client.Request do
 
   @max_fun 255
   @max_timeout 0xFFFF_FFFF
+  @max_sleep 0x7FFF_FFFF
 
   @doc "The connection to send it on, and the largest argument that the server takes."
   @spec connection(map()) :: {:ok, pid(), non_neg_integer()} | :none
@@ -90,7 +91,7 @@ defmodule MeshxRpc.Client.Request do
     case Message.decode(pool.message, pool.codec, flag, bytes, pool.guard) do
       {:ok, term} -> term
       {:error, :refused} -> {:error_rpc, :serialization_fail}
-      {:error, reason} -> {:error_rpc, reason}
+      {:error, reason} -> {:error_rpc, Term.localize(reason)}
     end
   end
 
@@ -112,6 +113,18 @@ defmodule MeshxRpc.Client.Request do
   def until(timeout) do
     raise ArgumentError,
           "timeout is #{inspect(timeout)}, wanted milliseconds (at most #{@max_timeout}) or :infinity"
+  end
+
+  @doc "Raises when a request cannot be made again so often, or after such a pause."
+  @spec again!(term(), term()) :: :ok
+  def again!(retry, sleep)
+      when is_integer(retry) and retry >= 0 and is_integer(sleep) and sleep in 0..@max_sleep,
+      do: :ok
+
+  def again!(retry, sleep) do
+    raise ArgumentError,
+          "retry is #{inspect(retry)} and retry_sleep #{inspect(sleep)}, " <>
+            "wanted a number, 0 or more, and milliseconds (at most #{@max_sleep})"
   end
 
   @doc "Milliseconds until then."

@@ -48,6 +48,7 @@ defmodule MeshxRpc.Client.Streams do
           "window is #{inspect(options[:window])}, wanted 1024 to #{@max_window} bytes"
         )
 
+    :ok = Request.again!(options[:retry], options[:retry_sleep])
     Map.new(options) |> Map.put(:until, Request.until(options[:timeout]))
   end
 
@@ -195,7 +196,7 @@ defmodule MeshxRpc.Client.Streams do
 
     case Pieces.decode(session.pool.message, batch, session.pool) do
       {:ok, pieces} -> {pieces, session}
-      {:error, reason} -> fail(session, reason)
+      {:error, reason} -> fail(session, Term.localize(reason))
     end
   end
 

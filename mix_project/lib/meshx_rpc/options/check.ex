@@ -98,10 +98,16 @@ defmodule MeshxRpc.Options.Check do
 
   def wanted_socket_opts,
     do:
-      "a list of #{names(@socket_opts)} and {:raw, protocol, option, binary}; " <>
+      "a list of #{names(@socket_opts)}, with values as for :inet, and {:raw, protocol, option, binary}; " <>
         "how bytes are framed and delivered cannot be changed"
 
-  defp socket_opt?({name, _value}), do: name in @socket_opts
+  # A value that the socket does not take is known only when there is one: at a client, in each connection.
+  defp socket_opt?({name, value}) when name in [:keepalive, :nodelay], do: is_boolean(value)
+  defp socket_opt?({:linger, {on?, seconds}}), do: is_boolean(on?) and seconds in 0..65_535
+  defp socket_opt?({:bind_to_device, value}), do: is_binary(value)
+  defp socket_opt?({:netns, value}), do: is_binary(value) or is_list(value)
+  defp socket_opt?({:linger, _value}), do: false
+  defp socket_opt?({name, value}), do: name in @socket_opts and value in 0..0x7FFF_FFFF
 
   defp socket_opt?({:raw, protocol, option, value}),
     do: is_integer(protocol) and is_integer(option) and is_binary(value)
@@ -109,12 +115,28 @@ defmodule MeshxRpc.Options.Check do
   defp socket_opt?(_other), do: false
 
   def gen_statem_opts(options) do
-    if Keyword.keyword?(options) and Keyword.keys(options) -- @gen_statem_opts == [],
+    if Keyword.keyword?(options) and Enum.all?(options, &gen_statem_opt?/1),
       do: {:ok, options},
       else: :error
   end
 
-  def wanted_gen_statem_opts, do: "a keyword list of #{names(@gen_statem_opts)}"
+  def wanted_gen_statem_opts,
+    do: "a keyword list of #{names(@gen_statem_opts)}, with values as for GenServer"
+
+  # A server would learn only from its first client that they are of no use.
+  defp gen_statem_opt?({name, value}) when name in [:hibernate_after, :timeout],
+    do: value == :infinity or value in 0..0xFFFF_FFFE
+
+  defp gen_statem_opt?({:debug, value}), do: proper?(value)
+  defp gen_statem_opt?({:spawn_opt, value}), do: proper?(value) and spawn_opts?(value)
+  defp gen_statem_opt?(_unknown), do: false
+
+  defp spawn_opts?(options) do
+    Enum.all?(options, &(&1 == :link or (is_tuple(&1) and elem(&1, 0) != :monitor))) and
+      is_pid(:erlang.spawn_opt(fn -> :ok end, options))
+  rescue
+    ArgumentError -> false
+  end
 
   def prefix([_ | _] = prefix) do
     if proper?(prefix) and Enum.all?(prefix, &is_atom/1), do: {:ok, prefix}, else: :error

@@ -10,7 +10,7 @@ defmodule MeshxRpc.Server.Connection do
   require Logger
 
   alias MeshxRpc.{Address, Frame, Hello, Link, Options, Refs, Shared, Telemetry, Term, Writer}
-  alias MeshxRpc.Server.{Alarm, Functions, Report, Task}
+  alias MeshxRpc.Server.{Alarm, Functions, Report, Room, Task}
 
   @linger 1_000
   # How often a connection that drains looks whether it has.
@@ -137,7 +137,7 @@ defmodule MeshxRpc.Server.Connection do
   def handle_info(:evicted, %{phase: phase} = state) when phase in [:hello, :auth] do
     text = "#{state.config.max_hello} newer connections are in their hello (max_hello)"
     Report.log(state, :full, text)
-    Link.shutdown(state.link, Frame.refused(:full, text))
+    Link.shutdown(state.link, if(quiet?(state), do: [], else: Frame.refused(:full, text)))
     {:stop, :normal, state}
   end
 
@@ -180,10 +180,12 @@ defmodule MeshxRpc.Server.Connection do
 
   def handle_info({:timeout, _timer, :send}, state), do: continue(state)
 
+  # Functions of the user's find us among their links.
+  def handle_info(_not_for_us, state), do: continue(state)
+
   defp attach(state, socket) do
-    # One stream more than may run, so that the refusal names what is full.
     budget = {state.config.budget, state.held}
-    link = Link.new(socket, :server, state.config, state.config.max_concurrency + 1, budget)
+    link = Link.new(socket, :server, state.config, Room.most(state.config), budget)
     %{state | link: link, peer: Address.peer(socket)}
   end
 
@@ -283,7 +285,7 @@ defmodule MeshxRpc.Server.Connection do
 
     case offered(state, fun) do
       {{:ok, fun}, state} ->
-        if acquire(state) do
+        if Room.take?(state.config, state.held, Room.place(fun)) do
           start(state, stream, kind, deadline, fun, flag, argument)
         else
           text = "#{state.config.max_concurrency} requests run (max_concurrency)"
@@ -348,7 +350,7 @@ defmodule MeshxRpc.Server.Connection do
       {:error, link, events, out, cause, text} ->
         state = events(%{state | link: link}, events)
         unless state.phase == :closing, do: Report.log(state, cause, text)
-        close(state, out)
+        close(state, if(quiet?(state), do: [], else: out))
     end
   end
 
@@ -372,6 +374,7 @@ defmodule MeshxRpc.Server.Connection do
 
     until = Alarm.until(min(deadline, execute))
     request = %{pid: pid, until: until, reason: reason, kind: kind, measured: measured}
+    request = Map.put(request, :place, Room.place(fun))
 
     state = %{
       state
@@ -420,8 +423,9 @@ defmodule MeshxRpc.Server.Connection do
 
   # The request no longer runs.
   defp finished(state, stream) do
-    release_slot(state)
-    %{state | streams: Map.delete(state.streams, stream)}
+    {%{place: place}, streams} = Map.pop!(state.streams, stream)
+    Room.leave(state.config, state.held, place)
+    %{state | streams: streams}
   end
 
   defp kill(state, stream, reason) do
@@ -484,21 +488,6 @@ defmodule MeshxRpc.Server.Connection do
 
   defp reset(state, stream, cause, text),
     do: over(%{state | link: Link.queue(state.link, Frame.reset(stream, cause, text))}, stream)
-
-  defp acquire(%{config: %{running: running, max_concurrency: max}} = state) do
-    if :atomics.add_get(running, 1, 1) <= max do
-      :counters.add(state.held, 1, 1)
-      true
-    else
-      :atomics.sub(running, 1, 1)
-      false
-    end
-  end
-
-  defp release_slot(state) do
-    :counters.sub(state.held, 1, 1)
-    :atomics.sub(state.config.running, 1, 1)
-  end
 
   # Writing
 
@@ -574,8 +563,10 @@ defmodule MeshxRpc.Server.Connection do
 
   defp refuse(state, cause, text) do
     Report.log(state, cause, text)
-    close(state, if(state.config.quiet_on_hsk_error?, do: [], else: Frame.refused(cause, text)))
+    close(state, if(quiet?(state), do: [], else: Frame.refused(cause, text)))
   end
+
+  defp quiet?(state), do: state.config.quiet_on_hsk_error? and state.phase in [:hello, :auth]
 
   defp close(%{phase: :closing} = state, _frames), do: state
 

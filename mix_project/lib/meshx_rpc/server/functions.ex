@@ -105,7 +105,8 @@ defmodule MeshxRpc.Server.Functions do
       for {key, modules} <- module.module_info(:attributes),
           key in [:behaviour, :behavior],
           behaviour <- modules,
-          behaviour in @otp and function_exported?(behaviour, :behaviour_info, 1),
+          # Where modules are loaded when they are used, it may not be yet.
+          behaviour in @otp and Code.ensure_loaded?(behaviour),
           do: behaviour
 
     for behaviour <- behaviours, {name, 1} <- behaviour.behaviour_info(:callbacks), do: name

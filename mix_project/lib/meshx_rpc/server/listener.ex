@@ -8,7 +8,7 @@ defmodule MeshxRpc.Server.Listener do
   require Logger
 
   alias MeshxRpc.{Address, Frame, Options, Telemetry}
-  alias MeshxRpc.Server.{Casts, Connection}
+  alias MeshxRpc.Server.{Casts, Connection, Room}
 
   @retry 1_000
   # Then an acceptor goes on in the newest version of this module.
@@ -77,7 +77,7 @@ defmodule MeshxRpc.Server.Listener do
     info = %{
       connections: map_size(state.connections),
       in_hello: state.hellos,
-      running: :atomics.get(state.config.running, 1),
+      running: Room.count(state.config.running),
       casts: casts.running,
       cast_failures: casts.failures
     }
@@ -88,12 +88,12 @@ defmodule MeshxRpc.Server.Listener do
   def handle_call(:admit, _from, %{config: config} = state) do
     cond do
       map_size(state.connections) >= config.max_connections ->
-        {:reply, {:error, "#{config.max_connections} connections are open (max_connections)"},
-         state}
+        text = "#{config.max_connections} connections are open (max_connections)"
+        {:reply, {:error, if(config.quiet_on_hsk_error?, do: :full, else: text)}, state}
 
       true ->
         state = if state.hellos >= config.max_hello, do: evict(state), else: state
-        held = :counters.new(2, [])
+        held = Room.held()
 
         {:ok, pid} =
           DynamicSupervisor.start_child(
@@ -127,7 +127,7 @@ defmodule MeshxRpc.Server.Listener do
         {:noreply, state}
 
       {{phase, held}, connections} ->
-        :atomics.sub(state.config.running, 1, :counters.get(held, 1))
+        Room.leave_all(state.config, held)
         state.config.codec.give_back(state.config.budget, :counters.get(held, 2))
         hellos = if phase == :hello, do: state.hellos - 1, else: state.hellos
         {:noreply, shorten(%{state | connections: connections, hellos: hellos})}
@@ -285,7 +285,7 @@ defmodule MeshxRpc.Server.Listener do
         _ = :gen_tcp.send(accepted, Frame.refused(:full, text))
         :gen_tcp.close(accepted)
 
-      {:error, _closed} ->
+      {:error, _quiet_or_closed} ->
         :gen_tcp.close(accepted)
     end
   end

@@ -7,7 +7,7 @@ defmodule MeshxRpc.Server.Pool do
   use Supervisor
 
   alias MeshxRpc.{Entry, Options}
-  alias MeshxRpc.Server.{Casts, Functions, Listener, Streams}
+  alias MeshxRpc.Server.{Casts, Functions, Listener, Room, Streams}
 
   @doc "A child specification; raises `ArgumentError` when an option is wrong."
   @spec child_spec(atom(), keyword()) :: Supervisor.child_spec()
@@ -51,7 +51,7 @@ defmodule MeshxRpc.Server.Pool do
       |> Options.telemetry()
       |> Map.merge(%{
         offered: Functions.new(config.module, config.functions),
-        running: :atomics.new(1, []),
+        running: Room.running(),
         streams: Streams.table(),
         budget: config.codec.budget(config.max_bytes),
         guard: config.codec.policy(config.guard)

@@ -9,7 +9,7 @@ defmodule MeshxRpc.Server.Task do
   # result has gone, so that no handler delays anything. What is killed cannot: for that the connection does.
 
   alias MeshxRpc.{Entry, Frame, Message, Shared, Telemetry, Term, Traceparent}
-  alias MeshxRpc.Server.Internal
+  alias MeshxRpc.Server.{Internal, Room}
 
   @enforce_keys [:connection, :server, :traced]
   defstruct @enforce_keys ++ [:direct]
@@ -157,7 +157,7 @@ defmodule MeshxRpc.Server.Task do
 
   # The place of a request is free when its connection has heard of its end. Who has the answer before that, and asks
   # again, must not find the last place taken by his own request.
-  defp room?(config), do: :atomics.get(config.running, 1) < config.max_concurrency
+  defp room?(config), do: Room.calls(config.running) < config.max_concurrency
 
   # Should we be killed right after this, the connection may answer too: clients ignore a second answer.
   defp answer(direct, stream, {status, {flag, iovec, size}} = done) do

@@ -1,0 +1,97 @@
+defmodule MeshxRpc.Client.InFlight do
+  @moduledoc false
+  # The calls of one connection, on their way: begun, answered, dropped, with all that `MeshxRpc.Client.Calls`, the link
+  # and its writer know of each. The state is that of `MeshxRpc.Client.Connection`.
+
+  alias MeshxRpc.{Frame, Link, Shared, Writer}
+  alias MeshxRpc.Client.Calls
+
+  @doc "A call begins; without a connection, or beyond `max_queue`, it is refused."
+  @spec ask(map(), reference(), pid(), binary(), timeout(), MeshxRpc.Term.encoded()) :: map()
+  def ask(%{phase: :up} = state, key, caller, fun, deadline, {flag, iovec, size}) do
+    queued = Link.queued(state.link)
+
+    if queued > 0 and queued + size > state.config.max_queue do
+      send(key, {key, :failed, :full})
+      state
+    else
+      head = Frame.request_head(deadline, size, flag, fun)
+      call = {caller, key}
+      {stream, link} = Link.request(state.link, call, head, iovec, size)
+      %{state | calls: Calls.add(state.calls, call, stream), link: link}
+    end
+  end
+
+  def ask(state, key, _caller, _fun, _deadline, _encoded) do
+    send(key, {key, :failed, :closed})
+    state
+  end
+
+  @doc "The server has answered a call that its caller has written itself, if it was one."
+  @spec done_direct(map(), pos_integer(), Calls.outcome()) :: map()
+  def done_direct(state, stream, outcome) do
+    # All of these are adopted when the connection drains.
+    case Calls.take_direct(state.calls, stream) do
+      {:ok, {_caller, key} = call, calls} ->
+        state = answered(%{state | calls: calls}, stream, call, outcome)
+        # Before its caller can ask again.
+        if Calls.empty?(calls), do: Shared.idle(state.link.shared)
+        Calls.reply(key, outcome)
+        state
+
+      :error ->
+        state
+    end
+  end
+
+  @doc "The server has answered, perhaps before all was sent."
+  @spec answered(map(), pos_integer(), Calls.call(), Calls.outcome()) :: map()
+  # What arrived whole is no longer known to the codec, and its request mostly not to the writer.
+  def answered(%{link: %{writer: %{messages: none}}} = state, _stream, _call, {_, _, _})
+      when none == %{},
+      do: state
+
+  def answered(state, stream, call, _outcome) do
+    {_how_far, state} = drop(state, call)
+    release(state, stream)
+  end
+
+  defp release(state, stream), do: %{state | link: Link.release(state.link, stream)}
+
+  @doc "Ends the calls that have not run and will not: those above stream `last`."
+  @spec unsent(map(), non_neg_integer()) :: map()
+  def unsent(state, last) do
+    Enum.reduce(Calls.above(state.calls, last), state, fn call, state ->
+      {_how_far, state} = drop(state, call)
+      %{state | calls: Calls.finish(state.calls, call, {:failed, :closed})}
+    end)
+  end
+
+  @doc "Ends what has no stream id, when there is none any more."
+  @spec used_up(map()) :: map()
+  def used_up(state),
+    do: if(Shared.exhausted?(state.link.shared), do: unsent(state, 0xFFFF_FFFF), else: state)
+
+  @doc "Takes over what callers have written themselves."
+  @spec adopt(map()) :: map()
+  def adopt(state), do: %{state | calls: Calls.adopt(state.calls)}
+
+  @doc "The same, and callers write no more themselves."
+  @spec close(map()) :: map()
+  def close(state), do: %{state | calls: Calls.close(state.calls)}
+
+  @doc "Tells the server that nobody waits for this stream."
+  @spec cancel(map(), pos_integer()) :: map()
+  def cancel(state, stream),
+    do: %{
+      state
+      | link: state.link |> Link.open() |> Link.release(stream) |> Link.queue(Frame.cancel(stream))
+    }
+
+  @doc "What of a call is not yet sent stays here."
+  @spec drop(map(), Calls.call()) :: {:unsent | :partial | :sent, map()}
+  def drop(state, call) do
+    {how_far, writer} = Writer.drop(state.link.writer, call)
+    {how_far, %{state | link: %{state.link | writer: writer}}}
+  end
+end

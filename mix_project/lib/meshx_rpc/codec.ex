@@ -129,7 +129,9 @@ defmodule MeshxRpc.Codec do
 
   `:erlang.binary_to_term/2` holds its scheduler for milliseconds when a term has some thousand atoms or pairs of maps:
   the NIF decodes such terms, and all that are as large, on a dirty scheduler, or has the VM decode them another way that
-  takes less (`MeshxRpc.Guard`).
+  takes less (`MeshxRpc.Guard`). It decodes the others, too: `:erlang.binary_to_term/2` of most VMs before August 2026
+  can end its VM when a process decodes many terms one after the other (erlang/otp issue 11404). The codec in plain
+  Elixir has nothing else.
   """
   @callback decode(binary(), policy :: map() | term()) ::
               {:ok, term()} | {:error, {name :: atom(), text :: String.t()}}

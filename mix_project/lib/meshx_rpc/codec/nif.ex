@@ -145,7 +145,7 @@ defmodule MeshxRpc.Codec.Nif do
   @impl true
   def decode(binary, policy) do
     case first(binary, policy, Indexed.works?()) do
-      :ok -> {:ok, :erlang.binary_to_term(binary, [:safe])}
+      :ok -> {:ok, Native.binary_to_term_at_once(binary)}
       :aside -> {:ok, Native.binary_to_term(binary)}
       {:more, guard} -> guard |> step(binary) |> decode_large(binary)
       done -> decode_large(done, binary)

@@ -61,18 +61,23 @@ defmodule MeshxRpc.Client.Casts do
       moved: 0
     }
 
-    if reserve(pool, size),
-      do: hand_over(pool, cast, options[:ack]),
-      else: refused(pool, fun, :full, options[:ack])
+    case :ets.lookup(pool.table, :casts) do
+      [{:casts, keeper}] ->
+        if reserve(pool, size),
+          do: hand_over(keeper, cast, options[:ack]),
+          else: refused(pool, fun, :full, options[:ack])
+
+      # The pool is about to start.
+      [] ->
+        refused(pool, fun, :closed, options[:ack])
+    end
   end
 
   @doc "Casts that have not started."
   @spec waiting(map()) :: non_neg_integer()
   def waiting(pool), do: :atomics.get(pool.casts, 2)
 
-  defp hand_over(pool, cast, ack?) do
-    keeper = :ets.lookup_element(pool.table, :casts, 2)
-
+  defp hand_over(keeper, cast, ack?) do
     if ack? do
       monitor = :erlang.monitor(:process, keeper, alias: :reply_demonitor)
       send(keeper, {:cast, %{cast | ack: monitor}})

@@ -8,7 +8,7 @@ defmodule MeshxRpc.Client.Casts do
   use GenServer
 
   alias MeshxRpc.Client.{Backoff, Measured, Pool, Request}
-  alias MeshxRpc.{Message, Telemetry}
+  alias MeshxRpc.{Message, Stream, Telemetry}
 
   # What a cast costs here beside its argument.
   @overhead 1_024
@@ -28,6 +28,7 @@ defmodule MeshxRpc.Client.Casts do
   """
   @spec cast(atom(), atom() | binary(), term(), keyword()) :: :ok | {:error_rpc, term()}
   def cast(name, fun, argument, options) do
+    if Stream.in?(argument), do: raise(ArgumentError, "a stream cannot be sent with cast")
     pool = Pool.fetch!(name)
 
     options =

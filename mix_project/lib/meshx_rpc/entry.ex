@@ -20,10 +20,19 @@ defmodule MeshxRpc.Entry do
   @impl true
   def init({key, value}) do
     Process.flag(:trap_exit, true)
-    :persistent_term.put({__MODULE__, key}, value)
+    entry = Map.put(value, :entry, self())
+    alone(key, fn -> :persistent_term.put({__MODULE__, key}, entry) end)
     {:ok, key}
   end
 
+  # Of a supervisor that was killed we may hear only when it has been started anew: that one's value is not ours.
   @impl true
-  def terminate(_reason, key), do: :persistent_term.erase({__MODULE__, key})
+  def terminate(_reason, key) do
+    alone(key, fn ->
+      if match?(%{entry: pid} when pid == self(), get(key)),
+        do: :persistent_term.erase({__MODULE__, key})
+    end)
+  end
+
+  defp alone(key, fun), do: :global.trans({{__MODULE__, key}, self()}, fun, [node()])
 end

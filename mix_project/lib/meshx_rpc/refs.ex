@@ -38,10 +38,11 @@ defmodule MeshxRpc.Refs do
       {module, fun, args} -> cut(apply(module, fun, args))
       text_or_name -> text_or_name |> to_string() |> cut()
     end
-  rescue
-    error ->
+  catch
+    kind, reason ->
       Logger.warning(
-        "MeshxRpc #{inspect(config.id)}: option #{inspect(option)}: #{Exception.message(error)}"
+        "MeshxRpc #{inspect(config.id)}: option #{inspect(option)}: " <>
+          Exception.format_banner(kind, reason, __STACKTRACE__)
       )
 
       ""

@@ -12,9 +12,9 @@ defmodule MeshxRpc.Traceparent do
   def ask({module, fun, args}) do
     text = apply(module, fun, args)
     if valid?(text), do: text
-  rescue
+  catch
     # A trace is no reason to fail a call.
-    _error -> nil
+    _kind, _reason -> nil
   end
 
   @doc "The message with it at its end."

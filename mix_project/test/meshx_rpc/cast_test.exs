@@ -54,6 +54,10 @@ defmodule MeshxRpc.CastTest do
     assert Client.Pool.cast(client, :nothing) == :ok
     await(fn -> Client.Pool.info(client).cast_failures == 3 end)
     assert_raise ArgumentError, fn -> Client.Pool.cast(client, :note, 1, unknown: 1) end
+
+    assert_raise ArgumentError, ~r/a stream cannot be sent/, fn ->
+      Client.Pool.cast(client, :note, {1, MeshxRpc.Stream.new([1])})
+    end
   end
 
   test "what cannot be made again is refused where it is asked for, and disturbs no other cast" do

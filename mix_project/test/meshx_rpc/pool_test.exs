@@ -37,6 +37,27 @@ defmodule MeshxRpc.PoolTest do
     stop
   end
 
+  test "one that is started anew is there, however late the end of the one before is" do
+    {server, address} = server()
+    client = client(address)
+
+    for {kind, id} <- [client: client, server: server] do
+      %{entry: entry} = MeshxRpc.Entry.get({kind, id})
+      monitor = Process.monitor(entry)
+      true = :erlang.suspend_process(entry)
+      Process.exit(Process.whereis(id), :kill)
+      await(fn -> match?(%{entry: pid} when pid != entry, MeshxRpc.Entry.get({kind, id})) end)
+      true = :erlang.resume_process(entry)
+      assert_receive {:DOWN, ^monitor, :process, ^entry, :killed}, 10_000
+      assert %{entry: _pid} = MeshxRpc.Entry.get({kind, id})
+    end
+
+    # With another port.
+    {:ok, address} = Server.Pool.address(server)
+    assert Client.Pool.call(client(address), :echo, 1) == 1
+    assert Client.Pool.info(client).size == 1
+  end
+
   # A server that another process can stop.
   defp leaving(options) do
     id = unique("leaving")

@@ -215,6 +215,21 @@ defmodule MeshxRpc.TelemetryTest do
     assert_raise ArgumentError, fn -> MeshxRpc.attach_telemetry([]) end
   end
 
+  def broken(:raise), do: raise("no")
+  def broken(:throw), do: throw(:no)
+  def broken(:exit), do: exit(:no)
+
+  test "functions for names and traces that fail, in whatever way, cost only what they are for" do
+    for how <- [:raise, :throw, :exit] do
+      mfa = {__MODULE__, :broken, [how]}
+      refs = [svc_ref_mfa: mfa, node_ref_mfa: mfa, conn_ref_mfa: mfa]
+      {_server, client} = pair([module: __MODULE__] ++ refs, [traceparent: mfa] ++ refs)
+      assert Client.Pool.call(client, :traceparent, 1, 10_000, 1_000, 5) == nil
+      nameless = %{svc_ref: "", node_ref: "", conn_ref: ""}
+      assert {_, _, %{local: ^nameless, remote: ^nameless}} = event(:client, :call)
+    end
+  end
+
   test "the name that a peer calls is printed so that it is one line of ours" do
     prefix = [unique("shop")]
     {_server, address} = server()

@@ -8,7 +8,7 @@ defmodule MeshxRpc.Client.Casts do
   use GenServer
 
   alias MeshxRpc.Client.{Backoff, Measured, Pool, Request}
-  alias MeshxRpc.{Message, Telemetry}
+  alias MeshxRpc.{Message, Stream, Telemetry}
 
   # What a cast costs here beside its argument.
   @overhead 1_024
@@ -28,6 +28,7 @@ defmodule MeshxRpc.Client.Casts do
   """
   @spec cast(atom(), atom() | binary(), term(), keyword()) :: :ok | {:error_rpc, term()}
   def cast(name, fun, argument, options) do
+    if Stream.in?(argument), do: raise(ArgumentError, "a stream cannot be sent with cast")
     pool = Pool.fetch!(name)
 
     options =
@@ -61,18 +62,23 @@ defmodule MeshxRpc.Client.Casts do
       moved: 0
     }
 
-    if reserve(pool, size),
-      do: hand_over(pool, cast, options[:ack]),
-      else: refused(pool, fun, :full, options[:ack])
+    case :ets.lookup(pool.table, :casts) do
+      [{:casts, keeper}] ->
+        if reserve(pool, size),
+          do: hand_over(keeper, cast, options[:ack]),
+          else: refused(pool, fun, :full, options[:ack])
+
+      # The pool is about to start.
+      [] ->
+        refused(pool, fun, :closed, options[:ack])
+    end
   end
 
   @doc "Casts that have not started."
   @spec waiting(map()) :: non_neg_integer()
   def waiting(pool), do: :atomics.get(pool.casts, 2)
 
-  defp hand_over(pool, cast, ack?) do
-    keeper = :ets.lookup_element(pool.table, :casts, 2)
-
+  defp hand_over(keeper, cast, ack?) do
     if ack? do
       monitor = :erlang.monitor(:process, keeper, alias: :reply_demonitor)
       send(keeper, {:cast, %{cast | ack: monitor}})

@@ -68,7 +68,7 @@ defmodule MeshxRpc.Client.Pool do
 
   The server acknowledges a cast when its function starts; until then it waits in the pool, and survives the loss of
   a connection on which it certainly has not run: it is made again as a call is. Once started it runs on when the connection is
-  lost. In the place of `timeout`, which is how long it may wait and run together, there can be options:
+  lost. An argument cannot have streams. In the place of `timeout`, which is how long it may wait and run together, there can be options:
 
   | Option | Default | |
   |---|---|---|

@@ -407,14 +407,23 @@ fn an_agent_with_rights_of_its_own_starts_without_that() {
     std::os::unix::fs::chown(&copy, Some(65534), None).unwrap();
     std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o4755)).unwrap();
     std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
-    let missing = dir.path().join("missing.toml");
-    let mut agent = Command::new(copy)
-        .args(["agent", "--config"])
-        .arg(missing)
-        .spawn()
-        .unwrap();
+    begins(&mut Command::new(copy));
+}
+
+/// Programs that were linked elsewhere are started so.
+#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+#[test]
+fn an_agent_starts_by_the_loader() {
+    begins(Command::new("/lib64/ld-linux-x86-64.so.2").arg(program("meshx").unwrap()));
+}
+
+/// Has an agent begin and end at once: there is no such configuration.
+#[cfg(all(target_arch = "x86_64", target_env = "gnu"))]
+fn begins(program: &mut Command) {
+    let missing = "/nowhere/meshx.toml";
+    let mut agent = program.args(["agent", "--config", missing]).spawn().unwrap();
     // It ends if it does not begin itself anew without end.
     let ended = wait_until(PATIENCE, || agent.try_wait().unwrap().is_some());
-    agent.kill().unwrap();
+    let _ = agent.kill();
     assert_eq!(agent.wait().unwrap().code(), Some(USAGE), "{ended:?}");
 }

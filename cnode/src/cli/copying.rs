@@ -7,6 +7,7 @@
 
 use std::env;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 
 const TUNABLES: &str = "GLIBC_TUNABLES";
@@ -30,6 +31,9 @@ pub(super) fn by_vectors() {
     let (Ok(program), Some(name)) = (env::current_exe(), arguments.next()) else {
         return;
     };
+    if is_loader(&program) {
+        return;
+    }
     // Comes back only if it fails.
     let _ = Command::new(program)
         .arg0(name)
@@ -37,6 +41,13 @@ pub(super) fn by_vectors() {
         .env(TUNABLES, tunables)
         .env(DONE, "1")
         .exec();
+}
+
+/// Whether the dynamic loader was started, and this program by it (`ld.so meshx agent`): it would take the arguments for
+/// its own.
+fn is_loader(program: &Path) -> bool {
+    let name = program.file_name().unwrap_or_default().as_encoded_bytes();
+    name.starts_with(b"ld-") || name.starts_with(b"ld.so")
 }
 
 /// What is set, with the limit; none when the user has set one.

@@ -10,6 +10,7 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
 use super::cause::{Cause, Refusal};
+use super::endpoint::not_itself;
 use super::frames::{Duplex, read_frame, silent, write_all};
 use super::links::{Direction, LinkId, LinkInfo, Purpose, unix_now};
 use super::local::{LocalInstance, SidecarUpstreams};
@@ -207,6 +208,7 @@ impl Proxy {
         let connect = async {
             let stream = TcpStream::connect(address)
                 .await
+                .and_then(not_itself)
                 .map_err(|error| unreachable(&error))?;
             stream.set_nodelay(true).map_err(|error| unreachable(&error))?;
             // While the sidecar is down anybody on this host can have its port.

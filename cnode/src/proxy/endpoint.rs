@@ -40,6 +40,7 @@ impl Proxy {
                 Endpoint::Tcp(address) | Endpoint::PlainNode(address) => {
                     let stream = TcpStream::connect(address)
                         .await
+                        .and_then(not_itself)
                         .map_err(|error| away(local, &error))?;
                     stream.set_nodelay(true).map_err(|error| away(local, &error))?;
                     if local.endpoint.is_node() {
@@ -58,6 +59,15 @@ impl Proxy {
                 local.instance.id, self.settings.connect_timeout
             ))),
         }
+    }
+}
+
+/// Refuses a connection that is its own other end. Where nobody listens the kernel may choose the very port that is
+/// dialled, and whatever is sent comes back.
+pub(super) fn not_itself(stream: TcpStream) -> io::Result<TcpStream> {
+    match stream.local_addr()? == stream.peer_addr()? {
+        true => Err(io::ErrorKind::ConnectionRefused.into()),
+        false => Ok(stream),
     }
 }
 
@@ -100,4 +110,28 @@ fn away(local: &LocalInstance, error: &io::Error) -> Refusal {
         "{} does not take connections: {error}",
         local.instance.id
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use tokio::net::{TcpListener, TcpSocket};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_with_itself_is_none() {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let own = socket.local_addr().unwrap();
+        let itself = socket.connect(own).await.unwrap();
+        assert_eq!(
+            not_itself(itself).unwrap_err().kind(),
+            io::ErrorKind::ConnectionRefused
+        );
+
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        assert!(not_itself(stream).is_ok());
+    }
 }

@@ -31,6 +31,8 @@ pub(super) struct Flow {
     held: Box<[u8]>,
     written: usize,
     unflushed: bool,
+    /// The other end takes no more.
+    refused: bool,
     stage: Stage,
 }
 
@@ -58,6 +60,7 @@ impl Flow {
                 Stage::Ended => return Poll::Ready(Ok(())),
                 Stage::Ends => {
                     ready!(Pin::new(&mut *to).poll_shutdown(cx))?;
+                    to.breaks_off(false);
                     self.stage = Stage::Ended;
                 }
                 Stage::Flows => {
@@ -72,9 +75,16 @@ impl Flow {
         }
     }
 
+    /// Whether it ended because the other end takes no more.
+    pub(super) fn refused(&self) -> bool {
+        self.refused
+    }
+
     fn write_held(&mut self, cx: &mut Context<'_>, to: &mut dyn Duplex) -> Poll<io::Result<()>> {
         while let Some(rest) = self.held.get(self.written..).filter(|rest| !rest.is_empty()) {
-            self.written += ready!(write(cx, to, rest))?;
+            let written = ready!(write(cx, to, rest));
+            self.refused = written.is_err();
+            self.written += written?;
             self.unflushed = true;
         }
         (self.held, self.written) = (Box::default(), 0);
@@ -118,6 +128,7 @@ impl Flow {
         while !rest.is_empty() {
             match write(cx, to, rest) {
                 Poll::Ready(written) => {
+                    self.refused = written.is_err();
                     rest = rest.get(written?..).unwrap_or_default();
                     self.unflushed = true;
                 }
@@ -144,9 +155,12 @@ mod tests {
     use std::future::poll_fn;
 
     use proptest::prelude::*;
-    use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream, Join, Repeat, Sink, duplex};
 
     use super::*;
+
+    impl Duplex for DuplexStream {}
+    impl Duplex for Join<Repeat, Sink> {}
 
     async fn flow(flow: &mut Flow, from: &mut dyn Duplex, to: &mut dyn Duplex) -> io::Result<u64> {
         let count = AtomicU64::new(0);

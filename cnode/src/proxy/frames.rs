@@ -7,17 +7,36 @@ use meshx_dist::handshake::Status;
 use meshx_dist::name_frame::{
     PeekError, clear_published_of_challenge, peek_challenge_frame, peek_name_frame, peek_status_frame,
 };
+use rustix::net::sockopt;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
+use tokio_rustls::{client, server};
 
 use super::cause::{Cause, Refusal};
 use super::tls;
+use super::wide::Wide;
 use super::wire::WireError;
 
 /// Both ways of a connection, whatever carries it.
-pub(super) trait Duplex: AsyncRead + AsyncWrite + Unpin + Send {}
+pub(super) trait Duplex: AsyncRead + AsyncWrite + Unpin + Send {
+    /// Whether the other side is to see that the connection broke off when it is closed, even by the death of this
+    /// process: whoever reads to the end must not take a part for the whole. TLS tells by itself, and a Unix socket
+    /// has no way to.
+    fn breaks_off(&self, _breaks: bool) {}
+}
 
-impl<T: AsyncRead + AsyncWrite + Unpin + Send> Duplex for T {}
+impl Duplex for TcpStream {
+    fn breaks_off(&self, breaks: bool) {
+        // No time to linger: the kernel closes with RST (socket(7), SO_LINGER). Without it bytes flow all the same.
+        let _ = sockopt::set_socket_linger(self, breaks.then_some(Duration::ZERO));
+    }
+}
+
+impl Duplex for UnixStream {}
+impl Duplex for Wide {}
+impl Duplex for client::TlsStream<Wide> {}
+impl Duplex for server::TlsStream<Wide> {}
 
 /// Reads one frame without its length, and not a byte more.
 pub(super) async fn read_frame(

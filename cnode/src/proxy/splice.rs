@@ -23,14 +23,31 @@ pub(super) async fn splice(
     link.opened();
     let counters = link.counters();
     let (mut out, mut back) = (Flow::default(), Flow::default());
-    let both = poll_fn(|cx| {
-        let out = out.poll(cx, &mut local, &mut remote, &counters.bytes_out)?;
-        let back = back.poll(cx, &mut remote, &mut local, &counters.bytes_in)?;
-        match (out, back) {
-            (Poll::Ready(()), Poll::Ready(())) => Poll::Ready(io::Result::Ok(())),
-            _ => Poll::Pending,
+    // Distribution knows by itself what is whole. A way that ends in order takes this back.
+    if !link.is_dist() {
+        local.breaks_off(true);
+        remote.breaks_off(true);
+    }
+    let both = async {
+        let ended = poll_fn(|cx| {
+            let out = out.poll(cx, local.as_mut(), remote.as_mut(), &counters.bytes_out)?;
+            let back = back.poll(cx, remote.as_mut(), local.as_mut(), &counters.bytes_in)?;
+            match (out, back) {
+                (Poll::Ready(()), Poll::Ready(())) => Poll::Ready(io::Result::Ok(())),
+                _ => Poll::Pending,
+            }
+        });
+        let ended = ended.await;
+        // Who takes no more may have said why, as a web server does that is sent too much.
+        if out.refused() || back.refused() {
+            let last = poll_fn(|cx| match out.refused() {
+                true => back.poll(cx, remote.as_mut(), local.as_mut(), &counters.bytes_in),
+                false => out.poll(cx, local.as_mut(), remote.as_mut(), &counters.bytes_out),
+            });
+            let _ = timeout(grace, last).await;
         }
-    });
+        ended
+    };
     tokio::select! {
         // First: a link that was cut before it began carries nothing.
         biased;

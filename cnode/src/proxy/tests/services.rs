@@ -319,6 +319,102 @@ async fn an_upstream_can_be_a_loopback_port() {
     );
 }
 
+async fn taken(listener: &TcpListener) -> TcpStream {
+    let (stream, _) = soon("a connection", listener.accept()).await.unwrap();
+    stream
+}
+
+/// Reads to the end, and says how that came.
+async fn end(stream: &mut TcpStream) -> (Vec<u8>, io::Result<()>) {
+    let mut seen = Vec::new();
+    let end = soon("its end", stream.read_to_end(&mut seen)).await;
+    (seen, end.map(drop))
+}
+
+fn broken(end: io::Result<()>) -> bool {
+    end.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionReset)
+}
+
+/// Breaks it off, as the kernel does for a program that is gone.
+fn reset(stream: TcpStream) {
+    rustix::net::sockopt::set_socket_linger(&stream, Some(Duration::ZERO)).unwrap();
+}
+
+#[tokio::test]
+async fn nobody_takes_a_part_for_the_whole() {
+    let world = World::new();
+    let (h1, h2) = (
+        world.host("h1", "127.0.0.2").await,
+        world.host("h2", "127.0.0.3").await,
+    );
+    let files = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    h2.service("echo-a", "echo", Endpoint::Tcp(files.local_addr().unwrap()))
+        .await;
+    // By way of both agents, and by one alone.
+    for dialler in [&h1, &h2] {
+        let handle = dialler.proxy.upstream(on_port(dialler)).unwrap();
+        let pair = async || {
+            let mut client = TcpStream::connect(port(&handle)).await.unwrap();
+            let mut service = taken(&files).await;
+            client.write_all(b"part").await.unwrap();
+            service.read_exact(&mut [0; 4]).await.unwrap();
+            service.write_all(b"part").await.unwrap();
+            client.read_exact(&mut [0; 4]).await.unwrap();
+            (client, service)
+        };
+        let (client, mut service) = pair().await;
+        reset(client);
+        assert!(broken(end(&mut service).await.1), "of a client that is gone");
+
+        let (mut client, service) = pair().await;
+        reset(service);
+        assert!(broken(end(&mut client).await.1), "of a service that is gone");
+
+        let (mut client, mut service) = pair().await;
+        assert_ne!(h2.links.cut_all(Cause::Unreachable, "the agent ends"), 0);
+        let ends = (end(&mut client).await, end(&mut service).await);
+        assert!(broken(ends.0.1) && broken(ends.1.1), "of a link that was cut");
+
+        // In order all the same, and the last bytes come through.
+        let (mut client, mut service) = pair().await;
+        let whole = vec![7; 1 << 20];
+        let upload = async {
+            client.write_all(&whole).await.unwrap();
+            client.shutdown().await.unwrap();
+        };
+        let ((), (seen, ended)) = tokio::join!(upload, end(&mut service));
+        assert!(ended.is_ok() && seen == whole);
+        service.write_all(b"bye").await.unwrap();
+        drop(service);
+        let (seen, ended) = end(&mut client).await;
+        assert!(ended.is_ok() && seen == b"bye");
+    }
+}
+
+/// As a web server does that is sent too much.
+#[tokio::test]
+async fn what_a_service_says_last_is_heard_though_it_takes_no_more() {
+    let world = World::new();
+    let h2 = world.host("h2", "127.0.0.3").await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    h2.service("echo-a", "echo", Endpoint::Tcp(listener.local_addr().unwrap()))
+        .await;
+    let handle = h2.proxy.upstream(on_port(&h2)).unwrap();
+    for _ in 0..20 {
+        let client = TcpStream::connect(port(&handle)).await.unwrap();
+        let mut service = taken(&listener).await;
+        let (mut reader, mut writer) = client.into_split();
+        let upload = tokio::spawn(async move { while writer.write_all(&[0; 4096]).await.is_ok() {} });
+        service.read_exact(&mut [0; 100_000]).await.unwrap();
+        service.write_all(b"413").await.unwrap();
+        drop(service);
+        let mut seen = Vec::new();
+        let _ = soon("its end", reader.read_to_end(&mut seen)).await;
+        assert_eq!(seen, b"413");
+        upload.await.unwrap();
+    }
+}
+
 /// As another user, when this one may become that.
 fn dial_as(uid: u32, address: SocketAddr) -> Vec<u8> {
     use std::os::unix::process::CommandExt;

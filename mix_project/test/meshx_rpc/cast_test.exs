@@ -132,14 +132,14 @@ defmodule MeshxRpc.CastTest do
   test "a timeout ends a cast that runs, and one that waits" do
     {server, client, _address} = pair()
     name = registered()
-    assert Client.Pool.cast(client, :hold, {name, 1}, ack: true, timeout: 300, key: :k) == :ok
+    assert Client.Pool.cast(client, :hold, {name, 1}, ack: true, timeout: 3_000, key: :k) == :ok
     assert_received {:started, pid, 1}
     monitor = Process.monitor(pid)
 
     assert Client.Pool.cast(client, :hold, {name, 2}, ack: true, timeout: 1, key: :k) ==
              {:error_rpc, :timeout}
 
-    assert_receive {:DOWN, ^monitor, :process, ^pid, :killed}, 5_000
+    assert_receive {:DOWN, ^monitor, :process, ^pid, :killed}, 9_000
     await(fn -> Server.Pool.info(server).casts == 0 end)
     refute_received {:started, _pid, 2}
   end

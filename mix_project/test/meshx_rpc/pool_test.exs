@@ -5,7 +5,7 @@ defmodule MeshxRpc.PoolTest do
   alias MeshxRpc.Client.Direct
 
   @moduletag capture_log: true
-  @moduletag timeout: 60_000
+  @moduletag timeout: 180_000
 
   defp connected(client, n), do: await(fn -> Client.Pool.info(client).connected == n end)
 

@@ -104,6 +104,9 @@ defmodule MeshxRpc.RetryTest do
   end
 
   def deserialize(_bytes, reason, _flag), do: {:error, reason}
+  def serialize({reason, _nil}, _argument), do: {:error, reason}
+  def serialize(:no, _argument), do: throw(:no)
+  def serialize(reason, _argument), do: exit(reason)
 
   test "a result that the client's own function refuses, for whatever reason, is not asked for again" do
     {server, address} = server()
@@ -124,6 +127,21 @@ defmodule MeshxRpc.RetryTest do
 
     await(fn -> Server.Pool.info(server).running == 0 end)
     refute_received {:running, _pid, _reason}
+
+    # Nor one of an argument.
+    client = client_down(address, serialize_mfa: {__MODULE__, :serialize, []})
+    stream = MeshxRpc.Stream.new([1])
+
+    for failed <- [
+          Client.Pool.call(client, :wait, :closed),
+          Client.Pool.call(client, :wait, {:closed, stream}),
+          Client.Pool.cast(client, :wait, :closed, ack: true),
+          client |> Client.Async.send_request(:wait, :closed) |> Client.Async.receive_response()
+        ],
+        do: assert(failed == {:error_rpc, {:exit, :closed}})
+
+    assert {:error_rpc, {{:nocatch, :no}, [{__MODULE__, :serialize, 2, _location} | _]}} =
+             Client.Pool.call(client, :wait, :no)
   end
 
   test "a request that its caller wrote, to a connection that was just gone, may have run" do

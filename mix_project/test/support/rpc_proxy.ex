@@ -161,7 +161,7 @@ defmodule MeshxRpc.TestPeer do
 
   @doc "Accepts a connection and answers its hello."
   def accept(listen, options \\ []) do
-    {:ok, socket} = :gen_tcp.accept(listen, 10_000)
+    {:ok, socket} = :gen_tcp.accept(listen)
     {0x01, 0, hello} = frame(socket)
     {:ok, _agreed, ack, _proofs} = Hello.answer(config(options), hello, Hello.nonce())
     :ok = :gen_tcp.send(socket, [Frame.hello_ack(ack), Frame.ready()])

@@ -14,7 +14,7 @@ defmodule MeshxRpc.Client.Async do
   """
 
   alias MeshxRpc.Client.{Pool, Request}
-  alias MeshxRpc.{Message, Stream, Traceparent}
+  alias MeshxRpc.{Message, Stream, Term, Traceparent}
 
   @enforce_keys [:request, :connection, :pool]
   defstruct @enforce_keys
@@ -40,7 +40,7 @@ defmodule MeshxRpc.Client.Async do
         encoded = if trace, do: traced(pool, encoded), else: encoded
         {pid, Request.start(pid, fun, left, encoded)}
       else
-        {:error, reason} -> {nil, Request.failed(reason)}
+        {:error, reason} -> {nil, Request.failed(Term.localize(reason))}
         {:ok, _pid, _max, _trace} -> {nil, Request.failed(:error_too_long)}
         :none -> {nil, Request.failed(:closed)}
       end

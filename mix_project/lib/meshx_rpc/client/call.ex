@@ -36,7 +36,7 @@ defmodule MeshxRpc.Client.Call do
 
     case encoded do
       {:ok, encoded} -> attempt(%{request | encoded: encoded}, retry)
-      {:error, reason} -> {:error_rpc, reason}
+      {:error, reason} -> {:error_rpc, Term.localize(reason)}
     end
   end
 

@@ -8,7 +8,7 @@ defmodule MeshxRpc.Client.Casts do
   use GenServer
 
   alias MeshxRpc.Client.{Backoff, Measured, Pool, Request}
-  alias MeshxRpc.{Message, Stream, Telemetry}
+  alias MeshxRpc.{Message, Stream, Telemetry, Term}
 
   # What a cast costs here beside its argument.
   @overhead 1_024
@@ -38,7 +38,7 @@ defmodule MeshxRpc.Client.Casts do
 
     case Message.encode(pool.message, argument) do
       {:ok, encoded} -> made(pool, fun, encoded, options)
-      {:error, reason} -> refused(pool, fun, reason, options[:ack])
+      {:error, reason} -> refused(pool, fun, Term.localize(reason), options[:ack])
     end
   end
 

@@ -98,7 +98,9 @@ defmodule MeshxRpc.Client.Streams do
     end
   end
 
-  defp begin(_pool, {:error, reason}, _settings), do: {nil, Request.failed(reason)}
+  defp begin(_pool, {:error, reason}, _settings),
+    do: {nil, Request.failed(Term.localize(reason))}
+
   defp begin(pool, {:ok, encoded}, settings), do: begin(pool, encoded, settings, settings.retry)
 
   # Without a connection it certainly has not run, and nothing was enumerated.

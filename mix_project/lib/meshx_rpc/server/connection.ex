@@ -373,8 +373,16 @@ defmodule MeshxRpc.Server.Connection do
     reason = if execute < deadline, do: :killed, else: :timeout
 
     until = Alarm.until(min(deadline, execute))
-    request = %{pid: pid, until: until, reason: reason, kind: kind, measured: measured}
-    request = Map.put(request, :place, Room.place(fun))
+    place = Room.place(fun)
+
+    request = %{
+      pid: pid,
+      until: until,
+      reason: reason,
+      kind: kind,
+      place: place,
+      measured: measured
+    }
 
     state = %{
       state

@@ -114,9 +114,17 @@ impl Process {
     /// # Errors
     /// When the process is gone.
     pub fn write_line(&mut self, line: &str) -> Result<()> {
+        self.write(format!("{line}\n").as_bytes())
+    }
+
+    /// Writes to its standard input.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
         let stdin = self.stdin.as_mut().ok_or("its standard input is closed")?;
         stdin
-            .write_all(format!("{line}\n").as_bytes())
+            .write_all(bytes)
             .and_then(|()| stdin.flush())
             .map_err(|e| format!("{}: write to it: {e}\n{}", self.name, self.tail()))
     }

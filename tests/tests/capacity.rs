@@ -198,6 +198,29 @@ fn a_gibibyte_goes_through_in_constant_memory() {
     wait_until(SOON, || world.live() == [0.0; 2]).unwrap();
 }
 
+/// He reads nothing for longer than an agent waits for a host that does not answer. That is no event, so it is slept.
+#[test]
+fn a_reader_that_takes_his_time_keeps_his_link() {
+    const PAUSE: Duration = Duration::from_secs(40);
+    // More than there is room for on the way.
+    const TOTAL: usize = 64 << 20;
+    let world = World::new();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = world.reach(listener.local_addr().unwrap());
+    let mut sender = TcpStream::connect(address).unwrap();
+    let (mut receiver, _) = listener.accept().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            sender.write_all(&vec![7; TOTAL]).unwrap();
+            sender.shutdown(Shutdown::Write).unwrap();
+        });
+        std::thread::sleep(PAUSE);
+        let mut seen = Vec::new();
+        receiver.read_to_end(&mut seen).unwrap();
+        assert_eq!(seen.len(), TOTAL);
+    });
+}
+
 /// More at once than one agent decides at a time: they wait, and nobody hears `limit`.
 #[test]
 fn six_hundred_links_at_once_all_come_through() {

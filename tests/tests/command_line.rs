@@ -162,6 +162,8 @@ fn script(mut process: Process, node: &str, own: &str, console: &mut dyn FnMut(&
         .next()
         .unwrap()
         .to_owned();
+    // No text at all, which is no request either.
+    process.write(b"\xff\n").unwrap();
     let mut write = |text: String| process.write_line(&text).unwrap();
     write(format!(
         r#"{{"op":"send","to":{{"$external":"{pid}"}},"term":{{"$tuple":[{{"$atom":"back"}},1]}}}}"#

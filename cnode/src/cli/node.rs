@@ -241,17 +241,17 @@ struct Desk {
 }
 
 impl Desk {
-    async fn take_all(&self, mut lines: mpsc::Receiver<Result<String, String>>, stay: bool) {
+    async fn take_all(&self, mut lines: mpsc::Receiver<Result<Vec<u8>, String>>, stay: bool) {
         while let Some(line) = lines.recv().await {
             let line = match line {
-                Ok(line) if line.trim().is_empty() => continue,
+                Ok(line) if line.trim_ascii().is_empty() => continue,
                 Ok(line) => line,
                 Err(fault) => {
                     let _ = self.out.send(json!({"error": fault})).await;
                     break;
                 }
             };
-            match serde_json::from_str::<Line>(&line) {
+            match serde_json::from_slice::<Line>(&line) {
                 Ok(Line { id, request }) => self.take(id, request).await,
                 Err(error) => {
                     let text = format!("no request: {error}");
@@ -389,7 +389,7 @@ fn address(to: To) -> Result<Address, String> {
 }
 
 /// Lines of stdin, from a thread that may wait for ever.
-fn read_lines() -> mpsc::Receiver<Result<String, String>> {
+fn read_lines() -> mpsc::Receiver<Result<Vec<u8>, String>> {
     let (sender, lines) = mpsc::channel(LINES_WAITING);
     std::thread::spawn(move || {
         let mut input = std::io::stdin().lock();
@@ -401,7 +401,7 @@ fn read_lines() -> mpsc::Receiver<Result<String, String>> {
                 Ok(_) if bytes.len() as u64 > LINE_MAX => {
                     Err(format!("a line of more than {LINE_MAX} bytes"))
                 }
-                Ok(_) => String::from_utf8(bytes).map_err(|_| "a line that is not UTF-8".to_owned()),
+                Ok(_) => Ok(bytes),
                 Err(error) => Err(format!("stdin: {error}")),
             };
             let last = line.is_err();

@@ -1,6 +1,7 @@
 //! Reading and writing the frames of [`super::wire`] on a stream, within a deadline.
 
 use std::io;
+use std::net::SocketAddr;
 use std::time::Duration;
 
 use meshx_dist::handshake::Status;
@@ -24,6 +25,11 @@ pub(super) trait Duplex: AsyncRead + AsyncWrite + Unpin + Send {
     /// process: whoever reads to the end must not take a part for the whole. TLS tells by itself, and a Unix socket
     /// has no way to.
     fn breaks_off(&self, _breaks: bool) {}
+
+    /// Its addresses, here and there, when it leads to another agent.
+    fn addresses(&self) -> Option<(SocketAddr, SocketAddr)> {
+        None
+    }
 }
 
 impl Duplex for TcpStream {
@@ -35,8 +41,18 @@ impl Duplex for TcpStream {
 
 impl Duplex for UnixStream {}
 impl Duplex for Wide {}
-impl Duplex for client::TlsStream<Wide> {}
-impl Duplex for server::TlsStream<Wide> {}
+
+impl Duplex for client::TlsStream<Wide> {
+    fn addresses(&self) -> Option<(SocketAddr, SocketAddr)> {
+        self.get_ref().0.addresses().ok()
+    }
+}
+
+impl Duplex for server::TlsStream<Wide> {
+    fn addresses(&self) -> Option<(SocketAddr, SocketAddr)> {
+        self.get_ref().0.addresses().ok()
+    }
+}
 
 /// Reads one frame without its length, and not a byte more.
 pub(super) async fn read_frame(

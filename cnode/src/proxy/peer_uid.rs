@@ -1,6 +1,6 @@
-//! Whose process is at the other end of a TCP connection on this host.
+//! Whose process is at the other end of a TCP connection on this host, and whether one that is elsewhere answers.
 //!
-//! The kernel is asked for the client's socket by its addresses (sock_diag(7)). That finds one socket, however many there
+//! The kernel is asked for the socket by its addresses (sock_diag(7)). That finds one socket, however many there
 //! are, where `/proc/net/tcp` would have to be read whole and can miss some while it changes.
 //!
 //! ```text
@@ -36,6 +36,10 @@ const SOCKET: usize = 48;
 const ANSWER: usize = 72;
 /// `NLMSG_ERROR`: an errno follows, negative.
 const ERROR: u16 = 2;
+/// What `timer` is while sent bytes are not acknowledged.
+const RETRANSMITS: u8 = 1;
+/// And while the other end has no room, or this host no way to it.
+const PROBES: u8 = 4;
 /// `SOCK_DIAG_BY_FAMILY`
 const BY_FAMILY: u16 = 20;
 
@@ -90,6 +94,20 @@ pub(crate) async fn own() -> Result<u32, Refusal> {
     of(&server)
 }
 
+/// How often the kernel has sent bytes again, or asked for room, on the connection from `here` to `there` since the other
+/// end last answered. One that has no room answers.
+///
+/// # Errors
+/// When the kernel does not tell.
+pub(super) fn retries(here: SocketAddr, there: SocketAddr) -> io::Result<u8> {
+    let answer = ask(here, there)?;
+    check(&answer, here, there).map_err(io::Error::other)?;
+    Ok(match answer.get(HEADER + 2..HEADER + 4) {
+        Some([RETRANSMITS | PROBES, retries]) => *retries,
+        _ => 0,
+    })
+}
+
 /// Asks the kernel for the socket of `client` whose other end is `here`.
 fn ask(client: SocketAddr, here: SocketAddr) -> io::Result<Vec<u8>> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -122,14 +140,17 @@ fn request(client: SocketAddr, here: SocketAddr) -> Vec<u8> {
     bytes
 }
 
-/// The uid in an answer, when it is of just the socket that was asked for.
-fn uid(answer: &[u8], client: SocketAddr, here: SocketAddr) -> Result<u32, String> {
-    let word = |at: usize| answer.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes);
+fn word(answer: &[u8], at: usize) -> Option<u32> {
+    answer.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes)
+}
+
+/// Whether an answer is of just the socket that was asked for.
+fn check(answer: &[u8], client: SocketAddr, here: SocketAddr) -> Result<(), String> {
     let kind = answer.get(4..6).and_then(|kind| kind.try_into().ok());
     match kind.map(u16::from_ne_bytes) {
         Some(BY_FAMILY) if answer.len() >= HEADER + ANSWER => {}
         Some(ERROR) => {
-            let code = word(HEADER).unwrap_or_default().cast_signed();
+            let code = word(answer, HEADER).unwrap_or_default().cast_signed();
             return Err(io::Error::from_raw_os_error(code.saturating_neg()).to_string());
         }
         _ => return Err("the kernel's answer is not understood".to_owned()),
@@ -143,7 +164,16 @@ fn uid(answer: &[u8], client: SocketAddr, here: SocketAddr) -> Result<u32, Strin
     if !is_of(client, here) && !is_of(mapped(client), mapped(here)) {
         return Err(format!("{client} has no socket to {here} any more"));
     }
-    let (uid, inode) = (word(HEADER + ANSWER - 8), word(HEADER + ANSWER - 4));
+    Ok(())
+}
+
+/// The uid in an answer.
+fn uid(answer: &[u8], client: SocketAddr, here: SocketAddr) -> Result<u32, String> {
+    check(answer, client, here)?;
+    let (uid, inode) = (
+        word(answer, HEADER + ANSWER - 8),
+        word(answer, HEADER + ANSWER - 4),
+    );
     match (uid, inode) {
         (Some(uid), Some(inode)) if inode != 0 => Ok(uid),
         _ => Err(format!("{client} has closed already")),
@@ -187,9 +217,27 @@ fn mapped(address: SocketAddr) -> SocketAddr {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+    use std::time::Instant;
+
     use tokio::net::TcpListener;
 
     use super::*;
+
+    #[tokio::test]
+    async fn who_has_no_room_answers_all_the_same() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (server, _) = listener.accept().await.unwrap();
+        client.writable().await.unwrap();
+        while client.try_write(&[0; 65_536]).is_ok() {}
+        let ends = (client.local_addr().unwrap(), client.peer_addr().unwrap());
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while retries(ends.0, ends.1).unwrap() > 0 {
+            assert!(Instant::now() < deadline);
+            tokio::time::sleep(ACCEPT_POLL).await;
+        }
+        drop(server);
+    }
 
     #[tokio::test]
     async fn the_client_of_a_loopback_connection_is_known() {

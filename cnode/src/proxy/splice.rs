@@ -10,6 +10,7 @@ use tokio::time::timeout;
 
 use super::flow::{BUFFER, Flow};
 use super::frames::Duplex;
+use super::keepalive;
 use super::links::LinkGuard;
 
 /// Carries bytes until both directions have ended, each for itself, or the link is cut. There is no idle
@@ -28,6 +29,13 @@ pub(super) async fn splice(
         local.breaks_off(true);
         remote.breaks_off(true);
     }
+    let there = remote.addresses();
+    let gone = async {
+        match there {
+            Some((here, there)) => keepalive::gone(here, there).await,
+            None => std::future::pending().await,
+        }
+    };
     let both = async {
         let ended = poll_fn(|cx| {
             let out = out.poll(cx, local.as_mut(), remote.as_mut(), &counters.bytes_out)?;
@@ -66,6 +74,7 @@ pub(super) async fn splice(
                 return ended;
             }
         }
+        () = gone => link.is_gone("the other host acknowledges nothing that it is sent"),
     }
     // The far end is closed at once. A node at the near one hears the reason from its agent and closes by itself, so that
     // it can tell its processes why; a service has no ear for it.

@@ -4,6 +4,7 @@
 //! after each, the kernel tells the sender of the room that there is again, and wakes it.
 
 use std::io;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
@@ -35,6 +36,11 @@ impl Wide {
             held: BytesMut::new(),
             piece: FIRST,
         }
+    }
+
+    /// Its addresses, here and there.
+    pub(super) fn addresses(&self) -> io::Result<(SocketAddr, SocketAddr)> {
+        Ok((self.stream.local_addr()?, self.stream.peer_addr()?))
     }
 }
 

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use tokio_util::sync::CancellationToken;
 
 use super::{Direction, LinkInfo, LinkSnapshot, LinkTable, Purpose, lock};
+use crate::proxy::cause::Cause;
 use crate::proxy::proof::Proof;
 use crate::proxy::totals::PairKey;
 
@@ -76,6 +77,11 @@ impl LinkGuard {
     /// Whether another agent has its other end.
     pub(in crate::proxy) fn has_other_agent(&self) -> bool {
         self.live.info.direction != Direction::Local
+    }
+
+    /// Cuts it: its other end does not answer any more.
+    pub(in crate::proxy) fn is_gone(&self, text: &str) {
+        self.table.cut(self.live.info.id, Cause::Unreachable, text);
     }
 
     /// Where to count.

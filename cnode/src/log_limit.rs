@@ -1,6 +1,7 @@
 //! Log lines that a peer can cause at will: so many a second are written, the rest are counted and told.
 
 use std::{
+    hash::{DefaultHasher, Hash, Hasher},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -10,6 +11,8 @@ use tokio::time::{Instant, sleep_until};
 /// Lines of one kind that are written each second.
 pub(crate) const LINES_PER_SECOND: u32 = 50;
 const WINDOW: Duration = Duration::from_secs(1);
+/// How long one line is not written again.
+const AGAIN: Duration = Duration::from_secs(60);
 
 /// The limit for one kind of lines. Clones share it.
 #[derive(Debug, Clone)]
@@ -83,6 +86,28 @@ impl LogLimit {
     }
 }
 
+/// The last line of somebody who may cause the same one again and again.
+#[derive(Debug, Default)]
+pub(crate) struct LastLine(
+    // Held for a look, never across an await.
+    Mutex<Option<(u64, Instant)>>,
+);
+
+impl LastLine {
+    /// Whether `line` is another one than the last, or that is a minute ago.
+    pub(crate) fn differs(&self, line: impl Hash) -> bool {
+        let mut hasher = DefaultHasher::new();
+        line.hash(&mut hasher);
+        let (line, now) = (hasher.finish(), Instant::now());
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let same = last.is_some_and(|(last, at)| last == line && now < at + AGAIN);
+        if !same {
+            *last = Some((line, now));
+        }
+        !same
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -104,5 +129,17 @@ mod tests {
         tokio::time::timeout(Duration::from_secs(60), told).await.ok();
         assert_eq!(limit.lock().left_out, 0);
         assert!(limit.admit(), "a new second");
+    }
+
+    #[test]
+    fn the_same_line_is_written_once_a_minute() {
+        let last = LastLine::default();
+        assert!(last.differs(("register", 1)) && !last.differs(("register", 1)));
+        assert!(last.differs(("register", 2)) && last.differs(("register", 1)));
+        let minute_ago = |(line, at): (u64, Instant)| Some((line, at.checked_sub(AGAIN)?));
+        let mut written = last.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *written = written.and_then(minute_ago);
+        drop(written);
+        assert!(last.differs(("register", 1)) && !last.differs(("register", 1)));
     }
 }

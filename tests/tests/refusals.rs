@@ -91,6 +91,15 @@ fn a_host_that_the_agent_does_not_own_and_a_name_that_is_taken() {
         let status = second.process.wait_exit(Duration::from_secs(30)).unwrap();
         assert!(!status.success(), "{status}");
         assert!(second.process.log().contains(cause), "{}", second.process.log());
+        if cause == "name_taken" {
+            // It asks again and again for some time.
+            let refused = format!(
+                "pid={} command=\"register_node\" cause={cause}",
+                second.process.pid()
+            );
+            agent.process.wait_log(&refused, Duration::from_secs(30)).unwrap();
+            assert_eq!(agent.process.log().matches(&refused).count(), 1);
+        }
     }
 }
 

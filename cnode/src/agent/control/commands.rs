@@ -28,7 +28,7 @@ use crate::{
         takeover::{Order, ShownLink},
     },
     epmd::{Epmd, HOSTS_MAX},
-    log_limit::LogLimit,
+    log_limit::{LastLine, LogLimit},
     mesh::ServiceName,
     proxy::{
         Listen, Proxy, Upstream,
@@ -89,6 +89,8 @@ pub(in crate::agent) struct Client {
     pub(in crate::agent) heart: Heart,
     /// One permit, held while the mesh is asked for it. Closed when the client has gone: what waits is given up.
     pub(super) asking: Semaphore,
+    /// The last refusal that was logged: a VM that waits for its name or for the mesh asks ten times a second.
+    pub(super) refused: LastLine,
 }
 
 impl Client {
@@ -104,6 +106,7 @@ impl Client {
             watches,
             heart,
             asking: Semaphore::new(1),
+            refused: LastLine::default(),
         }
     }
 }

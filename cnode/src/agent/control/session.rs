@@ -34,7 +34,6 @@ use super::{
 };
 use crate::{
     agent::{
-        registry::Owner,
         sidecar::{SidecarEvent, SidecarEventKind, Stream},
         takeover::Order,
     },
@@ -378,7 +377,7 @@ impl Session {
                 }
             };
             if let Err(refusal) = &result {
-                log_refusal(&context, client.owner, &request.command, refusal);
+                log_refusal(&context, &client, &request.command, refusal);
             }
             unanswered.fetch_sub(1, Ordering::Relaxed);
             send(&outbox, answer(request.id, result));
@@ -417,7 +416,7 @@ impl Session {
     }
 
     fn log_refusal(&self, command: &str, refusal: &Refusal) {
-        log_refusal(&self.context, self.client.owner, command, refusal);
+        log_refusal(&self.context, &self.client, command, refusal);
     }
 }
 
@@ -469,10 +468,11 @@ fn send(outbox: &Outbox, frame: Result<Vec<u8>, String>) {
     }
 }
 
-fn log_refusal(context: &Context, owner: Owner, command: &str, refusal: &Refusal) {
-    if !context.log.admit() {
+fn log_refusal(context: &Context, client: &Client, command: &str, refusal: &Refusal) {
+    if !client.refused.differs((command, refusal.cause, &refusal.text)) || !context.log.admit() {
         return;
     }
+    let owner = client.owner;
     let command: String = command.chars().take(64).collect();
     warn!(
         client = owner.id, uid = owner.peer.uid, pid = owner.peer.pid, command,

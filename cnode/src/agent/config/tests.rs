@@ -24,7 +24,7 @@ fn defaults() {
 fn every_bad_value_is_told_at_once() {
     let args = AgentArgs {
         mesh: Some("istio".into()),
-        host: vec!["h1".into(), "a@b".into()],
+        host: vec!["h1".into(), "a@b".into(), "h2,h3".into()],
         bind: Some("localhost".into()),
         advertise: Some("h1:x".into()),
         http: Some("9465".into()),
@@ -44,6 +44,7 @@ fn every_bad_value_is_told_at_once() {
     for seen in [
         "istio",
         "a@b",
+        "h2,h3",
         "localhost",
         "h1:x",
         "http \"9465\"",
@@ -60,7 +61,7 @@ fn every_bad_value_is_told_at_once() {
     ] {
         assert!(text.contains(seen), "{seen} not in {text}");
     }
-    assert_eq!(text.lines().count(), 15, "{text}");
+    assert_eq!(text.lines().count(), 16, "{text}");
 }
 
 #[test]

@@ -91,8 +91,13 @@ defmodule Meshx.ServiceMesh.Contract.Peer do
     end
   end
 
-  @doc "Whether the other side ends a connection within the time."
-  def ended?(socket, time \\ @time), do: match?({:error, :closed}, :gen_tcp.recv(socket, 0, time))
+  @doc "Whether the other side ends a connection within the time, in order or not."
+  def ended?(socket, time \\ @time) do
+    case :gen_tcp.recv(socket, 0, time) do
+      {:error, reason} when reason in [:closed, :econnreset] -> true
+      _open -> false
+    end
+  end
 
   @doc "Runs a function in a process of its own, which then ends; gives its value."
   def elsewhere(fun) do

@@ -320,8 +320,10 @@ defmodule Meshx.ServiceMesh.Contract do
                      @contract.adapter.start(name, @contract.template, false, @contract_time)
                    end)
 
-          # Not there already.
-          {_id, _service, _address} = contract_serve(name, "mine")
+          # Not there any more, as soon as the adapter has heard of it.
+          again = Peer.until(fn -> contract_start(name) end, &match?({:ok, _id, _address}, &1))
+          assert {:ok, _id, address} = again
+          Peer.serve(address, "mine")
           assert {:ok, "mine", _} = contract_reached(contract_connect!(name), "mine")
         end
 

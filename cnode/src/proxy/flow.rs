@@ -11,6 +11,7 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::ReadBuf;
 
+use super::busy_poll;
 use super::frames::Duplex;
 
 /// What is read at once, and the most that a way holds: eight TLS records. Of those, rustls holds up to four again.
@@ -125,6 +126,7 @@ impl Flow {
             self.stage = Stage::Ends;
         }
         count.fetch_add(read as u64, Ordering::Relaxed);
+        busy_poll::passed(read);
         while !rest.is_empty() {
             match write(cx, to, rest) {
                 Poll::Ready(written) => {

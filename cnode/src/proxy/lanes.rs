@@ -9,9 +9,12 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use tokio::runtime::{Builder, Handle};
 use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::busy_poll;
 
 /// See above. The default has none: connections stay where they came in.
 #[derive(Debug, Clone, Default)]
@@ -28,12 +31,13 @@ struct Lane {
 }
 
 impl Lanes {
-    /// So many threads, which end when nobody has the lanes any more.
+    /// So many threads, which end when nobody has the lanes any more. Each polls for so long after a small message
+    /// before it sleeps: zero for not at all.
     ///
     /// # Errors
     /// When the system gives no more threads or descriptors.
-    pub fn new(count: usize) -> io::Result<Self> {
-        let all: io::Result<Vec<Lane>> = (0..count).map(Lane::new).collect();
+    pub fn new(count: usize, busy_poll: Duration) -> io::Result<Self> {
+        let all: io::Result<Vec<Lane>> = (0..count).map(|number| Lane::new(number, busy_poll)).collect();
         Ok(Self { all: all?.into() })
     }
 
@@ -52,13 +56,16 @@ impl Lanes {
 }
 
 impl Lane {
-    fn new(number: usize) -> io::Result<Self> {
+    fn new(number: usize, busy_poll: Duration) -> io::Result<Self> {
         // Whether others have something is looked at after so many turns of links, not after 61. After each one would
         // cost a round trip a tenth.
         let runtime = Builder::new_current_thread()
             .enable_all()
             .event_interval(8)
             .build()?;
+        if !busy_poll.is_zero() {
+            runtime.spawn(busy_poll::run(busy_poll));
+        }
         let until = CancellationToken::new();
         let lane = Self {
             runtime: runtime.handle().clone(),
@@ -98,7 +105,7 @@ mod tests {
 
     #[tokio::test]
     async fn connections_go_where_there_are_fewest() {
-        let lanes = Lanes::new(2).unwrap();
+        let lanes = Lanes::new(2, Duration::ZERO).unwrap();
         let thread_of = |place: &Place| place.runtime().spawn(async { thread::current().id() });
         let (first, second) = (lanes.take().unwrap(), lanes.take().unwrap());
         let [one, other] = [
@@ -114,7 +121,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_lane_ends_with_the_last_who_has_it() {
-        let lanes = Lanes::new(1).unwrap();
+        let lanes = Lanes::new(1, Duration::from_micros(200)).unwrap();
         let place = lanes.take().unwrap();
         let never = place.runtime().spawn(std::future::pending::<()>());
         drop(lanes);

@@ -216,7 +216,7 @@ mod tests {
 
     #[tokio::test]
     async fn connections_are_served_on_a_lane_and_end_with_their_listener() {
-        let lanes = Lanes::new(1).unwrap();
+        let lanes = Lanes::new(1, Duration::ZERO).unwrap();
         let dir = tempfile::tempdir().unwrap();
         let unix = UnixListener::bind(dir.path().join("s")).unwrap();
         let tcp = TcpListener::bind("127.0.0.1:0").await.unwrap();

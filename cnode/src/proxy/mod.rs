@@ -18,6 +18,7 @@
 
 pub(crate) mod admission;
 mod balance;
+mod busy_poll;
 pub mod cause;
 mod dial;
 mod endpoint;
@@ -56,6 +57,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 pub use balance::Balance;
+pub use busy_poll::busy_poll_of;
 pub use lanes::Lanes;
 pub use listener::Listener;
 pub use proof::Proof;

@@ -49,6 +49,9 @@ pub struct AgentArgs {
     /// Which instance of a service is dialled first: least-loaded, or round-robin; both by weight [default: least-loaded]
     #[arg(long, value_name = "HOW")]
     pub balance: Option<String>,
+    /// How long a thread that passed a small message on looks for the next before it sleeps, in microseconds; 0 for not at all [default: 200, and 0 under a limit of CPU time]
+    #[arg(long, value_name = "MICROSECONDS")]
+    pub busy_poll: Option<u64>,
     /// The consul program, for sidecars of the kind connect_proxy [default: consul, out of PATH]
     #[arg(long, value_name = "PROGRAM")]
     pub consul_program: Option<PathBuf>,

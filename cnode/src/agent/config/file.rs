@@ -32,6 +32,7 @@ pub(super) struct FileSettings {
     pub(super) data_plane: Option<String>,
     pub(super) instance_ports: Option<String>,
     pub(super) balance: Option<String>,
+    pub(super) busy_poll: Option<u64>,
     pub(super) consul_program: Option<PathBuf>,
     pub(super) envoy_program: Option<PathBuf>,
     #[serde(default)]

@@ -54,6 +54,8 @@ pub struct AgentConfig {
     pub data_plane: SidecarKind,
     /// Which instance of a service is dialled first.
     pub balance: Balance,
+    /// How long a thread that passed a small message on looks for the next before it sleeps; none: as the machine allows.
+    pub busy_poll: Option<Duration>,
     /// The consul program: a name for PATH, or a path.
     pub consul_program: PathBuf,
     /// The Envoy program, likewise.
@@ -230,6 +232,8 @@ impl AgentConfig {
         let idle_exit = idle_exit.and_then(|seconds| faults.check(values::idle_exit(seconds)));
         let balance = args.balance.or(file.balance);
         let balance = faults.check(values::parse_balance(balance.as_deref()));
+        let busy_poll = args.busy_poll.or(file.busy_poll);
+        let busy_poll = busy_poll.and_then(|micros| faults.check(values::busy_poll(micros)));
         if let (Some(mesh), Some(kind)) = (&mesh, &data_plane)
             && matches!(mesh, MeshKind::Embedded { .. })
             && *kind != SidecarKind::Native
@@ -246,6 +250,7 @@ impl AgentConfig {
                     node_service: node_service.unwrap_or_default(),
                     data_plane: data_plane.unwrap_or(SidecarKind::Native),
                     balance: balance.unwrap_or_default(),
+                    busy_poll,
                     consul_program: args
                         .consul_program
                         .or(file.consul_program)

@@ -38,6 +38,7 @@ fn every_bad_value_is_told_at_once() {
         instance_ports: Some("9-8".into()),
         balance: Some("at will".into()),
         idle_exit: Some(0),
+        busy_poll: Some(1_001),
         ..AgentArgs::default()
     };
     let text = AgentConfig::from_args(args).unwrap_err().to_string();
@@ -58,10 +59,11 @@ fn every_bad_value_is_told_at_once() {
         "9-8",
         "at will",
         "idle-exit 0",
+        "busy-poll 1001",
     ] {
         assert!(text.contains(seen), "{seen} not in {text}");
     }
-    assert_eq!(text.lines().count(), 16, "{text}");
+    assert_eq!(text.lines().count(), 17, "{text}");
 }
 
 #[test]
@@ -128,7 +130,7 @@ fn a_file_is_read_and_the_command_line_comes_first() {
         &path,
         "mesh = \"embedded\"\nhost = [\"h1\", \"h2\"]\nbind = \"127.0.0.2:7\"\nhttp = \"127.0.0.1:9\"\n\
          allow_register = [\"uid:1=a\"]\nsocket_mode = \"0660\"\nsocket_group = \"root\"\n\
-         log_format = \"json\"\nidle_exit = 7\n",
+         log_format = \"json\"\nidle_exit = 7\nbusy_poll = 0\n",
     )
     .unwrap();
     let args = AgentArgs {
@@ -149,6 +151,7 @@ fn a_file_is_read_and_the_command_line_comes_first() {
         }
     );
     assert_eq!(config.idle_exit, Some(std::time::Duration::from_secs(7)));
+    assert_eq!(config.busy_poll, Some(std::time::Duration::ZERO));
     assert_eq!(
         (config.log_format, config.dir),
         (LogFormat::Json, PathBuf::from("/d"))

@@ -33,6 +33,18 @@ pub(super) fn host(name: String) -> Result<String, String> {
     ))
 }
 
+/// The most that is any use, in microseconds: who waits for longer is not held up by being woken.
+const BUSY_POLL_MAX: u64 = 1_000;
+
+pub(super) fn busy_poll(micros: u64) -> Result<Duration, String> {
+    match micros {
+        0..=BUSY_POLL_MAX => Ok(Duration::from_micros(micros)),
+        more => Err(format!(
+            "busy-poll {more}: wanted at most {BUSY_POLL_MAX} microseconds"
+        )),
+    }
+}
+
 pub(super) fn idle_exit(seconds: u64) -> Result<Duration, String> {
     match seconds {
         0 => Err("idle-exit 0: wanted at least one second".to_owned()),

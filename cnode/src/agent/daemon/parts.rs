@@ -26,7 +26,7 @@ use crate::{
     log_limit::LogLimit,
     mesh::{Mesh, MeshError, consul::ConsulMesh, embedded::EmbeddedMesh, observed::Observed},
     proxy::{
-        Lanes, Proxy, Settings,
+        Lanes, Proxy, Settings, busy_poll_of,
         links::{LINKS_MAX, LinkTable},
         local::LocalTable,
         pending_max,
@@ -83,7 +83,7 @@ pub(super) fn context(
         session_service: config.session_service.clone(),
         balance: config.balance,
         max_pending: pending_max(descriptors),
-        lanes: Lanes::new(threads)?,
+        lanes: Lanes::new(threads, config.busy_poll.unwrap_or_else(|| busy_poll_of(threads)))?,
         ..Settings::default()
     };
     let proxy = Proxy::new(mesh.clone(), local.clone(), links.clone(), settings);

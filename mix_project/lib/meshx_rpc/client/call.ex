@@ -5,7 +5,7 @@ defmodule MeshxRpc.Client.Call do
   # The answer comes to a process alias that is gone when the caller has given up: late answers vanish.
 
   alias MeshxRpc.{Client, Frame, Message, Shared, Telemetry, Term, Traceparent}
-  alias MeshxRpc.Client.{Direct, Measured, Request}
+  alias MeshxRpc.Client.{Direct, Look, Measured, Request}
 
   @max_fun 255
   @max_timeout 0xFFFF_FFFF
@@ -102,28 +102,38 @@ defmodule MeshxRpc.Client.Call do
 
         written ->
           # It may have gone before we asked for its end, and its socket after we wrote.
-          answer = wait(request, alias, pid, left, :tcp_closed)
+          answer = wait(request, alias, pid, left, :tcp_closed, Look.start(direct.look))
           if written == :soon, do: written(direct.socket)
           answer
       end
     else
       send(pid, {:call, alias, self(), request.fun, left, request.encoded})
       # When it was gone, it was before our message came.
-      wait(request, alias, pid, left, :closed)
+      wait(request, alias, pid, left, :closed, nil)
     end
   end
 
-  defp wait(request, alias, pid, left, gone) do
+  defp wait(request, alias, pid, left, gone, look) do
     receive do
-      {^alias, :result, flag, bytes} -> decoded(request, flag, bytes)
+      {^alias, :result, flag, bytes} -> Look.found(look) && decoded(request, flag, bytes)
       {^alias, :error, flag, bytes} -> {:error_rpc, reason(request, flag, bytes)}
       {^alias, :failed, reason} -> {:error_rpc, reason}
       {:DOWN, ^alias, :process, _pid, :noproc} -> {:error_rpc, gone}
       {:DOWN, ^alias, :process, _pid, _reason} -> {:error_rpc, :tcp_closed}
     after
-      left ->
-        abandon(alias, pid)
-        {:error_rpc, :timeout}
+      if(look, do: 0, else: left) ->
+        cond do
+          is_nil(look) ->
+            abandon(alias, pid)
+            {:error_rpc, :timeout}
+
+          Look.again?(look) ->
+            :erlang.yield()
+            wait(request, alias, pid, left, gone, look)
+
+          true ->
+            wait(request, alias, pid, left, gone, nil)
+        end
     end
   end
 

@@ -10,19 +10,24 @@ defmodule MeshxRpc.Client.Direct do
   # calls are still taken, after it has entered its own; the connection ends either before it looks for calls. So one
   # of the two always sees the other.
 
-  alias MeshxRpc.Shared
+  alias MeshxRpc.{Client.Look, Shared}
 
-  @enforce_keys [:calls, :watched, :shared]
+  @enforce_keys [:calls, :watched, :shared, :look]
   defstruct @enforce_keys
 
-  @type t :: %__MODULE__{calls: :ets.table(), watched: :ets.table(), shared: Shared.t()}
+  @type t :: %__MODULE__{
+          calls: :ets.table(),
+          watched: :ets.table(),
+          shared: Shared.t(),
+          look: Look.t()
+        }
   @type call :: {caller :: pid(), key :: reference()}
 
   @doc "For a socket; the tables go with the connection, or by `delete/1`."
   @spec new(Shared.t()) :: t()
   def new(shared) do
     [calls, watched] = for name <- [:meshx_rpc_direct, :meshx_rpc_watched], do: table(name)
-    %__MODULE__{calls: calls, watched: watched, shared: shared}
+    %__MODULE__{calls: calls, watched: watched, shared: shared, look: Look.new()}
   end
 
   defp table(name), do: :ets.new(name, [:public])

@@ -19,6 +19,7 @@ defmodule MeshxRpc.Client.Listing do
       shared: link.shared,
       block: min(agreed.block, agreed.peer_stream_window),
       crc: link.writer.crc,
+      look: calls.direct.look,
       calls: calls.direct.calls,
       watched: calls.direct.watched
     }

@@ -4,13 +4,15 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::{Agent, Context, Process, Result, fetched, program, repository};
+use crate::{Agent, Context, Process, Result, fetched, program, repository, wait_until};
 
 /// The cookie of every node in tests and demo.
 pub const COOKIE: &str = "meshx-test-cookie";
 
 const START: Duration = Duration::from_secs(60);
 const EVAL: Duration = Duration::from_secs(120);
+/// How long what another process brings about by itself may take on a busy machine.
+const SOON: Duration = Duration::from_secs(60);
 
 /// How a node is to be started.
 #[derive(Debug, Clone)]
@@ -264,5 +266,18 @@ impl Beam {
                 self.name
             ))
         }
+    }
+    /// Evaluates until the value is as it should be: for what is so a moment after the caller has reason to ask. The end
+    /// that was dialled, for one, knows of a link after the one that dialled.
+    ///
+    /// # Errors
+    /// As [`Beam::expect`], when it still is so after a minute.
+    pub fn expect_soon(&mut self, expression: &str, value: &str) -> Result<()> {
+        let mut last = Ok(());
+        let _ = wait_until(SOON, || {
+            last = self.expect(expression, value);
+            last.is_ok()
+        });
+        last
     }
 }

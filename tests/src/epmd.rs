@@ -152,17 +152,19 @@ pub fn dial_as(ip: IpAddr, port: u16, name: &str) -> Result<Vec<u8>> {
 /// A user that has nothing here.
 pub const STRANGER: u32 = 4711;
 
-/// As [`STRANGER`], sends bytes to a port of 127.0.0.1 and gives what comes back within `seconds` or up to the end.
+/// As [`STRANGER`], sends bytes to a port of 127.0.0.1 and gives what comes back: `most` bytes, or those up to the end,
+/// or none within `seconds`.
 ///
 /// # Errors
 /// When this process may not become another user.
-pub fn exchange_as_stranger(port: u16, bytes: &[u8], seconds: u32) -> Result<Vec<u8>> {
+pub fn exchange_as_stranger(port: u16, bytes: &[u8], most: usize, seconds: u32) -> Result<Vec<u8>> {
     if !rustix::process::geteuid().is_root() {
         return Err("this starts a process of another user: run it as root".to_owned());
     }
     let escaped: String = bytes.iter().map(|byte| format!("\\x{byte:02x}")).collect();
-    let script =
-        format!("exec 3<>/dev/tcp/127.0.0.1/{port}; printf '{escaped}' >&3; exec timeout {seconds} cat <&3");
+    let script = format!(
+        "exec 3<>/dev/tcp/127.0.0.1/{port}; printf '{escaped}' >&3; exec timeout {seconds} head -c {most} <&3"
+    );
     let uid = STRANGER.to_string();
     let output = Command::new("setpriv")
         .args([

@@ -22,7 +22,7 @@ pub fn start(shop: &mut Beam) -> Result<()> {
 /// # Errors
 /// When a call failed, or a link ended.
 pub fn stop(shop: &mut Beam) -> Result<u32> {
-    shop.eval("send(task.pid, :stop); {n, bad} = Task.await(task); n")?;
+    shop.eval("send(task.pid, :stop); {n, bad} = Task.await(task, 60_000); n")?;
     let calls = shop.eval("n")?.parse().context("a count")?;
     shop.expect("bad", "[]")?;
     shop.expect(

@@ -1,7 +1,7 @@
 //! An upgrade of the agent: another build of the program, and calls that must not fail meanwhile.
 
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use crate::{Beam, Context, Result, program};
 
@@ -26,10 +26,16 @@ pub fn other_build(dir: &Path) -> Result<PathBuf> {
             .ok_or("half a version at the program's end")?
             .copy_from_slice(theirs);
     }
-    let path = dir.join("meshx-other");
-    std::fs::write(&path, bytes).context("write another build")?;
-    let mode = std::fs::Permissions::from_mode(0o755);
-    std::fs::set_permissions(&path, mode).context("make it a program")?;
+    let (data, path) = (dir.join("meshx-other.data"), dir.join("meshx-other"));
+    std::fs::write(&data, bytes).context("write another build")?;
+    // By another process: what this one has open for writing, a child that it starts just then has as well, and the
+    // program cannot be executed.
+    let words = [Path::new("-m"), Path::new("755"), &data, &path];
+    let installed = Command::new("install").args(words).status();
+    if !installed.context("run install")?.success() {
+        return Err("another build could not be installed".to_owned());
+    }
+    std::fs::remove_file(data).context("remove another build's data")?;
     Ok(path)
 }
 

@@ -66,7 +66,7 @@ fn a_rust_node_calls_a_beam_and_prints_the_result() {
     let h2 = mesh.agent("b", "127.0.0.3", &["h2", "h3"]).unwrap();
     let _cart = BeamBuilder::new("cart@h2").app("shop").start(&h2).unwrap();
     let search = search_node(&h2, &["--call-on", "cart@h2"]);
-    search.wait_log("called ", Duration::from_secs(10)).unwrap();
+    search.wait_log("called ", Duration::from_secs(30)).unwrap();
 }
 
 #[test]
@@ -101,6 +101,9 @@ fn the_shop_asks_its_search_worker() {
     let mut shop = BeamBuilder::new("shop@h1").app("shop").start(&h1).unwrap();
     let mut search = search_node(&h3, &[]);
     let find = "Shop.Search.find(:search@h3, \"reading lamp\")";
+    // It waits 2 s for an answer, of which a first connection may take more on a busy machine.
+    let connect = "MeshxNode.connect(:search@h3)";
+    shop.expect(connect, ":ok").unwrap();
     let found = shop.eval(find).unwrap();
     assert!(
         found.starts_with("{:ok, [%{") && found.contains("Floor lamp"),
@@ -120,5 +123,6 @@ fn the_shop_asks_its_search_worker() {
     search.terminate(Duration::from_secs(10)).unwrap();
     shop.expect(find, "{:error, {:nodedown, :search@h3}}").unwrap();
     let _search = search_node(&h3, &[]);
+    shop.expect(connect, ":ok").unwrap();
     assert!(shop.eval(find).unwrap().contains("Floor lamp"));
 }

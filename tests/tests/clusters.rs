@@ -49,10 +49,7 @@ fn world(labels: [&str; 4]) -> World {
 }
 
 /// Visible and hidden links, sorted.
-fn links(node: &mut Beam) -> String {
-    node.eval("{Enum.sort(Node.list()), Enum.sort(Node.list(:hidden))}")
-        .unwrap()
-}
+const LINKS: &str = "{Enum.sort(Node.list()), Enum.sort(Node.list(:hidden))}";
 
 /// The next node that `node` loses.
 fn lost(node: &mut Beam) -> String {
@@ -70,10 +67,17 @@ fn links_between_clusters_are_hidden_and_a_denial_between_them_disturbs_nothing(
     let [shop, cart, search, stats] = world.nodes.as_mut_slice() else {
         panic!("4 nodes")
     };
-    assert_eq!(links(shop), "{[:cart@h2], [:search@h1, :stats@h2]}");
-    assert_eq!(links(cart), "{[:shop@h1], [:search@h1, :stats@h2]}");
-    assert_eq!(links(search), "{[:stats@h2], [:cart@h2, :shop@h1]}");
-    assert_eq!(links(stats), "{[:search@h1], [:cart@h2, :shop@h1]}");
+    // The end that was dialled knows of a link a moment later.
+    shop.expect_soon(LINKS, "{[:cart@h2], [:search@h1, :stats@h2]}")
+        .unwrap();
+    cart.expect_soon(LINKS, "{[:shop@h1], [:search@h1, :stats@h2]}")
+        .unwrap();
+    search
+        .expect_soon(LINKS, "{[:stats@h2], [:cart@h2, :shop@h1]}")
+        .unwrap();
+    stats
+        .expect_soon(LINKS, "{[:search@h1], [:cart@h2, :shop@h1]}")
+        .unwrap();
     let announced = world.h1.meshx_ok(&["doctor", "--deny", "shop", "stats"]).unwrap();
     assert!(announced.contains("would separate no nodes"), "{announced}");
 
@@ -102,20 +106,20 @@ fn links_between_clusters_are_hidden_and_a_denial_between_them_disturbs_nothing(
     let [shop, cart, search, stats] = world.nodes.as_mut_slice() else {
         panic!("4 nodes")
     };
-    assert_eq!(links(shop), "{[:cart@h2], []}");
-    assert_eq!(links(cart), "{[:shop@h1], [:search@h1, :stats@h2]}");
-    assert_eq!(links(search), "{[:stats@h2], [:cart@h2]}");
-    assert_eq!(links(stats), "{[:search@h1], [:cart@h2]}");
+    shop.expect(LINKS, "{[:cart@h2], []}").unwrap();
+    cart.expect(LINKS, "{[:shop@h1], [:search@h1, :stats@h2]}")
+        .unwrap();
+    search.expect(LINKS, "{[:stats@h2], [:cart@h2]}").unwrap();
+    stats.expect(LINKS, "{[:search@h1], [:cart@h2]}").unwrap();
 }
 
 /// The same without labels: it is the labels that keep the others together, and what happens was told before.
 #[test]
 fn a_denial_inside_a_cluster_costs_further_links_and_is_announced() {
     let mut world = world(["", "", "", ""]);
-    assert_eq!(
-        links(&mut world.nodes[0]),
-        "{[:cart@h2, :search@h1, :stats@h2], []}"
-    );
+    world.nodes[0]
+        .expect_soon(LINKS, "{[:cart@h2, :search@h1, :stats@h2], []}")
+        .unwrap();
     let well = world.h1.meshx(&["doctor"]).unwrap();
     let well = String::from_utf8_lossy(&well.stdout).into_owned();
     assert!(well.contains("no rule separates nodes of one cluster"), "{well}");

@@ -405,7 +405,13 @@ fn an_agent_copies_without_rep_movsb() {
 fn an_agent_with_rights_of_its_own_starts_without_that() {
     let dir = tempfile::tempdir().unwrap();
     let copy = dir.path().join("meshx");
-    std::fs::copy(program("meshx").unwrap(), &copy).unwrap();
+    // By another process: what this one has open for writing, a child that it starts just then has as well, and the
+    // program cannot be executed.
+    let copied = Command::new("cp")
+        .arg(program("meshx").unwrap())
+        .arg(&copy)
+        .status();
+    assert!(copied.unwrap().success());
     std::os::unix::fs::chown(&copy, Some(65534), None).unwrap();
     std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o4755)).unwrap();
     std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();

@@ -273,7 +273,10 @@ fn a_service_whose_process_is_gone_and_rules_that_cannot_be_read() {
     let h1 = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
     let _shop = node(&h1, "shop@h1");
     // Who registered it lives, and the program behind the address is gone.
-    let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    // This has its port still, so that nobody else gets it, and does not listen.
+    let gone = tokio::net::TcpSocket::new_v4().unwrap();
+    gone.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let address = gone.local_addr().unwrap();
     let mut registrar = Beam::start(&h1, "web@h1").unwrap();
     let register = format!(
         "{{:ok, _}} = :meshx_agent.call(:register_service, \

@@ -129,8 +129,9 @@ fn names_that_come_and_go_leave_nothing() {
         .concat();
         early.write_all(&request).unwrap();
     }
-    meshx_tests::wait_until(Duration::from_secs(10), || names(epmd).unwrap().is_empty()).unwrap();
-    assert!(!agent.meshx_ok(&["names"]).unwrap().contains("@h1"));
+    // The mesh lets a name go a moment later than its agent.
+    let left = || !names(epmd).unwrap().is_empty() || agent.meshx_ok(&["names"]).unwrap().contains("@h1");
+    meshx_tests::wait_until(Duration::from_secs(30), || !left()).unwrap();
 }
 
 #[test]
@@ -160,5 +161,5 @@ fn tools_come_and_go_without_the_mesh() {
     assert_eq!(taken.creation(), None);
     assert!(!agent.meshx_ok(&["names"]).unwrap().contains("@h1"));
     drop(held);
-    meshx_tests::wait_until(Duration::from_secs(10), || names(epmd).unwrap().is_empty()).unwrap();
+    meshx_tests::wait_until(Duration::from_secs(30), || names(epmd).unwrap().is_empty()).unwrap();
 }

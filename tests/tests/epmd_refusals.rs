@@ -210,7 +210,7 @@ fn both_directions_are_asked_for_and_a_denial_cuts() {
 
 /// All that comes back to another user.
 fn as_stranger(port: u16, bytes: &[u8]) -> Vec<u8> {
-    exchange_as_stranger(port, bytes, 10).unwrap()
+    exchange_as_stranger(port, bytes, 1024, 30).unwrap()
 }
 
 #[test]

@@ -12,6 +12,9 @@ const HERE: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 /// Promised: 2 to 5 s after the agent is there again. Three times that is the deadline here.
 const BACK: Duration = Duration::from_secs(15);
 
+/// An answer to a registration, in bytes.
+const ALIVE2_RESP: usize = 6;
+
 fn agent(mesh: &Mesh, name: &str, ip: &str, host: &str, port: u16) -> Agent {
     let place = format!("--epmd=127.0.0.1:{port}");
     let options = [&place, "--epmd-nodes", "shop", "--epmd-nodes", "cart"];
@@ -62,6 +65,7 @@ fn names_come_back_after_the_agent_was_killed() {
     .unwrap();
     shop.expect("Node.connect(:\"cart@h2.mesh\")", "true").unwrap();
     shop.expect("Node.disconnect(:\"cart@h2.mesh\")", "true").unwrap();
+    cart.expect_soon("Node.list()", "[]").unwrap();
     cart.expect("Node.connect(:\"shop@h1.mesh\")", "true").unwrap();
 }
 
@@ -104,7 +108,7 @@ fn a_name_is_kept_for_its_user_over_a_restart() {
         let mut bytes = Vec::new();
         let node = Node::new(name, 9, NodeType::Normal);
         Request::Alive2(node).encode(&mut bytes).unwrap();
-        exchange_as_stranger(port, &bytes, 1).unwrap()
+        exchange_as_stranger(port, &bytes, ALIVE2_RESP, 30).unwrap()
     };
     let _shop = Alive::register(port, "shop").unwrap();
     let kept = h1.dir().join("epmd.json");

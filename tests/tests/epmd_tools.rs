@@ -66,7 +66,8 @@ fn epmd_names_erl_call_and_a_c_node() {
     .unwrap();
     ei.wait_for(PATIENCE, |line| (line == "ready").then_some(()))
         .unwrap();
-    shop.expect("Node.list(:hidden)", "[:\"ei@127.0.0.1\"]").unwrap();
+    shop.expect_soon("Node.list(:hidden)", "[:\"ei@127.0.0.1\"]")
+        .unwrap();
     let links = agent.meshx_ok(&["links", "--json"]).unwrap();
     assert!(links.contains("ei@127.0.0.1"), "{links}");
 

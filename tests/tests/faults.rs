@@ -41,6 +41,21 @@ fn clients(agent: &Agent) -> usize {
     listed.lines().filter(ours).count()
 }
 
+/// Connections to an agent's pages that it has open still (proc_pid_net(5): 0A listens, and what its process has closed
+/// has no inode).
+fn readers(agent: &Agent) -> usize {
+    let port: std::net::SocketAddr = agent.http().unwrap().parse().unwrap();
+    let (address, listed) = (
+        format!("0100007F:{:04X}", port.port()),
+        std::fs::read_to_string("/proc/net/tcp").unwrap(),
+    );
+    let ours = |line: &&str| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        words[1] == address && words[3] != "0A" && words[9] != "0"
+    };
+    listed.lines().skip(1).filter(ours).count()
+}
+
 /// One that makes links only when it is told: what ended shortly before an agent is made again by itself otherwise.
 fn node(agent: &Agent, name: &str) -> Beam {
     let flags = format!("-kernel net_setuptime {SETUP} -kernel dist_auto_connect never");
@@ -63,6 +78,8 @@ impl World {
         };
         // What is opened once, and for good.
         world.works();
+        // Who was asked for figures may not have closed the connection yet.
+        wait_until(SOON, || [&world.h1, &world.h2].map(readers) == [0; 2]).unwrap();
         world.open = world.now_open();
         world
     }

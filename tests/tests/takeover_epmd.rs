@@ -79,6 +79,7 @@ fn rules_hold(h1: &Agent, shop: &mut Beam, cart: &mut Beam) {
     h1.meshx_ok(&["allow", "cart", "shop"]).unwrap();
     shop.expect("Node.connect(:\"cart@h2.mesh\")", "true").unwrap();
     shop.expect("Node.disconnect(:\"cart@h2.mesh\")", "true").unwrap();
+    cart.expect_soon("Node.list()", "[]").unwrap();
     cart.expect("Node.connect(:\"shop@h1.mesh\")", "true").unwrap();
     cart.expect(
         ":erpc.call(:\"shop@h1.mesh\", :erlang, :node, [])",
@@ -126,7 +127,7 @@ fn nodes_that_registered_by_epmd_keep_their_names_and_links() {
     Request::PortPlease2("rpc-1-shop".into())
         .encode(&mut asked)
         .unwrap();
-    assert_eq!(exchange_as_stranger(port, &asked, 30).unwrap(), [119, 1]);
+    assert_eq!(exchange_as_stranger(port, &asked, 1024, 30).unwrap(), [119, 1]);
     let (_, taken) = alive2(port, "shop", 9).unwrap();
     assert_eq!(taken.creation(), None, "{taken:?}");
     rules_hold(&h1, &mut shop, &mut cart);

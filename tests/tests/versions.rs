@@ -82,6 +82,8 @@ fn distribution(node: &mut Beam, peer: &str) {
         ":done",
     )
     .unwrap();
+    // A name that is registered before is told of later.
+    node.expect(":global.sync()", ":ok").unwrap();
     node.expect(":global.register_name({:on, node()}, self())", ":yes")
         .unwrap();
     node.expect(

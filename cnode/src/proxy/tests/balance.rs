@@ -58,7 +58,7 @@ async fn an_agent_with_a_fault_of_its_own_keeps_nobody_from_the_others() {
 #[tokio::test]
 async fn instances_that_hang_leave_time_for_those_that_answer() {
     let world = World::new();
-    let long = Duration::from_secs(12);
+    let long = Duration::from_secs(30);
     let patient = Settings {
         frame_timeout: long,
         handshake_timeout: long,

@@ -9,10 +9,12 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::{Instant, Sleep, sleep, sleep_until};
+use tokio::time::{sleep, timeout};
 
-/// Connections at a time; further ones wait to be accepted.
+use crate::proxy::admission::{Admission, Origin};
+
+/// Connections at a time, three quarters of them of one address; one more ends the oldest of whoever has most, so that
+/// nobody's silent ones keep a probe waiting.
 pub const CONNECTIONS_MAX: usize = 32;
 /// How long one may last, its answer included.
 pub const CONNECTION_TIME: Duration = Duration::from_secs(5);
@@ -24,14 +26,14 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Accepts connections with these limits.
 pub(super) struct Bounded {
     listener: Arc<TcpListener>,
-    slots: Arc<Semaphore>,
+    admission: Arc<Admission>,
 }
 
 impl Bounded {
     pub(super) fn new(listener: Arc<TcpListener>) -> Self {
         Self {
             listener,
-            slots: Arc::new(Semaphore::new(CONNECTIONS_MAX)),
+            admission: Admission::new(CONNECTIONS_MAX),
         }
     }
 }
@@ -42,17 +44,15 @@ impl axum::serve::Listener for Bounded {
 
     async fn accept(&mut self) -> (Connection, SocketAddr) {
         loop {
-            // Never closed; without a permit nothing would be bounded.
-            let Ok(slot) = self.slots.clone().acquire_owned().await else {
-                std::future::pending().await
-            };
             match self.listener.accept().await {
                 Ok((stream, peer)) => {
+                    let slot = self.admission.enter(Origin::address(peer.ip()));
                     let connection = Connection {
                         stream,
                         left: BYTES_MAX,
-                        end: Box::pin(sleep_until(Instant::now() + CONNECTION_TIME)),
-                        _slot: slot,
+                        end: Box::pin(async move {
+                            let _ = timeout(CONNECTION_TIME, slot.evicted()).await;
+                        }),
                     };
                     return (connection, peer);
                 }
@@ -73,8 +73,8 @@ impl axum::serve::Listener for Bounded {
 pub(super) struct Connection {
     stream: TcpStream,
     left: usize,
-    end: Pin<Box<Sleep>>,
-    _slot: OwnedSemaphorePermit,
+    /// Has its place, and is ready when it has to end.
+    end: Pin<Box<dyn Future<Output = ()> + Send>>,
 }
 
 impl Connection {

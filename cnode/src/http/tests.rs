@@ -237,13 +237,13 @@ async fn ready_when_the_mesh_has_answered_and_then_for_good() {
 async fn a_connection_has_limits() {
     let server = Server::start(|_| {}).await;
     let mut held = Vec::new();
-    for _ in 0..CONNECTIONS_MAX {
+    for _ in 0..CONNECTIONS_MAX * 16 {
         held.push(TcpStream::connect(server.address).await.unwrap());
     }
-    // It waits until the silent ones had their time.
+    // It does not wait until the silent ones had their time, 16 times as many as there may be.
     let began = Instant::now();
     assert_eq!(server.get("/health").await.1, "ok\n");
-    assert!(began.elapsed() >= CONNECTION_TIME / 2, "{:?}", began.elapsed());
+    assert!(began.elapsed() < CONNECTION_TIME * 8, "{:?}", began.elapsed());
     for mut stream in held {
         let ended = timeout(PATIENCE, stream.read(&mut [0])).await.unwrap();
         assert!(matches!(ended, Ok(0) | Err(_)), "{ended:?}");

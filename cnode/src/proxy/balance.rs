@@ -1,8 +1,8 @@
 //! Which instance of a service is dialled first, and which ones only when no other answers.
 //!
 //! Instances of the same agent come before all others. An instance that could not be reached a few times in a row is
-//! ejected for a while: it comes last, and once its time is over it is tried like the others. So a service of which all
-//! instances fail is still tried.
+//! ejected for a while: it comes last, and once its time is over one link tries whether it is back. So a service of which
+//! all instances fail is still tried.
 
 use std::cmp::Reverse;
 use std::collections::HashMap;
@@ -13,17 +13,19 @@ use crate::mesh::{Instance, ServiceName};
 
 /// Failures in a row after which an instance is ejected.
 const EJECT_AFTER: u32 = 3;
-/// For how long, the first time. Doubled by each failure from then on.
+/// For how long, the first time. Doubled each time that it then still fails.
 const EJECTED: Duration = Duration::from_secs(10);
 /// Not for longer than this.
 const EJECTED_MAX: Duration = Duration::from_secs(300);
+/// How long others leave an instance alone that one link tries again.
+const TRIED: Duration = Duration::from_secs(5);
 /// Instances whose failures are remembered, and services whose turns are.
 const REMEMBERED_MAX: usize = 4096;
 
 /// How the next instance is chosen.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Balance {
-    /// The one with the fewest live links of this agent for its weight.
+    /// The one with the fewest live links of this agent for its weight; of equals any, as often as its weight says.
     #[default]
     LeastLoaded,
     /// Each in its turn, as often as its weight says.
@@ -52,6 +54,12 @@ pub(super) struct Candidate {
     pub(super) links: usize,
 }
 
+/// A link that is being made to an instance: it counts like one that lives. Dropped when it does, or failed.
+pub(super) struct Dialling<'a> {
+    balancer: &'a Balancer,
+    instance: String,
+}
+
 /// What is remembered of instances.
 #[derive(Debug)]
 pub(super) struct Balancer {
@@ -65,12 +73,16 @@ struct State {
     troubles: HashMap<String, Trouble>,
     /// What each instance has saved up for its next turn.
     turns: HashMap<ServiceName, HashMap<String, i64>>,
+    /// How many links to each instance are being made.
+    dialled: HashMap<String, usize>,
 }
 
 #[derive(Debug)]
 struct Trouble {
     failures: u32,
     ejected_until: Instant,
+    /// One link tries whether it is back.
+    tried: bool,
 }
 
 impl Balancer {
@@ -87,9 +99,13 @@ impl Balancer {
         let mut state = self.lock();
         let keyed: Vec<_> = candidates
             .into_iter()
-            .map(|candidate| {
-                let trouble = state.troubles.get(&candidate.instance.id);
-                let ejected = trouble.is_some_and(|trouble| trouble.ejected_until > now);
+            .map(|mut candidate| {
+                candidate.links += state
+                    .dialled
+                    .get(&candidate.instance.id)
+                    .copied()
+                    .unwrap_or_default();
+                let ejected = state.is_ejected(&candidate.instance.id, now);
                 ((ejected, !candidate.here), candidate)
             })
             .collect();
@@ -102,17 +118,39 @@ impl Balancer {
             }
         };
         drop(state);
-        // Without random numbers those that are equal stay in the catalogue's order.
         let mut order: Vec<_> = keyed
             .into_iter()
             .map(|(class, candidate)| {
                 let waits = turn.as_ref().is_some_and(|turn| *turn != candidate.instance.id);
-                let random = getrandom::u32().unwrap_or_default();
-                ((class, waits, candidate.load(), random), candidate.instance)
+                let key = (class, waits, candidate.load());
+                (key, candidate.chance(), candidate.instance)
             })
             .collect();
-        order.sort_by_key(|(key, _)| *key);
-        order.into_iter().map(|(_, instance)| instance).collect()
+        order.sort_by(|(a, a_chance, _), (b, b_chance, _)| a.cmp(b).then(a_chance.total_cmp(b_chance)));
+        order.into_iter().map(|(_, _, instance)| instance).collect()
+    }
+
+    /// Whether others are to be tried first.
+    pub(super) fn is_ejected(&self, instance: &str) -> bool {
+        self.lock().is_ejected(instance, Instant::now())
+    }
+
+    /// Counts a link that is being made to an instance.
+    pub(super) fn dialling(&self, instance: &str) -> Dialling<'_> {
+        let mut state = self.lock();
+        *state.dialled.entry(instance.to_owned()).or_default() += 1;
+        let now = Instant::now();
+        if let Some(trouble) = state.troubles.get_mut(instance)
+            && trouble.failures >= EJECT_AFTER
+            && trouble.ejected_until <= now
+        {
+            (trouble.tried, trouble.ejected_until) = (true, now + TRIED);
+        }
+        drop(state);
+        Dialling {
+            balancer: self,
+            instance: instance.to_owned(),
+        }
     }
 
     /// An instance took a link.
@@ -133,7 +171,13 @@ impl Balancer {
         let trouble = state.troubles.entry(instance.to_owned()).or_insert(Trouble {
             failures: 0,
             ejected_until: now,
+            tried: false,
         });
+        // Of the links that were being made when it was ejected each may fail, by the same fault.
+        if trouble.ejected_until > now && !trouble.tried {
+            return;
+        }
+        trouble.tried = false;
         trouble.failures = trouble.failures.saturating_add(1);
         if let Some(times) = trouble.failures.checked_sub(EJECT_AFTER) {
             let time = EJECTED.saturating_mul(1 << times.min(16)).min(EJECTED_MAX);
@@ -153,16 +197,41 @@ impl Balancer {
     }
 }
 
+impl Drop for Dialling<'_> {
+    fn drop(&mut self) {
+        let mut state = self.balancer.lock();
+        if let Some(dialled) = state.dialled.get_mut(&self.instance) {
+            *dialled = dialled.saturating_sub(1);
+            if *dialled == 0 {
+                state.dialled.remove(&self.instance);
+            }
+        }
+    }
+}
+
 impl Candidate {
-    /// What it would carry with one more link, for its weight.
+    /// What it carries, for its weight.
     fn load(&self) -> i64 {
         const SCALE: i64 = 1 << 20;
-        let links = i64::try_from(self.links).unwrap_or(i64::MAX).saturating_add(1);
+        let links = i64::try_from(self.links).unwrap_or(i64::MAX);
         links.saturating_mul(SCALE) / i64::from(self.weight.max(1))
+    }
+
+    /// A random time until its turn: of any candidates each has the shortest one as often as its weight says. Without
+    /// random numbers the one with most weight has it.
+    fn chance(&self) -> f64 {
+        let random = f64::from(getrandom::u32().unwrap_or(u32::MAX / 2));
+        let share = (random + 1.0) / (f64::from(u32::MAX) + 1.0);
+        -share.ln() / f64::from(self.weight.max(1))
     }
 }
 
 impl State {
+    fn is_ejected(&self, instance: &str, now: Instant) -> bool {
+        let trouble = self.troubles.get(instance);
+        trouble.is_some_and(|trouble| trouble.ejected_until > now)
+    }
+
     /// Everybody saves up its weight, and whoever then has most pays for a turn with what all have saved: turns are
     /// spread evenly (nginx calls it smooth weighted round-robin).
     fn take_turn<'a>(
@@ -249,15 +318,37 @@ mod tests {
             links[usize::from(order(both)[0] == "b")] += 1;
         }
         assert!((295..=305).contains(&links[0]), "{links:?}");
-        // Equals are taken in any order.
-        let firsts: std::collections::HashSet<String> = (0..64)
-            .map(|_| {
-                let equals = vec![candidate("a", false, 1, 3), candidate("b", false, 1, 3)];
-                order(equals).remove(0)
-            })
-            .collect();
-        assert_eq!(firsts.len(), 2);
         assert!(order(Vec::new()).is_empty());
+    }
+
+    /// Short links, one after the other: none lives when the next one is made.
+    #[test]
+    fn of_equals_each_is_first_as_often_as_its_weight_says() {
+        let balancer = Balancer::new(Balance::LeastLoaded);
+        let mut firsts = HashMap::new();
+        for _ in 0..10_000 {
+            let all = vec![candidate("a", false, 3, 0), candidate("b", false, 1, 0)];
+            *firsts
+                .entry(ids(balancer.order(&echo(), all)).remove(0))
+                .or_insert(0) += 1;
+        }
+        // Twelve times the standard deviation.
+        assert!((6_980..=8_020).contains(&firsts["a"]), "{firsts:?}");
+    }
+
+    #[test]
+    fn links_that_are_being_made_count_like_those_that_live() {
+        let balancer = Balancer::new(Balance::LeastLoaded);
+        let mut dialling = Vec::new();
+        for _ in 0..400 {
+            let all = vec![candidate("a", false, 3, 0), candidate("b", false, 1, 0)];
+            let first = ids(balancer.order(&echo(), all)).remove(0);
+            dialling.push(balancer.dialling(&first));
+        }
+        let to_a = balancer.lock().dialled["a"];
+        assert!((295..=305).contains(&to_a), "{to_a}");
+        drop(dialling);
+        assert!(balancer.lock().dialled.is_empty());
     }
 
     #[test]
@@ -307,13 +398,20 @@ mod tests {
             };
             assert_eq!(left(), EJECTED.as_secs());
             balancer.failed("bad");
-            assert_eq!(left(), 2 * EJECTED.as_secs());
-            for _ in 0..100 {
+            assert_eq!(left(), EJECTED.as_secs(), "by the fault that it is ejected for");
+            let serve = || balancer.lock().troubles.get_mut("bad").unwrap().ejected_until = Instant::now();
+            for times in [2, 4, 8, 16, 30, 30] {
+                serve();
+                assert_eq!(order(), ["bad", "good"], "its time is over");
+                let tried = balancer.dialling("bad");
+                assert_eq!(order(), ["good", "bad"], "one link is enough to try it");
                 balancer.failed("bad");
+                assert_eq!(left(), times * EJECTED.as_secs());
+                drop(tried);
             }
-            assert_eq!(left(), EJECTED_MAX.as_secs());
-            balancer.lock().troubles.get_mut("bad").unwrap().ejected_until = Instant::now();
-            assert_eq!(order(), ["bad", "good"], "its time is over");
+            serve();
+            drop(balancer.dialling("bad"));
+            assert_eq!(left(), TRIED.as_secs(), "who tried it gave up");
             balancer.succeeded("bad");
             assert!(balancer.lock().troubles.is_empty());
         }

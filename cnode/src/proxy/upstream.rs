@@ -6,11 +6,12 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::task::AbortHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
 use super::admission::{Admission, Origin, Slot};
@@ -21,6 +22,9 @@ use super::links::{Direction, LinkGuard, LinkId, LinkInfo, Purpose};
 use super::listener::{self, Accept, Listener};
 use super::{Attempt, Proxy, no_such_service, peer_uid};
 use crate::mesh::{Instance, ServiceName};
+
+/// What an instance has at least to answer, though others wait to be tried.
+const TRY_LEAST: Duration = Duration::from_secs(2);
 
 /// Who dials whom through a local socket.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -208,11 +212,8 @@ impl Proxy {
         if let Ok(uid) = uid {
             slot.is_of(Origin::user(uid));
         }
-        let deadline = self.settings.setup_timeout;
         let prepared = tokio::select! {
-            prepared = timeout(deadline, Box::pin(self.prepare_upstream(uid, &upstream, &mut attempt))) => {
-                prepared.unwrap_or_else(|_| Err(silent("the decision on a link", deadline)))
-            }
+            prepared = Box::pin(self.prepare_upstream(uid, &upstream, &mut attempt)) => prepared,
             () = slot.evicted() => Err(slot.refusal()),
         };
         drop(slot);
@@ -238,27 +239,46 @@ impl Proxy {
         }
         let link = LinkId::generate()?;
         attempt.link = Some(link);
+        let all = self.settings.setup_timeout;
+        let deadline = Instant::now() + all;
         // The mesh may tell who is who only with a first certificate.
-        self.ask(self.mesh.identity(&upstream.source)).await?;
+        within(deadline, all, self.ask(self.mesh.identity(&upstream.source))).await?;
         if let Some(via) = &upstream.via {
-            return self.reach_via(via, upstream, link).await;
+            return within(deadline, all, self.reach_via(via, upstream, link)).await;
         }
-
-        let mut last = None;
         let candidates = self.candidates(&upstream.target, upstream.instance.as_deref());
-        for candidate in candidates.await? {
-            match self.reach_candidate(upstream, &candidate, link).await {
-                Err(refusal) if is_of_one_instance(&refusal) => {
-                    self.balancer.failed(&candidate.id);
-                    last = Some(refusal);
-                }
+        let mut waiting = within(deadline, all, candidates).await?;
+
+        let mut last = no_such_service(&upstream.target);
+        while !waiting.is_empty() {
+            let (now, left) = (Instant::now(), waiting.len());
+            if now >= deadline {
+                break;
+            }
+            // Other links may have found out more by now.
+            let next = waiting
+                .iter()
+                .position(|next| !self.balancer.is_ejected(&next.id));
+            let candidate = waiting.remove(next.unwrap_or_default());
+            // One that hangs leaves their share of the time to the others.
+            let share = (deadline - now) / u32::try_from(left).unwrap_or(u32::MAX);
+            let share = share.max(TRY_LEAST).min(deadline - now);
+            let _dialling = self.balancer.dialling(&candidate.id);
+            let reach = self.reach_candidate(upstream, &candidate, link);
+            last = match within(now + share, share, reach).await {
+                Err(Fault::OfOne(refusal)) => refusal,
                 decided => {
                     self.balancer.succeeded(&candidate.id);
-                    return decided;
+                    return decided.map_err(Refusal::from);
                 }
+            };
+            self.balancer.failed(&candidate.id);
+            // Whoever only does not answer is not worth a line while others do.
+            if !waiting.is_empty() && !is_absence(&last) {
+                self.refuse(attempt, &last);
             }
         }
-        Err(last.unwrap_or_else(|| no_such_service(&upstream.target)))
+        Err(last)
     }
 
     /// The instances to try, in this order.
@@ -288,7 +308,7 @@ impl Proxy {
         upstream: &Upstream,
         candidate: &Instance,
         link: LinkId,
-    ) -> Result<(Box<dyn Duplex>, LinkGuard), Refusal> {
+    ) -> Result<(Box<dyn Duplex>, LinkGuard), Fault> {
         let mut info = self.upstream_info(upstream, link, candidate.id.clone())?;
         if let Some(local) = self.local.by_id(&candidate.id)
             && local.instance.service == upstream.target
@@ -298,16 +318,18 @@ impl Proxy {
             info.instances.push(local.instance.id.clone());
             info.owners.push(local.owner);
             // In the table before it is asked: a denial that comes after the answer finds it there.
-            let link = self.links.insert(info)?;
+            let link = self.links.insert(info).map_err(Fault::OfAll)?;
             self.still_here(&local)?;
-            self.authorize(&near, &upstream.target).await?;
+            let allowed = self.authorize(&near, &upstream.target).await;
+            allowed.map_err(Fault::OfAll)?;
             return Ok((self.reach(&local).await?, link));
         }
         let dialled = self
             .dial(&upstream.source, candidate, upstream.purpose, link, "")
             .await?;
         dialled.describe(&mut info);
-        Ok((dialled.stream, self.links.insert(info)?))
+        let link = self.links.insert(info).map_err(Fault::OfAll)?;
+        Ok((dialled.stream, link))
     }
 
     /// By the sidecar of an instance of this agent, which chooses the instance of the target.
@@ -357,9 +379,48 @@ impl Proxy {
     }
 }
 
-/// Another instance may still answer, and no byte of the link has gone anywhere; a no by rule or certificate holds for
-/// all of them.
+/// Why there is no link to an instance.
+enum Fault {
+    /// Another one may still take it: no byte of the link has gone anywhere.
+    OfOne(Refusal),
+    OfAll(Refusal),
+}
+
+impl From<Refusal> for Fault {
+    fn from(refusal: Refusal) -> Self {
+        match is_of_one_instance(&refusal) {
+            true => Self::OfOne(refusal),
+            false => Self::OfAll(refusal),
+        }
+    }
+}
+
+impl From<Fault> for Refusal {
+    fn from(fault: Fault) -> Self {
+        match fault {
+            Fault::OfOne(refusal) | Fault::OfAll(refusal) => refusal,
+        }
+    }
+}
+
+/// What takes longer is refused; `time` is what it had.
+async fn within<T, E: From<Refusal>>(
+    until: Instant,
+    time: Duration,
+    what: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
+    let done = timeout_at(until, what).await;
+    done.unwrap_or_else(|_| Err(silent("the decision on a link", time).into()))
+}
+
+/// A no by rule holds for all instances of a service. Everything else may be the fault of one, or of its agent: a
+/// certificate that was not renewed there, a limit that is reached, a mesh that has not answered it yet.
 pub(super) fn is_of_one_instance(refusal: &Refusal) -> bool {
+    refusal.cause != Cause::IntentionDenied
+}
+
+/// Nobody answers, as when a host or a program was just ended.
+fn is_absence(refusal: &Refusal) -> bool {
     matches!(
         refusal.cause,
         Cause::Unreachable | Cause::NoSuchService | Cause::Timeout

@@ -221,9 +221,9 @@ impl Proxy {
             });
             let here = self.local.by_id(&candidate.id);
             last = self.try_way(source, &candidate, here, trail).await;
-            // As for a link: a no by rule or certificate holds for all of them.
+            // As for a link, but for a mesh that is silent here.
             match &last {
-                Err(refusal) if is_of_one_instance(refusal) => {}
+                Err(refusal) if is_of_one_instance(refusal) && refusal.cause != Cause::NotReady => {}
                 _ => break,
             }
         }

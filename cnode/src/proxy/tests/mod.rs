@@ -1,6 +1,7 @@
 //! Two agents on two loopback addresses, nodes that speak just the first frames, and hostile peers.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod balance;
 mod certificates;
 mod clusters;
 mod connect;

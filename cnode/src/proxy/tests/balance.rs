@@ -58,7 +58,7 @@ async fn an_agent_with_a_fault_of_its_own_keeps_nobody_from_the_others() {
 #[tokio::test]
 async fn instances_that_hang_leave_time_for_those_that_answer() {
     let world = World::new();
-    let long = Duration::from_secs(30);
+    let long = Duration::from_secs(18);
     let patient = Settings {
         frame_timeout: long,
         handshake_timeout: long,
@@ -75,9 +75,5 @@ async fn instances_that_hang_leave_time_for_those_that_answer() {
     let all = join_all((0..40).map(|_| greeting(&h1))).await;
     assert!(all.iter().all(|seen| seen == "echo-a"), "{all:?}");
     assert_eq!(h1.all_refusals(), 0);
-    // By then both are left alone.
-    let target = ServiceName::new("echo").unwrap();
-    let first = h1.proxy.candidates(&target, None).await.unwrap().remove(0);
-    assert_eq!(first.id, "echo-a");
     drop(hangs);
 }

@@ -413,8 +413,8 @@ connecting(Kernel, Node, Type, MyNode, SetupTime) ->
                     exit(Reason)
             end;
         {error, {Cause, Text}} ->
-            meshx_links:refuse(Node, Cause, Text),
-            ?LOG_ERROR("meshx: cannot reach ~ts: ~ts: ~ts", [Node, Cause, Text]),
+            Level = meshx_links:refuse(Node, Cause, Text),
+            ?LOG(Level, "meshx: cannot reach ~ts: ~ts: ~ts", [Node, Cause, Text]),
             ?shutdown2(Node, {meshx, Cause})
     end.
 
@@ -425,7 +425,7 @@ up() ->
 failed(Node, Reason) ->
     case get(meshx_up) of
         true -> ok;
-        undefined -> meshx_links:refuse(Node, handshake_failed, text("~tp", [Reason]))
+        undefined -> _ = meshx_links:refuse(Node, handshake_failed, text("~tp", [Reason]))
     end.
 
 request_type(_, true) -> hidden;

@@ -270,7 +270,10 @@ defmodule MeshxNode.Cluster do
       connect = state.options.connect || (&MeshxNode.connect/1)
 
       {_pid, monitor} =
-        spawn_monitor(fn -> if connect.(node) != :ok, do: exit({:shutdown, :refused}) end)
+        spawn_monitor(fn ->
+          if :meshx_links.patiently(node, fn -> connect.(node) end) != :ok,
+            do: exit({:shutdown, :refused})
+        end)
 
       put_in(state.attempts[monitor], node)
     end)

@@ -207,18 +207,29 @@ fn rules_are_not_set_in_another_mesh_than_the_agents() {
             .output()
             .unwrap()
     };
-    for command in [&["deny", "a", "b"][..], &["rules", "--default", "deny"], &["rotate"]] {
+    for command in [
+        &["deny", "a", "b"][..],
+        &["rules", "--default", "deny"],
+        &["rotate"],
+    ] {
         let refused = run(&agent.dir, command);
         let text = String::from_utf8(refused.stderr).unwrap();
         assert_eq!(refused.status.code(), Some(64), "{command:?}: {text}");
-        assert!(text.contains("is of another mesh") && text.contains("--mesh-dir"), "{text}");
+        assert!(
+            text.contains("is of another mesh") && text.contains("--mesh-dir"),
+            "{text}"
+        );
     }
     let rules = fs::read_to_string(mesh.join("rules.json")).unwrap();
     assert!(!rules.contains("deny"), "{rules}");
     // Who names it means it, and without an agent there is no other that could be meant.
     let named = ["deny", "a", "b", "--mesh-dir", mesh.to_str().unwrap()];
     assert!(run(&agent.dir, &named).status.success());
-    assert!(run(&root.path().join("none"), &["allow", "a", "b"]).status.success());
+    assert!(
+        run(&root.path().join("none"), &["allow", "a", "b"])
+            .status
+            .success()
+    );
 }
 
 #[test]

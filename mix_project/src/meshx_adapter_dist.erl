@@ -176,8 +176,8 @@ connecting(Kernel, Node, Type, MyNode, SetupTime) ->
                     exit(Reason)
             end;
         {error, {Cause, Text}} ->
-            meshx_links:refuse(Node, Cause, Text),
-            ?LOG_ERROR("meshx: cannot reach ~ts: ~ts: ~ts", [Node, Cause, Text]),
+            Level = meshx_links:refuse(Node, Cause, Text),
+            ?LOG(Level, "meshx: cannot reach ~ts: ~ts: ~ts", [Node, Cause, Text]),
             ?shutdown2(Node, {meshx, Cause})
     end.
 

@@ -413,8 +413,8 @@ connecting(Kernel, Node, Type, MyNode, SetupTime) ->
                     exit(Reason)
             end;
         {error, {Cause, Text}} ->
-            meshx_links:refuse(Node, Cause, Text),
-            ?LOG_ERROR("meshx: cannot reach ~ts: ~ts: ~ts", [Node, Cause, Text]),
+            Level = meshx_links:refuse(Node, Cause, Text),
+            ?LOG(Level, "meshx: cannot reach ~ts: ~ts: ~ts", [Node, Cause, Text]),
             ?shutdown2(Node, {meshx, Cause})
     end.
 
@@ -425,8 +425,12 @@ up() ->
 failed(Node, Reason) ->
     case get(meshx_up) of
         true -> ok;
-        undefined -> meshx_links:refuse(Node, handshake_failed, text("~tp", [Reason]))
+        undefined -> _ = meshx_links:refuse(Node, handshake_failed, text("~tp~ts", [Reason, hint(Reason)]))
     end.
+
+%% The other end closes without a word when our digest is not what its cookie makes.
+hint({recv_challenge_ack_failed, _}) -> "; most often the two nodes have different cookies";
+hint(_) -> "".
 
 request_type(_, true) -> hidden;
 request_type(Type, false) -> Type.

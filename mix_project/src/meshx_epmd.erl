@@ -79,8 +79,8 @@ address_please(Name, Host, Family) ->
                     {ok, loopback(Family), Port, ?DIST_VERSION};
                 {error, {Cause, Text}} ->
                     %% The caller has this name as an atom: it dials it.
-                    meshx_links:refuse(binary_to_atom(Node, utf8), Cause, Text),
-                    ?LOG_ERROR("meshx: cannot reach ~ts: ~ts: ~ts", [Node, Cause, Text]),
+                    Level = meshx_links:refuse(binary_to_atom(Node, utf8), Cause, Text),
+                    ?LOG(Level, "meshx: cannot reach ~ts: ~ts: ~ts", [Node, Cause, Text]),
                     {error, Cause}
             end
     end.

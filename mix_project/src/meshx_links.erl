@@ -3,7 +3,7 @@
 %% and the caller of `Node.connect/1' finds it at once.
 -module(meshx_links).
 
--export([new/0, add/5, named/2, up/1, down/1, leave/0, live/0, cut/3, list/0, refuse/3, refusal/1]).
+-export([new/0, add/5, named/2, up/1, down/1, leave/0, live/0, cut/3, list/0, refuse/3, refusal/1, patiently/2]).
 -export_type([direction/0, refusal/0, ended/0]).
 
 -include_lib("kernel/include/logger.hrl").
@@ -11,11 +11,14 @@
 -define(TABLE, meshx_links).
 %% Refusals kept, one per node name. Names come from this VM's own calls, so this is only a bound on memory.
 -define(MAX_REFUSALS, 1024).
+%% How long the same refusal of a node that is tried again and again is no error in the log any more.
+-define(TELL_AGAIN, 60).
 
 -type direction() :: outbound | inbound.
 %% A node, and whether it was connected hidden.
 -type ended() :: {Node :: binary(), Hidden :: boolean()}.
--type refusal() :: #{cause := atom(), text := binary(), at := integer(), monotonic := integer()}.
+%% `told': when it was an error in the log.
+-type refusal() :: #{cause := atom(), text := binary(), at := integer(), monotonic := integer(), told := integer()}.
 
 -spec new() -> ok.
 new() ->
@@ -100,19 +103,48 @@ list() ->
         error:badarg -> []
     end.
 
-%% Notes why the last link to a node was refused.
--spec refuse(node(), atom(), binary()) -> ok.
+%% Notes why the last link to a node was refused, and says how loud the log is to be about it.
+-spec refuse(node(), atom(), binary()) -> error | debug.
 refuse(Node, Cause, Text) ->
-    Refusal = #{
-        cause => Cause, text => Text, at => erlang:system_time(second), monotonic => erlang:monotonic_time()
-    },
+    Now = erlang:monotonic_time(),
+    Refusal = #{cause => Cause, text => Text, at => erlang:system_time(second), monotonic => Now},
     try
+        {Level, Told} = level(Node, Cause, Text, Now),
         bound(Node),
-        ets:insert(?TABLE, {{refusal, Node}, Refusal}),
-        ok
+        ets:insert(?TABLE, {{refusal, Node}, Refusal#{told => Told}}),
+        Level
     catch
         %% The table goes with the distribution.
-        error:badarg -> ok
+        error:badarg -> error
+    end.
+
+level(Node, Cause, Text, Now) ->
+    case ets:member(?TABLE, {patient, Node}) andalso refusal(Node) of
+        {ok, #{cause := Cause, text := Text, told := Told}} ->
+            case erlang:convert_time_unit(Now - Told, native, second) < ?TELL_AGAIN of
+                true -> {debug, Told};
+                false -> {error, Now}
+            end;
+        _ ->
+            {error, Now}
+    end.
+
+%% Runs an attempt to reach a node by somebody who will not give up: as long as it fails for the same reason that is an
+%% error in the log once a minute.
+-spec patiently(node(), fun(() -> Result)) -> Result.
+patiently(Node, Attempt) ->
+    mark(fun() -> ets:insert(?TABLE, {{patient, Node}}) end),
+    try
+        Attempt()
+    after
+        mark(fun() -> ets:delete(?TABLE, {patient, Node}) end)
+    end.
+
+mark(Change) ->
+    try
+        Change()
+    catch
+        error:badarg -> true
     end.
 
 bound(Node) ->

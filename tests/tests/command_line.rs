@@ -1,9 +1,10 @@
 //! The commands that act as a node, against real BEAMs: through the mesh, and by plain TCP and EPMD.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use meshx_tests::{Agent, Beam, COOKIE, Mesh, Process, program, wait_until};
@@ -14,6 +15,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const REMOTE: i32 = 1;
 const USAGE: i32 = 64;
 const UNAVAILABLE: i32 = 69;
+const UNREADABLE: i32 = 74;
 const DENIED: i32 = 77;
 
 fn said(output: &Output) -> (i32, String, String) {
@@ -381,6 +383,33 @@ fn commands_by_plain_epmd() {
     let arguments = ["node", "script@127.0.0.1", "--cookie", COOKIE, &port];
     let node = Process::start("script", program("meshx").unwrap(), arguments, |_| ()).unwrap();
     script(node, "cart@127.0.0.1", "script@127.0.0.1", &mut console);
+}
+
+/// What comes behind such a line cannot be told from the rest of it.
+#[test]
+fn a_line_that_is_too_long_ends_a_node_with_an_error() {
+    let mesh = Mesh::new().unwrap();
+    let agent = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    for stay in [&[][..], &["--stay"]] {
+        let mut node = Command::new(program("meshx").unwrap())
+            .args(["node", "script@h1", "--cookie", COOKIE])
+            .args(stay)
+            .env("MESHX_DIR", agent.dir())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut input = node.stdin.take().unwrap();
+        // It may have read enough and be gone.
+        let _ = input.write_all(&vec![b'x'; (16 << 20) + 1]);
+        // Standard input stays open until it has ended.
+        let seen = said(&node.wait_with_output().unwrap());
+        drop(input);
+        assert_eq!(seen.0, UNREADABLE, "{seen:?}");
+        assert!(seen.1.contains("a line of more than 16777216 bytes"), "{seen:?}");
+        assert!(seen.2.contains("a line of more than 16777216 bytes"), "{seen:?}");
+    }
 }
 
 /// By rep movsb an agent would spend most of its time on copies where the processor is one of some: see cli::copying.

@@ -128,7 +128,7 @@ const EX_UNAVAILABLE: u8 = 69;
 const EX_SOFTWARE: u8 = 70;
 /// The system refused something.
 const EX_OSERR: u8 = 71;
-/// Standard output could not be written.
+/// Standard output could not be written, or standard input not be read.
 const EX_IOERR: u8 = 74;
 /// The agent, or the mesh, said no.
 const EX_NOPERM: u8 = 77;

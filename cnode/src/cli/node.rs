@@ -14,7 +14,7 @@ use tokio::sync::{Semaphore, broadcast, mpsc};
 
 use super::caller::{MemberArgs, call_failure, rpc_failure, send_failure};
 use super::json::{from_json, to_json};
-use super::{EX_OSERR, EX_USAGE, Failure};
+use super::{EX_IOERR, EX_OSERR, EX_USAGE, Failure};
 use crate::node::{Address, Caller, Message, Node, NodeEvent, Server};
 
 /// Longest line that is read, in bytes.
@@ -139,19 +139,22 @@ async fn serve(args: &NodeArgs) -> Result<ExitCode, Failure> {
         out: out.clone(),
         running: Arc::new(Semaphore::new(REQUESTS_MAX)),
     };
-    tokio::select! {
-        () = desk.take_all(read_lines(), args.stay) => {}
+    let fault = tokio::select! {
+        fault = desk.take_all(read_lines(), args.stay) => fault,
         // Nobody reads what comes.
-        () = out.closed() => {}
-        _ = interrupt.recv() => {}
-        _ = terminate.recv() => {}
-    }
+        () = out.closed() => None,
+        _ = interrupt.recv() => None,
+        _ = terminate.recv() => None,
+    };
     events.abort();
     node.stop().await;
     drop((desk, out));
     // Servers end with the node, and with the last of them the writer has written all.
     let _ = tokio::task::spawn_blocking(move || writer.join()).await;
-    Ok(ExitCode::SUCCESS)
+    match fault {
+        None => Ok(ExitCode::SUCCESS),
+        Some(fault) => Err(Failure::new(EX_IOERR, fault)),
+    }
 }
 
 /// Calls whose reply the script owes.
@@ -241,13 +244,20 @@ struct Desk {
 }
 
 impl Desk {
-    async fn take_all(&self, mut lines: mpsc::Receiver<Result<Vec<u8>, String>>, stay: bool) {
+    /// Until there are no more, or why no more can be read.
+    async fn take_all(
+        &self,
+        mut lines: mpsc::Receiver<Result<Vec<u8>, String>>,
+        stay: bool,
+    ) -> Option<String> {
+        let mut over = None;
         while let Some(line) = lines.recv().await {
             let line = match line {
                 Ok(line) if line.trim_ascii().is_empty() => continue,
                 Ok(line) => line,
                 Err(fault) => {
                     let _ = self.out.send(json!({"error": fault})).await;
+                    over = Some(fault);
                     break;
                 }
             };
@@ -261,9 +271,10 @@ impl Desk {
         }
         // Answers that are still to come are waited for.
         let _ = self.running.acquire_many(REQUESTS_MAX as u32).await;
-        if stay {
+        if stay && over.is_none() {
             std::future::pending::<()>().await;
         }
+        over
     }
 
     /// Messages leave in the order of the lines; what waits for an answer does not hold up the next line.

@@ -1,8 +1,11 @@
 //! `meshx allow`, `meshx deny`, `meshx rules`: who may talk in the embedded mesh. `meshx rotate`: its certificates.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
-use super::{EX_NOPERM, EX_SOFTWARE, EX_UNAVAILABLE, Failure, print, table};
+use super::{EX_NOPERM, EX_SOFTWARE, EX_UNAVAILABLE, Failure, block_on, connect, print, table};
 use crate::{
     agent::paths,
     mesh::{
@@ -135,8 +138,37 @@ impl MeshOption {
                 ),
             ));
         }
-        Ok(MeshDir::open(&dir)?)
+        let found = MeshDir::open(&dir)?;
+        if self.mesh_dir.is_none() {
+            is_of_the_agent(&found, &dir)?;
+        }
+        Ok(found)
     }
+}
+
+/// A rule in another mesh than that of this host's agent would be said to be set, and hold for nobody here. Without
+/// an agent there is none that could be meant.
+fn is_of_the_agent(found: &MeshDir, dir: &Path) -> Result<(), Failure> {
+    let Ok(client) = block_on(connect(None)) else {
+        return Ok(());
+    };
+    let hello = client.hello();
+    if found.trust_domain()?.as_ref() == Some(&hello.trust_domain) {
+        return Ok(());
+    }
+    let agent = client.dir().display();
+    Err(Failure::usage(match hello.mesh.as_str() {
+        "embedded" => format!(
+            "the agent in {agent} is of another mesh than that in {}; name its directory with --mesh-dir or \
+             ${}, as the agent's own command line has it",
+            dir.display(),
+            paths::MESH_DIR_VARIABLE
+        ),
+        mesh => format!(
+            "the agent in {agent} is on {mesh}, and who may talk is for the rules there, as intentions of \
+             Consul; an embedded mesh is named with --mesh-dir"
+        ),
+    }))
 }
 
 impl From<MeshError> for Failure {

@@ -1,5 +1,6 @@
 //! The cookie from its usual place.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt;
@@ -13,7 +14,7 @@ const MAX_COOKIE: u64 = 1024;
 #[non_exhaustive]
 pub enum CookieError {
     /// There is no home directory to look in.
-    #[error("$HOME is not set, so there is no ~/.erlang.cookie: say where the cookie is")]
+    #[error("$HOME is not set or empty, so there is no ~/.erlang.cookie: say where the cookie is")]
     NoHome,
     /// It could not be read.
     #[error("the cookie file {}: {error}", path.display())]
@@ -48,7 +49,7 @@ pub enum CookieError {
 pub fn read_cookie(path: Option<&Path>) -> Result<String, CookieError> {
     let path = match path {
         Some(path) => path.to_path_buf(),
-        None => PathBuf::from(std::env::var_os("HOME").ok_or(CookieError::NoHome)?).join(".erlang.cookie"),
+        None => usual(std::env::var_os("HOME"))?,
     };
     let io = |error| CookieError::Io {
         path: path.clone(),
@@ -65,6 +66,14 @@ pub fn read_cookie(path: Option<&Path>) -> Result<String, CookieError> {
     match text.trim() {
         cookie if cookie.is_empty() || len as u64 > MAX_COOKIE => Err(CookieError::Length { path, len }),
         cookie => Ok(cookie.to_owned()),
+    }
+}
+
+/// An empty one would lead to whatever directory the program was started in.
+fn usual(home: Option<OsString>) -> Result<PathBuf, CookieError> {
+    match home {
+        Some(home) if !home.is_empty() => Ok(Path::new(&home).join(".erlang.cookie")),
+        _ => Err(CookieError::NoHome),
     }
 }
 
@@ -98,5 +107,12 @@ mod tests {
             read_cookie(Some(dir.path().join("none").as_path())),
             Err(CookieError::Io { .. })
         ));
+    }
+
+    #[test]
+    fn an_empty_home_is_none() {
+        assert_eq!(usual(Some("/h".into())).unwrap(), Path::new("/h/.erlang.cookie"));
+        assert!(matches!(usual(Some("".into())), Err(CookieError::NoHome)));
+        assert!(matches!(usual(None), Err(CookieError::NoHome)));
     }
 }

@@ -192,6 +192,46 @@ fn wrong_options_are_all_told_and_nothing_is_opened() {
     assert!(!dir.exists());
 }
 
+/// A denial that is said to be set and holds for nobody is an open door.
+#[test]
+fn rules_are_not_set_in_another_mesh_than_the_agents() {
+    let (root, other) = (temp(), temp());
+    let agent = Agent::start(root.path(), "a", &["h1"], &[]);
+    let _other = Agent::start(other.path(), "b", &["h2"], &[]);
+    let mesh = other.path().join("mesh");
+    let run = |agent: &Path, arguments: &[&str]| {
+        Command::new(env!("CARGO_BIN_EXE_meshx"))
+            .args(arguments)
+            .env("MESHX_DIR", agent)
+            .env("MESHX_MESH_DIR", &mesh)
+            .output()
+            .unwrap()
+    };
+    for command in [
+        &["deny", "a", "b"][..],
+        &["rules", "--default", "deny"],
+        &["rotate"],
+    ] {
+        let refused = run(&agent.dir, command);
+        let text = String::from_utf8(refused.stderr).unwrap();
+        assert_eq!(refused.status.code(), Some(64), "{command:?}: {text}");
+        assert!(
+            text.contains("is of another mesh") && text.contains("--mesh-dir"),
+            "{text}"
+        );
+    }
+    let rules = fs::read_to_string(mesh.join("rules.json")).unwrap();
+    assert!(!rules.contains("deny"), "{rules}");
+    // Who names it means it, and without an agent there is no other that could be meant.
+    let named = ["deny", "a", "b", "--mesh-dir", mesh.to_str().unwrap()];
+    assert!(run(&agent.dir, &named).status.success());
+    assert!(
+        run(&root.path().join("none"), &["allow", "a", "b"])
+            .status
+            .success()
+    );
+}
+
 #[test]
 fn the_programs_commands_answer() {
     let root = temp();

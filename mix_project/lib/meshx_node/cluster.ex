@@ -1,8 +1,9 @@
 defmodule MeshxNode.Cluster do
   alias Meshx.Options
 
-  # Names of nodes that one cluster makes atoms of in its life: they come from other hosts, and an atom stays.
-  @names_max 4_096
+  # Atoms that one cluster makes in its life: names of nodes come from other hosts, and an atom stays. A VM has room for
+  # a million, and where hosts are new with each release so are the names.
+  @atoms_max 65_536
   # Attempts at one time: each may take the whole of net_setuptime.
   @attempts_max 8
   # Between attempts to reach one node, in milliseconds; the first is due at once.
@@ -86,8 +87,8 @@ defmodule MeshxNode.Cluster do
     state = %{
       options: options,
       agent: nil,
-      # Names that were made atoms.
-      names: %{},
+      # How many were made.
+      atoms: 0,
       # What the watch told last.
       seen: [],
       wanted: [],
@@ -121,6 +122,10 @@ defmodule MeshxNode.Cluster do
       do: {:noreply, again(state, node)},
       else: {:noreply, state}
   end
+
+  # This node has got its name: what was chosen and tried without it is chosen anew.
+  def handle_info({:nodeup, me, _info}, state) when me == node(),
+    do: {:noreply, state |> forget_all(Map.keys(state.later)) |> choose()}
 
   def handle_info({:nodeup, node, _info}, state), do: {:noreply, forget(state, node)}
 
@@ -216,20 +221,32 @@ defmodule MeshxNode.Cluster do
 
   defp to_nodes(names, state) do
     Enum.flat_map_reduce(names, state, fn name, state ->
-      case state.names do
-        %{^name => node} ->
-          {[node], state}
-
-        known when map_size(known) < @names_max and byte_size(name) <= 255 ->
-          node = String.to_atom(name)
-          {[node], put_in(state.names[name], node)}
-
-        _full ->
-          Logger.warning("MeshxNode.Cluster: #{@names_max} names were seen, another is left out")
-          {[], state}
+      cond do
+        byte_size(name) > 255 -> {[], state}
+        node = known(name) -> {[node], state}
+        state.atoms < @atoms_max -> {[String.to_atom(name)], %{state | atoms: state.atoms + 1}}
+        true -> {[], full(state)}
       end
     end)
   end
+
+  defp known(name) do
+    String.to_existing_atom(name)
+  rescue
+    ArgumentError -> nil
+  end
+
+  # Said once, and not of each name at each change.
+  defp full(%{atoms: @atoms_max} = state) do
+    Logger.warning(
+      "MeshxNode.Cluster: #{@atoms_max} names of nodes were seen, further ones are left out until they connect by " <>
+        "themselves; start this VM anew"
+    )
+
+    %{state | atoms: @atoms_max + 1}
+  end
+
+  defp full(state), do: state
 
   # === Connecting
 
@@ -245,13 +262,18 @@ defmodule MeshxNode.Cluster do
           not match?(%{^node => {_failures, timer}} when timer != nil, state.later),
           do: node
 
+    # Those that hang do not hold up the ones that may answer.
     due
+    |> Enum.sort_by(&failures(state, &1))
     |> Enum.take(@attempts_max - length(trying))
     |> Enum.reduce(state, fn node, state ->
       connect = state.options.connect || (&MeshxNode.connect/1)
 
       {_pid, monitor} =
-        spawn_monitor(fn -> if connect.(node) != :ok, do: exit({:shutdown, :refused}) end)
+        spawn_monitor(fn ->
+          if :meshx_links.patiently(node, fn -> connect.(node) end) != :ok,
+            do: exit({:shutdown, :refused})
+        end)
 
       put_in(state.attempts[monitor], node)
     end)

@@ -66,7 +66,8 @@ defmodule MeshxNode.AdapterTest do
     adapter(a, start: {:ok, "a", at(dir, "a")}, connect: {:ok, [{:ok, at(dir, "b")}]}, stop: :ok)
     {:ok, _pid} = start(a, "a", :another)
     b = node_vm(dir, "b")
-    assert {:error, {:handshake_failed, _text}} = TestNode.call(a, MeshxNode, :connect, [:b@h])
+    assert {:error, {:handshake_failed, text}} = TestNode.call(a, MeshxNode, :connect, [:b@h])
+    assert text =~ "different cookies"
     assert TestNode.call(b, :erlang, :nodes, [:connected]) == []
   end
 

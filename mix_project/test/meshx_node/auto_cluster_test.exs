@@ -100,6 +100,37 @@ defmodule MeshxNode.AutoClusterTest do
     refute_receive {:dialled, _, _}, 200
   end
 
+  test "those that were tried least often come first" do
+    cluster = start(:auto_fair, [])
+    tell(cluster, :auto_fair, for(i <- 1..17, do: "shop@f#{i}"))
+    for _ <- 1..8, {_node, attempt} = dialled(), do: send(attempt, {:error, {:timeout, "hangs"}})
+    [{_node, attempt} | _hang] = for _ <- 1..8, do: dialled()
+    # By then the first eight are due again.
+    Process.sleep(1_000)
+    send(attempt, {:error, {:timeout, "hangs"}})
+    assert {:shop@f17, _attempt} = dialled()
+  end
+
+  test "makes so many atoms and no more, says so once, and takes names that the VM knows" do
+    name = :auto_atoms
+    cluster = start(name, connect: fn _node -> :ok end)
+    # As if it had made nearly all.
+    :sys.replace_state(cluster, &%{&1 | atoms: 65_535})
+
+    log =
+      ExUnit.CaptureLog.capture_log(fn ->
+        for _ <- 1..2 do
+          tell(cluster, name, ["shop@n#{unique()}", "shop@n#{unique()}", "shop@known"])
+          Cluster.wanted(name)
+        end
+      end)
+
+    assert :shop@known in Cluster.wanted(name)
+    assert [_, _] = String.split(log, "65536 names of nodes were seen")
+  end
+
+  defp unique, do: Base.encode16(:crypto.strong_rand_bytes(8))
+
   test "options are checked" do
     for wrong <- [
           [],

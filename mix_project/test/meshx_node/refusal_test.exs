@@ -24,6 +24,25 @@ defmodule MeshxNode.RefusalTest do
     assert TestNode.call(shop, :net_adm, :ping, [:cart@h2]) == :pang
   end
 
+  test "one that stays the same is an error once to whom tries on and on, and each time to others",
+       context do
+    start_agent(context)
+    shop = start_node(context, "shop@h1")
+    true = TestNode.call(shop, :ets, :insert, [:meshx_links, {{:patient, :cart@h2}}])
+    for _ <- 1..3, do: assert({:error, {:no_such_node, _}} = connect(shop))
+    assert told(shop, :first@h2) == 1
+    true = TestNode.call(shop, :ets, :delete, [:meshx_links, {:patient, :cart@h2}])
+    for _ <- 1..2, do: assert({:error, {:no_such_node, _}} = connect(shop))
+    assert told(shop, :second@h2) == 3
+  end
+
+  # How often the log has it. What is logged later is there when that of another node is.
+  defp told(shop, other) do
+    {:error, _} = TestNode.call(shop, MeshxNode, :connect, [other])
+    :ok = TestNode.await_output(shop, "cannot reach #{other}: no_such_node")
+    length(String.split(TestNode.output(shop), "cannot reach cart@h2: no_such_node")) - 1
+  end
+
   test "each cause of the protocol arrives as it was sent, and the next attempt may succeed",
        context do
     {agent, shop, _} = pair(context)

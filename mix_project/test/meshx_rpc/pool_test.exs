@@ -58,6 +58,32 @@ defmodule MeshxRpc.PoolTest do
     assert Client.Pool.info(client).size == 1
   end
 
+  test "what is asked of one that has ended since it was found is closed, and has not run" do
+    {_server, address} = server()
+    id = unique("client")
+    {:ok, pid} = Client.Pool.start_link(id, address: address)
+    Process.unlink(pid)
+    await(fn -> Client.Pool.info(id).connected > 0 end)
+    # Callers find it for as long as it is not heard of its end.
+    %{entry: entry} = MeshxRpc.Entry.get({:client, id})
+    true = :erlang.suspend_process(entry)
+    Process.exit(pid, :kill)
+    await(fn -> :ets.whereis(id) == :undefined end)
+
+    assert Client.Pool.call(id, :echo, 1, 1_000, 0) == {:error_rpc, :closed}
+    assert Client.Pool.cast(id, :echo, 1, ack: true) == {:error_rpc, :closed}
+    request = Client.Async.send_request(id, :echo, 1)
+    assert Client.Async.receive_response(request, 10_000) == {:error_rpc, :closed}
+
+    closed =
+      assert_raise MeshxRpc.Error, fn ->
+        Enum.to_list(Client.Pool.stream(id, :echo, 1, retry: 0))
+      end
+
+    assert closed.reason == :closed
+    true = :erlang.resume_process(entry)
+  end
+
   # A server that another process can stop.
   defp leaving(options) do
     id = unique("leaving")

@@ -71,16 +71,18 @@ defmodule MeshxRpc.ReloadTest do
   end
 
   test "the server's module: calls go on, new functions are offered, removed ones are not" do
-    assert {{good, []}, running, added, removed} =
+    assert {{good, []}, running, added, [removed, not_started]} =
              in_peer("""
              load = Load.start(4)
              running = Task.async(fn -> call.(:slow, 1_500) end)
              :here = call.(:removed, 1)
+             cast = &MeshxRpc.Client.Pool.cast(:c, &1, 1, ack: true)
+             :ok = cast.(:removed)
              {:error_rpc, {:undef, _}} = call.(:added, 1)
              Process.sleep(200)
              api.("def added(_), do: :new")
              added = call.(:added, 1)
-             removed = call.(:removed, 1)
+             removed = [call.(:removed, 1), cast.(:removed)]
              # Once more: what is two versions old is purged, and there is none.
              running = Task.await(running)
              api.("def added(_), do: :newer")
@@ -92,6 +94,7 @@ defmodule MeshxRpc.ReloadTest do
     assert running == 1_500
     assert added == :new
     assert {:error_rpc, {:undef, [{Api, :removed, 1, _} | _]}} = removed
+    assert {:error_rpc, {:undef, [{Api, :removed, 1, _} | _]}} = not_started
   end
 
   test "each module of MeshxRpc, twice, as a release upgrade does: no call fails, no process is killed" do

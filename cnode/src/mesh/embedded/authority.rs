@@ -62,6 +62,24 @@ struct MeshFile {
     trust_domain: String,
 }
 
+impl MeshFile {
+    fn read(text: &str) -> Result<Self, MeshError> {
+        serde_json::from_str(text).map_err(|error| MeshError::Unavailable(format!("mesh.json: {error}")))
+    }
+}
+
+impl MeshDir {
+    /// In which trust domain all names of the mesh are; none while it is being made.
+    ///
+    /// # Errors
+    /// [`MeshError::Unavailable`] when it cannot be read.
+    pub fn trust_domain(&self) -> Result<Option<String>, MeshError> {
+        let text = self.read("mesh.json")?;
+        text.map(|text| Ok(MeshFile::read(&text)?.trust_domain))
+            .transpose()
+    }
+}
+
 /// Signs leaf certificates for one trust domain.
 pub(super) struct Authority {
     trust_domain: String,
@@ -96,8 +114,7 @@ impl Authority {
     pub(super) fn load(dir: &MeshDir) -> Result<Self, MeshError> {
         let missing = |name: &str| MeshError::Unavailable(format!("{} is gone", dir.join(name).display()));
         let read = |name: &str| dir.read(name)?.ok_or_else(|| missing(name));
-        let mesh: MeshFile = serde_json::from_str(&read("mesh.json")?)
-            .map_err(|error| MeshError::Unavailable(format!("mesh.json: {error}")))?;
+        let mesh = MeshFile::read(&read("mesh.json")?)?;
         if mesh.version != VERSION {
             return Err(MeshError::Refused(format!(
                 "the mesh has version {}, this program knows {VERSION}: use the program that made it, or another directory",

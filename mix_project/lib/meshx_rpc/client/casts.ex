@@ -62,13 +62,13 @@ defmodule MeshxRpc.Client.Casts do
       moved: 0
     }
 
-    case :ets.lookup(pool.table, :casts) do
+    case Pool.lookup(pool.table, :casts) do
       [{:casts, keeper}] ->
         if reserve(pool, size),
           do: hand_over(keeper, cast, options[:ack]),
           else: refused(pool, fun, :full, options[:ack])
 
-      # The pool is about to start.
+      # The pool is about to start, or has ended.
       [] ->
         refused(pool, fun, :closed, options[:ack])
     end
@@ -85,6 +85,8 @@ defmodule MeshxRpc.Client.Casts do
 
       receive do
         {^monitor, result} -> result
+        # It was gone before our message came.
+        {:DOWN, ^monitor, :process, _pid, :noproc} -> {:error_rpc, :closed}
         {:DOWN, ^monitor, :process, _pid, _reason} -> {:error_rpc, :tcp_closed}
       after
         # Others of its key, or a pause, may be before it; when its turn comes it is not sent any more.

@@ -113,7 +113,7 @@ defmodule MeshxRpc.Client.Pool do
 
     %{
       size: size,
-      connected: Enum.count(1..most, &(:ets.lookup(table, &1) != [])),
+      connected: Enum.count(1..most, &(lookup(table, &1) != [])),
       in_flight: Enum.sum(for(index <- 1..most, do: in_flight(pool, index))),
       casts: Casts.waiting(pool),
       cast_failures: :atomics.get(casts, 3),
@@ -124,7 +124,7 @@ defmodule MeshxRpc.Client.Pool do
   @doc false
   # The calls of a connection, with those that callers have written themselves.
   def in_flight(%{table: table, load: load}, index) do
-    case :ets.lookup(table, {:direct, index}) do
+    case lookup(table, {:direct, index}) do
       [{_key, _pid, direct}] -> :counters.get(load, index) + Direct.count(direct)
       [] -> :counters.get(load, index)
     end
@@ -179,6 +179,14 @@ defmodule MeshxRpc.Client.Pool do
   end
 
   @doc false
+  # Nothing also when the pool has ended since its caller found it, and its table with it.
+  def lookup(table, key) do
+    :ets.lookup(table, key)
+  rescue
+    ArgumentError -> []
+  end
+
+  @doc false
   # The connection with the fewest calls, of those that are up, and the largest argument that its server takes.
   def connection(pool) do
     with {:ok, pid, max_message, _trace} <- route(pool), do: {:ok, pid, max_message}
@@ -195,7 +203,7 @@ defmodule MeshxRpc.Client.Pool do
   # own, since it holds a reference whose copies are counted.
   def direct(%{table: table, load: load}, index, pid) do
     with 0 <- :counters.get(load, index),
-         [{_key, ^pid, direct}] <- :ets.lookup(table, {:direct, index}) do
+         [{_key, ^pid, direct}] <- lookup(table, {:direct, index}) do
       direct
     else
       _busy_or_gone -> nil
@@ -213,7 +221,7 @@ defmodule MeshxRpc.Client.Pool do
   end
 
   defp only(%{table: table}) do
-    case :ets.lookup(table, 1) do
+    case lookup(table, 1) do
       [row] -> {:ok, row}
       [] -> :none
     end
@@ -221,7 +229,7 @@ defmodule MeshxRpc.Client.Pool do
 
   defp least_loaded(%{table: table} = pool, last) do
     case for index <- 1..last,
-             [row] <- [:ets.lookup(table, index)],
+             [row] <- [lookup(table, index)],
              do: {load(pool, index), row} do
       [] ->
         :none
@@ -249,7 +257,7 @@ defmodule MeshxRpc.Client.Pool do
   @doc false
   # What telemetry tells of a connection.
   def metadata(%{table: table}, pid) do
-    case :ets.lookup(table, {:metadata, pid}) do
+    case lookup(table, {:metadata, pid}) do
       [{_key, metadata}] -> metadata
       [] -> %{}
     end

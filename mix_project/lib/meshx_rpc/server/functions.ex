@@ -74,11 +74,17 @@ defmodule MeshxRpc.Server.Functions do
     end
   end
 
-  @doc "A function of the module itself, for requests that name one in their argument."
+  @doc """
+  A function of the module itself, for requests that name one in their argument. One that the module has no longer,
+  loaded anew, is none: whoever asks may tell that it starts before it does.
+  """
   @spec own(map(), binary()) :: {:ok, atom()} | :error
-  def own(config, name) do
-    case find(config.offered, name, config.module, config.functions) do
-      {{:ok, fun}, _functions} when is_atom(fun) -> {:ok, fun}
+  def own(%{module: module} = config, name) do
+    with {{:ok, fun}, _functions} when is_atom(fun) <-
+           find(config.offered, name, module, config.functions),
+         true <- Code.ensure_loaded?(module) and function_exported?(module, fun, 1) do
+      {:ok, fun}
+    else
       _unknown_or_ours -> :error
     end
   end

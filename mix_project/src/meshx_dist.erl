@@ -493,14 +493,12 @@ handshake_options(Socket) ->
     ok = inet:setopts(Socket, [{packet_size, 0}, {send_timeout, infinity}]).
 
 with_socket(Socket, Link, Handshake) ->
-    Up = fun() ->
-        up(),
-        meshx_links:up(Link)
-    end,
-    Data = hs_data(Socket, Up, Handshake),
+    Data = hs_data(Socket, fun up/0, Handshake),
     Data#hs_data{
+        %% The other node is connected by now, and nobody has been told so yet: who is told finds the link up.
         f_address = fun(_, Node) ->
             meshx_links:named(Link, Node),
+            meshx_links:up(Link),
             net_address(Node)
         end
     }.

@@ -297,21 +297,18 @@ mod tests {
             balancer.succeeded("bad");
             balancer.failed("bad");
             assert_eq!(order(), ["bad", "good"], "only failures in a row count");
-            for _ in 1..EJECT_AFTER {
-                balancer.failed("bad");
-            }
-            assert_eq!(order(), ["good", "bad"], "it is tried all the same, at last");
-            let left = || {
+            let fails = |times, ejected| {
+                let began = Instant::now();
+                for _ in 0..times {
+                    balancer.failed("bad");
+                }
                 let until = balancer.lock().troubles["bad"].ejected_until;
-                until.duration_since(Instant::now()).as_secs() + 1
+                assert!((began + ejected..=Instant::now() + ejected).contains(&until));
             };
-            assert_eq!(left(), EJECTED.as_secs());
-            balancer.failed("bad");
-            assert_eq!(left(), 2 * EJECTED.as_secs());
-            for _ in 0..100 {
-                balancer.failed("bad");
-            }
-            assert_eq!(left(), EJECTED_MAX.as_secs());
+            fails(EJECT_AFTER - 1, EJECTED);
+            assert_eq!(order(), ["good", "bad"], "it is tried all the same, at last");
+            fails(1, 2 * EJECTED);
+            fails(100, EJECTED_MAX);
             balancer.lock().troubles.get_mut("bad").unwrap().ejected_until = Instant::now();
             assert_eq!(order(), ["bad", "good"], "its time is over");
             balancer.succeeded("bad");

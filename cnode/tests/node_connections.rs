@@ -70,13 +70,19 @@ async fn real_epmd(addr: SocketAddr) -> Child {
     child
 }
 
+/// An address that nobody else gets while its daemon is away: the system gives such a port to nobody who asks for
+/// any, and no other test takes it while the port before it is held.
+fn own_address() -> (std::net::TcpListener, SocketAddr) {
+    let bind = |port| std::net::TcpListener::bind(("127.0.0.1", port)).ok();
+    (11_000..12_000)
+        .step_by(2)
+        .find_map(|port| Some((bind(port)?, bind(port + 1)?.local_addr().unwrap())))
+        .unwrap()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_node_outlives_its_epmd() {
-    let addr = TcpListener::bind("127.0.0.1:0")
-        .await
-        .unwrap()
-        .local_addr()
-        .unwrap();
+    let (_held, addr) = own_address();
     let mut epmd = real_epmd(addr).await;
     let builder = || Node::builder("search@127.0.0.1").cookie(COOKIE).plain_epmd(addr);
     let node = builder().start().await.unwrap();

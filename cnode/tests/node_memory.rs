@@ -99,6 +99,8 @@ async fn memory_of_mailboxes_monitors_and_links() {
         node.ping("cart@127.0.0.1", LONG).await.unwrap();
     })
     .await;
+    // These are too many for what was freed before to hold them: else nothing was measured.
+    assert!(mailbox > 0);
     for (what, each, bound) in [
         ("mailbox", mailbox, 2048),
         ("named mailbox", name, 2048),
@@ -106,6 +108,6 @@ async fn memory_of_mailboxes_monitors_and_links() {
         ("incoming monitor", incoming, 2048),
         ("link", links, 2048),
     ] {
-        assert!(each > 0 && each < bound, "{what}: {each} B");
+        assert!(each < bound, "{what}: {each} B");
     }
 }

@@ -388,30 +388,31 @@ mod tests {
             balancer.succeeded("bad");
             balancer.failed("bad");
             assert_eq!(order(), ["bad", "good"], "only failures in a row count");
-            for _ in 1..EJECT_AFTER {
-                balancer.failed("bad");
-            }
-            assert_eq!(order(), ["good", "bad"], "it is tried all the same, at last");
-            let left = || {
-                let until = balancer.lock().troubles["bad"].ejected_until;
-                until.duration_since(Instant::now()).as_secs() + 1
+            let until = || balancer.lock().troubles["bad"].ejected_until;
+            let set = |time, change: &dyn Fn()| {
+                let began = Instant::now();
+                change();
+                assert!((began + time..=Instant::now() + time).contains(&until()));
             };
-            assert_eq!(left(), EJECTED.as_secs());
-            balancer.failed("bad");
-            assert_eq!(left(), EJECTED.as_secs(), "by the fault that it is ejected for");
+            let fail = || balancer.failed("bad");
+            (2..EJECT_AFTER).for_each(|_| fail());
+            set(EJECTED, &fail);
+            assert_eq!(order(), ["good", "bad"], "it is tried all the same, at last");
+            let before = until();
+            fail();
+            assert_eq!(until(), before, "by the fault that it is ejected for");
             let serve = || balancer.lock().troubles.get_mut("bad").unwrap().ejected_until = Instant::now();
             for times in [2, 4, 8, 16, 30, 30] {
                 serve();
                 assert_eq!(order(), ["bad", "good"], "its time is over");
                 let tried = balancer.dialling("bad");
                 assert_eq!(order(), ["good", "bad"], "one link is enough to try it");
-                balancer.failed("bad");
-                assert_eq!(left(), times * EJECTED.as_secs());
+                set(times * EJECTED, &fail);
                 drop(tried);
             }
             serve();
-            drop(balancer.dialling("bad"));
-            assert_eq!(left(), TRIED.as_secs(), "who tried it gave up");
+            // Who tried it gave up.
+            set(TRIED, &|| drop(balancer.dialling("bad")));
             balancer.succeeded("bad");
             assert!(balancer.lock().troubles.is_empty());
         }

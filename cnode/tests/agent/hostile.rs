@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read, Write},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use meshx::{
@@ -15,7 +15,7 @@ use meshx::{
 };
 use meshx_etf::Term;
 
-use crate::support::{Agent, Client, PATIENCE, cause, hello_args, temp, until};
+use crate::support::{Agent, Client, LONG, PATIENCE, cause, hello_args, temp, until};
 
 #[test]
 fn hello_comes_first_with_a_common_version() {
@@ -127,7 +127,7 @@ fn a_client_that_is_silent_or_slow_is_dropped_in_time() {
     let took = began.elapsed();
     println!("dropped after {took:?}");
     assert!(
-        took >= HELLO_TIME.min(FRAME_TIME) && took < HELLO_TIME.max(FRAME_TIME) + PATIENCE,
+        took >= HELLO_TIME.min(FRAME_TIME) && took < 3 * HELLO_TIME.max(FRAME_TIME),
         "{took:?}"
     );
     // One that has said hello may be silent as long as it likes.
@@ -155,10 +155,6 @@ fn a_client_that_does_not_read_is_dropped() {
     let agent = Agent::start(root.path(), "a", &["h1"], &[]);
     let mut other = agent.connect();
     let mut client = agent.connect();
-    client
-        .stream
-        .set_write_timeout(Some(Duration::from_millis(200)))
-        .unwrap();
     let frame = meshx::agent::control::message::Request {
         id: 1,
         command: "x".repeat(200),
@@ -206,7 +202,8 @@ fn too_many_unanswered_requests_are_refused() {
         let Some(Message::Reply { result, .. }) = client.receive() else {
             panic!("no reply")
         };
-        result.unwrap();
+        // The last of them may have waited for the mesh for all of their time, if its disk is busy.
+        assert!(result.is_ok() || result.is_err_and(|(cause, _)| cause == "not_ready"));
     }
 }
 
@@ -315,7 +312,7 @@ fn clients_that_ask_much_keep_nobody_from_registering() {
         }
     }
     // The last of them was read: a further one is refused.
-    until(PATIENCE, "all requests being read", || {
+    until(LONG, "all requests being read", || {
         crowd.iter_mut().all(|client| {
             client.send("check", pair());
             matches!(client.receive(), Some(Message::Reply { result: Err((cause, _)), .. }) if cause == "limit")

@@ -13,7 +13,7 @@ use meshx::agent::{
 use meshx_etf::Term;
 use tokio::time::timeout;
 
-use crate::support::{Agent, PATIENCE, echo_link, temp};
+use crate::support::{Agent, LONG, echo_link, temp};
 
 #[tokio::test]
 async fn it_says_hello_asks_many_things_at_once_and_hears_of_the_end() {
@@ -46,7 +46,7 @@ async fn it_says_hello_asks_many_things_at_once_and_hears_of_the_end() {
     let mut events = client.events();
     agent.child.kill().unwrap();
     agent.wait_exit();
-    assert_eq!(timeout(PATIENCE, events.recv()).await.unwrap(), None);
+    assert_eq!(timeout(LONG, events.recv()).await.unwrap(), None);
     let gone = client.request("names", map([])).await.unwrap_err();
     assert!(matches!(gone, ClientError::Closed(_)), "{gone}");
 }

@@ -13,7 +13,7 @@ use meshx::mesh::embedded::{Action, MeshDir, Rules};
 use meshx_etf::Term;
 use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
 
-use crate::support::{Agent, PATIENCE, creation, echo_link, temp, until};
+use crate::support::{Agent, LONG, creation, echo_link, temp, until};
 
 fn mode(path: &Path) -> u32 {
     fs::metadata(path).unwrap().mode() & 0o7777
@@ -141,7 +141,7 @@ fn after_sigkill_the_directory_is_used_again() {
         proof = Some((creation(&node), secret.to_vec()));
         assert_eq!(other.names(), ["shop@h1"]);
         // What is noted of it is in the file.
-        until(PATIENCE, "the name to be noted", || {
+        until(LONG, "the name to be noted", || {
             fs::read_to_string(agent.dir.join("names.json")).is_ok_and(|names| names.contains("shop@h1"))
         });
         agent.child.kill().unwrap();
@@ -150,9 +150,7 @@ fn after_sigkill_the_directory_is_used_again() {
             agent.dir.join("control.sock").exists(),
             "it had no time to remove it"
         );
-        until(PATIENCE, "the dead agent's names to go", || {
-            other.names().is_empty()
-        });
+        until(LONG, "the dead agent's names to go", || other.names().is_empty());
     }
 }
 

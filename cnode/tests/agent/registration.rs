@@ -316,7 +316,7 @@ fn what_the_mesh_takes_too_late_is_taken_back() {
     drop(leaving);
     assert_eq!(cause(silent.register("shop@h1", &socket)), "not_ready");
     let took = began.elapsed();
-    assert!(took >= MESH_TIME && took < MESH_TIME + PATIENCE, "{took:?}");
+    assert!(took >= MESH_TIME && took < 3 * MESH_TIME, "{took:?}");
     assert_eq!(
         cause(silent.register("shop@h1", &socket)),
         "name_taken",

@@ -19,7 +19,7 @@ use tempfile::TempDir;
 pub(crate) const PROMISED: Duration = Duration::from_secs(1);
 pub(crate) const PATIENCE: Duration = Duration::from_secs(3);
 /// For what has no promise.
-const LONG: Duration = Duration::from_secs(30);
+pub(crate) const LONG: Duration = Duration::from_secs(30);
 
 /// A short temporary directory (sockets have 108 bytes) with one mesh in it.
 pub(crate) fn temp() -> TempDir {
@@ -88,7 +88,7 @@ impl Agent {
 
     /// The next line of the log in which all of these are.
     pub(crate) fn wait_log(&self, words: &[&str]) {
-        until(PATIENCE, &format!("{words:?} in the log"), || {
+        until(LONG, &format!("{words:?} in the log"), || {
             self.log()
                 .lines()
                 .any(|line| words.iter().all(|word| line.contains(word)))

@@ -10,7 +10,6 @@ use std::{
     },
     path::Path,
     process::{Child, Command, Output, Stdio},
-    time::Duration,
 };
 
 use meshx::agent::{
@@ -22,7 +21,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::{
-    support::{Agent, Client, PATIENCE, Refused, creation, echo_link, temp, until},
+    support::{Agent, Client, LONG, PATIENCE, Refused, creation, echo_link, temp, until},
     takeover_epmd::{EPMD, epmd, epmd_port},
 };
 
@@ -59,7 +58,7 @@ impl Peer {
     /// Welcomed, as soon as no earlier one is any more.
     pub(crate) fn welcomed(agent: &Agent, versions: (u32, u32)) -> (Self, Value) {
         let mut welcome = None;
-        until(PATIENCE, "a welcome", || {
+        until(LONG, "a welcome", || {
             let mut peer = Self::connect(agent);
             let answer = peer.hello(versions);
             let welcomed = answer.get("welcome").is_some();
@@ -75,8 +74,6 @@ impl Peer {
     }
 }
 
-/// For what has no promise.
-pub(crate) const LONG: Duration = Duration::from_secs(30);
 /// A client with a registered node that the agent must keep.
 pub(crate) fn client(agent: &Agent) -> (Client, UnixListener) {
     let mut client = agent.connect();
@@ -113,11 +110,7 @@ fn a_client_keeps_its_connection_its_names_and_its_links() {
     stranger.hello();
     // The link is the first process's, is shown by the second, and carries bytes.
     let shown = || client.ask("links", map([])).unwrap().to_string().contains(&link);
-    until(
-        PATIENCE,
-        "the first process to tell the second of its link",
-        shown,
-    );
+    until(LONG, "the first process to tell the second of its link", shown);
     near.write_all(b"more").unwrap();
     let mut bytes = [0; 4];
     far.read_exact(&mut bytes).unwrap();
@@ -131,7 +124,7 @@ fn a_client_keeps_its_connection_its_names_and_its_links() {
         let links = third.connect().ask("links", map([])).unwrap();
         links.to_string().contains(&link)
     };
-    until(PATIENCE, "the first process to tell the third of its link", shown);
+    until(LONG, "the first process to tell the third of its link", shown);
     let deregister = map([("id", text("shop@h1"))]);
     client.ask("deregister", deregister).unwrap();
     let again = client.register("shop@h1", &socket).unwrap();

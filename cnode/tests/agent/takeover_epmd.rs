@@ -17,8 +17,8 @@ use rustix::process::Signal;
 use serde_json::json;
 
 use crate::{
-    support::{Agent, Client, PATIENCE, temp, until},
-    takeover::{LONG, Peer, client},
+    support::{Agent, Client, LONG, PATIENCE, temp, until},
+    takeover::{Peer, client},
 };
 
 /// An agent that is EPMD.
@@ -185,11 +185,11 @@ fn a_port_of_plain_distribution_leads_on_and_its_links_live() {
     read_to(&mut far, b"still here");
     assert_eq!(port(&mut client), before);
     let (_near, _far) = dial("another@h1");
-    let links = client.ask("links", map([])).unwrap().to_string();
-    assert!(
-        links.contains("console@h1") && links.contains("another@h1"),
-        "{links}"
-    );
+    // Each process has one of them, and the first tells the second of its own when it is asked to.
+    until(LONG, "both links", || {
+        let links = client.ask("links", map([])).unwrap().to_string();
+        links.contains("console@h1") && links.contains("another@h1")
+    });
     assert!(second.names() == ["shop@h1"]);
     // The rules of the new process end the link of the old one.
     // Its end is told beside the answer.

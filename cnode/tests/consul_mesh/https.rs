@@ -7,9 +7,8 @@ use meshx::mesh::consul::{ConsulArgs, ConsulFile, ConsulSettings};
 use meshx::mesh::{Certificates, Diagnosis, MeshError, Registration};
 use rcgen::{BasicConstraints, CertificateParams, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair};
 use serde_json::json;
-use std::net::TcpListener;
 
-use crate::support::{Consul, node, open, ready, service, until};
+use crate::support::{Consul, Ports, node, open, ready, service, until};
 
 struct Authority {
     issuer: Issuer<'static, KeyPair>,
@@ -57,17 +56,14 @@ impl Authority {
 }
 
 async fn https(authority: &Authority, names: &[&str]) -> (Consul, u16) {
-    let port = TcpListener::bind("127.0.0.1:0")
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port();
+    let ports = Ports::take();
+    let port = ports.https();
     let (certificate, key) = authority.issue("server", names);
     let config = json!({
         "ports": { "https": port }, "ca_file": authority.path(), "cert_file": certificate, "key_file": key,
         "verify_incoming_https": true,
     });
-    (Consul::start(&["-dev"], config).await, port)
+    (Consul::start_at(ports, &["-dev"], config).await, port)
 }
 
 fn settings(env: &[(&str, &Path)], port: u16, more: ConsulArgs) -> Result<ConsulSettings, Vec<String>> {

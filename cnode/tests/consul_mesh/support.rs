@@ -26,6 +26,7 @@ pub(crate) const MASTER: &str = "11111111-2222-3333-4444-555555555555";
 /// A Consul server on loopback, ended when dropped.
 pub(crate) struct Consul {
     child: Option<Child>,
+    _ports: Ports,
     pub(crate) dir: TempDir,
     pub(crate) http: u16,
     options: Vec<String>,
@@ -42,6 +43,7 @@ impl Consul {
     /// In memory, where what no token permits is forbidden.
     pub(crate) async fn with_acl() -> Self {
         let mut consul = Self::prepare(
+            Ports::take(),
             &["-dev"],
             json!({ "acl": { "enabled": true, "default_policy": "deny", "tokens": { "master": MASTER } } }),
         );
@@ -60,16 +62,19 @@ impl Consul {
     }
 
     pub(crate) async fn start(options: &[&str], config: Value) -> Self {
-        let mut consul = Self::prepare(options, config);
+        Self::start_at(Ports::take(), options, config).await
+    }
+
+    pub(crate) async fn start_at(ports: Ports, options: &[&str], config: Value) -> Self {
+        let mut consul = Self::prepare(ports, options, config);
         consul.run().await;
         consul
     }
 
-    fn prepare(options: &[&str], config: Value) -> Self {
+    fn prepare(ports: Ports, options: &[&str], config: Value) -> Self {
         let dir = tempfile::Builder::new().prefix("mxc").tempdir_in("/tmp").unwrap();
-        let (http, ports) = free_ports();
         let mut all = json!({
-            "ports": ports,
+            "ports": ports.config(),
             "bind_addr": "127.0.0.1",
             "client_addr": "127.0.0.1",
             "connect": { "enabled": true },
@@ -83,8 +88,9 @@ impl Consul {
         }
         Self {
             child: None,
+            http: ports.http(),
+            _ports: ports,
             dir,
-            http,
             options,
             token: None,
             client: http_client(),
@@ -343,19 +349,53 @@ fn http_client() -> reqwest::Client {
     builder.tls_backend_preconfigured(tls).build().unwrap()
 }
 
-/// Ports that were free a moment ago.
-fn free_ports() -> (u16, Value) {
-    let names = ["http", "dns", "server", "serf_lan", "serf_wan"];
-    let listeners: Vec<_> = names.map(|_| TcpListener::bind("127.0.0.1:0").unwrap()).into();
-    let ports: Vec<u16> = listeners
-        .iter()
-        .map(|listener| listener.local_addr().unwrap().port())
-        .collect();
-    let mut all = json!({ "https": -1, "grpc": -1 });
-    for (name, port) in names.iter().zip(&ports) {
-        all[*name] = json!(port);
+/// Ports that nobody else gets, also while their Consul is away: the system gives none of them to who asks for any,
+/// and another Consul of these tests takes none behind a first one that is held.
+pub(crate) struct Ports {
+    first: TcpListener,
+}
+
+impl Ports {
+    /// Those of Consul that have a port here, in the order of their ports.
+    const NAMES: [&str; 5] = ["http", "dns", "server", "serf_lan", "serf_wan"];
+    const BLOCK: u16 = 10;
+    const BLOCKS: u16 = 800;
+
+    pub(crate) fn take() -> Self {
+        let bind = |port| TcpListener::bind(("127.0.0.1", port));
+        // Whoever begins elsewhere finds his at once.
+        let begin = (std::process::id() % u32::from(Self::BLOCKS)) as u16;
+        (0..Self::BLOCKS)
+            .map(|at| 12_000 + (begin + at) % Self::BLOCKS * Self::BLOCK)
+            .find_map(|port| {
+                let first = bind(port).ok()?;
+                (1..Self::BLOCK)
+                    .all(|more| bind(port + more).is_ok())
+                    .then_some(Self { first })
+            })
+            .unwrap()
     }
-    (ports[0], all)
+
+    fn port(&self, at: u16) -> u16 {
+        self.first.local_addr().unwrap().port() + at
+    }
+
+    fn http(&self) -> u16 {
+        self.port(1)
+    }
+
+    /// Not listened on unless the configuration says so.
+    pub(crate) fn https(&self) -> u16 {
+        self.port(Self::BLOCK - 1)
+    }
+
+    fn config(&self) -> Value {
+        let mut all = json!({ "https": -1, "grpc": -1 });
+        for (name, at) in Self::NAMES.iter().zip(1..) {
+            all[*name] = json!(self.port(at));
+        }
+        all
+    }
 }
 
 fn merge(into: &mut Value, from: Value) {

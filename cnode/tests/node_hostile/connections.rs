@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::node_support::{COOKIE, Epmd, LONG, soon};
-use crate::scene::{EVIL, Raw, Scene, pid};
+use crate::scene::{EVIL, Raw, Scene, TICK_TIME, pid};
 use meshx::node::{ConnectError, DownReason, Limits, Node};
 use meshx_dist::control::Control;
 use meshx_dist::link::Sender;
@@ -151,7 +151,7 @@ async fn a_frame_that_never_ends_is_no_sign_of_life() {
     let mut scene = Scene::new(Limits::default()).await;
     let mut raw = Raw::connect(&scene.epmd, COOKIE).await.unwrap();
     raw.write(b"\0\0\x10\0\x83").await;
-    assert_eq!(scene.end().await, DownReason::Silent(Duration::from_secs(2)));
+    assert_eq!(scene.end().await, DownReason::Silent(TICK_TIME));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -173,7 +173,7 @@ async fn a_wrong_cookie_gets_nowhere() {
 async fn slow_handshakes_are_ended_and_hold_up_nobody_for_long() {
     let limits = Limits {
         handshakes: 2,
-        handshake_time: Duration::from_millis(300),
+        handshake_time: Duration::from_secs(2),
         ..Limits::default()
     };
     let scene = Scene::new(limits).await;

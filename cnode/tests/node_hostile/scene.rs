@@ -135,6 +135,9 @@ pub(crate) fn monitor(id: u32, name: &str) -> Control {
     }
 }
 
+/// Longer than a busy machine keeps anybody from sending: who is held up for as long is silent.
+pub(crate) const TICK_TIME: Duration = Duration::from_secs(8);
+
 /// A node with these limits, and a friend that is connected to it all the time.
 pub(crate) struct Scene {
     pub(crate) epmd: Epmd,
@@ -149,13 +152,13 @@ impl Scene {
         let builder = epmd
             .builder("search@127.0.0.1")
             .limits(limits)
-            .net_ticktime(Duration::from_secs(2));
+            .net_ticktime(TICK_TIME);
         let node = builder.start().await.unwrap();
         node.serve("echo", |request: Term| async move { request })
             .unwrap();
         let friend = epmd
             .builder("friend@127.0.0.1")
-            .net_ticktime(Duration::from_secs(2))
+            .net_ticktime(TICK_TIME)
             .start()
             .await
             .unwrap();

@@ -166,7 +166,7 @@ async fn envoy_follows_a_new_authority() {
     let path = "connect/ca/configuration";
     world.consul.call(reqwest::Method::PUT, path, config).await;
     // Until the leaf is one of the new authority, which takes Consul up to half a minute.
-    support::until("a new authority", || async {
+    support::within(Duration::from_secs(120), "a new authority", || async {
         let (roots_now, leaf_now) = tokio::join!(world.mesh.roots(), world.mesh.identity(&service("cart")));
         assert!(greeted(way.bind).await.is_some(), "a new connection failed");
         (roots_now.ok()? != roots && leaf_now.ok()?.chain != before.chain).then_some(())

@@ -2,6 +2,7 @@ defmodule Meshx.AgentTest do
   # The agent's client is one for the VM, and finds the agent by the environment.
   use MeshxRpc.Case, async: false
   import ExUnit.CaptureLog
+  import Meshx.MeshCase, only: [ready: 1]
   alias Meshx.ScriptedAgent
 
   setup do
@@ -38,20 +39,12 @@ defmodule Meshx.AgentTest do
       start_supervised({ScriptedAgent, dir: directory, scripts: [control: script]}, id: :agent)
 
     {:ok, _client} = :meshx_agent.start()
+    ready(directory)
     on_exit(fn -> File.rm_rf!(directory) end)
     {:ok, agent: agent, directory: directory, script: script, path: path}
   end
 
-  # The client may still be on its way from another test's agent.
-  defp eventually_ready(left \\ 500) do
-    case :meshx_agent.await() do
-      {:ok, _hello} -> :ok
-      {:error, _reason} when left > 0 -> eventually_ready(left - 1)
-    end
-  end
-
   test "a server and a client meet through the agent, and give back what they got", %{path: path} do
-    eventually_ready()
     {server, {:uds, ^path}} = mesh_server()
     assert_receive {:register_service, %{name: "cart"}}
     client = client(nil, mesh: [service: "cart", as: "shop"])
@@ -65,7 +58,6 @@ defmodule Meshx.AgentTest do
   end
 
   test "after the agent's restart the service is there again under its address", context do
-    eventually_ready()
     {_server, address} = mesh_server()
     assert_receive {:register_service, args}
     refute Map.has_key?(args, :id)
@@ -85,7 +77,6 @@ defmodule Meshx.AgentTest do
   end
 
   test "a socket that the agent removed is made anew", context do
-    eventually_ready()
     {server, _address} = mesh_server()
     assert_receive {:register_service, _args}
 
@@ -107,8 +98,6 @@ defmodule Meshx.AgentTest do
   end
 
   test "a server waits for its agent, and says so", context do
-    eventually_ready()
-
     ScriptedAgent.set(context.agent, :control, fn
       id, :register_service, _args ->
         {:reply, {:reply, id, {:error, :not_permitted, "uid 0 may not be cart"}}}
@@ -128,7 +117,6 @@ defmodule Meshx.AgentTest do
   end
 
   test "the adapter's answers, and its words for wrong requests", %{path: path} do
-    eventually_ready()
     assert {:ok, "cart-h1-1", {:uds, ^path}} = Meshx.Agent.start("cart", nil, false, 5_000)
     assert {:ok, :already_started} = Meshx.Agent.start(:cart, nil, false, 5_000)
     assert {:ok, "cart-h1-1", _} = Meshx.Agent.start({"cart", "cart-h1-1"}, nil, true, 5_000)
@@ -147,8 +135,6 @@ defmodule Meshx.AgentTest do
   end
 
   test "what a process had ends with it", %{path: path} do
-    eventually_ready()
-
     {pid, monitor} =
       spawn_monitor(fn ->
         {:ok, _id, {:uds, ^path}} = Meshx.Agent.start("cart", nil, false, 5_000)

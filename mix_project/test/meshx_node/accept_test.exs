@@ -1,6 +1,7 @@
 defmodule MeshxNode.AcceptTest do
   # What comes in at a node's own socket.
   use Meshx.DistCase, async: true
+  import MeshxRpc.Case, only: [await: 1]
 
   setup context do
     agent = start_agent(context)
@@ -131,9 +132,11 @@ defmodule MeshxNode.AcceptTest do
   end
 
   test "a cut link ends with its cause as nodedown reason", %{agent: agent, shop: shop, cart: cart} do
-    ref = TestNode.cast(shop, :meshx_test_node, :nodedown_reason, [:cart@h2, 20_000])
+    ref = TestNode.cast(shop, :meshx_test_node, :nodedown_reason, [:cart@h2, 60_000])
     :ok = TestNode.await_output(shop, "@connected")
     [{link, "shop@h1", "cart@h2"}] = ScriptedAgent.links(agent)
+    other = TestNode.cast(cart, :meshx_test_node, :nodedown_reason, [:shop@h1, 60_000])
+    :ok = TestNode.await_output(cart, "@connected")
 
     # A link that is not there is no fault.
     ScriptedAgent.push(
@@ -146,18 +149,22 @@ defmodule MeshxNode.AcceptTest do
       {:event, :cut, %{link: link, cause: :intention_denied, text: "rule 7 denies shop to cart"}}
 
     ScriptedAgent.push(agent, "shop@h1", cut)
-    assert_receive {^ref, {:ok, {:meshx, :intention_denied}}}, 20_000
+    assert_receive {^ref, {:ok, {:meshx, :intention_denied}}}, 60_000
 
     :ok =
       TestNode.await_output(shop, "a link was cut: intention_denied: rule 7 denies shop to cart")
 
     # The other end may have dialled anew by now.
     cut = Base.encode16(link, case: :lower)
-    refute Enum.any?(TestNode.call(shop, MeshxNode, :peers, []), &(&1.link == cut))
+    await(fn -> not Enum.any?(TestNode.call(shop, MeshxNode, :peers, []), &(&1.link == cut)) end)
+
+    # The other end sees a closed connection, and sees it later.
+    assert_receive {^other, {:ok, :connection_closed}}, 60_000
 
     # The accepting end can be told as well.
-    ref = TestNode.cast(cart, :meshx_test_node, :nodedown_reason, [:shop@h1, 20_000])
-    :ok = TestNode.await_output(cart, "@connected")
+    ref = TestNode.cast(cart, :meshx_test_node, :nodedown_reason, [:shop@h1, 60_000])
+    :ok = TestNode.await_output(cart, ~r/@connected.*@connected/s)
+    assert TestNode.call(cart, :net_adm, :ping, [:shop@h1]) == :pong
     {:ok, %{link: id}} = TestNode.call(cart, MeshxNode, :peer, [:shop@h1])
     link = Base.decode16!(id, case: :lower)
 
@@ -167,7 +174,6 @@ defmodule MeshxNode.AcceptTest do
       {:event, :cut, %{link: link, cause: :certificate_invalid, text: "expired"}}
     )
 
-    # The other end sees a closed connection.
-    assert_receive {^ref, {:ok, :connection_closed}}, 20_000
+    assert_receive {^ref, {:ok, :connection_closed}}, 60_000
   end
 end

@@ -142,7 +142,7 @@ defmodule MeshxNode.AdapterTest do
     open = fn -> :gen_tcp.connect({:local, path}, 0, [:binary, :local, active: true]) end
     {:ok, oldest} = open.()
     for _ <- 1..64, do: {:ok, _socket} = open.()
-    assert_receive {:tcp_closed, ^oldest}, 5_000
+    assert_receive {:tcp_closed, ^oldest}, 60_000
     TestNode.await_output(a, "more than 64 handshakes at once")
 
     b = node_vm(dir, "b", connect: {:ok, [{:ok, at(dir, "a")}]})
@@ -150,7 +150,7 @@ defmodule MeshxNode.AdapterTest do
     # Links that are up are no handshakes: what came after b is ended, b is not.
     {:ok, later} = open.()
     for _ <- 1..64, do: {:ok, _socket} = open.()
-    assert_receive {:tcp_closed, ^later}, 5_000
+    assert_receive {:tcp_closed, ^later}, 60_000
     assert TestNode.call(b, :erpc, :call, [:a@h, :erlang, :node, []]) == :a@h
     # By the link that was there.
     assert b |> TestNode.output() |> String.split("asked: {:connect") |> length() == 2
@@ -164,6 +164,7 @@ defmodule MeshxNode.AdapterTest do
     ScriptedAgent.await_node(agent, "a@h1")
     _b = start_node(context, "b@h1")
     assert TestNode.call(a, MeshxNode, :connect, [:b@h1]) == :ok
+    assert TestNode.call(a, :net_adm, :ping, [:b@h1]) == :pong
 
     assert [%{node: :b@h1, spiffe: "spiffe://test/callee"}] =
              TestNode.call(a, MeshxNode, :peers, [])

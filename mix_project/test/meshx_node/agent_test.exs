@@ -148,7 +148,7 @@ defmodule MeshxNode.AgentTest do
       assert again.socket == before.socket
 
       ScriptedAgent.await_node(agent, "cart@h2")
-      assert TestNode.call(shop, MeshxNode, :connect, [:cart@h2]) == :ok
+      assert connect_again(shop, :cart@h2) == :ok
       assert TestNode.call(shop, :erpc, :call, [:cart@h2, :erlang, :node, []]) == :cart@h2
     end
 
@@ -160,13 +160,17 @@ defmodule MeshxNode.AgentTest do
       assert TestNode.call(shop, :net_kernel, :connect_node, [:cart@h2])
       assert TestNode.call(shop, :net_kernel, :hidden_connect_node, [:audit@h2])
       watch = TestNode.cast(shop, :meshx_test_node, :await_nodes, [[:cart@h2], [:audit@h2]])
-      assert_receive {^watch, {:ok, :ok}}, 20_000
+      assert_receive {^watch, {:ok, :ok}}, 60_000
+      # What comes back is what was up, to the last step of its handshake.
+      for node <- [:cart@h2, :audit@h2],
+          do: assert(TestNode.call(shop, :net_adm, :ping, [node]) == :pong)
+
       lost = TestNode.cast(shop, :meshx_test_node, :await_nodes, [[], []])
       stop_agent()
-      assert_receive {^lost, {:ok, :ok}}, 20_000
+      assert_receive {^lost, {:ok, :ok}}, 60_000
       start_agent(context)
       back = TestNode.cast(shop, :meshx_test_node, :await_nodes, [[:cart@h2], [:audit@h2]])
-      assert_receive {^back, {:ok, :ok}}, 20_000
+      assert_receive {^back, {:ok, :ok}}, 60_000
     end
 
     test "a node that is refused then goes on asking", context do
@@ -203,9 +207,9 @@ defmodule MeshxNode.AgentTest do
       :ok = TestNode.await_output(shop, "@subscribed up")
       ScriptedAgent.push_raw(agent, "shop@h1", "garbage")
       :ok = TestNode.await_output(shop, "the agent sent a frame that is no external term")
-      ScriptedAgent.await_node(agent, "shop@h1")
+      ScriptedAgent.await_node(agent, "shop@h1", 2)
       stop_agent()
-      assert_receive {^ref, {:ok, [:down, :up, :down]}}, 20_000
+      assert_receive {^ref, {:ok, [:down, :up, :down]}}, 60_000
     end
   end
 
@@ -277,15 +281,15 @@ defmodule MeshxNode.AgentTest do
 
       assert {:error, {:timeout, text}} = TestNode.call(vm, :meshx_agent, :call, [:names, %{}, 50])
       assert text =~ "within 50 ms"
-      assert_receive {:asked, _}
+      assert_receive {:asked, _}, 60_000
 
       many = for _ <- 1..63, do: TestNode.cast(vm, :meshx_agent, :call, [:names, %{}, 60_000])
-      for _ <- 1..63, do: assert_receive({:asked, _}, 10_000)
+      for _ <- 1..63, do: assert_receive({:asked, _}, 60_000)
       assert {:error, {:limit, text}} = TestNode.call(vm, :meshx_agent, :call, [:links, %{}])
       assert text =~ "64 requests to the agent unanswered, at most 64"
 
       stop_agent()
-      for ref <- many, do: assert_receive({^ref, {:ok, {:error, {:unreachable, _}}}}, 10_000)
+      for ref <- many, do: assert_receive({^ref, {:ok, {:error, {:unreachable, _}}}}, 60_000)
     end
 
     test "an agent that leaves many unanswered is given up and dialled again", %{
@@ -300,7 +304,7 @@ defmodule MeshxNode.AgentTest do
       end)
 
       many = for _ <- 1..32, do: TestNode.cast(vm, :meshx_agent, :call, [:names, %{}, 50])
-      for ref <- many, do: assert_receive({^ref, {:ok, {:error, {_, _}}}}, 10_000)
+      for ref <- many, do: assert_receive({^ref, {:ok, {:error, {_, _}}}}, 60_000)
       :ok = TestNode.await_output(vm, "the agent left 32 requests unanswered")
       assert {:ok, %{agent: "scripted"}} = TestNode.call(vm, :meshx_agent, :await, [])
     end
@@ -369,9 +373,9 @@ defmodule MeshxNode.AgentTest do
     cart = start_node(context, "cart@h2")
     {:ok, _} = TestNode.call(vm, :meshx_agent, :start, [])
     assert {:ok, _} = TestNode.call(vm, :net_kernel, :start, [:shop@h1, %{name_domain: :longnames}])
-    ref = TestNode.cast(cart, :meshx_test_node, :nodedown_reason, [:shop@h1, 20_000])
+    ref = TestNode.cast(cart, :meshx_test_node, :nodedown_reason, [:shop@h1, 60_000])
     :ok = TestNode.await_output(cart, "@connected")
     TestNode.call(vm, :meshx_test_node, :kill_client, [])
-    assert_receive {^ref, {:ok, :connection_closed}}, 20_000
+    assert_receive {^ref, {:ok, :connection_closed}}, 60_000
   end
 end

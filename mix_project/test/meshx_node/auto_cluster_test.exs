@@ -39,7 +39,7 @@ defmodule MeshxNode.AutoClusterTest do
   end
 
   defp dialled do
-    assert_receive {:dialled, node, attempt}, 5_000
+    assert_receive {:dialled, node, attempt}, 30_000
     {node, attempt}
   end
 
@@ -155,6 +155,6 @@ defmodule MeshxNode.AutoClusterTest do
     strategy = MeshxNode.Cluster.Libcluster
     start_supervised!(%{id: :mesh, start: {strategy, :start_link, [[state]]}})
     tell(Module.concat(strategy, :mesh), Module.concat(strategy, :mesh), ["shop@e1"])
-    assert_receive {:mesh, {:erlang, :nodes, [:connected]}, :shop@e1}, 5_000
+    assert_receive {:mesh, {:erlang, :nodes, [:connected]}, :shop@e1}, 30_000
   end
 end

@@ -67,7 +67,7 @@ defmodule MeshxRpc.AsyncTest do
     id = Async.send_request(client, :wait, {name, 3}, 50)
     assert Async.receive_response(id, 10_000) == {:error_rpc, :timeout}
     await(fn -> Server.Pool.info(server).running == 0 end)
-    assert Client.Pool.info(client).in_flight == 0
+    await(fn -> Client.Pool.info(client).in_flight == 0 end)
     # It may have been over before it ran.
     receive(do: ({:running, _pid, 3} -> :ok), after: (0 -> :ok))
     assert Process.info(self(), :message_queue_len) == {:message_queue_len, 0}

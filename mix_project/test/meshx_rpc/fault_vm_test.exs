@@ -1,6 +1,7 @@
 defmodule MeshxRpc.FaultVmTest do
-  # Peers that are real operating system processes: stopped, killed, out of sight of any agent.
-  use MeshxRpc.Case, async: true
+  # Peers that are real operating system processes: stopped, killed, out of sight of any agent. Alone, so that this VM's
+  # memory is that of its test.
+  use MeshxRpc.Case, async: false
   alias MeshxRpc.{TestRelay, TestVm}
 
   @moduletag capture_log: true

@@ -176,6 +176,7 @@ defmodule MeshxRpc.MessageTest do
     {_server, address} = server(cks_mfa: {__MODULE__, :sha, :sha256})
     client = client_down(address)
     assert Client.Pool.call(client, :echo, 1, 5_000, 20, 10) == {:error_rpc, :closed}
+    await(fn -> Client.Pool.info(client).down != [] end)
     assert [{:settings, text}] = Client.Pool.info(client).down
     assert text =~ "checksums none, crc32, crc32c are offered, wanted one of user"
   end

@@ -45,7 +45,7 @@ defmodule MeshxRpc.MigrationTest do
     log =
       capture_log(fn ->
         {:ok, supervisor} = Example1.Application.start({:uds, path})
-        assert Example1.Client.call(:ping, [], 10_000, 100, 10) == :pong
+        assert Example1.Client.call(:ping, [], 20_000, 1_000, 10) == :pong
         assert Example1.Client.echo("hello world") == "hello world"
         assert Example1.Client.call(:echo) == []
         assert Example1.Client.call!(:echo, %{a: 1}, 5_000) == %{a: 1}

@@ -3,6 +3,7 @@ defmodule MeshxRpc.OverloadTest do
   alias MeshxRpc.{Codec.Wire, Frame, TestPeer}
 
   @moduletag capture_log: true
+  @moduletag timeout: 180_000
 
   defp listen do
     {:ok, listen} = :gen_tcp.listen(0, [:binary, active: false, ip: {127, 0, 0, 1}])

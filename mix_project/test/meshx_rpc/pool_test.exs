@@ -1,7 +1,7 @@
 defmodule MeshxRpc.PoolTest do
   # How many connections there are, when they are made anew, and how a server leaves.
   use MeshxRpc.Case, async: true
-  alias MeshxRpc.{Shared, TestPeer, TestRelay, TestVm}
+  alias MeshxRpc.{Shared, TestPeer, TestProxy, TestRelay, TestVm}
   alias MeshxRpc.Client.Direct
 
   @moduletag capture_log: true
@@ -141,7 +141,7 @@ defmodule MeshxRpc.PoolTest do
   test "a server that is silent is asked, and given up when it does not answer" do
     {:ok, listen} = :gen_tcp.listen(0, [:binary, active: false, ip: {127, 0, 0, 1}])
     {:ok, port} = :inet.port(listen)
-    client = client_down({:tcp, {127, 0, 0, 1}, port}, ping_interval: 500)
+    client = client_down({:tcp, {127, 0, 0, 1}, port}, ping_interval: 2_000)
     socket = TestPeer.accept(listen)
     assert {0x21, 0, <<bytes::binary-size(8)>>} = TestPeer.frame(socket)
     :ok = :gen_tcp.send(socket, MeshxRpc.Codec.Wire.pong(bytes))
@@ -157,12 +157,20 @@ defmodule MeshxRpc.PoolTest do
 
   test "a server that answers is not given up, however quiet it is" do
     {server, address} = server()
-    client = client_down(address, ping_interval: 300)
+    test = self()
+
+    fun = fn direction, type, _frame ->
+      if {direction, type} == {:response, 0x22}, do: send(test, :answered)
+      :pass
+    end
+
+    proxy = start_supervised!({TestProxy, target: address, fun: fun})
+    client = client_down(TestProxy.address(proxy), ping_interval: 2_000)
     connected(client, 1)
     name = registered()
     calls = waiting(client, name, 1)
     # Some questions later.
-    {:ok, _} = {:ok, Process.sleep(1_500)}
+    for _ <- 1..2, do: assert_receive(:answered, 30_000)
     assert Server.Pool.info(server).connections == 1
     answer(calls)
   end
@@ -170,7 +178,7 @@ defmodule MeshxRpc.PoolTest do
   test "a connection that nobody uses is made anew, one that is used is not" do
     {:ok, listen} = :gen_tcp.listen(0, [:binary, active: false, ip: {127, 0, 0, 1}])
     {:ok, port} = :inet.port(listen)
-    options = [ping_interval: 700, idle_reconnect: 100, pool_opts: [size: 1]]
+    options = [ping_interval: 1_500, idle_reconnect: 100, pool_opts: [size: 1]]
     test = self()
 
     spawn_link(fn ->

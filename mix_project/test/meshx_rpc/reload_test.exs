@@ -60,6 +60,7 @@ defmodule MeshxRpc.ReloadTest do
     {:ok, peer, _node} =
       :peer.start_link(%{
         connection: :standard_io,
+        wait_boot: 60_000,
         args: Enum.flat_map(:code.get_path(), &[~c"-pa", &1])
       })
 

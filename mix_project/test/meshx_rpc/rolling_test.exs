@@ -43,7 +43,7 @@ defmodule MeshxRpc.RollingTest do
     [{_id, address} | _] = servers
     late = client_down(address, shared_key: @old)
     assert Client.Pool.call(late, :echo, 1, 5_000, 20, 10) == {:error_rpc, :closed}
-    assert [{:auth, _text}] = Client.Pool.info(late).down
+    await(fn -> match?([{:auth, _text}], Client.Pool.info(late).down) end)
   end
 
   defp roll_servers(servers, options) do

@@ -86,7 +86,7 @@ defmodule MeshxRpc.TelemetryTest do
   end
 
   test "failures are told by kind: what a function failed with may be its argument" do
-    {_server, client} = pair(timeout_execute: 2_000)
+    {_server, client} = pair(timeout_execute: 4_000)
     assert Client.Pool.call(client, :echo, 1, 10_000, 1_000, 5) == 1
     name = registered()
     Process.put(:secret, "what nobody must see")
@@ -98,7 +98,7 @@ defmodule MeshxRpc.TelemetryTest do
           {:throw_it, "what nobody must see", :infinity, :nocatch},
           {:badarith, 0, :infinity, :badarith},
           {:nothing, 1, :infinity, :undef},
-          {:wait, {name, 1}, 200, :timeout},
+          {:wait, {name, 1}, 2_000, :timeout},
           {:wait, {name, 1}, :infinity, :killed}
         ] do
       assert {:error_rpc, _reason} = Client.Pool.call(client, fun, argument, timeout)
@@ -157,10 +157,11 @@ defmodule MeshxRpc.TelemetryTest do
     assert second != first
 
     name = registered()
-    call = Task.async(fn -> Client.Pool.call(client, :wait, {name, 1}) end)
+    # It may come while the connection is made anew.
+    call = Task.async(fn -> Client.Pool.call(client, :wait, {name, 1}, :infinity, 1_000, 5) end)
     assert_receive {:running, pid, 1}, 10_000
     Process.sleep(700)
-    assert Server.Pool.info(server).connections == 1
+    await(fn -> Server.Pool.info(server).connections == 1 end)
     send(pid, {:answer, :undisturbed})
     assert Task.await(call) == :undisturbed
   end
@@ -308,6 +309,7 @@ defmodule MeshxRpc.TelemetryTest do
       {:ok, peer, _node} =
         :peer.start_link(%{
           connection: :standard_io,
+          wait_boot: 60_000,
           args: Enum.flat_map(:code.get_path(), &[~c"-pa", &1])
         })
 

@@ -8,6 +8,9 @@ defmodule Meshx.DistCase do
     quote do
       import Meshx.DistCase
       alias Meshx.{ScriptedAgent, TestNode}
+
+      # Each test starts VMs.
+      @moduletag timeout: 180_000
     end
   end
 
@@ -35,6 +38,17 @@ defmodule Meshx.DistCase do
     node = launch(context, ["-name", name | args])
     :ok = TestNode.await_boot(node)
     node
+  end
+
+  @doc """
+  Connects as soon as that is possible after the agent came back. The agent has a node a moment before the node knows of
+  it: until then it is refused at either end.
+  """
+  def connect_again(node, other, tries \\ 1_000) do
+    with {:error, _refusal} when tries > 0 <- TestNode.call(node, MeshxNode, :connect, [other]) do
+      Process.sleep(50)
+      connect_again(node, other, tries - 1)
+    end
   end
 
   @doc "Starts a BEAM without waiting; `args` follow `erl`'s own."

@@ -73,7 +73,7 @@ defmodule MeshxRpc.Case do
   @doc "Starts a client of one connection and waits until it is up."
   def client(address, options \\ []) do
     id = client_down(address, options)
-    _ = Client.Pool.call(id, :echo, 1, 10_000, 1_000, 5)
+    await(fn -> Client.Pool.info(id).connected > 0 end)
     id
   end
 

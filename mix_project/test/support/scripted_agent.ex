@@ -50,10 +50,10 @@ defmodule Meshx.ScriptedAgent do
 
   @doc "Waits until a node is registered, and was at least `count` times."
   def await_node(agent, node, count \\ 1),
-    do: GenServer.call(agent, {:await_node, node, count}, 20_000)
+    do: GenServer.call(agent, {:await_node, node, count}, 60_000)
 
   @doc "Waits until a node is not registered."
-  def await_gone(agent, node), do: GenServer.call(agent, {:await_gone, node}, 20_000)
+  def await_gone(agent, node), do: GenServer.call(agent, {:await_gone, node}, 60_000)
 
   @impl true
   def init(opts) do

@@ -7,7 +7,7 @@ defmodule Meshx.TestNode do
   """
   use GenServer
 
-  @boot_timeout 20_000
+  @boot_timeout 60_000
 
   @doc "Starts a BEAM: `args` follow `erl`'s own; `env` is a map of strings, `carrier` another one than `meshx`."
   def start_link(opts), do: GenServer.start_link(__MODULE__, opts)
@@ -19,7 +19,7 @@ defmodule Meshx.TestNode do
   def await_boot(node), do: GenServer.call(node, :await_boot, @boot_timeout)
 
   @doc "Runs a function there and gives its value; raises when it failed."
-  def call(node, module, fun, args, timeout \\ 20_000) do
+  def call(node, module, fun, args, timeout \\ 60_000) do
     case GenServer.call(node, {:call, {module, fun, args}}, timeout) do
       {:ok, value} -> value
       other -> raise "#{inspect(module)}.#{fun}/#{length(args)} failed: #{inspect(other)}"
@@ -34,14 +34,14 @@ defmodule Meshx.TestNode do
   end
 
   @doc "Waits until the output (log included) matches."
-  def await_output(node, pattern, timeout \\ 20_000),
+  def await_output(node, pattern, timeout \\ 60_000),
     do: GenServer.call(node, {:await_output, pattern}, timeout)
 
   @doc "All output so far."
   def output(node), do: GenServer.call(node, :output)
 
   @doc "SIGKILL; returns when the process is gone."
-  def kill(node), do: GenServer.call(node, :kill, 20_000)
+  def kill(node), do: GenServer.call(node, :kill, 60_000)
 
   @doc "Sends a signal, `STOP` for example."
   def signal(node, name), do: GenServer.call(node, {:signal, name})

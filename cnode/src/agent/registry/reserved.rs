@@ -225,7 +225,7 @@ mod tests {
         let text = fs::read_to_string(&file).unwrap();
         assert!(!text.contains(&format!("{:?}", secret.expose()).replace(' ', "")));
 
-        let reserved = Reserved::load(&file, Duration::from_secs(10));
+        let reserved = Reserved::load(&file, Duration::from_secs(19));
         reserved.check("cart@h1", peer(8), None).unwrap();
         reserved.check("shop@h1", peer(7), Some(&secret)).unwrap();
         for (uid, shown) in [(7, None), (7, Some(&other)), (8, Some(&secret))] {

@@ -37,7 +37,7 @@ fn registry(temp: &tempfile::TempDir) -> (Arc<Registry>, LinkTable) {
         default: SidecarKind::Native,
     };
     let mut registry = Registry::new(mesh, local, links.clone(), trust, place, carriers).unwrap();
-    registry.reclaim = Duration::from_millis(200);
+    registry.reclaim = Duration::from_secs(2);
     (Arc::new(registry), links)
 }
 

@@ -220,7 +220,14 @@ mod tests {
     #[tokio::test]
     async fn a_flood_is_counted_and_told() {
         let flood = b"line\n".repeat(LINES_PER_SECOND as usize + 50);
-        let (lines, sink) = lines_of(&flood, None, 1000).await;
+        // All of it in one second, which a busy machine may need more than one try for.
+        let (lines, sink) = loop {
+            let began = Instant::now();
+            let result = lines_of(&flood, None, 1000).await;
+            if began.elapsed() < WINDOW {
+                break result;
+            }
+        };
         assert_eq!(lines.len(), LINES_PER_SECOND as usize);
         assert_eq!(sink.state().left_out, 50);
         // A channel that nobody reads holds nothing up.

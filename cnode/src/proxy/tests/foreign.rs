@@ -1,6 +1,7 @@
 //! Proxies of another make dial in: the service's own bytes inside mutual TLS, and the same checks.
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
+use tokio::net::TcpSocket;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 
@@ -227,13 +228,15 @@ async fn any_instance_here_that_answers_gets_a_foreign_client() {
     let world = World::new();
     let h2 = world.host("h2", "127.0.0.3").await;
     let leaf = h2.identity("web").await;
-    for id in ["echo-x", "echo-y"] {
-        let gone = TcpListener::bind("127.0.0.1:0")
-            .await
-            .unwrap()
-            .local_addr()
-            .unwrap();
-        h2.service(id, "echo", Endpoint::Tcp(gone)).await;
+    // Nobody listens there, and nobody else will.
+    let closed = [(); 2].map(|()| {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        socket
+    });
+    for (id, gone) in ["echo-x", "echo-y"].into_iter().zip(&closed) {
+        h2.service(id, "echo", Endpoint::Tcp(gone.local_addr().unwrap()))
+            .await;
     }
     let mut stream = foreign(&h2, h2.address, &leaf, "echo").await.unwrap();
     assert!(rest(&mut stream).await.is_empty());
@@ -344,7 +347,12 @@ async fn a_foreign_client_must_be_the_node_that_it_names() {
 #[tokio::test]
 async fn a_silent_foreign_client_of_a_node_is_given_up() {
     let world = World::new();
-    let h2 = world.host_with("h2", "127.0.0.3", hasty()).await;
+    // The handshake has its time.
+    let hasty = Settings {
+        frame_timeout: hasty().frame_timeout,
+        ..settings()
+    };
+    let h2 = world.host_with("h2", "127.0.0.3", hasty).await;
     let _cart = h2.node("cart@h2").await;
     let leaf = h2.identity("shop").await;
     let mut stream = foreign(&h2, h2.address, &leaf, "cart").await.unwrap();

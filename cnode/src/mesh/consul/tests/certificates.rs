@@ -253,7 +253,7 @@ async fn so_many_certificates_are_watched_and_no_more() {
 #[tokio::test]
 async fn a_leaf_that_ends_is_given_out_no_more() {
     let authority = Authority::new("td.consul");
-    let leaf = authority.leaf_valid(&[SHOP], -60, 3);
+    let leaf = authority.leaf_valid(&[SHOP], -60, 8);
     let mock = Mock::new(certifies(authority.roots(), leaf, 5)).await;
     let mesh = mock.mesh();
     identity_of(&mesh, "shop").await.unwrap();

@@ -1,6 +1,7 @@
 defmodule MeshxRpc.AsyncTest do
   use MeshxRpc.Case, async: true
   alias MeshxRpc.Client.Async
+  alias MeshxRpc.TestPeer
 
   @moduletag capture_log: true
 
@@ -117,5 +118,27 @@ defmodule MeshxRpc.AsyncTest do
 
     assert [{:error_rpc, :timeout}, {:error_rpc, :timeout}] =
              Async.multicall([client, other], :wait, {registered(), 1}, 200)
+  end
+
+  test "one to a server that says nothing any more ends in time, however it is waited for" do
+    {:ok, listen} = :gen_tcp.listen(0, [:binary, active: false, ip: {127, 0, 0, 1}])
+    {:ok, port} = :inet.port(listen)
+    client = client_down({:tcp, {127, 0, 0, 1}, port})
+    socket = TestPeer.accept(listen)
+    await(fn -> Client.Pool.info(client).connected == 1 end)
+
+    first = Async.send_request(client, :echo, 1, 200)
+    assert Async.receive_response(first) == {:error_rpc, :timeout}
+    second = Async.send_request(client, :echo, 2, 200)
+    assert_receive message, 10_000
+    assert Async.check_response(message, second) == {:response, {:error_rpc, :timeout}}
+    third = Async.send_request(client, :echo, 3, 200, :third, Async.new())
+    assert Async.receive_any(third) == {{:error_rpc, :timeout}, :third, []}
+
+    # The server is told, should it listen again.
+    frames = for _ <- 1..6, do: TestPeer.frame(socket)
+    assert for({0x13, stream, ""} <- frames, do: stream) == for({0x10, s, _} <- frames, do: s)
+    await(fn -> Client.Pool.info(client).in_flight == 0 end)
+    assert Process.info(self(), :message_queue_len) == {:message_queue_len, 0}
   end
 end

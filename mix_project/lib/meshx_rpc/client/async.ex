@@ -16,7 +16,7 @@ defmodule MeshxRpc.Client.Async do
   alias MeshxRpc.Client.{Pool, Request}
   alias MeshxRpc.{Message, Stream, Term, Traceparent}
 
-  @enforce_keys [:request, :connection, :pool]
+  @enforce_keys [:request, :connection, :pool, :timer]
   defstruct @enforce_keys
 
   @opaque t :: %__MODULE__{}
@@ -25,7 +25,7 @@ defmodule MeshxRpc.Client.Async do
 
   @doc """
   Sends a request and returns at once. After `timeout` ms the server ends its work and the response is
-  `{:error_rpc, :timeout}`. An argument cannot have streams.
+  `{:error_rpc, :timeout}`, also of a server that says nothing any more. An argument cannot have streams.
   """
   @spec send_request(atom(), atom() | String.t(), term(), timeout()) :: t()
   def send_request(name, fun, argument \\ [], timeout \\ :infinity) do
@@ -34,19 +34,20 @@ defmodule MeshxRpc.Client.Async do
     fun = Request.name!(fun)
     left = timeout |> Request.until() |> Request.left()
 
-    {connection, request} =
+    {connection, request, timer} =
       with {:ok, {_flag, _iovec, size} = encoded} <- Message.encode(pool.message, argument),
            {:ok, pid, max, trace} when size <= max <- Pool.route(pool) do
         encoded = if trace, do: traced(pool, encoded), else: encoded
-        {pid, Request.start(pid, fun, left, encoded)}
+        request = Request.start(pid, fun, left, encoded)
+        {pid, request, Request.expire(pid, request, left)}
       else
-        {:error, reason} -> {nil, Request.failed(Term.localize(reason))}
-        {:ok, _pid, _max, _trace} -> {nil, Request.failed(:error_too_long)}
-        :none -> {nil, Request.failed(:closed)}
+        {:error, reason} -> {nil, Request.failed(Term.localize(reason)), nil}
+        {:ok, _pid, _max, _trace} -> {nil, Request.failed(:error_too_long), nil}
+        :none -> {nil, Request.failed(:closed), nil}
       end
 
     pool = Map.take(pool, [:codec, :guard, :message])
-    %__MODULE__{request: request, connection: connection, pool: pool}
+    %__MODULE__{request: request, connection: connection, pool: pool, timer: timer}
   end
 
   defp traced(pool, encoded),
@@ -65,7 +66,7 @@ defmodule MeshxRpc.Client.Async do
   def receive_response(%__MODULE__{} = id, timeout) do
     case Request.await(id.request, timeout) do
       {:ok, outcome} ->
-        Request.value(outcome, id.pool)
+        value(id, outcome)
 
       :timeout ->
         abandon(id)
@@ -77,7 +78,7 @@ defmodule MeshxRpc.Client.Async do
   @spec wait_response(t(), timeout()) :: {:response, term()} | :no_response
   def wait_response(%__MODULE__{} = id, timeout \\ 0) do
     case Request.await(id.request, timeout) do
-      {:ok, outcome} -> {:response, Request.value(outcome, id.pool)}
+      {:ok, outcome} -> {:response, value(id, outcome)}
       :timeout -> :no_response
     end
   end
@@ -86,14 +87,22 @@ defmodule MeshxRpc.Client.Async do
   @spec check_response(term(), t()) :: {:response, term()} | :no_response
   def check_response(message, %__MODULE__{} = id) do
     case Request.outcome(id.request, message) do
-      {:ok, outcome} -> {:response, Request.value(outcome, id.pool)}
+      {:ok, outcome} -> {:response, value(id, outcome)}
       :no -> :no_response
     end
   end
 
   @doc "Gives a request up: the server ends its work."
   @spec abandon(t()) :: :ok
-  def abandon(%__MODULE__{} = id), do: Request.cancel(id.connection, id.request)
+  def abandon(%__MODULE__{} = id) do
+    Request.unexpire(id.timer)
+    Request.cancel(id.connection, id.request)
+  end
+
+  defp value(id, outcome) do
+    Request.unexpire(id.timer)
+    Request.value(outcome, id.pool)
+  end
 
   @doc "An empty collection."
   @spec new() :: collection()

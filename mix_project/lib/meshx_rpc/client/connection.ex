@@ -98,6 +98,12 @@ defmodule MeshxRpc.Client.Connection do
   def handle_info({:cancel, caller, key}, state),
     do: state |> InFlight.adopt() |> give_up({caller, key}) |> continue()
 
+  # Its time is over, and the server has not said so.
+  def handle_info({:expired, caller, key}, state) do
+    if Calls.stream(state.calls, {caller, key}) != :error, do: Calls.reply(key, {:failed, :timeout})
+    state |> give_up({caller, key}) |> continue()
+  end
+
   def handle_info({:DOWN, _monitor, :process, caller, _reason}, state),
     do: state |> caller_gone(caller) |> continue()
 

@@ -29,6 +29,21 @@ defmodule MeshxRpc.Client.Request do
     request
   end
 
+  @doc """
+  Has its connection give it up after so many milliseconds, with `:timeout`: the server, which has a deadline of its own,
+  may be stopped.
+  """
+  @spec expire(pid(), t(), timeout()) :: reference() | nil
+  def expire(_connection, _request, :infinity), do: nil
+
+  def expire(connection, request, left),
+    do: :erlang.send_after(left, connection, {:expired, self(), request})
+
+  @doc "It is over before that: nothing is to expire."
+  @spec unexpire(reference() | nil) :: :ok
+  def unexpire(nil), do: :ok
+  def unexpire(timer), do: :erlang.cancel_timer(timer, async: true, info: false)
+
   @doc "A request that could not be sent: its answer is on its way to this process."
   @spec failed(reason :: atom()) :: t()
   def failed(reason) do

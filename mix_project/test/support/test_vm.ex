@@ -99,7 +99,8 @@ defmodule MeshxRpc.TestVm do
         :binary,
         :exit_status,
         {:line, 10_000},
-        {:env, [{~c"ERL_CRASH_DUMP_BYTES", ~c"0"}]},
+        # It has no agent, whatever tests before this one had.
+        {:env, [{~c"ERL_CRASH_DUMP_BYTES", ~c"0"}, {~c"MESHX_DIR", false}]},
         {:args,
          ["-noshell" | List.flatten(paths)] ++
            Keyword.get(options, :args, []) ++ ["-s", "Elixir.MeshxRpc.TestVm", "main"]}

@@ -66,9 +66,9 @@ defmodule MeshxRpc.ExamplesTest do
     files = Path.join(directory, "files")
     File.mkdir!(files)
     from = Path.join(directory, "from")
-    size = 384 * 1_048_576
+    size = 768 * 1_048_576
     # Each block another, so that one in the wrong place is seen.
-    blocks = Stream.map(1..384, &:binary.copy(<<&1::32>>, 262_144))
+    blocks = Stream.map(1..768, &:binary.copy(<<&1::32>>, 262_144))
     blocks |> Stream.into(File.stream!(from, [], 1_048_576)) |> Stream.run()
     {port, _} = start(~s|Copy.serve("#{address}", "#{files}")|)
 
@@ -82,8 +82,8 @@ defmodule MeshxRpc.ExamplesTest do
       [_, mib] = Regex.run(~r/client: at most (\d+) MiB/, output)
 
       # A VM with Elixir's compiler is about 100 MiB, and what its processes have done with waits for their next
-      # collection: up to 100 MiB more on a busy machine. Whoever held the file would add 384.
-      assert String.to_integer(mib) < 288, output
+      # collection: up to 230 MiB more were seen, of files of any size. Whoever held the file would add 768.
+      assert String.to_integer(mib) < 576, output
     end
 
     refused = ~s|Copy.get("#{address}", "../from", "#{from}.refused")|

@@ -14,6 +14,7 @@ Code.compile_file("lib/meshx_node/cluster/libcluster.ex")
 
 defmodule MeshxNode.AutoClusterTest do
   use ExUnit.Case, async: true
+  import MeshxRpc.Case, only: [await: 1]
 
   alias MeshxNode.Cluster
 
@@ -105,8 +106,7 @@ defmodule MeshxNode.AutoClusterTest do
     tell(cluster, :auto_fair, for(i <- 1..17, do: "shop@f#{i}"))
     for _ <- 1..8, {_node, attempt} = dialled(), do: send(attempt, {:error, {:timeout, "hangs"}})
     [{_node, attempt} | _hang] = for _ <- 1..8, do: dialled()
-    # By then the first eight are due again.
-    Process.sleep(1_000)
+    await(fn -> due_again(cluster) == 8 end)
     send(attempt, {:error, {:timeout, "hangs"}})
     assert {:shop@f17, _attempt} = dialled()
   end
@@ -128,6 +128,10 @@ defmodule MeshxNode.AutoClusterTest do
     assert :shop@known in Cluster.wanted(name)
     assert [_, _] = String.split(log, "65536 names of nodes were seen")
   end
+
+  # Those that failed, and whose pause is over.
+  defp due_again(cluster),
+    do: Enum.count(:sys.get_state(cluster).later, &match?({_node, {1, nil}}, &1))
 
   defp unique, do: Base.encode16(:crypto.strong_rand_bytes(8))
 

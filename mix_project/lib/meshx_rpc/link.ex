@@ -2,9 +2,9 @@ defmodule MeshxRpc.Link do
   @moduledoc false
   # One connection's socket, codec and writer: what the client's and the server's connection have in common.
   #
-  # The connection never waits inside the port: a batch of at most 512 KiB is written only while the port's
-  # queue is below its watermark; `{:drained, socket}` says when it is again. So the queue is short, and small
-  # calls overtake bulk. `gen_tcp:send` is no way to write: it answers only when the queue is below the mark again.
+  # The connection never waits inside the port: a batch of at most 512 KiB, and of larger messages 128 KiB, is written only
+  # while the port's queue is below its watermark; `{:drained, socket}` says when it is again. So the queue is short, and
+  # small calls overtake bulk. `gen_tcp:send` is no way to write: it answers only when the queue is below the mark again.
   # The port's own answer, `{:inet_reply, socket, :ok | {:error, reason}}`, comes as a message.
 
   alias MeshxRpc.{Address, Frame, Shared, Writer}
@@ -13,6 +13,10 @@ defmodule MeshxRpc.Link do
   @heap_words 4_096
   @binary_words 131_072
   @batch 524_288
+  # Of larger messages: small ones that come meanwhile wait for it, and the peer reads it while the next is made.
+  @bulk 2 * Frame.max_block()
+  # What the VM lets a process do before others have their turn. It takes a write for next to nothing, however much that is.
+  @turn 4_000
   # Reads of at most 128 KiB that may wait for us. They are granted anew before they are used up: a socket that stops
   # and begins to read costs both VMs several system calls and wake-ups of threads, each time.
   @reads 32
@@ -227,7 +231,8 @@ defmodule MeshxRpc.Link do
 
   # What is ready goes before control frames: a CANCEL or RESET never overtakes the message that it is about.
   def write(link) do
-    {frames, taken, notes, writer} = Writer.take(link.writer, @batch - link.out_size)
+    {frames, taken, notes, writer} = Writer.take(link.writer, @batch - link.out_size, @bulk)
+    if taken > 0 and Writer.bulk?(link.writer), do: :erlang.bump_reductions(@turn)
     size = taken + link.out_size
     out = [link.out | frames]
 
@@ -236,7 +241,8 @@ defmodule MeshxRpc.Link do
       | writer: writer,
         out: [],
         out_size: 0,
-        dirty: size >= @batch,
+        # What is left may be more than windows allow: then the next write takes nothing.
+        dirty: size >= @batch or (taken > 0 and Writer.count(writer) > 0),
         written: link.written + size
     }
 

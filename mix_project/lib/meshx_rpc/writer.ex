@@ -145,35 +145,47 @@ defmodule MeshxRpc.Writer do
   @spec count(t()) :: non_neg_integer()
   def count(writer), do: map_size(writer.messages)
 
+  @doc "Whether larger messages are among them."
+  @spec bulk?(t()) :: boolean()
+  def bulk?(writer), do: writer.active != []
+
   @doc "Whether the stream ids are used up: the connection must be replaced."
   @spec exhausted?(t()) :: boolean()
   def exhausted?(writer), do: Shared.exhausted?(writer.shared)
 
   @doc """
-  Takes the next frames: about `max` bytes (at most one frame more). Empty iodata: nothing may be sent now.
+  Takes the next frames: about `max` bytes, of larger messages about `max_bulk` (at most one frame more). Empty iodata:
+  nothing may be sent now.
   """
-  @spec take(t(), pos_integer()) :: {iodata(), size :: non_neg_integer(), [note()], t()}
-  def take(writer, max) do
+  @spec take(t(), pos_integer(), pos_integer() | :infinity) ::
+          {iodata(), size :: non_neg_integer(), [note()], t()}
+  def take(writer, max, max_bulk \\ :infinity) do
     %{control: control, control_bytes: size} = writer
-    fill(%{writer | control: [], control_bytes: 0}, max, control, size, [])
+    fill(%{writer | control: [], control_bytes: 0}, max, max_bulk, control, size, [])
   end
 
-  defp fill(writer, max, frames, size, notes) when size >= max,
+  # Any number is less than `:infinity`.
+  defp fill(writer, max, bulk, frames, size, notes) when size >= max or bulk <= 0,
     do: {frames, size, Enum.reverse(notes), writer}
 
-  defp fill(writer, max, frames, size, notes) do
+  defp fill(writer, max, bulk, frames, size, notes) do
     case next(writer) do
       {:emit, key, writer, n} ->
-        {frame, frame_size, new, writer} = emit(writer, key, Map.fetch!(writer.messages, key), n)
-        fill(writer, max, [frames | frame], size + frame_size, new ++ notes)
+        message = Map.fetch!(writer.messages, key)
+        {frame, frame_size, new, writer} = emit(writer, key, message, n)
+        bulk = left(bulk, message.class, n)
+        fill(writer, max, bulk, [frames | frame], size + frame_size, new ++ notes)
 
       :none ->
         {frames, size, Enum.reverse(notes), writer}
 
       {:again, writer} ->
-        fill(writer, max, frames, size, notes)
+        fill(writer, max, bulk, frames, size, notes)
     end
   end
+
+  defp left(bulk, class, _n) when bulk == :infinity or class == :small, do: bulk
+  defp left(bulk, _class, n), do: bulk - n
 
   # The message that sends the next frame; it is taken out of its queue.
   defp next(writer) do

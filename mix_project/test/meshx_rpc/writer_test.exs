@@ -43,6 +43,27 @@ defmodule MeshxRpc.WriterTest do
     assert Writer.count(writer) == 2
   end
 
+  test "of larger messages no more is taken at a time than is asked for, of small ones all" do
+    add = fn writer, n, size ->
+      Writer.response(writer, n, "h", [:binary.copy(<<n>>, size)], size)
+    end
+
+    writer = writer(block: 10_000, stream_window: 20_000_000, connection_window: 100_000_000)
+    refute Writer.bulk?(writer)
+    writer = Enum.reduce(1..50, writer, &add.(&2, &1, 10_000))
+    refute Writer.bulk?(writer)
+    writer = writer |> add.(51, 100_000) |> add.(52, 2_000_000)
+    assert Writer.bulk?(writer)
+
+    {batch, _size, _notes, writer} = Writer.take(writer, 1_000_000, 30_000)
+    {small, bulk} = batch |> frames() |> order() |> Enum.split_with(&(&1 <= 50))
+    assert Enum.uniq(small) == Enum.to_list(1..50)
+    assert length(bulk) == 3
+
+    {batch, _size, _notes, _writer} = Writer.take(writer, 1_000_000, 30_000)
+    assert batch |> frames() |> length() == 3
+  end
+
   test "larger messages of one class go one after the other, those of different classes in turn" do
     sizes = %{
       1 => 70_000,

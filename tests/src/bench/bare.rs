@@ -9,6 +9,7 @@ use std::thread;
 
 use rustix::pipe::{SpliceFlags, fcntl_setpipe_size, pipe, splice};
 
+use super::sealed::{open, seal};
 use crate::{Context, Result};
 
 /// The most that an unprivileged process may ask for (pipe(7)).
@@ -20,12 +21,12 @@ const SEND_BUFFER: usize = 1 << 20;
 ///
 /// # Errors
 /// When the socket cannot be had.
-pub fn bare_entrance(path: &Path, to: SocketAddr) -> Result<()> {
+pub fn bare_entrance(path: &Path, to: SocketAddr, sealed: bool) -> Result<()> {
     let listener = UnixListener::bind(path).context(path.display())?;
     thread::spawn(move || {
         for near in listener.incoming().flatten() {
             // Without a target the connection ends here.
-            let _ = TcpStream::connect(to).and_then(|far| both(far, near));
+            let _ = TcpStream::connect(to).and_then(|far| both(far, near, sealed));
         }
     });
     Ok(())
@@ -35,14 +36,14 @@ pub fn bare_entrance(path: &Path, to: SocketAddr) -> Result<()> {
 ///
 /// # Errors
 /// When no port can be had.
-pub fn bare_exit(dir: PathBuf) -> Result<SocketAddr> {
+pub fn bare_exit(dir: PathBuf, sealed: bool) -> Result<SocketAddr> {
     let listener = TcpListener::bind("127.0.0.1:0").context("bind a relay")?;
     let address = listener.local_addr().context("read its address")?;
     thread::spawn(move || {
         for near in listener.incoming().flatten() {
             let _ = socket_in(&dir)
                 .and_then(UnixStream::connect)
-                .and_then(|far| both(near, far));
+                .and_then(|far| both(near, far, sealed));
         }
     });
     Ok(address)
@@ -55,23 +56,30 @@ fn socket_in(dir: &Path) -> std::io::Result<PathBuf> {
     found.ok_or_else(|| std::io::ErrorKind::NotFound.into())
 }
 
-fn both(tcp: TcpStream, unix: UnixStream) -> std::io::Result<()> {
+fn both(tcp: TcpStream, unix: UnixStream, sealed: bool) -> std::io::Result<()> {
     tcp.set_nodelay(true)?;
     rustix::net::sockopt::set_socket_send_buffer_size(&unix, SEND_BUFFER)?;
     let (tcp, unix) = (Arc::new(tcp), Arc::new(unix));
     let (tcp_too, unix_too) = (tcp.clone(), unix.clone());
-    thread::spawn(move || hand_on(&tcp, &unix, || unix.shutdown(Shutdown::Write)));
-    thread::spawn(move || hand_on(&unix_too, &tcp_too, || tcp_too.shutdown(Shutdown::Write)));
+    thread::spawn(move || {
+        let _ = match sealed {
+            true => open(&*tcp, &*unix),
+            false => spliced(&tcp, &unix),
+        };
+        unix.shutdown(Shutdown::Write)
+    });
+    thread::spawn(move || {
+        let _ = match sealed {
+            true => seal(&*unix_too, &*tcp_too),
+            false => spliced(&unix_too, &tcp_too),
+        };
+        tcp_too.shutdown(Shutdown::Write)
+    });
     Ok(())
 }
 
 /// One way, without a copy of its own: splice(2).
-fn hand_on(from: &impl AsFd, to: &impl AsFd, end: impl FnOnce() -> std::io::Result<()>) {
-    let _ = spliced(from, to);
-    let _ = end();
-}
-
-fn spliced(from: &impl AsFd, to: &impl AsFd) -> rustix::io::Result<()> {
+fn spliced(from: &impl AsFd, to: &impl AsFd) -> std::io::Result<()> {
     let (out, into) = pipe()?;
     let room = fcntl_setpipe_size(&into, PIPE)?;
     loop {

@@ -9,6 +9,7 @@ mod plot;
 mod relay;
 mod report;
 mod rounds;
+mod sealed;
 mod stats;
 mod usage;
 mod vm;

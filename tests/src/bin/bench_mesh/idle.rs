@@ -34,7 +34,9 @@ pub(crate) fn idle(stage: &Stage, kind: Kind) -> Result<Option<f64>> {
             proxies = stage.sidecars(kind, "idle", echo.address(), upstream)?;
             (upstream, proxies.iter().map(|proxy| proxy.pid()).collect())
         }
-        Kind::Carrier | Kind::Relays | Kind::Tcp | Kind::Tls | Kind::TlsTuned => return Ok(None),
+        Kind::Carrier | Kind::Relays | Kind::Sealed | Kind::Tcp | Kind::Tls | Kind::TlsTuned => {
+            return Ok(None);
+        }
     };
     let mut links = vec![EchoClient::connect_within(address, SOON)?];
     let mut open = |count: usize| -> Result<u64> {

@@ -41,6 +41,8 @@ struct Arguments {
     bare_entrance: Option<PathBuf>,
     #[arg(long, hide = true)]
     bare_exit: Option<PathBuf>,
+    #[arg(long, hide = true)]
+    sealed: bool,
     #[arg(long, hide = true, default_value_t = 0)]
     delay_ms: u64,
     #[arg(long, hide = true, default_value_t = 0)]
@@ -174,11 +176,11 @@ fn as_relay(arguments: &Arguments) -> Result<Option<SocketAddr>> {
     Ok(
         match (arguments.relay, &arguments.bare_entrance, &arguments.bare_exit) {
             (Some(target), Some(socket), _) => {
-                bare_entrance(socket, target)?;
+                bare_entrance(socket, target, arguments.sealed)?;
                 Some(target)
             }
             (Some(target), None, _) => Some(relay(way, target)?),
-            (None, _, Some(dir)) => Some(bare_exit(dir.clone())?),
+            (None, _, Some(dir)) => Some(bare_exit(dir.clone(), arguments.sealed)?),
             (None, _, None) => None,
         },
     )

@@ -35,6 +35,9 @@ pub(crate) enum Kind {
     Carrier,
     /// The same through two relays that do nothing but hand on bytes: what no pair of proxies can beat.
     Relays,
+    /// The same through two relays that besides seal and open records as TLS does: what no pair of proxies that encrypt
+    /// in user space can beat.
+    Sealed,
     /// inet_tcp_dist.
     Tcp,
     /// inet_tls_dist: TLS 1.3, both sides verified, sockets with the system's defaults and nodelay.
@@ -53,6 +56,7 @@ impl Kind {
         Self::Native,
         Self::Carrier,
         Self::Relays,
+        Self::Sealed,
         Self::Tcp,
         Self::Tls,
         Self::TlsTuned,
@@ -67,6 +71,7 @@ impl fmt::Display for Kind {
             Self::Native => "native",
             Self::Carrier => "carrier alone",
             Self::Relays => "bare relays",
+            Self::Sealed => "sealing relays",
             Self::Tcp => "inet_tcp_dist",
             Self::Tls => "inet_tls_dist",
             Self::TlsTuned => "inet_tls_dist, tuned",
@@ -87,8 +92,14 @@ pub(crate) struct Peer {
 impl Peer {
     /// All that can be measured here, in the order of the tables.
     pub(crate) fn all() -> Vec<Self> {
-        let newest =
-            [Kind::Native, Kind::Relays, Kind::Tls, Kind::TlsTuned].map(|kind| (kind, Some(NEWEST_OTP)));
+        let newest = [
+            Kind::Native,
+            Kind::Relays,
+            Kind::Sealed,
+            Kind::Tls,
+            Kind::TlsTuned,
+        ]
+        .map(|kind| (kind, Some(NEWEST_OTP)));
         let own = Kind::ALL.iter().map(|kind| (*kind, None));
         own.chain(newest.into_iter().filter(|_| has_otp(NEWEST_OTP)))
             .map(|(kind, otp)| Self { kind, otp })
@@ -217,10 +228,15 @@ impl Stage {
     /// What stands before the node that answers at `port`, and where it is reached.
     fn between(&self, peer: Peer, port: u16) -> Result<(SocketAddr, Vec<Process>)> {
         let kind = peer.kind;
-        if kind == Kind::Relays {
-            let (exit, at) = started(&[], &["--bare-exit", &self.dir_of(peer, 1)])?;
+        if let Kind::Relays | Kind::Sealed = kind {
+            let sealed: &[_] = match kind {
+                Kind::Sealed => &["--sealed"],
+                _ => &[],
+            };
+            let start = |arguments: &[&str]| started(&[], &[arguments, sealed].concat());
+            let (exit, at) = start(&["--bare-exit", &self.dir_of(peer, 1)])?;
             let to = at.to_string();
-            let (entrance, _) = started(&[], &["--bare-entrance", &self.entrance(peer), "--relay", &to])?;
+            let (entrance, _) = start(&["--bare-entrance", &self.entrance(peer), "--relay", &to])?;
             return Ok((at, vec![entrance, exit]));
         }
         if let Kind::Proxies | Kind::Envoys = kind {
@@ -281,7 +297,7 @@ impl Stage {
         ];
         match kind {
             Kind::Carrier => words.extend([name.into(), "adapter".into(), self.file("carrier")]),
-            Kind::Relays => {
+            Kind::Relays | Kind::Sealed => {
                 words.extend([name.into(), "adapter".into(), self.dir_of(peer, side)]);
                 words.extend((side == 0).then(|| self.entrance(peer)));
             }
@@ -341,7 +357,7 @@ impl Stage {
         let tls = format!("-proto_dist inet_tls -ssl_dist_optfile {}", self.file("tls.conf"));
         match peer.kind {
             Kind::Native => String::new(),
-            Kind::Carrier | Kind::Relays => format!(
+            Kind::Carrier | Kind::Relays | Kind::Sealed => format!(
                 "-pa {} -proto_dist Elixir.MeshxNode -no_epmd",
                 ebin_on(peer.otp).display()
             ),
@@ -352,12 +368,12 @@ impl Stage {
     }
 
     /// Where a node behind bare relays listens, and nobody else.
-    fn dir_of(&self, Peer { otp, .. }: Peer, side: usize) -> String {
-        self.file(&format!("relays{}-{side}", otp.unwrap_or_default()))
+    fn dir_of(&self, Peer { kind, otp }: Peer, side: usize) -> String {
+        self.file(&format!("{kind:?}{}-{side}", otp.unwrap_or_default()))
     }
 
-    fn entrance(&self, Peer { otp, .. }: Peer) -> String {
-        self.file(&format!("relays{}.s", otp.unwrap_or_default()))
+    fn entrance(&self, Peer { kind, otp }: Peer) -> String {
+        self.file(&format!("{kind:?}{}.s", otp.unwrap_or_default()))
     }
 
     fn file(&self, name: &str) -> String {

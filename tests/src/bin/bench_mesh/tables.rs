@@ -11,6 +11,8 @@ use crate::{Far, Sample};
 const MIB: f64 = 1_048_576.0;
 const GIB: f64 = MIB * 1024.0;
 
+type Field = fn(&Sample) -> f64;
+
 /// The figures: ours, theirs, rate at least and aim, median of the round trip at most.
 const LIMITS: &[(Kind, Kind, f64, f64, f64)] = &[
     (Kind::Native, Kind::Tls, 4.0, 6.0, 1.0),
@@ -50,13 +52,12 @@ pub(crate) fn report(measured: &Measured) -> (String, String) {
     for fact in &measured.facts {
         let _ = writeln!(text, "- {fact}");
     }
-    let column = |peer: Peer, field: fn(&Sample) -> f64| -> Option<Vec<f64>> {
+    let column = |peer: Peer, field: Field| -> Option<Vec<f64>> {
         let at = peers.iter().position(|known| *known == peer)?;
         Some(samples.get(at)?.iter().map(field).collect())
     };
-    let ratio = |ours: Peer, theirs: Peer, field: fn(&Sample) -> f64| {
-        Some(ratios(&column(ours, field)?, &column(theirs, field)?))
-    };
+    let ratio =
+        |ours: Peer, theirs: Peer, field: Field| Some(ratios(&column(ours, field)?, &column(theirs, field)?));
 
     let mut all = Table::new(&[
         "one link",
@@ -69,7 +70,7 @@ pub(crate) fn report(measured: &Measured) -> (String, String) {
         "KiB of an idle link",
     ]);
     for (peer, idle) in peers.iter().zip(&measured.idle) {
-        let show = |field: fn(&Sample) -> f64, unit: f64, digits: usize| {
+        let show = |field: Field, unit: f64, digits: usize| {
             column(*peer, field).map_or_else(String::new, |v| format!("{:.digits$}", median(&v) / unit))
         };
         all.row(vec![
@@ -94,13 +95,15 @@ pub(crate) fn report(measured: &Measured) -> (String, String) {
         "limit",
         "",
         "CPU per byte, ratio",
+        "sealing relays: MiB/s",
         "bare relays: MiB/s",
         "p50",
     ]);
     let (mut names, mut series) = (Vec::new(), [Vec::new(), Vec::new()]);
     let held_on = |otp| LIMITS.iter().map(move |limits| (otp, limits));
     for (otp, (ours, theirs, at_least, aim, trip)) in held_on(None).chain(held_on(Some(NEWEST_OTP))) {
-        let [ours, theirs, bare] = [*ours, *theirs, Kind::Relays].map(|kind| Peer { kind, otp });
+        let [ours, theirs, bare, sealing] =
+            [*ours, *theirs, Kind::Relays, Kind::Sealed].map(|kind| Peer { kind, otp });
         let figures = (
             ratio(ours, theirs, bulk),
             ratio(ours, theirs, p50),
@@ -121,8 +124,10 @@ pub(crate) fn report(measured: &Measured) -> (String, String) {
             Quartiles::of(&cpu).to_string(),
         ]);
         // Between the nodes of the carrier alone there is no proxy.
-        for field in [bulk, p50].map(|field| (ours.kind == Kind::Native).then_some(field)) {
-            let beside = field.and_then(|field| ratio(bare, theirs, field));
+        for (relays, field) in [(sealing, bulk as Field), (bare, bulk), (bare, p50)] {
+            let beside = (ours.kind == Kind::Native)
+                .then(|| ratio(relays, theirs, field))
+                .flatten();
             cells.push(beside.map_or_else(String::new, |beside| Quartiles::of(&beside).to_string()));
         }
         names.push(cells[0].clone());

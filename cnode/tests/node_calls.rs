@@ -5,8 +5,8 @@ mod node_support;
 
 use std::time::Duration;
 
-use meshx::node::{CallError, Caller, ConnectError, Message, RpcError, SendError, Server};
-use meshx_etf::Term;
+use meshx::node::{CallError, Caller, ConnectError, Context, Message, RpcError, SendError, Server};
+use meshx_etf::{Reference, Term};
 use node_support::{Epmd, LONG, soon};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -93,6 +93,97 @@ async fn a_beam_calls_servers_here() {
         .unwrap_err();
     assert!(error.starts_with("{exit,{noproc,"), "{error}");
     assert!(started.elapsed() < LONG);
+}
+
+/// Watches whom it is told to, and says what it heard.
+#[derive(Default)]
+struct Watcher {
+    context: Option<Context>,
+    monitors: Vec<Reference>,
+    heard: Vec<Term>,
+}
+
+impl Server for Watcher {
+    async fn init(&mut self, context: Context) {
+        self.context = Some(context);
+    }
+
+    async fn call(&mut self, request: Term, caller: Caller) -> Option<Term> {
+        let context = self.context.as_ref()?;
+        let caller = caller.pid().clone();
+        match request.as_atom()? {
+            "self" => return Some(context.pid().clone().into()),
+            "monitor" => self.monitors.push(context.monitor(caller).await),
+            "demonitor" => context.demonitor(&self.monitors.pop()?),
+            "link" => context.link(&caller).await,
+            "unlink" => context.unlink(&caller),
+            "alias" => return Some(context.reply_alias().into()),
+            "greet" => context.send(caller, &Term::atom("hello")).await.ok()?,
+            "heard" => return Some(Term::list(std::mem::take(&mut self.heard))),
+            "stop" => {
+                context.trap_exit(false);
+                let own = context.pid().clone();
+                context.exit(&own, &Term::atom("stopped")).await.ok()?;
+            }
+            _ => return None,
+        }
+        Some(Term::atom("ok"))
+    }
+
+    async fn info(&mut self, message: Message) {
+        self.heard.push(match message {
+            Message::Term { term, .. } => term,
+            Message::Down { reason, .. } => Term::tuple([Term::atom("down"), reason]),
+            Message::Exit { reason, .. } => Term::tuple([Term::atom("exit"), reason]),
+            _ => Term::atom("other"),
+        });
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_watches_and_is_sent_to_as_the_process_that_it_is() {
+    let epmd = Epmd::start().await;
+    let node = epmd.node("search@127.0.0.1").await;
+    let mut beam = epmd.beam("cart@127.0.0.1").await;
+    node.start_server("watcher", Watcher::default()).unwrap();
+    beam.eval("C = {watcher, 'search@127.0.0.1'}.").await;
+    beam.eval("Ask = fun(What) -> gen_server:call(C, What) end.")
+        .await;
+    // What each of them hears of a process that asks for it and ends.
+    for (asked, heard) in [
+        ("[monitor]", "[{down,done}]"),
+        ("[link]", "[{exit,done}]"),
+        ("[monitor, demonitor]", "[]"),
+        ("[link, unlink]", "[]"),
+        ("[monitor, link]", "[{down,done},{exit,done}]"),
+    ] {
+        let run = format!(
+            "(fun() -> {{P, M}} = spawn_monitor(fun() -> [ok = Ask(W) || W <- {asked}], exit(done) end), \
+                       receive {{'DOWN', M, process, P, done}} -> ok end end)()."
+        );
+        beam.eval(&run).await;
+        // Signals of one process come in order, and before what this one sends afterwards only if it is the same.
+        let mut seen = beam.eval("lists:sort(Ask(heard)).").await;
+        soon(async {
+            while seen.matches('{').count() < heard.matches('{').count() {
+                seen = beam.eval(&format!("lists:sort({seen} ++ Ask(heard)).")).await;
+            }
+        })
+        .await;
+        assert_eq!(seen, heard, "{asked}");
+    }
+    beam.eval("A = Ask(alias), A ! by_alias, A ! too_late.").await;
+    assert_eq!(beam.eval("Ask(heard).").await, "[by_alias]");
+    assert_eq!(
+        beam.eval("ok = Ask(greet), receive hello -> here end.").await,
+        "here"
+    );
+    assert_eq!(beam.eval("Ask(self) ! direct, Ask(heard).").await, "[direct]");
+
+    let stopped = beam
+        .eval("M = monitor(process, C), catch Ask(stop), receive {'DOWN', M, process, _, R} -> R end.")
+        .await;
+    assert_eq!(stopped, "stopped");
 }
 
 #[tokio::test(flavor = "multi_thread")]

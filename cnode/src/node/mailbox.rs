@@ -494,6 +494,10 @@ impl Mailbox {
     pub(crate) fn inner(&self) -> &Arc<Inner> {
         &self.inner
     }
+
+    pub(crate) fn process(&self) -> &Arc<Process> {
+        &self.process
+    }
 }
 
 impl Drop for Mailbox {

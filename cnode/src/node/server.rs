@@ -5,6 +5,7 @@ use std::future::Future;
 use meshx_etf::Term;
 
 use super::call::{Caller, Request};
+use super::context::Context;
 use super::mailbox::{Mailbox, Message};
 
 /// A process that answers `gen_server:call/2,3` and takes `gen_server:cast/2` and messages.
@@ -42,6 +43,44 @@ use super::mailbox::{Mailbox, Message};
 /// # }
 /// ```
 pub trait Server: Send + 'static {
+    /// Runs first, before anything that has come is looked at. A server that monitors, links or sends as the process
+    /// that it is keeps the `context`. Does nothing by default.
+    ///
+    /// ```
+    /// # use std::collections::HashMap;
+    /// # use meshx::node::{Caller, Context, Message, Server};
+    /// # use meshx_etf::{Reference, Term};
+    /// /// Counts the callers that live: `{:ok, n}`.
+    /// #[derive(Default)]
+    /// struct Callers {
+    ///     context: Option<Context>,
+    ///     alive: HashMap<Reference, Term>,
+    /// }
+    ///
+    /// impl Server for Callers {
+    ///     async fn init(&mut self, context: Context) {
+    ///         self.context = Some(context);
+    ///     }
+    ///
+    ///     async fn call(&mut self, request: Term, caller: Caller) -> Option<Term> {
+    ///         if let Some(context) = &self.context {
+    ///             self.alive.insert(context.monitor(caller.pid().clone()).await, request);
+    ///         }
+    ///         Some(Term::tuple([Term::atom("ok"), Term::from(self.alive.len() as i64)]))
+    ///     }
+    ///
+    ///     async fn info(&mut self, message: Message) {
+    ///         if let Message::Down { reference, .. } = message {
+    ///             self.alive.remove(&reference);
+    ///         }
+    ///     }
+    /// }
+    /// ```
+    fn init(&mut self, context: Context) -> impl Future<Output = ()> + Send {
+        let _ = context;
+        async {}
+    }
+
     /// Answers a call; `None` when the answer is given later with [`Caller::reply`].
     fn call(&mut self, request: Term, caller: Caller) -> impl Future<Output = Option<Term>> + Send;
 
@@ -51,7 +90,8 @@ pub trait Server: Send + 'static {
         async {}
     }
 
-    /// Takes anything else: plain messages, exit signals, `DOWN`s. Ignored by default.
+    /// Takes anything else: plain messages, exit signals, and `DOWN`s of what the [`Context`] monitors. Ignored by
+    /// default.
     fn info(&mut self, message: Message) -> impl Future<Output = ()> + Send {
         let _ = message;
         async {}
@@ -73,6 +113,7 @@ where
 
 /// Runs until the node shuts down.
 pub(crate) async fn run(mut mailbox: Mailbox, mut server: impl Server) {
+    server.init(Context::of(&mailbox)).await;
     while let Some(message) = mailbox.recv().await {
         match Request::from_message(message, &mailbox) {
             Request::Call(request, caller) => {

@@ -11,6 +11,10 @@ defmodule MeshxRpc.Link do
 
   # 32 KiB, and 1 MiB of binaries.
   @heap_words 4_096
+  # 256 KiB for one that has so many messages under way at once. What it knows of these survives each collection, and is
+  # copied by it.
+  @busy_heap_words 32_768
+  @busy 8
   @binary_words 131_072
   @batch 524_288
   # Of larger messages: small ones that come meanwhile wait for it, and the peer reads it while the next is made.
@@ -39,6 +43,8 @@ defmodule MeshxRpc.Link do
     blocked: false,
     # Reads until the next grant.
     reads: @grant,
+    # Whether it has the heap of a busy one.
+    roomy: false,
     # The last stream that the codec was told of.
     opened: 0
   ]
@@ -55,6 +61,15 @@ defmodule MeshxRpc.Link do
     _ = Process.flag(:min_bin_vheap_size, @binary_words)
     :ok
   end
+
+  @doc "So many messages are under way. The heap grows with the next collection, and stays."
+  @spec under_way(t(), non_neg_integer()) :: t()
+  def under_way(%{roomy: false} = link, count) when count >= @busy do
+    _ = Process.flag(:min_heap_size, @busy_heap_words)
+    %{link | roomy: true}
+  end
+
+  def under_way(link, _count), do: link
 
   @doc """
   A connection before its hello. `max_streams` messages may be received or in use at once; `budget` is what all

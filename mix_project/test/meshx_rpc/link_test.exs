@@ -82,6 +82,24 @@ defmodule MeshxRpc.LinkTest do
 
   defp reductions, do: self() |> Process.info(:reductions) |> elem(1)
 
+  test "the heap of a connection grows when it is busy" do
+    Link.prepare()
+
+    heap = fn ->
+      self() |> Process.info(:garbage_collection) |> elem(1) |> Keyword.get(:min_heap_size)
+    end
+
+    few = heap.()
+    link = Link.under_way(%Link{socket: nil, module: nil, codec: nil}, 7)
+    assert heap.() == few
+    link = Link.under_way(link, 8)
+    assert heap.() >= 32_768
+    # Once.
+    Process.flag(:min_heap_size, few)
+    Link.under_way(link, 1_000)
+    assert heap.() == few
+  end
+
   test "at most 32 reads wait for a connection, and more come as it takes them" do
     {:ok, listen} = :gen_tcp.listen(0, [:binary, active: false, ip: {127, 0, 0, 1}])
     {:ok, port} = :inet.port(listen)

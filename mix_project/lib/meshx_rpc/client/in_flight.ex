@@ -18,7 +18,8 @@ defmodule MeshxRpc.Client.InFlight do
       head = Frame.request_head(deadline, size, flag, fun)
       call = {caller, key}
       {stream, link} = Link.request(state.link, call, head, iovec, size)
-      %{state | calls: Calls.add(state.calls, call, stream), link: link}
+      calls = Calls.add(state.calls, call, stream)
+      %{state | calls: calls, link: Link.under_way(link, calls.count)}
     end
   end
 

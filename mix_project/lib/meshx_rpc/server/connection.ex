@@ -384,10 +384,13 @@ defmodule MeshxRpc.Server.Connection do
       measured: measured
     }
 
+    streams = Map.put(state.streams, stream, request)
+
     state = %{
       state
       | alarm: Alarm.set(state.alarm, until),
-        streams: Map.put(state.streams, stream, request)
+        streams: streams,
+        link: Link.under_way(state.link, map_size(streams))
     }
 
     if kind == :cast, do: respond(state, stream, :started, {0, [], 0}), else: state

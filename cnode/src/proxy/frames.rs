@@ -217,10 +217,9 @@ pub(super) async fn write_all(
 }
 
 /// Ends a refused connection so that the other side can read why: closing with unread bytes would reset it.
-pub(super) async fn linger(stream: &mut (impl AsyncRead + AsyncWrite + Unpin)) {
-    const PATIENCE: Duration = Duration::from_secs(1);
+pub(super) async fn linger(stream: &mut (impl AsyncRead + AsyncWrite + Unpin), patience: Duration) {
     const MAX_DISCARDED: u64 = 64 << 10;
-    let _ = timeout(PATIENCE, async {
+    let _ = timeout(patience, async {
         stream.shutdown().await?;
         tokio::io::copy(&mut stream.take(MAX_DISCARDED), &mut tokio::io::sink()).await
     })

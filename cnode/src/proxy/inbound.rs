@@ -104,9 +104,10 @@ impl Proxy {
                 let Some((mut stream, last)) = tell else { return };
                 let goodbye = async {
                     let _ = write_all(&mut stream, &last, self.settings.frame_timeout).await;
-                    linger(&mut stream).await;
+                    linger(&mut stream, self.settings.linger_time).await;
                 };
                 tokio::select! {
+                    biased;
                     () = goodbye => {}
                     () = slot.evicted() => {}
                 }

@@ -90,7 +90,9 @@ pub struct Settings {
     pub connect_timeout: Duration,
     /// For an answer of the mesh.
     pub mesh_timeout: Duration,
-    /// From the first byte to the decision; covers all of the above together.
+    /// How long a connection that is refused may take to read why.
+    pub linger_time: Duration,
+    /// From the first byte to the decision; covers all of the above together but that.
     pub setup_timeout: Duration,
     /// Connections on one listener that are not decided yet, three quarters of them of one dialler; one more ends the
     /// oldest of whoever has most. At the inbound ports those who have shown their certificate are counted apart.
@@ -128,6 +130,7 @@ impl Default for Settings {
             handshake_timeout: Duration::from_secs(5),
             connect_timeout: Duration::from_secs(5),
             mesh_timeout: Duration::from_secs(5),
+            linger_time: Duration::from_secs(1),
             setup_timeout: Duration::from_secs(10),
             max_pending: PENDING_MAX,
             max_dials: 32,

@@ -109,24 +109,36 @@ impl Proxy {
                 self.refuse(&attempt, &refusal);
                 let mut frame = Vec::new();
                 ConnectReply::Refused(refusal).encode(&mut frame);
-                let _ = write_all(&mut stream, &frame, self.settings.frame_timeout).await;
-                return linger(&mut stream).await;
+                return self.say_no(&mut stream, &frame, &slot).await;
             }
         };
         let named = tokio::select! {
             named = Box::pin(self.name_dist(&mut stream, &mut prepared)) => named,
             () = slot.evicted() => Err(slot.refusal()),
         };
-        drop(slot);
         if let Err(refusal) = named {
             // It is no link, and another one's turn.
             drop(prepared);
             self.refuse(&attempt, &refusal);
-            let _ = write_all(&mut stream, refusal_status(), self.settings.frame_timeout).await;
-            return linger(&mut stream).await;
+            return self.say_no(&mut stream, refusal_status(), &slot).await;
         }
+        drop(slot);
         let Prepared { remote, link, .. } = prepared;
         self.carry(Box::new(stream), remote, &link, &attempt).await;
+    }
+
+    /// The last word to a node, for as long as nobody else needs its place.
+    async fn say_no(&self, stream: &mut UnixStream, last: &[u8], slot: &Slot) {
+        let goodbye = async {
+            let _ = write_all(stream, last, self.settings.frame_timeout).await;
+            linger(stream, self.settings.linger_time).await;
+        };
+        tokio::select! {
+            // Who is evicted is told, too, where the word finds room at once.
+            biased;
+            () = goodbye => {}
+            () = slot.evicted() => {}
+        }
     }
 
     /// Everything up to the answer to CONNECT.

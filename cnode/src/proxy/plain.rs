@@ -230,9 +230,10 @@ impl Proxy {
                 // All that the protocol has to say no.
                 let goodbye = async {
                     let _ = write_all(&mut stream, refusal_status(), self.settings.frame_timeout).await;
-                    linger(&mut stream).await;
+                    linger(&mut stream, self.settings.linger_time).await;
                 };
                 tokio::select! {
+                    biased;
                     () = goodbye => {}
                     () = slot.evicted() => {}
                 }

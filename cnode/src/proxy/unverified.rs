@@ -73,7 +73,8 @@ impl Proxy {
             Err(refusal) => {
                 self.refuse(&attempt, &refusal);
                 tokio::select! {
-                    () = linger(&mut stream) => {}
+                    biased;
+                    () = linger(&mut stream, self.settings.linger_time) => {}
                     () = slot.evicted() => {}
                 }
             }

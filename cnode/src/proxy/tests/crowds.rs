@@ -4,6 +4,7 @@ use std::time::Instant;
 use futures::future::join_all;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustls::pki_types::ServerName;
+use tokio::io::Interest;
 use tokio::net::TcpSocket;
 use tokio_rustls::TlsConnector;
 
@@ -18,6 +19,7 @@ fn patient(max_pending: usize) -> Settings {
         handshake_timeout: long,
         connect_timeout: long,
         mesh_timeout: long,
+        linger_time: long,
         setup_timeout: long,
         max_pending,
         ..Settings::default()
@@ -124,6 +126,46 @@ async fn a_node_that_dials_much_pushes_out_its_own() {
         h1.links.snapshot().len() == 1 + MAX * 3 / 4
     })
     .await;
+}
+
+/// Until the other end is closed, and not just done with writing.
+async fn gone(stream: &UnixStream) {
+    while !stream.ready(Interest::WRITABLE).await.unwrap().is_write_closed() {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// What is refused and does not close counts as long as it is there: else who is refused much takes all open files.
+#[tokio::test]
+async fn who_is_refused_much_pushes_out_his_own() {
+    let world = World::new();
+    let (h1, h2) = (
+        world.host_with("h1", "127.0.0.2", patient(MAX)).await,
+        world.host("h2", "127.0.0.3").await,
+    );
+    let (shop, cart) = (h1.node("shop@h1").await, h2.node("cart@h2").await);
+    let mut crowd = Vec::new();
+    for at in 0..MAX {
+        let mut stream = UnixStream::connect(&shop.dist).await.unwrap();
+        // A frame that is too long, or a link that no name message follows.
+        stream.write_all(&[0xff, 0xff]).await.unwrap();
+        let reply = ConnectReply::decode(&frame(&mut stream).await.unwrap()).unwrap();
+        assert_eq!(refused(reply).cause, Cause::Limit, "{at}");
+        crowd.push(stream);
+    }
+    soon("the first to go", gone(&crowd[0])).await;
+
+    // A link whose name message is none likewise.
+    let mut nameless = Vec::new();
+    for at in 0..MAX {
+        let (mut stream, reply) = shop.connect("cart@h2").await;
+        assert!(matches!(reply, ConnectReply::Ok { .. }), "{at}: {reply:?}");
+        stream.write_all(&[0, 0]).await.unwrap();
+        rest(&mut stream).await;
+        nameless.push(stream);
+    }
+    soon("the first without a name to go", gone(&nameless[0])).await;
+    drop(cart);
 }
 
 #[tokio::test]

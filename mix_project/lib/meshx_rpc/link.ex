@@ -221,7 +221,7 @@ defmodule MeshxRpc.Link do
 
   @doc "Queues control frames."
   @spec queue(t(), iodata()) :: t()
-  def queue(link, []), do: link
+  def queue(link, none) when none in [[], ""], do: link
   def queue(%{writer: nil} = link, frames), do: tap(link, &:gen_tcp.send(&1.socket, frames))
   def queue(link, frames), do: update(link, &Writer.control(&1, frames))
 

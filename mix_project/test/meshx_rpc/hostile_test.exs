@@ -277,6 +277,23 @@ defmodule MeshxRpc.HostileTest do
     await_connections(server, 0)
   end
 
+  test "whoever has read all in the end is not taken for one who does not read" do
+    {server, address} = server()
+    client = client(address)
+    {:ok, {_index, caller, _max, _traced}} = Client.Pool.row(Client.Pool.fetch!(client))
+    [answerer] = connections(server)
+
+    for {module, pid} <- [{Client.Connection, caller}, {Server.Connection, answerer}] do
+      state = :sys.get_state(pid)
+      timer = :erlang.start_timer(60_000, self(), :send)
+      # All is written, and the port has not yet taken all of it.
+      blocked = %{state | link: %{state.link | blocked: true, dirty: false}, send_timer: timer}
+      assert {:noreply, idle} = module.handle_info({:drained, state.link.socket}, blocked)
+      assert %{send_timer: nil, link: %{blocked: false}} = idle
+      assert :erlang.read_timer(timer) == false
+    end
+  end
+
   test "a server that does not read: further calls are :full, then the connection is given up" do
     {:ok, listen} =
       :gen_tcp.listen(0, [:binary, active: false, ip: {127, 0, 0, 1}, recbuf: 4_096, buffer: 4_096])

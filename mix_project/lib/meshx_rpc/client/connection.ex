@@ -119,7 +119,7 @@ defmodule MeshxRpc.Client.Connection do
   def handle_info(:timeout, state), do: continue(state)
 
   def handle_info({:drained, socket}, %{link: %{socket: socket}} = state),
-    do: write(%{state | link: Link.drained(state.link)})
+    do: %{state | link: Link.drained(state.link)} |> watch() |> write()
 
   def handle_info({:inet_reply, socket, {:error, reason}}, %{link: %{socket: socket}} = state),
     do: state |> lost(reason) |> continue()

@@ -93,7 +93,10 @@ defmodule MeshxRpc.Server.Connection do
 
   # What was left after a write.
   def handle_info(:timeout, state), do: continue(state)
-  def handle_info({:drained, _socket}, state), do: write(%{state | link: Link.drained(state.link)})
+
+  def handle_info({:drained, _socket}, state),
+    do: %{state | link: Link.drained(state.link)} |> watch() |> write()
+
   def handle_info({:inet_reply, _socket, :ok}, state), do: continue(state)
   def handle_info({:inet_reply, _socket, {:error, reason}}, state), do: broken(state, reason)
 

@@ -67,3 +67,44 @@ fn a_denied_client_gets_no_connection() {
     shop.expect("Shop.CartClient.call(:echo, 1, 30_000, 60, 500)", "1")
         .unwrap();
 }
+
+/// The mesh cuts the connections of what is not registered any more, so a server stays until it has answered.
+#[test]
+fn a_server_that_stops_answers_what_it_has_begun() {
+    let mesh = Mesh::new().unwrap();
+    let h1 = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    let h2 = mesh.agent("b", "127.0.0.3", &["h2"]).unwrap();
+    let mut cart = BeamBuilder::new("cart@h2").app("shop").start(&h2).unwrap();
+    let mut shop = BeamBuilder::new("shop@h1").app("shop").start(&h1).unwrap();
+    cart.eval(
+        "defmodule Slow do def wait(x) do :persistent_term.put(:slow, self()); receive do :go -> x end end end; \
+         {:ok, server} = MeshxRpc.Server.Pool.start_link(Slow, mesh: [adapter: Meshx.Agent, service: \"slow-rpc\"], drain: 120_000); \
+         Process.unlink(server); :started",
+    )
+    .unwrap();
+    shop.eval(
+        "{:ok, pool} = MeshxRpc.Client.Pool.start_link(:slow, pool_opts: [size: 1], mesh: [adapter: Meshx.Agent, service: \"slow-rpc\"]); \
+         Process.unlink(pool); \
+         spawn(fn -> :persistent_term.put(:answer, MeshxRpc.Client.Pool.call(:slow, :wait, :answer, 120_000, 60, 500)) end); :asked",
+    )
+    .unwrap();
+    cart.expect_soon("is_pid(:persistent_term.get(:slow, nil))", "true")
+        .unwrap();
+
+    cart.eval(
+        "spawn(fn -> :persistent_term.put(:stopped, Supervisor.stop(server, :normal, 120_000)) end); :stops",
+    )
+    .unwrap();
+    // The client has heard that no more is taken.
+    shop.expect_soon("MeshxRpc.Client.Pool.info(:slow).connected", "0")
+        .unwrap();
+    cart.eval("send(:persistent_term.get(:slow), :go); :sent")
+        .unwrap();
+    shop.expect_soon(":persistent_term.get(:answer, nil)", ":answer")
+        .unwrap();
+
+    cart.expect_soon(":persistent_term.get(:stopped, nil)", ":ok")
+        .unwrap();
+    let services = h2.meshx_ok(&["services"]).unwrap();
+    assert!(!services.contains("slow-rpc"), "{services}");
+}

@@ -150,8 +150,6 @@ defmodule MeshxRpc.Server.Listener do
 
   @impl true
   def terminate(_reason, state) do
-    if state.registration, do: state.config.mesh.adapter.stop(state.registration)
-
     if state.socket do
       :gen_tcp.close(state.socket)
       Address.remove(state.address)
@@ -160,6 +158,10 @@ defmodule MeshxRpc.Server.Listener do
     for {pid, _connection} <- state.connections, do: send(pid, :drain)
     timer = :erlang.start_timer(state.config.drain, self(), :drained)
     drain(state.connections, timer)
+
+    # Last: the mesh cuts the connections of what is not registered any more. Who dials meanwhile is taken to another
+    # instance, since nobody listens here.
+    if state.registration, do: state.config.mesh.adapter.stop(state.registration)
   end
 
   # What is left after that ends with its supervisor.

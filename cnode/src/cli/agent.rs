@@ -240,6 +240,8 @@ struct Signals {
     interrupt: Signal,
     terminate: Signal,
     hangup: Signal,
+    /// Held, so that a file that may not grow is an error of its write, which is told, and not the end of the agent.
+    _file_size: Signal,
 }
 
 impl Signals {
@@ -248,6 +250,7 @@ impl Signals {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
             hangup: signal(SignalKind::hangup())?,
+            _file_size: signal(SignalKind::from_raw(rustix::process::Signal::XFSZ.as_raw()))?,
         })
     }
 
@@ -268,6 +271,8 @@ fn start_log(format: LogFormat, writer: BoxMakeWriter) -> Result<(), Failure> {
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(writer)
+        // A log that takes no more, on a full disk say, is no reason to panic: these errors would go to the same place.
+        .log_internal_errors(false)
         .with_ansi(false);
     let set = match format {
         LogFormat::Text => log.try_init(),

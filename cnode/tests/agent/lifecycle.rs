@@ -342,3 +342,25 @@ fn a_denial_that_cannot_be_read_at_first_still_cuts() {
     assert_eq!(near.read(&mut [0]).unwrap(), 0, "cut");
     agent.wait_log(&["links that they deny were cut"]);
 }
+
+/// By SIGXFSZ a process ends without a word (setrlimit(2), RLIMIT_FSIZE).
+#[test]
+fn a_file_that_may_not_grow_is_told_and_ends_nothing() {
+    let root = temp();
+    let agent = Agent::start(root.path(), "a", &["h1"], &[]);
+    let mut client = agent.connect();
+    let pid = Some(Pid::from_child(&agent.child));
+    let limit = |bytes| Rlimit {
+        current: bytes,
+        maximum: None,
+    };
+    prlimit(pid, Resource::Fsize, limit(Some(1))).unwrap();
+    let refused = client.ask("register_service", map([("name", text("echo"))]));
+    let (cause, why) = refused.unwrap_err();
+    assert!(why.contains("File too large"), "{cause}: {why}");
+    // It serves on.
+    prlimit(pid, Resource::Fsize, limit(None)).unwrap();
+    client
+        .ask("register_service", map([("name", text("echo"))]))
+        .unwrap();
+}

@@ -98,6 +98,10 @@ impl EpmdConfig {
         ports.into_iter().all(|wanted| wanted == 0 || wanted == port)
     }
 
+    pub(crate) fn addresses(&self) -> BTreeSet<IpAddr> {
+        self.listen.iter().map(SocketAddr::ip).collect()
+    }
+
     /// Both loopback addresses.
     pub fn loopback(port: u16) -> Vec<SocketAddr> {
         vec![
@@ -239,6 +243,11 @@ impl Epmd {
     /// The port where nodes find it.
     pub fn port(&self) -> u16 {
         self.port
+    }
+
+    /// Where it was told to listen.
+    pub(crate) fn addresses(&self) -> BTreeSet<IpAddr> {
+        self.config.addresses()
     }
 
     /// The host part of the nodes that register.

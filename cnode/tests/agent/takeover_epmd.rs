@@ -101,6 +101,10 @@ fn where_nodes_find_epmd_cannot_change_in_a_takeover() {
             format!("--epmd is {epmd} and would be 127.0.0.1:1"),
         ),
         (
+            &["--epmd=127.0.0.14:0"],
+            format!("--epmd is 127.0.0.1:{epmd} and would be 127.0.0.14:0"),
+        ),
+        (
             &["--epmd=127.0.0.1:0", "--epmd-host", "h1.lan"],
             "--epmd-host is h1 and would be h1.lan".to_owned(),
         ),

@@ -265,6 +265,7 @@ impl Agent {
             http,
             epmd: context.epmd.as_ref().map(|epmd| EpmdPlace {
                 port: epmd.port(),
+                addresses: epmd.addresses(),
                 host: epmd.host().to_owned(),
             }),
             advertise,

@@ -4,6 +4,7 @@ use std::{
     io,
     net::SocketAddr,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
+    pin::pin,
     sync::Arc,
     time::Duration,
 };
@@ -122,7 +123,7 @@ pub(in crate::agent) struct Whole<'a> {
 /// # Errors
 /// The successor does not serve, and has been told so if it lives.
 pub(in crate::agent) async fn give(successor: &mut Successor, whole: &Whole<'_>) -> io::Result<()> {
-    match give_all(&mut successor.channel, whole).await {
+    match give_all(successor, whole).await {
         Ok(()) => Ok(()),
         Err(error) => Err(refuse(successor, error.to_string()).await),
     }
@@ -136,7 +137,8 @@ pub(in crate::agent) async fn refuse(successor: &mut Successor, text: String) ->
     io::Error::other(text)
 }
 
-async fn give_all(channel: &mut Channel, whole: &Whole<'_>) -> io::Result<()> {
+async fn give_all(successor: &mut Successor, whole: &Whole<'_>) -> io::Result<()> {
+    let (pid, channel) = (successor.pid, &mut successor.channel);
     let Whole {
         dir,
         registry,
@@ -229,7 +231,18 @@ async fn give_all(channel: &mut Channel, whole: &Whole<'_>) -> io::Result<()> {
     }
     channel.send(&Give::Commit, &[]).await?;
     // From here on only its end can tell that it does not serve: there must never be two.
-    match channel.receive_late().await {
+    let mut served = pin!(channel.receive_late());
+    let served = loop {
+        match timeout(READY_TIME, &mut served).await {
+            Ok(served) => break served,
+            Err(_) => tracing::warn!(
+                pid,
+                "the successor has everything and does not say that it serves: clients wait until it does or has \
+                 ended, so end it if it hangs"
+            ),
+        }
+    };
+    match served {
         Ok(Some(Take::Serving)) => Ok(()),
         Ok(Some(other)) => Err(io::Error::other(format!("{other:?}, wanted serving"))),
         Ok(None) => Err(io::Error::other("the successor ended before it served")),

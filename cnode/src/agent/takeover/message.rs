@@ -1,6 +1,11 @@
 //! What two processes of one agent tell each other (`docs/operations.md`, "Upgrading").
 
-use std::{collections::HashMap, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    collections::{BTreeSet, HashMap},
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -74,6 +79,9 @@ pub(super) struct Welcome {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(in crate::agent) struct EpmdPlace {
     pub(in crate::agent) port: u16,
+    /// Where it was told to listen; empty of a build that does not say.
+    #[serde(default)]
+    pub(in crate::agent) addresses: BTreeSet<IpAddr>,
     /// The host part of the nodes that register.
     pub(in crate::agent) host: String,
 }

@@ -152,7 +152,8 @@ fn same(config: &AgentConfig, welcome: &Welcome) -> Result<(), String> {
     if let MeshKind::Embedded { dir } = &config.mesh {
         let wanted = dir.canonicalize().unwrap_or_else(|_| dir.clone());
         if welcome.mesh_dir.as_deref() != Some(&wanted) {
-            let seen = format!("{:?}", welcome.mesh_dir);
+            let seen = welcome.mesh_dir.as_ref();
+            let seen = seen.map_or("none".to_owned(), |dir| dir.display().to_string());
             return differs("--mesh-dir", seen, wanted.display().to_string());
         }
     }
@@ -180,6 +181,13 @@ fn same(config: &AgentConfig, welcome: &Welcome) -> Result<(), String> {
         (None, _) => Ok(()),
         (Some(seen), Some(wanted)) if !wanted.is_at(seen.port) => {
             differs("--epmd", seen.port.to_string(), places(wanted))
+        }
+        (Some(seen), Some(wanted)) if !seen.addresses.is_empty() && seen.addresses != wanted.addresses() => {
+            let addresses = seen
+                .addresses
+                .iter()
+                .map(|ip| SocketAddr::new(*ip, seen.port).to_string());
+            differs("--epmd", addresses.collect::<Vec<_>>().join(", "), places(wanted))
         }
         (Some(seen), Some(wanted)) if seen.host != wanted.host => {
             differs("--epmd-host", seen.host.clone(), wanted.host.clone())

@@ -14,7 +14,7 @@ use super::process::Process;
 /// The process of a [`Server`](super::Server): what is monitored, linked or asked for by it comes to
 /// [`Server::info`](super::Server::info).
 ///
-/// The methods do what those of [`Mailbox`] with the same names do. Once the server has ended they do nothing.
+/// The methods do what those of [`Mailbox`] with the same names do. Once the server has ended nothing comes to it any more.
 pub struct Context {
     inner: Arc<Inner>,
     process: Arc<Process>,

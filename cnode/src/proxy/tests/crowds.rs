@@ -147,7 +147,7 @@ async fn who_is_refused_much_pushes_out_his_own() {
     let mut crowd = Vec::new();
     for at in 0..MAX {
         let mut stream = UnixStream::connect(&shop.dist).await.unwrap();
-        // A frame that is too long, or a link that no name message follows.
+        // A frame that is too long.
         stream.write_all(&[0xff, 0xff]).await.unwrap();
         let reply = ConnectReply::decode(&frame(&mut stream).await.unwrap()).unwrap();
         assert_eq!(refused(reply).cause, Cause::Limit, "{at}");

@@ -78,7 +78,7 @@ defmodule MeshxRpc.Codec do
   Sets what the hello agreed on: checksum id (0 none, 1 crc32, 2 crc32c) and block size in bytes.
 
   A server takes requests from here on: call it when the client has proven itself and not before. A client takes
-  responses from READY on, and calls this before its first `open/2`.
+  responses from READY on, and calls this before its first `open/3`.
   """
   @callback agree(t(), %{checksum: 0..2, blk_max_size: pos_integer()}) :: t()
 
@@ -90,17 +90,17 @@ defmodule MeshxRpc.Codec do
               {:ok, t(), [event()], iodata()}
               | {:error, t(), [event()], iodata(), cause(), text :: binary()}
 
-  @doc "The client opened this stream: its response is expected (and may be at most `max_message`)."
-  @callback open(t(), stream :: pos_integer()) :: t()
+  @doc "The client opened these streams: their responses are expected (and may be at most `max_message`)."
+  @callback open(t(), first :: pos_integer(), last :: pos_integer()) :: t()
 
   @doc """
-  This stream is over for us (answered, cancelled, timed out): drops what was reassembled, gives the
-  budget of its message back, and ignores frames that can still be on their way for it.
+  These streams are over for us (answered, cancelled, timed out): drops what was reassembled, gives the
+  budget of their messages back, and ignores frames that can still be on their way for them.
 
-  Due for every stream of a `:request`, and of `open/2`. After a `:stream_error` or `:reset` for a message that was not
+  Due for every stream of a `:request`, and of `open/3`. After a `:stream_error` or `:reset` for a message that was not
   handed over yet it does nothing.
   """
-  @callback release(t(), stream :: pos_integer()) :: t()
+  @callback release(t(), [stream :: pos_integer()]) :: t()
 
   @doc "Counters: `frames` received and parsed, `bytes` received, `open` messages, `reserved` bytes of the budget."
   @callback stats(t()) :: %{

@@ -20,6 +20,15 @@ defmodule MeshxRpc.Frame do
 
   @call 1
 
+  # Bytes of a frame's header, of what follows it, and of its checksum.
+  @header 12
+  @request_head 15
+  @response_head 10
+  @trailer 4
+
+  @typedoc "Computes the checksum of header and payload; nil without one."
+  @type crc :: nil | (iodata() -> non_neg_integer())
+
   @doc "Largest payload of a frame without its head, whatever the hello agreed on, in bytes."
   @spec max_block() :: pos_integer()
   def max_block, do: 65_536 - 512
@@ -57,6 +66,45 @@ defmodule MeshxRpc.Frame do
     <<@call, deadline(deadline)::32, total::64, term_flag, byte_size(fun), fun::binary>>
   end
 
+  @doc "A request in one frame, with the frame's length: `size` bytes of argument, as iodata."
+  @spec request(pos_integer(), timeout(), binary(), byte(), iodata(), non_neg_integer(), crc()) ::
+          {iodata(), pos_integer()}
+  def request(stream, deadline, fun, flag, argument, size, crc) do
+    length = size + byte_size(fun) + @request_head
+
+    head =
+      <<length::24, @type_request, flags(true, crc), 0::24, stream::32, @call,
+        deadline(deadline)::32, size::64, flag, byte_size(fun), fun::binary>>
+
+    checked([head | argument], length + @header, crc)
+  end
+
+  @doc "A response in one frame, with the frame's length: `size` bytes of result, as iodata."
+  @spec response(
+          pos_integer(),
+          :result | :error | :started,
+          byte(),
+          iodata(),
+          non_neg_integer(),
+          crc()
+        ) ::
+          {iodata(), pos_integer()}
+  def response(stream, status, flag, result, size, crc) do
+    length = size + @response_head
+
+    head =
+      <<length::24, @type_response, flags(true, crc), 0::24, stream::32, status(status), flag,
+        size::64>>
+
+    checked([head | result], length + @header, crc)
+  end
+
+  defp checked(frame, length, nil), do: {frame, length}
+  defp checked(frame, length, crc), do: {[frame, <<crc.(frame)::32>>], length + @trailer}
+
+  defp flags(last?, crc),
+    do: if(last?, do: @flag_end, else: 0) + if(crc, do: @flag_cks, else: 0)
+
   @doc "The head of a RESPONSE."
   @spec response_head(:result | :error | :started, byte(), non_neg_integer()) :: binary()
   def response_head(status, term_flag, total), do: <<status(status), term_flag, total::64>>
@@ -72,12 +120,11 @@ defmodule MeshxRpc.Frame do
           pos_integer(),
           iodata(),
           non_neg_integer(),
-          nil | (iodata() -> non_neg_integer())
+          crc()
         ) ::
           iodata()
   def block(kind, last?, seq, stream, block, size, crc) do
-    flags = if(last?, do: @flag_end, else: 0) + if(crc, do: @flag_cks, else: 0)
-    header = <<size::24, type(kind), flags, seq::24, stream::32>>
+    header = <<size::24, type(kind), flags(last?, crc), seq::24, stream::32>>
     if crc, do: [header, block, <<crc.([header, block])::32>>], else: [header, block]
   end
 

@@ -162,31 +162,42 @@ defmodule MeshxRpc.Link do
   def open(%{opened: opened} = link) do
     case Shared.taken(link.shared) do
       ^opened -> link
-      taken -> open(%{link | opened: taken}, opened + 1, taken)
+      taken -> %{link | opened: taken, codec: link.module.open(link.codec, opened + 1, taken)}
     end
   end
-
-  defp open(link, stream, last) when stream > last, do: link
-
-  defp open(link, stream, last),
-    do: open(%{link | codec: link.module.open(link.codec, stream)}, stream + 1, last)
 
   @doc "Request ids that no request has taken."
   @spec skipped(t()) :: [pos_integer()]
   def skipped(link), do: link.module.skipped(link.codec)
 
   @doc "Tells the codec that a stream is over."
-  def release(link, stream), do: %{link | codec: link.module.release(link.codec, stream)}
+  @spec release(t(), pos_integer()) :: t()
+  def release(link, stream), do: release_all(link, [stream])
+
+  @doc "The same of several."
+  @spec release_all(t(), [pos_integer()]) :: t()
+  def release_all(link, streams),
+    do: %{link | codec: link.module.release(link.codec, streams)}
 
   @doc "Changes the writer: something new may be sent."
   @spec update(t(), (Writer.t() -> Writer.t())) :: t()
   def update(link, fun), do: %{link | writer: fun.(link.writer), dirty: true}
 
+  @doc """
+  Whether messages may be sent at once, each in one frame: the largest, and all of them, of so many bytes. Their bytes
+  of the window are taken then.
+  """
+  @spec whole?(t(), non_neg_integer(), non_neg_integer()) :: boolean()
+  def whole?(%{blocked: blocked} = link, largest, total),
+    do:
+      not blocked and not Shared.retiring?(link.shared) and
+        Writer.free?(link.writer, largest, total)
+
   @doc "Sends a request: `{stream, link}` when its only frame goes with the next write, `{nil, link}` when it waits."
   @spec request(t(), Writer.key(), binary(), [binary()], non_neg_integer()) ::
           {pos_integer() | nil, t()}
   def request(%{blocked: false} = link, key, head, data, size) do
-    if Writer.free?(link.writer, size) and not Shared.retiring?(link.shared) do
+    if Writer.free?(link.writer, size, size) and not Shared.retiring?(link.shared) do
       stream = Shared.take_id(link.shared)
       {stream, whole(link, :request, stream, head, data, size)}
     else
@@ -200,12 +211,12 @@ defmodule MeshxRpc.Link do
   @doc "Sends a response: true when its only frame goes with the next write, false when it waits."
   @spec response(t(), pos_integer(), binary(), [binary()], non_neg_integer()) :: {boolean(), t()}
   def response(%{blocked: blocked} = link, stream, head, data, size) do
-    if not blocked and Writer.free?(link.writer, size),
+    if not blocked and Writer.free?(link.writer, size, size),
       do: {true, whole(link, :response, stream, head, data, size)},
       else: {false, update(link, &Writer.response(&1, stream, head, data, size))}
   end
 
-  @doc "A frame that somebody else has made goes with the next write."
+  @doc "Frames that somebody else has made go with the next write."
   @spec frame(t(), iodata(), pos_integer()) :: t()
   def frame(link, frame, size),
     do: %{link | out: [link.out | frame], out_size: link.out_size + size, dirty: true}

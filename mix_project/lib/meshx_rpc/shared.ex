@@ -37,6 +37,10 @@ defmodule MeshxRpc.Shared do
   @spec take_id(t()) :: pos_integer()
   def take_id(shared), do: :atomics.add_get(shared, @id, 1)
 
+  @doc "The same of so many in a row: the last of them."
+  @spec take_ids(t(), pos_integer()) :: pos_integer()
+  def take_ids(shared, count), do: :atomics.add_get(shared, @id, count)
+
   @doc "The last id that was taken, or asked for."
   @spec taken(t()) :: non_neg_integer()
   def taken(shared), do: :atomics.get(shared, @id)

@@ -134,11 +134,14 @@ defmodule MeshxRpc.Writer do
   @spec bytes(t()) :: non_neg_integer()
   def bytes(writer), do: writer.bytes
 
-  @doc "Whether a message of so many bytes may be sent at once, in one frame: nothing waits, and no window is too small."
-  @spec free?(t(), non_neg_integer()) :: boolean()
-  def free?(%{messages: messages} = writer, size) do
-    messages == %{} and size <= writer.block and size <= writer.stream_window and
-      Shared.take_all?(writer.shared, size)
+  @doc """
+  Whether messages may be sent at once, each in one frame: nothing waits, and no window is too small for the largest, or
+  for all of them. Their bytes of the window are taken then.
+  """
+  @spec free?(t(), largest :: non_neg_integer(), total :: non_neg_integer()) :: boolean()
+  def free?(%{messages: messages} = writer, largest, total) do
+    messages == %{} and largest <= writer.block and largest <= writer.stream_window and
+      Shared.take_all?(writer.shared, total)
   end
 
   @doc "Messages that wait here, wholly or in part."

@@ -63,13 +63,18 @@ defmodule MeshxRpc.CodecDifferentialTest do
       {{codec, decoder},
        {:error, events, IO.iodata_to_binary(out), cause, text, codec.stats(decoder)}}
 
-  defp call(:client), do: pick([nil, {:open, number(12)}, {:open, 12}, {:release, number(12)}])
-  defp call(:server), do: pick([nil, {:release, number(12)}])
+  defp call(:client) do
+    first = number(12)
+    pick([nil, {:open, [first, min(first + pick([0, 2]), 12)]}, {:open, [12, 12]}, release()])
+  end
+
+  defp call(:server), do: pick([nil, release()])
+  defp release, do: {:release, [for(_ <- 1..pick([1, 1, 3]), do: number(12))]}
 
   defp apply_call({pair, _}, nil), do: pair
 
-  defp apply_call({{codec, decoder}, _}, {name, stream}),
-    do: {codec, apply(codec, name, [decoder, stream])}
+  defp apply_call({{codec, decoder}, _}, {name, arguments}),
+    do: {codec, apply(codec, name, [decoder | arguments])}
 
   ## Streams
 

@@ -210,7 +210,7 @@ defmodule MeshxRpc.CodecTest do
           assert_reset(codec, decoder, block(:data, 1, "x", seq: 1), 1, :protocol, 1, "without")
 
         assert %{reserved: 10} = codec.stats(decoder)
-        assert %{reserved: 0, open: 0} = codec.stats(codec.release(decoder, 1))
+        assert %{reserved: 0, open: 0} = codec.stats(codec.release(decoder, [1]))
       end
 
       test "what does not fit the limits is not kept", %{codec: codec} do
@@ -219,7 +219,7 @@ defmodule MeshxRpc.CodecTest do
         half = &block(:request, &1, request_payload(80_000, ""), fin: false)
         {decoder, @no_events} = fed(codec, up(codec), half.(1))
         decoder = assert_reset(codec, decoder, half.(2), 2, :full, 3, "byte budget")
-        {decoder, @no_events} = fed(codec, codec.release(decoder, 1), half.(3))
+        {decoder, @no_events} = fed(codec, codec.release(decoder, [1]), half.(3))
         {decoder, _} = fed(codec, decoder, Enum.map_join(4..6, &request(&1, "")))
         assert_reset(codec, decoder, request(7, ""), 7, :full, 3, "too many streams")
       end
@@ -272,7 +272,9 @@ defmodule MeshxRpc.CodecTest do
       test "ignores what was on its way to a stream that is over, and nothing beyond", %{
         codec: codec
       } do
-        client = codec.release(codec.open(up(codec, %{role: :client, stream_window: 100}), 1), 1)
+        client =
+          codec.release(codec.open(up(codec, %{role: :client, stream_window: 100}), 1, 1), [1])
+
         first = block(:response, 1, response_payload(500, :binary.copy("x", 60)), fin: false)
         {client, @no_events} = fed(codec, client, first)
 
@@ -357,14 +359,14 @@ defmodule MeshxRpc.CodecTest do
         other = assert_reset(codec, up(codec, options), half, 1, :full, 3, "byte budget")
         {other, _} = fed(codec, other, request(2, :binary.copy("y", 40)))
         assert codec.budget_used(budget) == 100
-        _ = codec.release(other, 2)
+        _ = codec.release(other, [2])
         assert codec.budget_used(budget) == 60
         {:error, _, _, _, :protocol, _} = codec.feed(one, request(1, ""))
         assert codec.budget_used(budget) == 0
       end
 
       test "responses reach the client, each once", %{codec: codec} do
-        client = Enum.reduce(1..3, up(codec, %{role: :client}), &codec.open(&2, &1))
+        client = codec.open(up(codec, %{role: :client}), 1, 3)
 
         wire =
           for {status, stream} <- [{0, 1}, {1, 2}, {2, 3}], into: "" do
@@ -405,7 +407,7 @@ defmodule MeshxRpc.CodecTest do
               control(0x99, 0, "what")
             ] do
           {decoder, _} = fed(codec, up(codec), request(1, ""))
-          decoder = codec.release(decoder, 1)
+          decoder = codec.release(decoder, [1])
 
           # One feed looks at the clock once in plain Elixir, often in the NIF: far more than could be refilled.
           assert_end(codec, decoder, :binary.copy(frame, 400_000), :protocol, "control frames")
@@ -427,7 +429,7 @@ defmodule MeshxRpc.CodecTest do
 
         # The client's side of an overload: each of these answers a request.
         client = up(codec, %{role: :client, max_streams: 60_000})
-        client = Enum.reduce(1..20_000, client, &codec.open(&2, &1))
+        client = codec.open(client, 1, 20_000)
         resets = for stream <- 1..20_000, into: "", do: control(:reset, stream, <<3::16>>)
         assert {client, {events, _out}} = fed(codec, client, resets)
         assert length(events) == 20_000
@@ -489,7 +491,7 @@ defmodule MeshxRpc.CodecTest do
         assert [{:request, 8, :call, 500, "echo", 1, argument}] = events
         assert :erlang.md5(argument) == :erlang.md5(:binary.copy(block, count))
         assert resident() - before < 5 * 64 * mib
-        codec.release(decoder, 8)
+        codec.release(decoder, [8])
       end
 
       test "checksums iodata without joining it", %{codec: codec} do

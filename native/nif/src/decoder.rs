@@ -107,14 +107,18 @@ fn agree(connection: ResourceArc<Connection>, checksum: u8, blk_max_size: u64) -
 }
 
 #[rustler::nif]
-fn open(connection: ResourceArc<Connection>, stream: u32) -> Atom {
-    with(&connection, |decoder| decoder.open(stream));
+fn open(connection: ResourceArc<Connection>, first: u32, last: u32) -> Atom {
+    with(&connection, |decoder| {
+        (first..=last).for_each(|stream| decoder.open(stream));
+    });
     atoms::ok()
 }
 
 #[rustler::nif]
-fn release(connection: ResourceArc<Connection>, stream: u32) -> Atom {
-    with(&connection, |decoder| decoder.release(stream));
+fn release(connection: ResourceArc<Connection>, streams: Vec<u32>) -> Atom {
+    with(&connection, |decoder| {
+        streams.into_iter().for_each(|stream| decoder.release(stream));
+    });
     atoms::ok()
 }
 

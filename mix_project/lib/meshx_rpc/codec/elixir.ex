@@ -98,10 +98,11 @@ defmodule MeshxRpc.Codec.Elixir do
   end
 
   @impl true
-  def open(%__MODULE__{} = s, stream), do: Streams.open(s, stream)
+  def open(%__MODULE__{} = s, first, last),
+    do: Enum.reduce(first..last//1, s, &Streams.open(&2, &1))
 
   @impl true
-  def release(%__MODULE__{} = s, stream), do: Streams.release(s, stream)
+  def release(%__MODULE__{} = s, streams), do: Enum.reduce(streams, s, &Streams.release(&2, &1))
 
   @impl true
   def stats(%__MODULE__{} = s) do

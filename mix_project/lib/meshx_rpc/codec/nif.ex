@@ -96,14 +96,14 @@ defmodule MeshxRpc.Codec.Nif do
   defp all_out(last, earlier), do: Enum.reverse(earlier, [last])
 
   @impl true
-  def open(decoder, stream) do
-    :ok = Native.open(decoder, stream)
+  def open(decoder, first, last) do
+    :ok = Native.open(decoder, first, last)
     decoder
   end
 
   @impl true
-  def release(decoder, stream) do
-    :ok = Native.release(decoder, stream)
+  def release(decoder, streams) do
+    :ok = Native.release(decoder, streams)
     decoder
   end
 

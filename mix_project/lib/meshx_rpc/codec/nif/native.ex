@@ -51,8 +51,8 @@ defmodule MeshxRpc.Codec.Nif.Native do
 
   def new(_options), do: not_loaded()
   def agree(_decoder, _checksum, _blk_max_size), do: not_loaded()
-  def open(_decoder, _stream), do: not_loaded()
-  def release(_decoder, _stream), do: not_loaded()
+  def open(_decoder, _first, _last), do: not_loaded()
+  def release(_decoder, _streams), do: not_loaded()
   def feed(_decoder, _bytes, _offset), do: not_loaded()
   def stats(_decoder), do: not_loaded()
   def crc32(_iovec), do: not_loaded()

@@ -15,13 +15,13 @@ defmodule MeshxRpc.Entry do
 
   @doc "The value, nil when there is none."
   @spec get(key()) :: map() | nil
-  def get(key), do: :persistent_term.get({__MODULE__, key}, nil)
+  def get(key), do: :persistent_term.get(name(key), nil)
 
   @impl true
   def init({key, value}) do
     Process.flag(:trap_exit, true)
     entry = Map.put(value, :entry, self())
-    alone(key, fn -> :persistent_term.put({__MODULE__, key}, entry) end)
+    alone(key, fn -> :persistent_term.put(name(key), entry) end)
     {:ok, key}
   end
 
@@ -30,9 +30,12 @@ defmodule MeshxRpc.Entry do
   def terminate(_reason, key) do
     alone(key, fn ->
       if match?(%{entry: pid} when pid == self(), get(key)),
-        do: :persistent_term.erase({__MODULE__, key})
+        do: :persistent_term.erase(name(key))
     end)
   end
+
+  # Flat, since it is hashed and compared for each call.
+  defp name({role, id}), do: {__MODULE__, role, id}
 
   defp alone(key, fun), do: :global.trans({{__MODULE__, key}, self()}, fun, [node()])
 end

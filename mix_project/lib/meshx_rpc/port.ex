@@ -6,7 +6,8 @@ defmodule MeshxRpc.Port do
   # bits and the reference, which comes back with the port's reply. No reference, no reply: a socket that is lost says
   # so by `tcp_closed` or `tcp_error` in either case. Which of the two this VM has is tried once.
 
-  @head {__MODULE__, :head}
+  # A plain atom: it is looked up for each write.
+  @head __MODULE__
   @no_reference <<0::16>>
 
   @doc "False: the port is busy, and nothing was taken. Raises `ArgumentError` when it is closed."

@@ -13,7 +13,8 @@ defmodule MeshxRpc.Telemetry do
   require Logger
 
   @names [:init, :hsk, :idle, :recv, :send, :call, :cast]
-  @attached {__MODULE__, :attached}
+  # A plain atom: it is looked up for each call.
+  @attached __MODULE__
 
   # Not a dependency: it may be there or not.
   @compile {:no_warn_undefined, [:telemetry, :telemetry_handler_table]}

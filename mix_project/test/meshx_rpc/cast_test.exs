@@ -83,10 +83,10 @@ defmodule MeshxRpc.CastTest do
 
     # With a server that is not there it is made again.
     down = client_down(put_elem(address, 2, 1), retry_proxy_fail: 60_000)
-    keeper = :ets.lookup_element(down, :casts, 2)
+    keeper = :ets.lookup_element(table(down), :casts, 2)
     options = [retry: 1, retry_sleep: 0, ack: true]
     assert Client.Pool.cast(down, :note, {name, 1}, options) == {:error_rpc, :closed}
-    assert :ets.lookup_element(down, :casts, 2) == keeper
+    assert :ets.lookup_element(table(down), :casts, 2) == keeper
   end
 
   test "who waits for its start waits no longer than the timeout, whatever is before it" do

@@ -33,7 +33,7 @@ defmodule MeshxRpc.PoolTest do
   defp stopping(client, server) do
     {:ok, {index, pid, _max_message, _trace}} = client |> Client.Pool.fetch!() |> Client.Pool.row()
     stop = Task.async(fn -> Supervisor.stop(server) end)
-    await(fn -> not match?([{_index, ^pid, _max, _trace}], :ets.lookup(client, index)) end)
+    await(fn -> not match?([{_index, ^pid, _max, _trace}], :ets.lookup(table(client), index)) end)
     stop
   end
 
@@ -65,10 +65,10 @@ defmodule MeshxRpc.PoolTest do
     Process.unlink(pid)
     await(fn -> Client.Pool.info(id).connected > 0 end)
     # Callers find it for as long as it is not heard of its end.
-    %{entry: entry} = MeshxRpc.Entry.get({:client, id})
+    %{entry: entry, table: table} = MeshxRpc.Entry.get({:client, id})
     true = :erlang.suspend_process(entry)
     Process.exit(pid, :kill)
-    await(fn -> :ets.whereis(id) == :undefined end)
+    await(fn -> :ets.info(table) == :undefined end)
 
     assert Client.Pool.call(id, :echo, 1, 1_000, 0) == {:error_rpc, :closed}
     assert Client.Pool.cast(id, :echo, 1, ack: true) == {:error_rpc, :closed}
@@ -104,7 +104,7 @@ defmodule MeshxRpc.PoolTest do
     calls = {Enum.concat(tasks), Enum.concat(pids)}
 
     loads =
-      for {index, _, _, _} <- :ets.tab2list(client),
+      for {index, _, _, _} <- :ets.tab2list(table(client)),
           do: Client.Pool.in_flight(Client.Pool.fetch!(client), index)
 
     assert length(loads) == 4
@@ -272,7 +272,7 @@ defmodule MeshxRpc.PoolTest do
     answer(calls)
     assert Task.await(stop, 20_000) == :ok
     # The stand-in has calls all the time, and takes no more.
-    await(fn -> :ets.member(client, 1) and Client.Pool.info(client).connected == 1 end)
+    await(fn -> :ets.member(table(client), 1) and Client.Pool.info(client).connected == 1 end)
     more = waiting(client, name, 3)
     assert Client.Pool.in_flight(Client.Pool.fetch!(client), 1) == 3
     answer(busy)
@@ -308,7 +308,7 @@ defmodule MeshxRpc.PoolTest do
   test "no caller writes a request itself when the server has said GOAWAY" do
     {server, address} = leaving([])
     client = client(address)
-    [{_key, connection, direct}] = :ets.lookup(client, {:direct, 1})
+    [{_key, connection, direct}] = :ets.lookup(table(client), {:direct, 1})
     enter = fn -> Direct.enter(direct, connection, Shared.take_id(direct.shared), make_ref()) end
     name = registered()
     calls = waiting(client, name, 1)

@@ -147,16 +147,16 @@ defmodule MeshxRpc.RetryTest do
   test "a request that its caller wrote, to a connection that was just gone, may have run" do
     {_server, address} = server()
     client = client(address)
-    [[socket_of]] = :ets.match(client, {{:direct, 1}, :_, :"$1"})
-    [{1, pid, max, trace}] = :ets.lookup(client, 1)
+    [[socket_of]] = :ets.match(table(client), {{:direct, 1}, :_, :"$1"})
+    [{1, pid, max, trace}] = :ets.lookup(table(client), 1)
     await(fn -> not MeshxRpc.Shared.busy?(socket_of.shared) end)
 
     # Its process is gone, and its socket and tables are not yet.
     {gone, monitor} = spawn_monitor(fn -> :ok end)
     assert_receive {:DOWN, ^monitor, :process, ^gone, _}, 10_000
     tables = MeshxRpc.Client.Direct.new(socket_of.shared) |> Map.take([:calls, :watched])
-    :ets.insert(client, {1, gone, max, trace})
-    :ets.insert(client, {{:direct, 1}, gone, Map.merge(socket_of, tables)})
+    :ets.insert(table(client), {1, gone, max, trace})
+    :ets.insert(table(client), {{:direct, 1}, gone, Map.merge(socket_of, tables)})
     name = registered()
 
     assert Client.Pool.call(client, :wait, {name, 1}, 10_000, 3, 1) == {:error_rpc, :tcp_closed}

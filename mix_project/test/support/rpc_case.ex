@@ -77,6 +77,9 @@ defmodule MeshxRpc.Case do
     id
   end
 
+  @doc "The table of a client, by whose rows its callers find a connection."
+  def table(client), do: Client.Pool.fetch!(client).table
+
   @doc "Starts a client and does not wait."
   def client_down(address, options \\ []) do
     id = unique("client")

@@ -16,32 +16,36 @@ defmodule MeshxRpc.Client.Call do
     pool = Client.Pool.fetch!(pool)
     fun = name!(fun)
     :ok = Request.again!(retry, retry_sleep)
+    until = until(timeout)
 
-    request = %{
-      pool: pool,
-      fun: fun,
-      encoded: nil,
-      until: until(timeout),
-      sleep: retry_sleep,
-      measured: Telemetry.on?(pool.telemetry, :call)
-    }
-
-    if request.measured,
-      do: Measured.run(pool, fun, fn -> encode(request, argument, retry) end),
-      else: encode(request, argument, retry)
-  end
-
-  defp encode(request, argument, retry) do
-    encoded = timed(request, :ser, fn -> Message.encode(request.pool.message, argument) end)
-
-    case encoded do
-      {:ok, encoded} -> attempt(%{request | encoded: encoded}, retry)
-      {:error, reason} -> {:error_rpc, Term.localize(reason)}
+    if Telemetry.on?(pool.telemetry, :call) do
+      Measured.run(pool, fun, fn ->
+        encoded = Measured.time(:ser, fn -> Message.encode(pool.message, argument) end)
+        attempt(encoded, pool, fun, until, retry_sleep, true, retry)
+      end)
+    else
+      pool.message
+      |> Message.encode(argument)
+      |> attempt(pool, fun, until, retry_sleep, false, retry)
     end
   end
 
-  defp timed(%{measured: false}, _name, fun), do: fun.()
-  defp timed(_request, name, fun), do: Measured.time(name, fun)
+  # What is made for each call is garbage of the caller's: so it is little.
+  defp attempt({:ok, encoded}, pool, fun, until, sleep, measured, retry) do
+    request = %{
+      pool: pool,
+      fun: fun,
+      encoded: encoded,
+      until: until,
+      sleep: sleep,
+      measured: measured
+    }
+
+    attempt(request, retry)
+  end
+
+  defp attempt({:error, reason}, _pool, _fun, _until, _sleep, _measured, _retry),
+    do: {:error_rpc, Term.localize(reason)}
 
   # A result may itself look like an error, of a server that calls another: it has run, and is not made again.
   defp attempt(request, retry) do
@@ -167,10 +171,8 @@ defmodule MeshxRpc.Client.Call do
 
   defp write(request, alias, pid, left, %{socket: socket, shared: shared, crc: crc} = direct) do
     {flag, iovec, size} = request.encoded
-    head = Frame.request_head(left, size, flag, request.fun)
     stream = Shared.take_id(shared)
-    size = size + byte_size(head)
-    frame = Frame.block(:request, true, 0, stream, [head | iovec], size, crc)
+    {frame, size} = Frame.request(stream, left, request.fun, flag, iovec, size, crc)
 
     # The connection knows of it before the server can: a caller that dies in between is cancelled, and its id
     # is not missed for ever.
@@ -193,14 +195,14 @@ defmodule MeshxRpc.Client.Call do
     end
   end
 
-  defp decoded(request, flag, bytes) do
-    if request.measured, do: Measured.note(:received, byte_size(bytes))
-    timed(request, :dser, fn -> term(request, flag, bytes) end)
+  defp decoded(%{measured: true, pool: pool}, flag, bytes) do
+    Measured.note(:received, byte_size(bytes))
+    Measured.time(:dser, fn -> term(pool, flag, bytes) end)
   end
 
-  defp term(request, flag, bytes) do
-    %{message: message, codec: codec, guard: guard} = request.pool
+  defp decoded(%{pool: pool}, flag, bytes), do: term(pool, flag, bytes)
 
+  defp term(%{message: message, codec: codec, guard: guard}, flag, bytes) do
     case Message.decode(message, codec, flag, bytes, guard) do
       {:ok, term} -> {:ok, term}
       {:error, :refused} -> {:error_rpc, :serialization_fail}

@@ -136,7 +136,7 @@ defmodule MeshxRpc.Client.Pool do
     size = config.pool_opts.size
 
     # Owned by this supervisor, so it lives as long as the pool. One counter per connection. Of casts: the bytes that wait, how many do, and how many failed.
-    table = :ets.new(config.id, [:named_table, :public, read_concurrency: true])
+    table = :ets.new(config.id, [:public, read_concurrency: true])
     # And of connections beyond `size`: how many there are, and whether one is being made.
     load = :counters.new(size + Growth.most(config), [])
     growth = :atomics.new(2, [])
@@ -212,15 +212,15 @@ defmodule MeshxRpc.Client.Pool do
 
   @doc false
   # The same as `{index, pid, max_message, trace}`.
-  def row(%{size: size} = pool) do
-    case :atomics.get(pool.growth, 1) do
-      0 when size == 1 and pool.overflow == 0 -> only(pool)
+  def row(%{size: size, growth: growth, overflow: overflow, table: table} = pool) do
+    case :atomics.get(growth, 1) do
+      0 when size == 1 and overflow == 0 -> only(table)
       0 -> least_loaded(pool, size)
       _extra -> least_loaded(pool, pool.most)
     end
   end
 
-  defp only(%{table: table}) do
+  defp only(table) do
     case lookup(table, 1) do
       [row] -> {:ok, row}
       [] -> :none

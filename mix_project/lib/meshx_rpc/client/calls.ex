@@ -9,12 +9,13 @@ defmodule MeshxRpc.Client.Calls do
 
   @idle 1_024
 
-  alias MeshxRpc.Client.Direct
+  alias MeshxRpc.Client.{ByCaller, Direct}
+  alias MeshxRpc.Shared
 
   @enforce_keys [:load, :index]
-  # streams: stream => call. callers: pid => {monitor, %{key => stream or nil}}. ids: how many streams there ever were.
-  # direct: those of which the others know nothing, nil without a socket.
-  defstruct [:load, :index, :direct, count: 0, ids: 0, streams: %{}, callers: %{}]
+  # streams: stream => call. waiting: those without a stream, as keys. callers: pid => monitor. ids: how many streams
+  # there ever were. direct: calls of which the others know nothing, nil without a socket. by_caller: nil until asked.
+  defstruct [:load, :index, :direct, :by_caller, ids: 0, streams: %{}, waiting: %{}, callers: %{}]
 
   @type call :: {caller :: pid(), key :: reference()}
   @type t :: %__MODULE__{}
@@ -27,25 +28,63 @@ defmodule MeshxRpc.Client.Calls do
   @spec new(:counters.counters_ref(), pos_integer()) :: t()
   def new(load, index), do: %__MODULE__{load: load, index: index}
 
+  @doc "How many calls there are, but for those that callers have written themselves."
+  @spec count(t()) :: non_neg_integer()
+  def count(%{streams: streams, waiting: waiting}), do: map_size(streams) + map_size(waiting)
+
   @doc "A call begins, on a stream or not yet: `{:DOWN, _, :process, caller, _}` comes when its caller goes."
   @spec add(t(), call(), pos_integer() | nil) :: t()
-  def add(%__MODULE__{callers: callers} = calls, {caller, key} = call, stream) do
-    :counters.add(calls.load, calls.index, 1)
+  # Before its caller is watched: of those that have no call, some may be no longer.
+  def add(calls, {caller, _key} = call, nil) do
+    %{calls | waiting: Map.put(calls.waiting, call, [])}
+    |> note(call, nil)
+    |> known(caller)
+    |> counted()
+  end
 
-    calls =
-      case callers do
-        %{^caller => {monitor, open}} ->
-          open = Map.put(open, key, stream)
-          %{calls | count: calls.count + 1, callers: %{callers | caller => {monitor, open}}}
+  def add(calls, {caller, _key} = call, stream),
+    do: calls |> on(stream, call) |> note(call, stream) |> known(caller) |> counted()
 
-        _new ->
-          calls = watch(calls, caller)
-          {monitor, none} = Map.fetch!(calls.callers, caller)
-          callers = %{calls.callers | caller => {monitor, Map.put(none, key, stream)}}
-          %{calls | count: calls.count + 1, callers: callers}
-      end
+  @doc "Calls begin, each on the stream after that of the one before. They are given last first."
+  @spec add_all(t(), [call()], last :: pos_integer()) :: t()
+  def add_all(calls, added, last) do
+    {streams, ids} = put_all(added, last, calls.streams, calls.ids)
+    calls = note_all(%{calls | streams: streams, ids: ids}, added, last)
+    known_all(added, calls.callers, calls) |> counted()
+  end
 
-    if stream, do: on(calls, stream, call), else: calls
+  defp put_all([], _stream, streams, ids), do: {streams, ids}
+
+  defp put_all([call | calls], stream, streams, ids),
+    do: put_all(calls, stream - 1, Map.put(streams, stream, call), ids + 1)
+
+  defp note_all(%{by_caller: nil} = calls, _added, _last), do: calls
+  defp note_all(calls, [], _last), do: calls
+
+  defp note_all(calls, [call | added], last),
+    do: calls |> note(call, last) |> note_all(added, last - 1)
+
+  defp known_all([], _callers, calls), do: calls
+
+  defp known_all([{caller, _key} | added], callers, calls) when is_map_key(callers, caller),
+    do: known_all(added, callers, calls)
+
+  defp known_all([{caller, _key} | added], _callers, calls) do
+    calls = watch(calls, caller)
+    known_all(added, calls.callers, calls)
+  end
+
+  defp known(%{callers: callers} = calls, caller) when is_map_key(callers, caller), do: calls
+  defp known(calls, caller), do: watch(calls, caller)
+
+  defp note(%{by_caller: nil} = calls, _call, _stream), do: calls
+
+  defp note(calls, call, stream),
+    do: %{calls | by_caller: ByCaller.note(calls.by_caller, call, stream, count(calls))}
+
+  defp counted(calls) do
+    :counters.put(calls.load, calls.index, count(calls))
+    calls
   end
 
   @doc "A caller writes its calls itself from now on."
@@ -59,7 +98,7 @@ defmodule MeshxRpc.Client.Calls do
     monitor = :erlang.monitor(:process, caller)
     Direct.watched(calls.direct, caller)
     calls = unwatch_idle(calls)
-    %{calls | callers: Map.put(calls.callers, caller, {monitor, %{}})}
+    %{calls | callers: Map.put(calls.callers, caller, monitor)}
   end
 
   defp on(calls, stream, call),
@@ -67,14 +106,17 @@ defmodule MeshxRpc.Client.Calls do
 
   # Those that have no call go when they are many. One that begins a call meanwhile has entered it before it asks
   # whether it is watched.
-  defp unwatch_idle(%{callers: callers, count: count} = calls)
-       when map_size(callers) < @idle + 2 * count,
-       do: calls
+  defp unwatch_idle(calls) do
+    if map_size(calls.callers) < @idle + 2 * count(calls), do: calls, else: unwatch(calls)
+  end
 
-  defp unwatch_idle(%{callers: callers, direct: direct} = calls) do
+  defp unwatch(%{callers: callers, direct: direct} = calls) do
+    busy = for {{caller, _key}, _stream} <- all(calls), into: %{}, do: {caller, []}
+
     kept =
-      Map.filter(callers, fn {caller, {monitor, open}} ->
-        open != %{} or not (Direct.unwatched(direct, caller) and :erlang.demonitor(monitor))
+      Map.filter(callers, fn {caller, monitor} ->
+        is_map_key(busy, caller) or
+          not (Direct.unwatched(direct, caller) and :erlang.demonitor(monitor))
       end)
 
     for caller <- Direct.callers(direct),
@@ -83,16 +125,14 @@ defmodule MeshxRpc.Client.Calls do
       calls ->
         Direct.watched(direct, caller)
         monitor = :erlang.monitor(:process, caller)
-        %{calls | callers: Map.put(calls.callers, caller, {monitor, %{}})}
+        %{calls | callers: Map.put(calls.callers, caller, monitor)}
     end
   end
 
   @doc "The first frame of a call was made."
   @spec opened(t(), call(), pos_integer()) :: t()
-  def opened(calls, {caller, key} = call, stream) do
-    {monitor, open} = Map.fetch!(calls.callers, caller)
-    callers = %{calls.callers | caller => {monitor, %{open | key => stream}}}
-    on(%{calls | callers: callers}, stream, call)
+  def opened(calls, call, stream) do
+    %{calls | waiting: Map.delete(calls.waiting, call)} |> on(stream, call) |> note(call, stream)
   end
 
   @doc "A new connection, on which so many stream ids were taken before."
@@ -120,7 +160,7 @@ defmodule MeshxRpc.Client.Calls do
   @spec retire(t()) :: t()
   def retire(calls) do
     Direct.delete(calls.direct)
-    %{calls | direct: nil}
+    %{calls | direct: nil, by_caller: nil}
   end
 
   @doc "Takes the call that a caller has written itself on a stream."
@@ -135,22 +175,25 @@ defmodule MeshxRpc.Client.Calls do
   def on_stream(calls, stream), do: Map.fetch(calls.streams, stream)
 
   @doc "The stream of a call; nil when it has none yet."
-  @spec stream(t(), call()) :: {:ok, nil | pos_integer()} | :error
-  def stream(calls, {caller, key}) do
-    case calls.callers do
-      %{^caller => {_monitor, %{^key => stream}}} -> {:ok, stream}
-      _over -> :error
-    end
+  @spec stream(t(), call()) :: {{:ok, nil | pos_integer()} | :error, t()}
+  def stream(calls, call) do
+    calls = by_caller(calls)
+    found = {call, ByCaller.stream(calls.by_caller, call)}
+    {if(live?(calls, found), do: {:ok, elem(found, 1)}, else: :error), calls}
   end
 
-  @doc "The calls of a caller."
-  @spec of(t(), pid()) :: [call()]
+  @doc "The calls of a caller, each with its stream."
+  @spec of(t(), pid()) :: {[{call(), nil | pos_integer()}], t()}
   def of(calls, caller) do
-    case calls.callers do
-      %{^caller => {_monitor, open}} -> for {key, _stream} <- open, do: {caller, key}
-      _not_watched -> []
-    end
+    calls = by_caller(calls)
+    {calls.by_caller |> ByCaller.of(caller) |> Enum.filter(&live?(calls, &1)), calls}
   end
+
+  defp by_caller(%{by_caller: nil} = calls), do: %{calls | by_caller: ByCaller.new(all(calls))}
+  defp by_caller(calls), do: %{calls | by_caller: ByCaller.ready(calls.by_caller)}
+
+  defp live?(calls, {call, nil}), do: is_map_key(calls.waiting, call)
+  defp live?(calls, {call, stream}), do: match?(%{^stream => ^call}, calls.streams)
 
   @doc "A caller that has no call is gone."
   @spec gone(t(), pid()) :: t()
@@ -159,35 +202,63 @@ defmodule MeshxRpc.Client.Calls do
     %{calls | callers: Map.delete(calls.callers, caller)}
   end
 
-  @doc "The calls that a peer which ran streams up to `last` has not begun."
-  @spec above(t(), non_neg_integer()) :: [call()]
+  @doc "The calls that a peer which ran streams up to `last` has not begun, each with its stream."
+  @spec above(t(), non_neg_integer()) :: [{call(), nil | pos_integer()}]
   def above(calls, last) do
-    for {caller, {_monitor, open}} <- calls.callers,
-        {key, stream} <- open,
-        stream == nil or stream > last,
-        do: {caller, key}
+    for({call, []} <- calls.waiting, do: {call, nil}) ++
+      for {stream, call} <- calls.streams, stream > last, do: {call, stream}
   end
 
   @doc "All calls."
-  @spec all(t()) :: [call()]
+  @spec all(t()) :: [{call(), nil | pos_integer()}]
   def all(calls), do: above(calls, -1)
 
   @doc "Whether there is no call, but for those that callers have written themselves."
   @spec empty?(t()) :: boolean()
-  def empty?(calls), do: calls.count == 0
+  def empty?(calls), do: calls.streams == %{} and calls.waiting == %{}
 
   @doc "Whether there is no call at all."
   @spec none?(t()) :: boolean()
-  def none?(calls), do: calls.count == 0 and Direct.count(calls.direct) == 0
+  def none?(calls), do: empty?(calls) and Direct.count(calls.direct) == 0
 
   @doc "Whether there is but one call."
   @spec last?(t()) :: boolean()
-  def last?(calls), do: calls.count == 1
+  def last?(calls), do: count(calls) == 1
+
+  @doc """
+  Ends the calls that the first events of a read answer: as long as these are responses to calls that the connection has
+  written. `:none` when already the first is not. The codec and the writer must know no more of them.
+  """
+  @spec answer(t(), [MeshxRpc.Codec.event()]) :: {t(), [MeshxRpc.Codec.event()]} | :none
+  def answer(calls, events) do
+    case take(events, calls.streams, []) do
+      {_streams, [], _rest} ->
+        :none
+
+      {streams, taken, rest} ->
+        calls = %{calls | streams: streams}
+        # Before their callers can ask again.
+        if empty?(calls), do: Shared.idle(calls.direct.shared)
+        calls = counted(calls)
+        for {key, answer} <- :lists.reverse(taken), do: send(key, answer)
+        {calls, rest}
+    end
+  end
+
+  defp take([{:response, stream, status, flag, bytes} | rest] = events, streams, taken)
+       when status != :started do
+    case :maps.take(stream, streams) do
+      {{_caller, key}, streams} -> take(rest, streams, [{key, {key, status, flag, bytes}} | taken])
+      :error -> {streams, taken, events}
+    end
+  end
+
+  defp take(events, streams, taken), do: {streams, taken, events}
 
   @doc "Ends a call and tells its caller how: who asks again finds it ended."
-  @spec finish(t(), call(), outcome()) :: t()
-  def finish(calls, {_caller, key} = call, outcome) do
-    calls = forget(calls, call)
+  @spec finish(t(), call(), nil | pos_integer(), outcome()) :: t()
+  def finish(calls, {_caller, key} = call, stream, outcome) do
+    calls = forget(calls, call, stream)
     reply(key, outcome)
     calls
   end
@@ -204,13 +275,10 @@ defmodule MeshxRpc.Client.Calls do
   end
 
   @doc "Ends a call that nobody waits for any more."
-  @spec forget(t(), call()) :: t()
-  def forget(calls, {caller, key}) do
-    :counters.sub(calls.load, calls.index, 1)
-    {monitor, open} = Map.fetch!(calls.callers, caller)
-    {stream, open} = Map.pop!(open, key)
-    callers = %{calls.callers | caller => {monitor, open}}
-    streams = if stream, do: Map.delete(calls.streams, stream), else: calls.streams
-    %{calls | count: calls.count - 1, callers: callers, streams: streams}
-  end
+  @spec forget(t(), call(), nil | pos_integer()) :: t()
+  def forget(calls, call, nil),
+    do: counted(%{calls | waiting: Map.delete(calls.waiting, call)})
+
+  def forget(calls, _call, stream),
+    do: counted(%{calls | streams: Map.delete(calls.streams, stream)})
 end

@@ -13,8 +13,9 @@ defmodule MeshxRpc.Client.Connection do
   alias MeshxRpc.Client.{Backoff, Calls, Dial, Direct, Growth, InFlight, Listing}
   alias MeshxRpc.Client.{Liveness, Report, Successor}
 
-  # Messages that are collected for one write.
+  # Messages that are collected for one write. A request counts once more for each 16 KiB.
   @collect 32
+  @counts_more 16_384
   # Stream ids that callers took and did not tell of, since they were killed at that moment: the server takes 1,024.
   @left_out 512
   # How long one that was replaced waits for callers that have just found it.
@@ -84,8 +85,8 @@ defmodule MeshxRpc.Client.Connection do
   def handle_continue(:connect, state), do: connect(state)
 
   @impl true
-  def handle_info({:call, key, caller, fun, deadline, encoded}, state),
-    do: state |> InFlight.ask(key, caller, fun, deadline, encoded) |> continue()
+  def handle_info({:call, _key, _caller, _fun, _deadline, _encoded} = ask, state),
+    do: continue(state, [ask])
 
   # A caller that has written itself for the first time.
   def handle_info({:watch, caller}, state),
@@ -100,8 +101,14 @@ defmodule MeshxRpc.Client.Connection do
 
   # Its time is over, and the server has not said so.
   def handle_info({:expired, caller, key}, state) do
-    if Calls.stream(state.calls, {caller, key}) != :error, do: Calls.reply(key, {:failed, :timeout})
-    state |> give_up({caller, key}) |> continue()
+    case Calls.stream(state.calls, {caller, key}) do
+      {{:ok, stream}, calls} ->
+        Calls.reply(key, {:failed, :timeout})
+        %{state | calls: calls} |> give_up({caller, key}, stream) |> continue()
+
+      {:error, calls} ->
+        continue(%{state | calls: calls})
+    end
   end
 
   def handle_info({:DOWN, _monitor, :process, caller, _reason}, state),
@@ -240,7 +247,11 @@ defmodule MeshxRpc.Client.Connection do
       {:failed, if(how_far == :sent, do: :tcp_closed, else: :closed)}
     end
 
-    calls = Enum.reduce(Calls.all(state.calls), state.calls, &Calls.finish(&2, &1, outcome.(&1)))
+    calls =
+      for {call, stream} <- Calls.all(state.calls),
+          reduce: state.calls,
+          do: (calls -> Calls.finish(calls, call, stream, outcome.(call)))
+
     calls = Calls.retire(calls)
     was_up = state.phase in [:up, :draining]
 
@@ -293,7 +304,19 @@ defmodule MeshxRpc.Client.Connection do
 
   # Events
 
-  defp events(state, events), do: Enum.reduce(events, state, &event/2)
+  defp events(state, []), do: state
+
+  # Mostly all of a read are results, and nothing waits to be sent.
+  defp events(%{phase: :up, link: %{writer: %{messages: none}}} = state, events)
+       when none == %{} do
+    case Calls.answer(state.calls, events) do
+      {calls, rest} -> events(%{state | calls: calls}, rest)
+      :none -> one_event(state, events)
+    end
+  end
+
+  defp events(state, events), do: one_event(state, events)
+  defp one_event(state, [event | events]), do: event |> event(state) |> events(events)
 
   defp event(_event, %{link: nil} = state), do: state
 
@@ -412,7 +435,7 @@ defmodule MeshxRpc.Client.Connection do
         state = InFlight.answered(state, stream, call, outcome)
         # Before its caller can ask again.
         if Calls.last?(state.calls), do: Shared.idle(state.link.shared)
-        state = %{state | calls: Calls.finish(state.calls, call, outcome)}
+        state = %{state | calls: Calls.finish(state.calls, call, stream, outcome)}
         if state.phase == :draining, do: drain(state, :drained), else: state
 
       :error ->
@@ -422,50 +445,60 @@ defmodule MeshxRpc.Client.Connection do
 
   defp caller_gone(state, caller) do
     state = InFlight.adopt(state)
-    state = state.calls |> Calls.of(caller) |> Enum.reduce(state, &give_up(&2, &1))
+    {open, calls} = Calls.of(state.calls, caller)
+
+    state =
+      for {call, stream} <- open,
+          reduce: %{state | calls: calls},
+          do: (state -> give_up(state, call, stream))
+
     %{state | calls: Calls.gone(state.calls, caller)}
   end
 
   # The caller is dead or has given up.
   defp give_up(state, call) do
     case Calls.stream(state.calls, call) do
-      {:ok, stream} ->
-        {_how_far, state} = InFlight.drop(state, call)
-        state = %{state | calls: Calls.forget(state.calls, call)}
-        state = if stream, do: InFlight.cancel(state, stream), else: state
-        if state.phase == :draining, do: drain(state, :drained), else: state
-
-      :error ->
-        state
+      {{:ok, stream}, calls} -> give_up(%{state | calls: calls}, call, stream)
+      {:error, calls} -> %{state | calls: calls}
     end
+  end
+
+  defp give_up(state, call, stream) do
+    {_how_far, state} = InFlight.drop(state, call)
+    state = %{state | calls: Calls.forget(state.calls, call, stream)}
+    state = if stream, do: InFlight.cancel(state, stream), else: state
+    if state.phase == :draining, do: drain(state, :drained), else: state
   end
 
   # Writing
 
   # Takes what waits in the mailbox and may fill the same batch, and writes it.
-  defp continue(%{phase: phase} = state) when phase in [:up, :draining],
-    do: collect(state, @collect)
+  defp continue(state, asks \\ [])
 
-  defp continue(state), do: {:noreply, state}
+  defp continue(%{phase: phase} = state, asks) when phase in [:up, :draining],
+    do: collect(state, asks, @collect)
 
-  defp collect(%{link: nil} = state, _left), do: {:noreply, state}
-  defp collect(state, 0), do: write(state)
+  defp continue(state, asks), do: {:noreply, InFlight.ask_all(state, asks)}
 
-  defp collect(%{link: %{socket: socket} = link} = state, left) do
+  # `asks` are those of callers that came last, last first: they begin together.
+  defp collect(%{link: nil} = state, [], _left), do: {:noreply, state}
+  defp collect(state, asks, left) when left <= 0, do: state |> InFlight.ask_all(asks) |> write()
+
+  defp collect(%{link: %{socket: socket} = link} = state, asks, left) do
     if Link.enough?(link) do
-      write(state)
+      state |> InFlight.ask_all(asks) |> write()
     else
       receive do
-        {:call, key, caller, fun, deadline, encoded} ->
-          state |> InFlight.ask(key, caller, fun, deadline, encoded) |> collect(left - 1)
+        {:call, _key, _caller, _fun, _deadline, {_flag, _iovec, size}} = ask ->
+          collect(state, [ask | asks], left - 1 - div(size, @counts_more))
 
         {:inet_reply, ^socket, :ok} ->
-          collect(state, left)
+          collect(state, asks, left)
 
         {:tcp, ^socket, bytes} ->
-          state |> read(bytes) |> collect(left - 1)
+          state |> InFlight.ask_all(asks) |> read(bytes) |> collect([], left - 1)
       after
-        0 -> write(state)
+        0 -> state |> InFlight.ask_all(asks) |> write()
       end
     end
   end

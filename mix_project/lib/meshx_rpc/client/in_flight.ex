@@ -19,13 +19,63 @@ defmodule MeshxRpc.Client.InFlight do
       call = {caller, key}
       {stream, link} = Link.request(state.link, call, head, iovec, size)
       calls = Calls.add(state.calls, call, stream)
-      %{state | calls: calls, link: Link.under_way(link, calls.count)}
+      %{state | calls: calls, link: Link.under_way(link, Calls.count(calls))}
     end
   end
 
   def ask(state, key, _caller, _fun, _deadline, _encoded) do
     send(key, {key, :failed, :closed})
     state
+  end
+
+  @typedoc "What a caller sends to have a call made."
+  @type ask ::
+          {:call, reference(), pid(), binary(), timeout(), MeshxRpc.Term.encoded()}
+
+  @doc "Calls begin that came one after the other; they are given last first."
+  @spec ask_all(map(), [ask()]) :: map()
+  def ask_all(state, []), do: state
+
+  def ask_all(%{phase: :up, link: link} = state, [_one, _two | _] = asks) do
+    {largest, total} = sizes(asks, 0, 0)
+
+    if Link.queued(link) + total <= state.config.max_queue and Link.whole?(link, largest, total),
+      do: whole(state, asks),
+      else: one_by_one(state, asks)
+  end
+
+  def ask_all(state, asks), do: one_by_one(state, asks)
+
+  defp one_by_one(state, asks) do
+    List.foldr(asks, state, fn {:call, key, caller, fun, deadline, encoded}, state ->
+      ask(state, key, caller, fun, deadline, encoded)
+    end)
+  end
+
+  defp sizes([], largest, total), do: {largest, total}
+
+  defp sizes(
+         [{:call, _key, _caller, _fun, _deadline, {_flag, _iovec, size}} | asks],
+         largest,
+         total
+       ),
+       do: sizes(asks, max(largest, size), total + size)
+
+  # Each in one frame, that goes with the next write.
+  defp whole(%{link: link} = state, asks) do
+    last = Shared.take_ids(link.shared, length(asks))
+    {calls, frames, size} = frames(asks, last, link.writer.crc, [], [], 0)
+    calls = Calls.add_all(state.calls, :lists.reverse(calls), last)
+    link = link |> Link.frame(frames, size) |> Link.under_way(Calls.count(calls))
+    %{state | calls: calls, link: link}
+  end
+
+  defp frames([], _stream, _crc, calls, frames, size), do: {calls, frames, size}
+
+  defp frames([ask | asks], stream, crc, calls, frames, size) do
+    {:call, key, caller, fun, deadline, {flag, iovec, argument}} = ask
+    {frame, length} = Frame.request(stream, deadline, fun, flag, iovec, argument, crc)
+    frames(asks, stream - 1, crc, [{caller, key} | calls], [frame | frames], size + length)
   end
 
   @doc "The server has answered a call that its caller has written itself, if it was one."
@@ -62,9 +112,9 @@ defmodule MeshxRpc.Client.InFlight do
   @doc "Ends the calls that have not run and will not: those above stream `last`."
   @spec unsent(map(), non_neg_integer()) :: map()
   def unsent(state, last) do
-    Enum.reduce(Calls.above(state.calls, last), state, fn call, state ->
+    Enum.reduce(Calls.above(state.calls, last), state, fn {call, stream}, state ->
       {_how_far, state} = drop(state, call)
-      %{state | calls: Calls.finish(state.calls, call, {:failed, :closed})}
+      %{state | calls: Calls.finish(state.calls, call, stream, {:failed, :closed})}
     end)
   end
 

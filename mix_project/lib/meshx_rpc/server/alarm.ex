@@ -6,12 +6,7 @@ defmodule MeshxRpc.Server.Alarm do
   @typedoc "The timer of the first deadline, and when it is. It comes as `{:timeout, timer, :alarm}`."
   @type t :: nil | {reference(), integer()}
 
-  @doc "The moment in which a time that begins now is over, by the VM's monotonic clock in milliseconds."
-  @spec until(timeout()) :: integer() | :infinity
-  def until(:infinity), do: :infinity
-  def until(milliseconds), do: System.monotonic_time(:millisecond) + milliseconds
-
-  @doc "It is to ring at `until`, or before."
+  @doc "It is to ring at `until`, by the VM's monotonic clock in milliseconds, or before."
   @spec set(t(), integer() | :infinity) :: t()
   def set(alarm, :infinity), do: alarm
   def set(nil, until), do: start(until)

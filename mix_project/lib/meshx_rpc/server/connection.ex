@@ -9,18 +9,21 @@ defmodule MeshxRpc.Server.Connection do
   use GenServer, restart: :temporary
   require Logger
 
-  alias MeshxRpc.{Address, Frame, Hello, Link, Options, Refs, Shared, Telemetry, Term, Writer}
-  alias MeshxRpc.Server.{Alarm, Functions, Report, Room, Task}
+  alias MeshxRpc.{Address, Frame, Hello, Link, Options, Refs, Shared, Telemetry, Writer}
+  alias MeshxRpc.Server.{Report, Requests, Room, Task}
 
   @linger 1_000
   # How often a connection that drains looks whether it has.
   @drained 20
-  # Messages that are collected for one write.
+  # Messages that are collected for one write. A result counts once more for each 16 KiB.
   @collect 32
+  @counts_more 16_384
 
-  @enforce_keys [:config, :listener, :held, :offered]
+  @enforce_keys [:config, :rules, :listener, :held, :offered]
+  # rules: what requests need of the config. It is small, and found faster there.
   defstruct [
     :config,
+    :rules,
     :listener,
     :held,
     :offered,
@@ -47,7 +50,13 @@ defmodule MeshxRpc.Server.Connection do
     do:
       GenServer.start_link(
         __MODULE__,
-        %__MODULE__{config: config, listener: listener, held: held, offered: config.offered},
+        %__MODULE__{
+          config: config,
+          rules: config.rules,
+          listener: listener,
+          held: held,
+          offered: config.offered
+        },
         config.gen_statem_opts
       )
 
@@ -86,10 +95,10 @@ defmodule MeshxRpc.Server.Connection do
 
   def handle_info({:tcp_passive, _socket}, state), do: continue(state)
 
-  def handle_info({:done, pid, stream, done}, state),
-    do: state |> done(pid, stream, done) |> continue()
+  def handle_info({:done, _pid, _stream, _done} = done, state), do: continue(state, [done])
 
-  def handle_info({:EXIT, pid, reason}, state), do: state |> ended(pid, reason) |> continue()
+  def handle_info({:EXIT, pid, reason}, state),
+    do: state |> Requests.ended(pid, reason) |> continue()
 
   # What was left after a write.
   def handle_info(:timeout, state), do: continue(state)
@@ -107,11 +116,8 @@ defmodule MeshxRpc.Server.Connection do
 
   def handle_info({:tcp_error, _socket, reason}, state), do: broken(state, reason)
 
-  def handle_info({:timeout, timer, :alarm}, %{alarm: {timer, _at}} = state) do
-    late = Alarm.late(state.streams)
-    state = Enum.reduce(late, %{state | alarm: nil}, &too_late/2)
-    continue(%{state | alarm: Alarm.next(state.streams)})
-  end
+  def handle_info({:timeout, timer, :alarm}, %{alarm: {timer, _at}} = state),
+    do: state |> Requests.too_late() |> continue()
 
   def handle_info({:timeout, _timer, :alarm}, state), do: continue(state)
 
@@ -194,7 +200,7 @@ defmodule MeshxRpc.Server.Connection do
 
   @impl true
   def terminate(_reason, state) do
-    _ = Enum.reduce(Map.keys(state.streams), state, &kill(&2, &1, :killed))
+    _ = Enum.reduce(Map.keys(state.streams), state, &Requests.kill(&2, &1, :killed))
 
     if state.link do
       if state.phase == :up and state.draining == nil,
@@ -206,7 +212,14 @@ defmodule MeshxRpc.Server.Connection do
 
   # Events
 
-  defp events(state, events), do: Enum.reduce(events, state, &event/2)
+  defp events(state, []), do: state
+
+  defp events(state, [event | rest] = events) do
+    case Requests.start_all(state, events) do
+      {state, rest} -> events(state, rest)
+      :none -> event |> event(state) |> events(rest)
+    end
+  end
 
   defp event(_event, %{phase: :closing} = state), do: state
 
@@ -240,12 +253,12 @@ defmodule MeshxRpc.Server.Connection do
   defp event({:request, stream, _, _, _, _, _} = request, %{draining: draining} = state)
        when draining != nil do
     if stream > draining.last or MapSet.member?(draining.skipped, stream),
-      do: over(state, stream),
-      else: request(request, state)
+      do: Requests.over(state, stream),
+      else: Requests.start(state, request)
   end
 
   defp event({:request, _, _, _, _, _, _} = request, %{phase: :up} = state),
-    do: request(request, state)
+    do: Requests.start(state, request)
 
   defp event({:window, stream, increment}, %{phase: :up} = state) do
     case Link.window(state.link, stream, increment) do
@@ -260,10 +273,10 @@ defmodule MeshxRpc.Server.Connection do
   end
 
   # Nobody waits for it any more.
-  defp event({:cancel, stream}, state), do: forget(state, stream)
+  defp event({:cancel, stream}, state), do: Requests.forget(state, stream)
 
   defp event({over, stream, _cause, _text}, state) when over in [:reset, :stream_error],
-    do: forget(state, stream)
+    do: Requests.forget(state, stream)
 
   defp event({:refused, cause, text}, state) do
     Report.tell(state, :hsk, {cause, Link.printable(text)})
@@ -281,36 +294,6 @@ defmodule MeshxRpc.Server.Connection do
   defp event({:pong, _bytes}, state), do: state
 
   defp event(_unexpected, state), do: refuse(state, :protocol, "a frame came out of turn")
-
-  defp request({:request, stream, kind, deadline, fun, flag, argument}, state) do
-    # Requests become whole in another order than they began.
-    state = %{state | last: max(state.last, stream)}
-
-    case offered(state, fun) do
-      {{:ok, fun}, state} ->
-        if Room.take?(state.config, state.held, Room.place(fun)) do
-          start(state, stream, kind, deadline, fun, flag, argument)
-        else
-          text = "#{state.config.max_concurrency} requests run (max_concurrency)"
-
-          state
-          |> Report.tell_refused(kind, fun, stream, argument, :full)
-          |> reset(stream, :full, text)
-        end
-
-      {:error, state} ->
-        state
-        |> Report.tell_refused(kind, fun, stream, argument, :undef)
-        |> answer(stream, {:error, Term.encode_error(Term.undef(state.config.module, fun))})
-    end
-  end
-
-  defp offered(%{config: config} = state, name) do
-    case Functions.find(state.offered, name, config.module, config.functions) do
-      {found, nil} -> {found, state}
-      {found, offered} -> {found, %{state | offered: offered}}
-    end
-  end
 
   # Also of requests that came in part, and of answers that are not yet written.
   defp drained?(%{link: link} = state),
@@ -357,180 +340,52 @@ defmodule MeshxRpc.Server.Connection do
     end
   end
 
-  # Requests
-
-  defp start(state, {:internal, name}, {stream, _kind, flag, argument}, _measured),
-    do: Task.internal(state.task, stream, name, flag, argument)
-
-  # With others beside it, its result is not for itself to write: so they are spared the copy of what that takes.
-  defp start(%{streams: none} = state, fun, request, measured) when none == %{},
-    do: Task.start(%{state.task | direct: state.direct}, fun, request, measured)
-
-  defp start(state, fun, request, measured), do: Task.start(state.task, fun, request, measured)
-
-  defp start(state, stream, kind, deadline, fun, flag, argument) do
-    measured = Report.measured(state, kind, fun, stream, argument)
-    pid = start(state, fun, {stream, kind, flag, argument}, measured)
-
-    execute = state.config.timeout_execute
-    reason = if execute < deadline, do: :killed, else: :timeout
-
-    until = Alarm.until(min(deadline, execute))
-    place = Room.place(fun)
-
-    request = %{
-      pid: pid,
-      until: until,
-      reason: reason,
-      kind: kind,
-      place: place,
-      measured: measured
-    }
-
-    streams = Map.put(state.streams, stream, request)
-
-    state = %{
-      state
-      | alarm: Alarm.set(state.alarm, until),
-        streams: streams,
-        link: Link.under_way(state.link, map_size(streams))
-    }
-
-    if kind == :cast, do: respond(state, stream, :started, {0, [], 0}), else: state
-  end
-
-  defp done(state, pid, stream, done) do
-    case state.streams do
-      %{^stream => %{pid: ^pid}} when done == :answered -> state |> finished(stream) |> over(stream)
-      %{^stream => %{pid: ^pid}} -> finish(state, stream, done)
-      _over -> state
-    end
-  end
-
-  # A request's process that has not told us how it ended: few do, so nothing is kept to find them fast.
-  defp ended(state, pid, reason) do
-    case Enum.find(state.streams, fn {_stream, request} -> request.pid == pid end) do
-      {stream, _request} ->
-        reason = Term.exit_reason(reason)
-
-        state
-        |> Report.tell_ended(stream, reason)
-        |> finish(stream, {:error, Term.encode_error(reason)})
-
-      nil ->
-        state
-    end
-  end
-
-  # The caller of a cast had all there is to have when it started.
-  defp finish(state, stream, done) do
-    kind = state.streams[stream].kind
-    state = finished(state, stream)
-    if kind == :call, do: answer(state, stream, done), else: over(state, stream)
-  end
-
-  # `:timeout` by the caller's deadline, `:killed` by our `timeout_execute`.
-  defp too_late(stream, state) do
-    %{reason: reason} = state.streams[stream]
-    state |> kill(stream, reason) |> finish(stream, {:error, Term.encode_error(reason)})
-  end
-
-  # The request no longer runs.
-  defp finished(state, stream) do
-    {%{place: place}, streams} = Map.pop!(state.streams, stream)
-    Room.leave(state.config, state.held, place)
-    %{state | streams: streams}
-  end
-
-  defp kill(state, stream, reason) do
-    %{pid: pid} = state.streams[stream]
-    Process.unlink(pid)
-    Process.exit(pid, :kill)
-    Report.tell_ended(state, stream, reason)
-  end
-
-  defp forget(state, stream) do
-    state =
-      if Map.has_key?(state.streams, stream),
-        do: state |> kill(stream, :cancelled) |> finished(stream),
-        else: state
-
-    {_how_far, writer} = Writer.drop(state.link.writer, stream)
-    over(%{state | link: %{state.link | writer: writer}}, stream)
-  end
-
-  defp over(state, stream), do: %{state | link: Link.release(state.link, stream)}
-
-  defp answer(%{phase: phase} = state, _stream, _done) when phase != :up, do: state
-
-  defp answer(state, stream, {:refused_term, _}),
-    do: reset(state, stream, :refused_term, "the argument is refused by this server's guard")
-
-  defp answer(state, stream, {:invalid_cks, _}),
-    do: reset(state, stream, :invalid_cks, "the argument is not what its checksums say")
-
-  # Of requests that streams and casts are made of: they have room of their own, since the loss of one answer would
-  # be the end of a stream.
-  defp answer(state, stream, {:reply, encoded}),
-    do: answer(state, stream, :result, encoded, 2 * state.config.max_queue)
-
-  defp answer(state, stream, {status, encoded}),
-    do: answer(state, stream, status, encoded, state.config.max_queue)
-
-  defp answer(state, stream, status, {_flag, _iovec, size} = encoded, max_queue) do
-    queued = Link.queued(state.link)
-
-    cond do
-      size > state.agreed.peer_max_message ->
-        respond(state, stream, :error, Term.encode_error(:error_too_long))
-
-      queued > 0 and queued + size > max_queue ->
-        reset(state, stream, :unread, "#{queued} bytes of results wait to be read (max_queue)")
-
-      true ->
-        respond(state, stream, status, encoded)
-    end
-  end
-
-  defp respond(state, stream, status, {flag, iovec, size}) do
-    head = Frame.response_head(status, flag, size)
-    {whole?, link} = Link.response(state.link, stream, head, iovec, size)
-    # A cast that still runs keeps its argument.
-    over? = whole? and not is_map_key(state.streams, stream)
-    %{state | link: if(over?, do: Link.release(link, stream), else: link)}
-  end
-
-  defp reset(state, stream, cause, text),
-    do: over(%{state | link: Link.queue(state.link, Frame.reset(stream, cause, text))}, stream)
-
   # Writing
 
   # Takes what waits in the mailbox and may fill the same batch, and writes it.
-  defp continue(%{phase: :up} = state), do: collect(state, @collect)
-  defp continue(state), do: {:noreply, state}
+  defp continue(state, dones \\ [])
+  defp continue(%{phase: :up} = state, dones), do: collect(state, dones, @collect)
+  defp continue(state, dones), do: {:noreply, Requests.done_all(state, dones)}
 
-  defp collect(%{phase: phase} = state, left) when left == 0 or phase != :up, do: write(state)
+  # `dones` are the requests that have ended, last first: they are answered together.
+  defp collect(%{phase: phase} = state, dones, left) when left <= 0 or phase != :up,
+    do: state |> Requests.done_all(dones) |> write()
 
-  defp collect(%{link: %{socket: socket} = link} = state, left) do
+  defp collect(%{link: %{socket: socket} = link} = state, dones, left) do
     if Link.enough?(link) do
-      write(state)
+      state |> Requests.done_all(dones) |> write()
     else
       receive do
-        {:done, pid, stream, done} -> state |> done(pid, stream, done) |> collect(left - 1)
+        {:done, _pid, _stream, _done} = done ->
+          collect(state, [done | dones], left - weight(done))
+
         # One of our requests, or nothing to us: a supervisor ends otherwise.
-        {:EXIT, pid, :normal} -> state |> ended(pid, :normal) |> collect(left)
-        {:tcp, ^socket, bytes} -> state |> read(bytes) |> collect(left - 1)
-        {:inet_reply, ^socket, :ok} -> collect(state, left)
+        {:EXIT, pid, :normal} ->
+          state |> Requests.done_all(dones) |> Requests.ended(pid, :normal) |> collect([], left)
+
+        {:tcp, ^socket, bytes} ->
+          state |> Requests.done_all(dones) |> read(bytes) |> collect([], left - 1)
+
+        {:inet_reply, ^socket, :ok} ->
+          collect(state, dones, left)
       after
-        0 -> write(state)
+        0 -> state |> Requests.done_all(dones) |> write()
       end
     end
   end
 
+  defp weight({:done, _pid, _stream, {_status, {_flag, _iovec, size}}}),
+    do: 1 + div(size, @counts_more)
+
+  defp weight(_without_a_result), do: 1
+
   defp write(%{phase: :up, link: %{dirty: true, blocked: false}} = state) do
     case Link.write(state.link) do
-      {:ok, link, notes} -> %{state | link: link} |> sent(notes) |> watch() |> continue_later()
-      {:error, reason} -> broken(state, reason)
+      {:ok, link, notes} ->
+        %{state | link: link} |> Requests.sent(notes) |> watch() |> continue_later()
+
+      {:error, reason} ->
+        broken(state, reason)
     end
   end
 
@@ -553,13 +408,6 @@ defmodule MeshxRpc.Server.Connection do
       else: Shared.idle(link.shared)
 
     if Link.dirty?(link), do: {:noreply, state, 0}, else: {:noreply, state}
-  end
-
-  defp sent(state, notes) do
-    Enum.reduce(notes, state, fn {:sent, stream}, state ->
-      # A cast that still runs keeps its argument.
-      if Map.has_key?(state.streams, stream), do: state, else: over(state, stream)
-    end)
   end
 
   # Only a peer that does not read keeps the port's queue from becoming empty.
@@ -585,8 +433,7 @@ defmodule MeshxRpc.Server.Connection do
   defp close(%{phase: :closing} = state, _frames), do: state
 
   defp close(state, frames) do
-    kill = fn stream, state -> state |> kill(stream, :killed) |> finished(stream) end
-    state = Enum.reduce(Map.keys(state.streams), state, kill)
+    state = Requests.kill_all(state)
     Link.shutdown(state.link, frames)
     _ = :erlang.start_timer(@linger, self(), :linger)
     %{state | phase: :closing}

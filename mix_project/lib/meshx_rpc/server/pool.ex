@@ -6,6 +6,9 @@ defmodule MeshxRpc.Server.Pool do
   """
   use Supervisor
 
+  @rules [:id, :module, :functions, :offered, :message, :codec, :guard, :telemetry, :running] ++
+           [:streams, :max_concurrency, :max_queue, :timeout_execute, :address, :blk_max_size]
+
   alias MeshxRpc.{Entry, Options}
   alias MeshxRpc.Server.{Casts, Functions, Listener, Room, Streams}
 
@@ -57,8 +60,12 @@ defmodule MeshxRpc.Server.Pool do
         guard: config.codec.policy(config.guard)
       })
 
+    # What requests need, in a map that is small enough to be found in without hashing.
+    rules = Map.take(config, @rules)
+    config = Map.put(config, :rules, rules)
+
     children = [
-      {Entry, {{:server, config.id}, config}},
+      {Entry, {{:server, config.id}, rules}},
       {Streams, config.streams},
       {Casts, config},
       Supervisor.child_spec({DynamicSupervisor, strategy: :one_for_one}, id: :connections),

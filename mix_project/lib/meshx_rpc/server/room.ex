@@ -31,25 +31,30 @@ defmodule MeshxRpc.Server.Room do
   @spec most(map()) :: pos_integer()
   def most(%{max_concurrency: max}), do: max + @each * max + 1
 
-  @doc "Takes a place, if there is one."
-  @spec take?(map(), :counters.counters_ref(), place()) :: boolean()
-  def take?(%{running: running, max_concurrency: max}, held, place) do
+  @doc "Takes so many places, if there are as many. Never more, also not for a moment: others may find the last one."
+  @spec take?(map(), :counters.counters_ref(), place(), pos_integer()) :: boolean()
+  def take?(%{running: running, max_concurrency: max} = rules, held, place, count) do
     most = if place == @pieces, do: @each * max, else: max
+    taken = :atomics.get(running, place)
 
-    if :atomics.add_get(running, place, 1) <= most do
-      :counters.add(held, place, 1)
-      true
-    else
-      :atomics.sub(running, place, 1)
-      false
+    cond do
+      taken + count > most ->
+        false
+
+      :atomics.compare_exchange(running, place, taken, taken + count) == :ok ->
+        :counters.add(held, place, count)
+        true
+
+      true ->
+        take?(rules, held, place, count)
     end
   end
 
-  @doc "Leaves it."
-  @spec leave(map(), :counters.counters_ref(), place()) :: :ok
-  def leave(%{running: running}, held, place) do
-    :counters.sub(held, place, 1)
-    :atomics.sub(running, place, 1)
+  @doc "Leaves them."
+  @spec leave(map(), :counters.counters_ref(), place(), non_neg_integer()) :: :ok
+  def leave(%{running: running}, held, place, count) do
+    :counters.sub(held, place, count)
+    :atomics.sub(running, place, count)
   end
 
   @doc "Leaves all that a connection had which is dead."

@@ -45,10 +45,11 @@ defmodule MeshxRpc.Server.Task do
   end
 
   @doc false
-  def run(%{direct: direct} = task, fun, {stream, kind, flag, argument}, measured) do
-    config = Entry.get({:server, task.server})
+  def run(task, fun, {stream, kind, flag, argument}, measured) do
+    %{connection: connection, server: server, traced: traced, direct: direct} = task
+    config = Entry.get({:server, server})
     began = clock(measured)
-    argument = decode(config, task.traced, flag, argument)
+    argument = decode(config, traced, flag, argument)
     decoded = clock(measured)
 
     {done, result, executed} =
@@ -62,7 +63,7 @@ defmodule MeshxRpc.Server.Task do
     ended = clock(measured)
     direct? = kind == :call and direct != nil and direct?(config, direct, done)
     sent = if direct?, do: answer(direct, stream, done), else: done
-    send(task.connection, {:done, self(), stream, sent})
+    send(connection, {:done, self(), stream, sent})
 
     if measured do
       time = [dser: decoded - began, exec: executed - decoded, ser: ended - executed]
@@ -70,7 +71,7 @@ defmodule MeshxRpc.Server.Task do
       tell(config, Map.put(measured, :sent, size(done)), result, time)
     end
 
-    leave(task.connection)
+    leave(connection)
   end
 
   # It knows all: the message of our end would tell it nothing, and costs it as much as the result did.
@@ -100,14 +101,14 @@ defmodule MeshxRpc.Server.Task do
     end
   end
 
-  defp decode(config, false, flag, bytes),
-    do: Message.decode(config.message, config.codec, flag, bytes, config.guard)
+  defp decode(%{message: message, codec: codec, guard: guard}, false, flag, bytes),
+    do: Message.decode(message, codec, flag, bytes, guard)
 
-  defp call(config, fun, argument, measured) do
-    result = apply(config.module, fun, [argument])
+  defp call(%{module: module, message: message}, fun, argument, measured) do
+    result = apply(module, fun, [argument])
     executed = clock(measured)
 
-    case Message.encode(config.message, result) do
+    case Message.encode(message, result) do
       {:ok, encoded} -> {{:result, encoded}, nil, executed}
       {:error, reason} -> {{:error, Term.encode_error(reason)}, reason, executed}
     end
@@ -161,9 +162,7 @@ defmodule MeshxRpc.Server.Task do
 
   # Should we be killed right after this, the connection may answer too: clients ignore a second answer.
   defp answer(direct, stream, {status, {flag, iovec, size}} = done) do
-    head = Frame.response_head(status, flag, size)
-    length = size + byte_size(head)
-    frame = Frame.block(:response, true, 0, stream, [head | iovec], length, direct.crc)
+    {frame, _length} = Frame.response(stream, status, flag, iovec, size, direct.crc)
 
     if MeshxRpc.Port.command(direct.socket, frame) do
       :answered

@@ -7,6 +7,8 @@ defmodule MeshxRpc.Entry do
 
   use GenServer
 
+  @compile {:inline, name: 1}
+
   @type key :: {:client | :server, atom()}
 
   @doc "Holds a value until its supervisor ends: the first to be started, so the last to go."

@@ -76,7 +76,7 @@ defmodule MeshxRpc.CodecIndexedTest do
   test "a VM that does not decode such terms gets them as they are" do
     term = List.duplicate(%{id: 1, ok: true}, 2_000)
     binary = :erlang.term_to_binary(term)
-    key = {Indexed, :works}
+    key = Indexed
     assert Indexed.works?() and :persistent_term.get(key)
     :persistent_term.put(key, false)
 

@@ -64,5 +64,5 @@ defmodule MeshxRpc.Client.Look do
     false
   end
 
-  defp now, do: System.monotonic_time(:microsecond)
+  defp now, do: :erlang.monotonic_time(:microsecond)
 end

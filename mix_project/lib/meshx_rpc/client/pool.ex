@@ -10,6 +10,8 @@ defmodule MeshxRpc.Client.Pool do
   alias MeshxRpc.Client.{Call, Casts, Connection, Direct, Growth, Streams, Upstream}
   alias MeshxRpc.{Entry, Options, Stream}
 
+  @compile {:inline, only: 1}
+
   @typedoc "Why a call has no result: see `MeshxRpc.Client`."
   @type reason :: term()
 

@@ -123,7 +123,7 @@ defmodule MeshxRpc.Client.Request do
   def until(:infinity), do: :infinity
 
   def until(timeout) when is_integer(timeout) and timeout <= @max_timeout,
-    do: System.monotonic_time(:millisecond) + timeout
+    do: :erlang.monotonic_time(:millisecond) + timeout
 
   def until(timeout) do
     raise ArgumentError,
@@ -145,7 +145,7 @@ defmodule MeshxRpc.Client.Request do
   @doc "Milliseconds until then."
   @spec left(:infinity | integer()) :: timeout()
   def left(:infinity), do: :infinity
-  def left(until), do: max(until - System.monotonic_time(:millisecond), 0)
+  def left(until), do: max(until - :erlang.monotonic_time(:millisecond), 0)
 
   @doc "A function's name as it goes over the wire."
   @spec name!(atom() | binary()) :: binary()

@@ -40,7 +40,7 @@ defmodule MeshxRpc.Server.Requests do
 
   defp start_all(%{rules: rules, held: held} = state, events, count) do
     begun = %{streams: state.streams, last: state.last, until: :infinity}
-    limits = {System.monotonic_time(:millisecond), rules.timeout_execute}
+    limits = {:erlang.monotonic_time(:millisecond), rules.timeout_execute}
 
     {begun, left, events} = begin(events, count, state.offered.names, state.task, limits, begun)
 
@@ -133,7 +133,7 @@ defmodule MeshxRpc.Server.Requests do
   defp start(state, stream, kind, deadline, fun, flag, argument) do
     measured = Report.measured(state, kind, fun, stream, argument)
     pid = run(state, fun, {stream, kind, flag, argument}, measured)
-    now = System.monotonic_time(:millisecond)
+    now = :erlang.monotonic_time(:millisecond)
     {until, reason} = limit(deadline, {now, state.rules.timeout_execute})
 
     request = %{

@@ -6,7 +6,8 @@ defmodule MeshxRpc.Codec.Nif.Indexed do
   # the table, and decodes 10,000 small maps in a seventh of the time. It is there for OTP's own tests and documented
   # nowhere: so it is used only on a VM where it has been seen to work, and what it does not take goes the usual way.
 
-  @works {__MODULE__, :works}
+  # A plain atom: it is looked up for each term.
+  @works __MODULE__
 
   @doc "Whether this VM decodes such terms. Tried once."
   @spec works?() :: boolean()

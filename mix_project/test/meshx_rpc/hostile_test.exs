@@ -123,7 +123,7 @@ defmodule MeshxRpc.HostileTest do
     config = MeshxRpc.Options.server!(TestServer, address: {:tcp, {127, 0, 0, 1}, 0})
     config = Map.put(config, :offered, Server.Functions.new(TestServer, :all))
     config = MeshxRpc.Options.telemetry(config)
-    config = Map.merge(config, %{budget: config.codec.budget(1), rules: %{}})
+    config = Map.put(config, :budget, config.codec.budget(1))
     argument = {config, self(), :counters.new(2, [])}
     {:ok, connection} = Server.Connection.start_link(argument)
     send(connection, :evicted)

@@ -9,7 +9,7 @@ defmodule MeshxRpc.Server.Connection do
   use GenServer, restart: :temporary
   require Logger
 
-  alias MeshxRpc.{Address, Frame, Hello, Link, Options, Refs, Shared, Telemetry, Writer}
+  alias MeshxRpc.{Address, Entry, Frame, Hello, Link, Options, Refs, Shared, Telemetry, Writer}
   alias MeshxRpc.Server.{Report, Requests, Room, Task}
 
   @linger 1_000
@@ -19,8 +19,8 @@ defmodule MeshxRpc.Server.Connection do
   @collect 32
   @counts_more 16_384
 
-  @enforce_keys [:config, :rules, :listener, :held, :offered]
-  # rules: what requests need of the config. It is small, and found faster there.
+  @enforce_keys [:config, :listener, :held, :offered]
+  # rules: what requests need of the config.
   defstruct [
     :config,
     :rules,
@@ -50,13 +50,7 @@ defmodule MeshxRpc.Server.Connection do
     do:
       GenServer.start_link(
         __MODULE__,
-        %__MODULE__{
-          config: config,
-          rules: config.rules,
-          listener: listener,
-          held: held,
-          offered: config.offered
-        },
+        %__MODULE__{config: config, listener: listener, held: held, offered: config.offered},
         config.gen_statem_opts
       )
 
@@ -67,7 +61,10 @@ defmodule MeshxRpc.Server.Connection do
     # Requests that end on several schedulers then need not wait for one another to tell us (OTP 25).
     Process.flag(:message_queue_data, :off_heap)
     Link.prepare()
-    state = %{state | hsk_ref: System.unique_integer([:positive]), since: Telemetry.now()}
+    # As it is found there, it is copied to no process.
+    rules = Entry.get({:server, state.config.id})
+    hsk_ref = System.unique_integer([:positive])
+    state = %{state | rules: rules, hsk_ref: hsk_ref, since: Telemetry.now()}
     _ = :erlang.start_timer(state.config.timeout_hsk, self(), :hello)
     {:ok, state}
   end
@@ -303,10 +300,10 @@ defmodule MeshxRpc.Server.Connection do
   defp up(state) do
     send(state.listener, {:up, self()})
     Report.tell(state, :hsk, :ok)
-    %{config: config, agreed: agreed} = state
+    agreed = state.agreed
     link = Link.agree(state.link, agreed, [])
 
-    task = %Task{connection: self(), server: config.id, traced: agreed.trace}
+    task = %Task{connection: self(), rules: state.rules, traced: agreed.trace}
 
     direct = %{
       socket: link.socket,

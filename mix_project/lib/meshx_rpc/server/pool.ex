@@ -6,6 +6,7 @@ defmodule MeshxRpc.Server.Pool do
   """
   use Supervisor
 
+  # What requests need: a map that is small enough to be found in without hashing.
   @rules [:id, :module, :functions, :offered, :message, :codec, :guard, :telemetry, :running] ++
            [:streams, :max_concurrency, :max_queue, :timeout_execute, :address, :blk_max_size]
 
@@ -60,12 +61,8 @@ defmodule MeshxRpc.Server.Pool do
         guard: config.codec.policy(config.guard)
       })
 
-    # What requests need, in a map that is small enough to be found in without hashing.
-    rules = Map.take(config, @rules)
-    config = Map.put(config, :rules, rules)
-
     children = [
-      {Entry, {{:server, config.id}, rules}},
+      {Entry, {{:server, config.id}, Map.take(config, @rules)}},
       {Streams, config.streams},
       {Casts, config},
       Supervisor.child_spec({DynamicSupervisor, strategy: :one_for_one}, id: :connections),

@@ -39,57 +39,49 @@ defmodule MeshxRpc.Server.Requests do
   defp count(_events, count), do: count
 
   defp start_all(%{rules: rules, held: held} = state, events, count) do
-    begun = %{streams: state.streams, last: state.last, until: :infinity}
     limits = {:erlang.monotonic_time(:millisecond), rules.timeout_execute}
+    shared = {state.offered.names, state.task, limits}
 
-    {begun, left, events} = begin(events, count, state.offered.names, state.task, limits, begun)
+    {left, rest, streams, last, until} =
+      begin(events, count, shared, state.streams, state.last, :infinity)
 
     # One names no function of the module: that one, and those behind it, have not begun.
     if left > 0, do: Room.leave(rules, held, @calls, left)
 
-    state = %{
-      state
-      | streams: begun.streams,
-        last: begun.last,
-        alarm: Alarm.set(state.alarm, begun.until),
-        link: Link.under_way(state.link, map_size(begun.streams))
-    }
-
-    if left == count, do: :none, else: {state, events}
+    if left == count do
+      :none
+    else
+      alarm = Alarm.set(state.alarm, until)
+      link = Link.under_way(state.link, map_size(streams))
+      {%{state | streams: streams, last: last, alarm: alarm, link: link}, rest}
+    end
   end
 
-  defp begin(events, 0, _names, _task, _limits, begun), do: {begun, 0, events}
+  defp begin(events, 0, _shared, streams, last, until), do: {0, events, streams, last, until}
 
-  defp begin(
-         [{:request, stream, :call, deadline, name, flag, argument} | rest] = events,
-         left,
-         names,
-         task,
-         limits,
-         begun
-       ) do
+  defp begin([event | rest] = events, left, shared, streams, last, until) do
+    {:request, stream, :call, deadline, name, flag, argument} = event
+    {names, task, limits} = shared
+
     case names do
       %{^name => fun} when is_atom(fun) ->
         pid = Task.start(task, fun, {stream, :call, flag, argument}, nil)
-        {until, reason} = limit(deadline, limits)
+        {ends, reason} = limit(deadline, limits)
 
         request = %{
           pid: pid,
-          until: until,
+          until: ends,
           reason: reason,
           kind: :call,
           place: @calls,
           measured: nil
         }
 
-        begin(rest, left - 1, names, task, limits, %{
-          streams: Map.put(begun.streams, stream, request),
-          last: max(begun.last, stream),
-          until: min(begun.until, until)
-        })
+        streams = Map.put(streams, stream, request)
+        begin(rest, left - 1, shared, streams, max(last, stream), min(until, ends))
 
       _internal_or_unknown ->
-        {begun, left, events}
+        {left, events, streams, last, until}
     end
   end
 
@@ -195,37 +187,42 @@ defmodule MeshxRpc.Server.Requests do
 
   defp whole(state, dones) do
     %{link: link, rules: rules, held: held} = state
-    ended = %{streams: state.streams, over: [], calls: 0, unsent: 0, frames: [], size: 0}
-    ended = frames(dones, link.writer.crc, ended)
-    if ended.unsent > 0, do: _ = Shared.grant(link.shared, ended.unsent)
-    pieces = length(ended.over) - ended.calls
-    Room.leave(rules, held, @calls, ended.calls)
+    {streams, over, frames, size, unsent, pieces} = frames(dones, link.writer.crc, state.streams)
+    if unsent > 0, do: _ = Shared.grant(link.shared, unsent)
+    Room.leave(rules, held, @calls, length(over) - pieces)
     if pieces > 0, do: Room.leave(rules, held, @pieces, pieces)
-    link = if ended.size > 0, do: Link.frame(link, ended.frames, ended.size), else: link
-    %{state | streams: ended.streams, link: Link.release_all(link, ended.over)}
+    link = if size > 0, do: Link.frame(link, frames, size), else: link
+    %{state | streams: streams, link: Link.release_all(link, over)}
   end
 
-  defp frames([], _crc, ended), do: ended
+  # The requests that still run, those that are over, frames and their bytes, bytes that are not sent after all, and how
+  # many of those that are over were for pieces.
+  defp frames(dones, crc, streams), do: frames(dones, crc, streams, [], [], 0, 0, 0)
 
-  defp frames([{:done, pid, stream, {status, {flag, iovec, size}}} | dones], crc, ended) do
-    case :maps.take(stream, ended.streams) do
-      {%{pid: ^pid, kind: kind, place: place}, streams} ->
-        calls = if place == @calls, do: ended.calls + 1, else: ended.calls
-        ended = %{ended | streams: streams, over: [stream | ended.over], calls: calls}
+  defp frames([], _crc, streams, over, frames, size, unsent, pieces),
+    do: {streams, over, frames, size, unsent, pieces}
 
-        # The caller of a cast had all there is to have when it started.
-        if kind == :call do
-          {frame, length} = Frame.response(stream, status(status), flag, iovec, size, crc)
-          frames = [frame | ended.frames]
-          frames(dones, crc, %{ended | frames: frames, size: ended.size + length})
-        else
-          frames(dones, crc, %{ended | unsent: ended.unsent + size})
-        end
+  defp frames([done | dones], crc, streams, over, frames, size, unsent, pieces) do
+    {:done, pid, stream, {status, {flag, iovec, bytes}}} = done
+
+    case :maps.take(stream, streams) do
+      {%{pid: ^pid, kind: :call, place: place}, streams} ->
+        {frame, length} = Frame.response(stream, status(status), flag, iovec, bytes, crc)
+        {over, frames, size} = {[stream | over], [frame | frames], size + length}
+        frames(dones, crc, streams, over, frames, size, unsent, pieces + piece(place))
+
+      # The caller of a cast had all there is to have when it started.
+      {%{pid: ^pid, kind: :cast, place: place}, streams} ->
+        {over, unsent} = {[stream | over], unsent + bytes}
+        frames(dones, crc, streams, over, frames, size, unsent, pieces + piece(place))
 
       _over ->
-        frames(dones, crc, %{ended | unsent: ended.unsent + size})
+        frames(dones, crc, streams, over, frames, size, unsent + bytes, pieces)
     end
   end
+
+  defp piece(@pieces), do: 1
+  defp piece(@calls), do: 0
 
   defp status(:reply), do: :result
   defp status(status), do: status

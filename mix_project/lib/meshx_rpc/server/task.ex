@@ -8,15 +8,16 @@ defmodule MeshxRpc.Server.Task do
   # When somebody listens to telemetry, `measured` has what is known of the request: its event is told here, after the
   # result has gone, so that no handler delays anything. What is killed cannot: for that the connection does.
 
-  alias MeshxRpc.{Entry, Frame, Message, Shared, Telemetry, Term, Traceparent}
+  alias MeshxRpc.{Frame, Message, Shared, Telemetry, Term, Traceparent}
   alias MeshxRpc.Server.{Internal, Room}
 
-  @enforce_keys [:connection, :server, :traced]
+  @enforce_keys [:connection, :rules, :traced]
   defstruct @enforce_keys ++ [:direct]
 
   @typedoc """
-  What all requests of a connection have in common; copied to each, so it is small. `:direct` is for those that may
-  write their result themselves, nil for the others.
+  What all requests of a connection have in common; copied to each, so it is small. `:rules` are the server's as
+  `MeshxRpc.Entry` has them, which are not copied. `:direct` is for those that may write their result themselves, nil for
+  the others.
   """
   @type t :: %__MODULE__{}
 
@@ -38,16 +39,14 @@ defmodule MeshxRpc.Server.Task do
   end
 
   @doc false
-  def run_internal(%{connection: connection, server: server}, stream, name, flag, argument) do
-    config = Entry.get({:server, server})
+  def run_internal(%{connection: connection, rules: config}, stream, name, flag, argument) do
     send(connection, {:done, self(), stream, internal_result(name, flag, argument, config)})
     leave(connection)
   end
 
   @doc false
   def run(task, fun, {stream, kind, flag, argument}, measured) do
-    %{connection: connection, server: server, traced: traced, direct: direct} = task
-    config = Entry.get({:server, server})
+    %{connection: connection, rules: config, traced: traced, direct: direct} = task
     began = clock(measured)
     argument = decode(config, traced, flag, argument)
     decoded = clock(measured)

@@ -214,6 +214,19 @@ defmodule MeshxRpc.TogetherTest do
     end
   end
 
+  def told(event, _measurements, metadata, test), do: send(test, {event, metadata.result})
+
+  test "who listens hears of each request that came with others" do
+    {_server, address} =
+      server(telemetry_handler: {__MODULE__, :told, self()}, telemetry_prefix: [:t])
+
+    socket = TestPeer.connect(address)
+    calls = for n <- 1..30, do: request(n, @call, 60_000, "echo", 0, "x")
+    :ok = :gen_tcp.send(socket, calls)
+    assert socket |> answers(30) |> Enum.sort() == for(n <- 1..30, do: {n, {:result, 0, "x"}})
+    for _ <- 1..30, do: assert_receive({[:t, :call], :ok}, 5_000)
+  end
+
   # Their connection hears of all of them at once.
   defp together(pids, answer) do
     {:links, links} = Process.info(hd(pids), :links)

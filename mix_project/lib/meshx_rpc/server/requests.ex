@@ -23,12 +23,13 @@ defmodule MeshxRpc.Server.Requests do
   """
   @spec start_all(map(), [MeshxRpc.Codec.event()]) :: {map(), [MeshxRpc.Codec.event()]} | :none
   def start_all(%{phase: :up, draining: nil, rules: rules} = state, events) do
-    count = count(events, 0)
-
-    if count > 1 and not Telemetry.on?(rules.telemetry, :call) and
-         Room.take?(rules, state.held, @calls, count),
-       do: start_all(state, events, count),
-       else: :none
+    with false <- Telemetry.on?(rules.telemetry, :call),
+         count when count > 1 <- count(events, 0),
+         true <- Room.take?(rules, state.held, @calls, count) do
+      start_all(state, events, count)
+    else
+      _not_for_a_loop -> :none
+    end
   end
 
   def start_all(_state, _events), do: :none

@@ -64,6 +64,11 @@ fn names_come_back_after_the_agent_was_killed() {
     )
     .unwrap();
     shop.expect("Node.connect(:\"cart@h2.mesh\")", "true").unwrap();
+    // What `global` there sends to a node that it has just heard of would make a link anew.
+    cart.expect_soon("Node.list()", "[:\"shop@h1.mesh\"]").unwrap();
+    for node in [&mut shop, &mut cart] {
+        node.expect(":global.sync()", ":ok").unwrap();
+    }
     shop.expect("Node.disconnect(:\"cart@h2.mesh\")", "true").unwrap();
     cart.expect_soon("Node.list()", "[]").unwrap();
     cart.expect("Node.connect(:\"shop@h1.mesh\")", "true").unwrap();

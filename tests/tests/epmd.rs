@@ -89,6 +89,10 @@ fn unmodified_vms_and_nodes_of_our_carrier_are_one_cluster() {
     ours.expect("MeshxNode.connect(:\"shop@h1.mesh\")", ":ok")
         .unwrap();
     plain.expect_soon("Node.list()", "[:\"cart@h2.mesh\"]").unwrap();
+    // Nothing of `global` is on its way that would make a link anew.
+    for node in [&mut plain, &mut ours] {
+        node.expect(":global.sync()", ":ok").unwrap();
+    }
     plain
         .expect("Node.disconnect(:\"cart@h2.mesh\")", "true")
         .unwrap();
@@ -127,6 +131,9 @@ fn an_unmodified_vm_of_ipv6_meets_one_of_ipv4() {
     let mut four = unmodified("cart@h2.mesh", &["h1.mesh"]).start(&h2).unwrap();
     six.expect("Node.connect(:\"cart@h2.mesh\")", "true").unwrap();
     four.expect_soon("Node.list()", "[:\"shop@h1.mesh\"]").unwrap();
+    for node in [&mut six, &mut four] {
+        node.expect(":global.sync()", ":ok").unwrap();
+    }
     four.expect("Node.disconnect(:\"shop@h1.mesh\")", "true").unwrap();
     four.expect("Node.connect(:\"shop@h1.mesh\")", "true").unwrap();
 }

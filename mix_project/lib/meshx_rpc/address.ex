@@ -24,6 +24,9 @@ defmodule MeshxRpc.Address do
   @probes for {option, value} <- [{4, 20}, {5, 10}, {6, 4}, {18, 60_000}],
               do: {:raw, 6, option, <<value::32-native>>}
   @tcp_options [nodelay: true, keepalive: true]
+  # TCP_CONGESTION. Nothing is lost within a host, and there is nothing to share: what BBR, which many hosts have as their
+  # default, does for that is to wait. Reno is part of every Linux and allowed to everyone.
+  @local_options [{:raw, 6, 13, "reno"}]
 
   @type t :: {:tcp, :inet.ip_address(), :inet.port_number()} | {:uds, String.t()}
 
@@ -56,9 +59,13 @@ defmodule MeshxRpc.Address do
   @spec listen(t(), pos_integer(), list()) :: {:ok, port(), t()} | {:error, term()}
   def listen(address, backlog, own \\ [])
 
-  def listen({:tcp, ip, port}, backlog, own) do
-    options =
-      [family(ip), {:ip, ip}, {:reuseaddr, true}, {:backlog, backlog} | tcp_options()] ++ own
+  def listen({:tcp, ip, port} = address, backlog, own) do
+    options = [
+      family(ip),
+      {:ip, ip},
+      {:reuseaddr, true},
+      {:backlog, backlog} | tcp_options(address, own)
+    ]
 
     with {:ok, socket} <- :gen_tcp.listen(port, options),
          {:ok, {ip, port}} <- :inet.sockname(socket),
@@ -99,8 +106,8 @@ defmodule MeshxRpc.Address do
   @spec connect(t(), timeout(), list()) :: {:ok, port()} | {:error, term()}
   def connect(address, timeout, own \\ [])
 
-  def connect({:tcp, ip, port}, timeout, own),
-    do: :gen_tcp.connect(ip, port, [family(ip) | tcp_options()] ++ own, timeout)
+  def connect({:tcp, ip, port} = address, timeout, own),
+    do: :gen_tcp.connect(ip, port, [family(ip) | tcp_options(address, own)], timeout)
 
   def connect({:uds, path}, timeout, own),
     do: :gen_tcp.connect({:local, path}, 0, [:local | @options] ++ own, timeout)
@@ -124,10 +131,20 @@ defmodule MeshxRpc.Address do
     end
   end
 
-  defp tcp_options do
-    probes = if :os.type() == {:unix, :linux}, do: @probes, else: []
-    @options ++ @tcp_options ++ probes
+  defp tcp_options(address, own) do
+    linux =
+      cond do
+        :os.type() != {:unix, :linux} -> []
+        local?(address) -> @probes ++ @local_options
+        true -> @probes
+      end
+
+    @options ++ @tcp_options ++ Enum.reject(linux, &given?(&1, own)) ++ own
   end
+
+  # Of raw options that are there twice the first wins, of others the last.
+  defp given?({:raw, protocol, option, _ours}, own),
+    do: Enum.any?(own, &match?({:raw, ^protocol, ^option, _value}, &1))
 
   defp family(ip) when tuple_size(ip) == 8, do: :inet6
   defp family(_ip), do: :inet

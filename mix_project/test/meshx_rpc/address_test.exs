@@ -25,6 +25,30 @@ defmodule MeshxRpc.AddressTest do
     end
   end
 
+  if :os.type() == {:unix, :linux} do
+    # TCP_CONGESTION.
+    defp congestion(socket) do
+      {:ok, [{:raw, 6, 13, name}]} = :inet.getopts(socket, [{:raw, 6, 13, 16}])
+      name |> :binary.split(<<0>>) |> hd()
+    end
+
+    test "within a host nothing paces what is sent, both ways, unless the user wants it" do
+      default = String.trim(File.read!("/proc/sys/net/ipv4/tcp_congestion_control"))
+
+      for ip <- [{127, 0, 0, 1}, {0, 0, 0, 0, 0, 0, 0, 1}] do
+        {:ok, listen, {:tcp, ip, port}} = Address.listen({:tcp, ip, 0}, 5)
+        {:ok, client} = Address.connect({:tcp, ip, port}, 5_000)
+        {:ok, server} = :gen_tcp.accept(listen)
+        assert {congestion(client), congestion(server)} == {"reno", "reno"}
+        {:ok, client} = Address.connect({:tcp, ip, port}, 5_000, [{:raw, 6, 13, default}])
+        assert congestion(client) == default
+      end
+
+      {:ok, listen, _address} = Address.listen({:tcp, {0, 0, 0, 0}, 0}, 5)
+      assert congestion(listen) == default
+    end
+  end
+
   test "only this host's addresses are local" do
     assert Address.local?({:uds, "/x"})
     assert Address.local?({:tcp, {127, 9, 9, 9}, 1})

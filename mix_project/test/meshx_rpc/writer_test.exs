@@ -52,7 +52,7 @@ defmodule MeshxRpc.WriterTest do
     refute Writer.bulk?(writer)
     writer = Enum.reduce(1..50, writer, &add.(&2, &1, 10_000))
     refute Writer.bulk?(writer)
-    writer = writer |> add.(51, 100_000) |> add.(52, 2_000_000)
+    writer = writer |> add.(51, 100_000) |> add.(52, 400_000)
     assert Writer.bulk?(writer)
 
     {batch, _size, _notes, writer} = Writer.take(writer, 1_000_000, 30_000)
@@ -62,6 +62,35 @@ defmodule MeshxRpc.WriterTest do
 
     {batch, _size, _notes, _writer} = Writer.take(writer, 1_000_000, 30_000)
     assert batch |> frames() |> length() == 3
+  end
+
+  test "the first blocks of a message of 512 KiB and more are short" do
+    for {kind, head} <- [request: "a request's", response: "h"] do
+      data = :crypto.strong_rand_bytes(600_000)
+      writer = writer(block: 65_024)
+
+      writer =
+        if kind == :request,
+          do: Writer.request(writer, :key, head, [data], 600_000),
+          else: Writer.response(writer, 1, head, [data], 600_000)
+
+      {batch, _size, _notes, _writer} = Writer.take(writer, 1_000_000)
+      frames = frames(batch)
+      payloads = for {_type, _stream, _seq, _last?, payload} <- frames, do: payload
+      assert IO.iodata_to_binary(payloads) == head <> data
+      {short, blocks} = Enum.split_while(payloads, &(byte_size(&1) < 100))
+
+      # What is before the first whole block: beyond where such a binary begins in its page, by 32 bytes or more.
+      assert (length(short) * 12 + byte_size(head) + 12) in 136..200
+      assert Enum.all?(Enum.drop(blocks, -1), &(byte_size(&1) == 65_024))
+    end
+
+    writer = Writer.response(writer(block: 65_024), 1, "h", [:binary.copy("x", 524_288)], 524_288)
+    {batch, _size, _notes, _writer} = Writer.take(writer, 1_000_000)
+    assert batch |> frames() |> length() == 9
+    writer = Writer.response(writer(block: 20), 1, "h", [:binary.copy("x", 600_000)], 600_000)
+    {batch, _size, _notes, _writer} = Writer.take(writer, 20_000_000)
+    assert batch |> frames() |> length() == 30_000
   end
 
   test "larger messages of one class go one after the other, those of different classes in turn" do

@@ -21,7 +21,7 @@ use super::unverified::sidecar_of;
 use super::why::{AGENT, CERTIFICATE, TLS, Trail, span};
 use super::wide::Wide;
 use super::wire::{Asked, MAX_MESH_FRAME, Request, decode_reply};
-use super::{Proxy, keepalive, peer_uid};
+use super::{Proxy, keepalive, near, peer_uid};
 use crate::mesh::{Instance, Protocol, ServiceName};
 
 /// A connection that the other side has accepted, as far as it tells.
@@ -210,7 +210,7 @@ impl Proxy {
                 .await
                 .and_then(not_itself)
                 .map_err(|error| unreachable(&error))?;
-            stream.set_nodelay(true).map_err(|error| unreachable(&error))?;
+            near::hasten(&stream).map_err(|error| unreachable(&error))?;
             // While the sidecar is down anybody on this host can have its port.
             sidecar_of(local, peer_uid::of_server(&stream).await?)?;
             Ok::<_, Refusal>(stream)

@@ -42,7 +42,7 @@ impl Proxy {
                         .await
                         .and_then(not_itself)
                         .map_err(|error| away(local, &error))?;
-                    stream.set_nodelay(true).map_err(|error| away(local, &error))?;
+                    near::hasten(&stream).map_err(|error| away(local, &error))?;
                     if local.endpoint.is_node() {
                         // Once the node has ended anybody on this host can have its port.
                         owned(local, peer_uid::of_server(&stream).await?)?;

@@ -26,7 +26,7 @@ use super::local::Endpoint;
 use super::outbound::{Dialler, Prepared};
 use super::sessions::check_name;
 use super::unverified::has_left;
-use super::{Attempt, Proxy, peer_uid};
+use super::{Attempt, Proxy, near, peer_uid};
 use crate::mesh::split_node;
 
 /// Ports that one agent has open; one more closes the one that nobody has asked for the longest. Its links go on.
@@ -248,7 +248,7 @@ impl Proxy {
         slot: &Slot,
     ) -> Result<(Box<dyn Duplex>, LinkGuard), Refusal> {
         let fault = |error: io::Error| Cause::InvalidRequest.because(format!("plain port: {error}"));
-        stream.set_nodelay(true).map_err(fault)?;
+        near::hasten(stream).map_err(fault)?;
         let uid = match peer_uid::of(stream) {
             Ok(uid) => uid,
             Err(untold) => {

@@ -16,7 +16,7 @@ pub fn machine() -> Vec<String> {
         ("kernel", read("/proc/sys/kernel/osrelease")),
         ("OTP", otp()),
         (
-            "TCP congestion control",
+            "TCP congestion control of the host (within it MeshxRpc and agents use Reno)",
             read("/proc/sys/net/ipv4/tcp_congestion_control"),
         ),
         (

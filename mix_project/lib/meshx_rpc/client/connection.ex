@@ -443,6 +443,8 @@ defmodule MeshxRpc.Client.Connection do
     end
   end
 
+  # The connection may end with a call that is given up, but only with the last of all: until then its streams are as they
+  # were found.
   defp caller_gone(state, caller) do
     state = InFlight.adopt(state)
     {open, calls} = Calls.of(state.calls, caller)

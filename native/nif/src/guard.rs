@@ -75,20 +75,39 @@ fn guard_policy(policy: PolicyMap) -> ResourceArc<PolicyResource> {
     }))
 }
 
-/// The first slice, and for most terms the only one: `ok`, `{error, {Name, Text}}`, or `{more, Guard}`. Terms of the
-/// last kind, and those for which it is `aside`, take long to decode: [`binary_to_term`] is for them, and
-/// [`binary_to_term_at_once`] for the others. With `Index` it may
-/// also be `{indexed, Names, Bytes}`: the term is allowed, and these are its atoms and its other form.
+/// The first slice, and for most terms the only one: `ok`, `{error, {Name, Text}}`, or `{more, Guard}`.
 #[rustler::nif]
-fn guard<'a>(env: Env<'a>, policy: ResourceArc<PolicyResource>, bytes: Binary<'a>, index: bool) -> Term<'a> {
+fn guard<'a>(env: Env<'a>, policy: ResourceArc<PolicyResource>, bytes: Binary<'a>) -> Term<'a> {
+    first(env, Guard::new(policy.0), &bytes, || atoms::ok().encode(env))
+}
+
+/// The same, and most terms are decoded: `{ok, Term}`, or `unknown` for an atom that this VM does not have. Those that are
+/// `more`, and those for which it is `aside`, take long to decode: [`binary_to_term`] is for them. With `Index` it may also
+/// be `{indexed, Names, Bytes}`: the term is allowed, and these are its atoms and its other form.
+///
+/// The VM's own `binary_to_term` yields where reductions end, and until August 2026 could damage its caller's heap by that:
+/// who decodes many terms one after the other, however small, and keeps them, could end the VM (erlang/otp issue 11404).
+#[rustler::nif]
+fn decode<'a>(env: Env<'a>, policy: ResourceArc<PolicyResource>, bytes: Binary<'a>, index: bool) -> Term<'a> {
+    let guard = match index {
+        true => Guard::indexing(policy.0),
+        false => Guard::new(policy.0),
+    };
+    first(env, guard, &bytes, || match bytes.len() {
+        ..=AT_ONCE_BYTES => match env.binary_to_term(&bytes) {
+            Some((term, _length)) => (atoms::ok(), term).encode(env),
+            None => atoms::unknown().encode(env),
+        },
+        _ => atoms::aside().encode(env),
+    })
+}
+
+/// `passed` is for a term that was wholly looked at.
+fn first<'a>(env: Env<'a>, guard: Guard, bytes: &[u8], passed: impl FnOnce() -> Term<'a>) -> Term<'a> {
     let before = Instant::now();
     let step = catch_unwind(AssertUnwindSafe(|| {
-        let mut guard = if index {
-            Guard::indexing(policy.0)
-        } else {
-            Guard::new(policy.0)
-        };
-        let step = step(&mut guard, &bytes, AT_ONCE);
+        let mut guard = guard;
+        let step = step(&mut guard, bytes, AT_ONCE);
         (guard, step)
     }));
     let answer = match step {
@@ -97,8 +116,7 @@ fn guard<'a>(env: Env<'a>, policy: ResourceArc<PolicyResource>, bytes: Binary<'a
             (atoms::more(), guard).encode(env)
         }
         Ok((_, Ok((Step::Done(_), Some(indexed))))) => encode(env, &indexed),
-        Ok((_, Ok(_))) if bytes.len() > AT_ONCE_BYTES => atoms::aside().encode(env),
-        Ok((_, Ok(_))) => atoms::ok().encode(env),
+        Ok((_, Ok(_))) => passed(),
         Ok((_, Err(error))) => (atoms::error(), (name(&error), error.to_string())).encode(env),
         Err(_) => failed(env),
     };
@@ -148,21 +166,6 @@ fn encode<'a>(env: Env<'a>, indexed: &Indexed) -> Term<'a> {
 /// this VM does not have.
 #[rustler::nif(schedule = "DirtyCpu")]
 fn binary_to_term<'a>(env: Env<'a>, bytes: Binary<'a>) -> NifResult<Term<'a>> {
-    decode(env, &bytes)
-}
-
-/// The same on the caller's scheduler, for what is neither `more` nor `aside`. The VM's own yields where reductions end, and until
-/// August 2026 could damage its caller's heap by that: who decodes many terms one after the other, however small, and
-/// keeps them, could end the VM (erlang/otp issue 11404).
-#[rustler::nif]
-fn binary_to_term_at_once<'a>(env: Env<'a>, bytes: Binary<'a>) -> NifResult<Term<'a>> {
-    let before = Instant::now();
-    let term = decode(env, &bytes);
-    crate::count_time(env, before);
-    term
-}
-
-fn decode<'a>(env: Env<'a>, bytes: &Binary<'a>) -> NifResult<Term<'a>> {
     match env.binary_to_term(bytes.as_slice()) {
         Some((term, _length)) => Ok(term),
         None => Err(Error::BadArg),

@@ -16,7 +16,7 @@ use rustler::{Binary, Env, ListIterator, NifResult};
 
 mod atoms {
     rustler::atoms! {
-        ok, error, more, aside, indexed, infinity, call, cast, result, started,
+        ok, error, more, aside, indexed, unknown, infinity, call, cast, result, started,
         hello, hello_ack, auth, ready, refused, request, response, cancel, reset, stream_error, window, pong, goaway,
         protocol, invalid_cks, full, too_large, cancelled, sequence, unknown_stream, version, settings, timeout,
         shutdown, internal, refused_term, unread,

@@ -134,18 +134,15 @@ defmodule MeshxRpc.Codec.Nif do
 
   @impl true
   def guard(binary, policy) do
-    case first(binary, policy, false) do
-      {:more, guard} -> step(guard, binary)
-      :aside -> :ok
-      done -> done
-    end
+    with {:more, guard} <- first(:guard, binary, policy), do: step(guard, binary)
   end
 
   # What takes long to decode goes to a dirty scheduler, but for what does not with its atoms in a table.
   @impl true
   def decode(binary, policy) do
-    case first(binary, policy, Indexed.works?()) do
-      :ok -> {:ok, Native.binary_to_term_at_once(binary)}
+    case first(:decode, binary, policy) do
+      {:ok, _term} = decoded -> decoded
+      :unknown -> raise ArgumentError, "an atom of the term is unknown to this VM"
       :aside -> {:ok, Native.binary_to_term(binary)}
       {:more, guard} -> guard |> step(binary) |> decode_large(binary)
       done -> decode_large(done, binary)
@@ -160,16 +157,18 @@ defmodule MeshxRpc.Codec.Nif do
 
   defp decode_large({:error, _why} = refused, _binary), do: refused
 
-  defp first(binary, policy, index?) when is_map(policy),
-    do: first(binary, policy(policy), index?)
+  defp first(what, binary, policy) when is_map(policy),
+    do: first(what, binary, policy(policy))
 
-  defp first(binary, {prepared, policy}, index?) do
-    Native.guard(prepared, binary, index?)
+  defp first(what, binary, {prepared, policy}) do
+    ask(what, prepared, binary)
   rescue
     # Of a library that was loaded before this one.
-    ArgumentError ->
-      policy |> :erlang.binary_to_term() |> Native.guard_policy() |> Native.guard(binary, index?)
+    ArgumentError -> ask(what, policy |> :erlang.binary_to_term() |> Native.guard_policy(), binary)
   end
+
+  defp ask(:guard, policy, binary), do: Native.guard(policy, binary)
+  defp ask(:decode, policy, binary), do: Native.decode(policy, binary, Indexed.works?())
 
   defp step(guard, binary) do
     case Native.guard_step(guard, binary) do

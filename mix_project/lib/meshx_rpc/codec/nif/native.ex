@@ -62,10 +62,10 @@ defmodule MeshxRpc.Codec.Nif.Native do
   def budget_used(_budget), do: not_loaded()
   def skipped(_decoder), do: not_loaded()
   def guard_policy(_policy), do: not_loaded()
-  def guard(_policy, _bytes, _index), do: not_loaded()
+  def guard(_policy, _bytes), do: not_loaded()
+  def decode(_policy, _bytes, _index), do: not_loaded()
   def guard_step(_guard, _bytes), do: not_loaded()
   def binary_to_term(_bytes), do: not_loaded()
-  def binary_to_term_at_once(_bytes), do: not_loaded()
 
   defp not_loaded, do: :erlang.nif_error(:nif_not_loaded)
 end

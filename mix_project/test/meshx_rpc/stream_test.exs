@@ -27,6 +27,14 @@ defmodule MeshxRpc.StreamTest do
     def size(pieces), do: Enum.reduce(pieces, 0, &(byte_size(&1) + &2))
     def no_stream(_argument), do: 7
 
+    # Something is done with each piece.
+    def used(pieces) do
+      Enum.reduce(pieces, 0, fn piece, sum ->
+        Process.sleep(1)
+        byte_size(piece) + sum
+      end)
+    end
+
     def fails_after(n),
       do: Stream.map(1..(n + 1), &if(&1 > n, do: raise(ArgumentError, "no more"), else: &1))
 
@@ -110,6 +118,24 @@ defmodule MeshxRpc.StreamTest do
         client = client_down(address, codec: unquote(codec))
         await(fn -> Client.Pool.info(client).connected == 1 end)
         {:ok, server: server, client: client}
+      end
+
+      test "streams of arguments go on when they fill the server's budget together" do
+        limits = [max_bytes: 4 * @mib, max_message: 4 * @mib]
+        {server, address} = server([codec: unquote(codec), module: Pieces] ++ limits)
+        client = client_down(address, codec: unquote(codec), pool_opts: [size: 2])
+        await(fn -> Client.Pool.info(client).connected == 2 end)
+
+        for streams <- [1, 2, 6] do
+          calls =
+            for _ <- 1..streams do
+              pieces = Stream.map(1..40, fn n -> :binary.copy(<<n>>, @mib) end)
+              Task.async(fn -> Client.Pool.call(client, :used, Pieced.new(pieces)) end)
+            end
+
+          assert Task.await_many(calls, 60_000) == List.duplicate(40 * @mib, streams)
+          idle(server, client)
+        end
       end
 
       test "results move piece by piece, small ones and large ones", %{

@@ -2,6 +2,10 @@ defmodule MeshxRpc.Client.Feeder do
   @moduledoc false
   # Sends an argument's stream: has it enumerated by another process and pushes batches, each in a request that is
   # answered when the server's function has taken it. At most `@ahead` are open, so that is how far it runs ahead.
+  #
+  # A batch lies in the server's byte budget until it is taken, and the function takes them in order. So when there is no
+  # room for one, those behind it are taken back, and it goes on alone: else batches that wait for another could fill the
+  # budget, and that one, of this stream or of others in the same place, would never find room.
 
   alias MeshxRpc.Client.Request
   alias MeshxRpc.Term
@@ -35,7 +39,10 @@ defmodule MeshxRpc.Client.Feeder do
       source: nil,
       batch: %Batch{},
       number: 0,
+      # By request, {number, argument}; then those that are to be sent again, in order, and how many may be open.
       open: %{},
+      again: [],
+      allowed: @ahead,
       ended: nil
     }
 
@@ -80,10 +87,13 @@ defmodule MeshxRpc.Client.Feeder do
   end
 
   # At once while there is room, in batches that grow while there is none.
-  defp loop(%{open: open, batch: batch, ended: ended} = state) do
-    room? = map_size(open) < @ahead
+  defp loop(%{batch: batch, ended: ended} = state) do
+    room? = room?(state)
 
     cond do
+      room? and state.again != [] ->
+        state |> ask_again() |> loop()
+
       room? and batch.size > 0 and (ended == nil or elem(ended, 0) == @failed) ->
         state |> push(@more) |> loop()
 
@@ -100,8 +110,15 @@ defmodule MeshxRpc.Client.Feeder do
     end
   end
 
-  defp settle(%{open: open}) when open == %{}, do: :ok
-  defp settle(state), do: state |> next() |> settle()
+  defp room?(%{open: open, allowed: allowed}), do: map_size(open) < allowed
+
+  defp settle(%{open: open, again: []}) when open == %{}, do: :ok
+
+  defp settle(state) do
+    if state.again != [] and room?(state),
+      do: state |> ask_again() |> settle(),
+      else: state |> next() |> settle()
+  end
 
   defp next(%{open: open} = state) do
     receive do
@@ -127,26 +144,36 @@ defmodule MeshxRpc.Client.Feeder do
     head = <<state.token::binary, state.index, state.number::32, status>>
     encoded = {0, [head | iovec], byte_size(head) + size}
     if size > 0, do: Source.taken(state.source, size)
-    %{ask(state, encoded) | batch: %Batch{}, number: state.number + 1}
+    %{ask(state, {state.number, encoded}) | batch: %Batch{}, number: state.number + 1}
   end
 
-  defp ask(state, encoded) do
+  defp ask(state, {_number, encoded} = push) do
     request = Request.start(state.connection, "\0push", :infinity, encoded)
-    %{state | open: Map.put(state.open, request, encoded)}
+    %{state | open: Map.put(state.open, request, push)}
+  end
+
+  defp ask_again(%{again: [push | again]} = state), do: ask(%{state | again: again}, push)
+
+  # None of those behind it has been taken. Who waits for the same room does so in another rhythm.
+  defp full(state, {number, _encoded} = push) do
+    {behind, open} = Enum.split_with(state.open, fn {_request, {other, _}} -> other > number end)
+    for {request, _push} <- behind, do: Request.cancel(state.connection, request)
+    again = List.keysort([push | Enum.map(behind, &elem(&1, 1))] ++ state.again, 0)
+    Process.sleep(@pause + :rand.uniform(@pause))
+    %{state | open: Map.new(open), again: again, allowed: 1}
   end
 
   defp answer(state, request, message) do
     {:ok, outcome} = Request.outcome(request, message)
-    {encoded, open} = Map.pop!(state.open, request)
+    {push, open} = Map.pop!(state.open, request)
     state = %{state | open: open}
 
     case outcome do
       {:result, _flag, _empty} ->
-        state
+        %{state | allowed: min(state.allowed + 1, @ahead)}
 
       {:failed, :full} ->
-        Process.sleep(@pause)
-        ask(state, encoded)
+        full(state, push)
 
       # Of this request it is true, not of the call.
       {:failed, :closed} ->

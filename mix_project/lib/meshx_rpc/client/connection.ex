@@ -49,6 +49,12 @@ defmodule MeshxRpc.Client.Connection do
     heard: nil
   ]
 
+  # What callers say of their calls, beside making them.
+  defguardp is_of_caller(message)
+            when (tuple_size(message) == 3 and elem(message, 0) in [:cancel, :expired]) or
+                   (tuple_size(message) == 2 and elem(message, 0) == :watch) or
+                   (tuple_size(message) == 5 and elem(message, 0) == :DOWN)
+
   def child_spec({config, index, _table, _load} = argument),
     do: Successor.child_spec(argument, {config.id, index}, nil)
 
@@ -88,31 +94,12 @@ defmodule MeshxRpc.Client.Connection do
   def handle_info({:call, _key, _caller, _fun, _deadline, _encoded} = ask, state),
     do: continue(state, [ask])
 
-  # A caller that has written itself for the first time.
-  def handle_info({:watch, caller}, state),
-    do: continue(%{state | calls: Calls.watch(state.calls, caller)})
-
   # A caller's own frame for which the port had no room.
   def handle_info({:frame, socket, frame, size}, %{link: %{socket: socket}} = state),
     do: continue(%{state | link: Link.frame(state.link, frame, size)})
 
-  def handle_info({:cancel, caller, key}, state),
-    do: state |> InFlight.adopt() |> give_up({caller, key}) |> continue()
-
-  # Its time is over, and the server has not said so.
-  def handle_info({:expired, caller, key}, state) do
-    case Calls.stream(state.calls, {caller, key}) do
-      {{:ok, stream}, calls} ->
-        Calls.reply(key, {:failed, :timeout})
-        %{state | calls: calls} |> give_up({caller, key}, stream) |> continue()
-
-      {:error, calls} ->
-        continue(%{state | calls: calls})
-    end
-  end
-
-  def handle_info({:DOWN, _monitor, :process, caller, _reason}, state),
-    do: state |> caller_gone(caller) |> continue()
+  def handle_info(message, state) when is_of_caller(message),
+    do: state |> heard(message) |> continue()
 
   def handle_info({:tcp, socket, bytes}, %{link: %{socket: socket}} = state) do
     case read(state, bytes) do
@@ -129,7 +116,7 @@ defmodule MeshxRpc.Client.Connection do
     do: %{state | link: Link.drained(state.link)} |> watch() |> write()
 
   def handle_info({:inet_reply, socket, {:error, reason}}, %{link: %{socket: socket}} = state),
-    do: state |> lost(reason) |> continue()
+    do: state |> hear_out() |> lost(reason) |> continue()
 
   def handle_info({:tcp_closed, socket}, %{link: %{socket: socket}} = state),
     do: state |> lost(:closed) |> continue()
@@ -172,6 +159,38 @@ defmodule MeshxRpc.Client.Connection do
   def handle_info(:leave, state), do: state |> Listing.leave() |> replaced() |> continue()
 
   def handle_info(_of_a_connection_that_is_gone, state), do: continue(state)
+
+  # A caller that has written itself for the first time.
+  defp heard(state, {:watch, caller}), do: %{state | calls: Calls.watch(state.calls, caller)}
+
+  defp heard(state, {:cancel, caller, key}),
+    do: state |> InFlight.adopt() |> give_up({caller, key})
+
+  # Its time is over, and the server has not said so.
+  defp heard(state, {:expired, caller, key}) do
+    case Calls.stream(state.calls, {caller, key}) do
+      {{:ok, stream}, calls} ->
+        Calls.reply(key, {:failed, :timeout})
+        give_up(%{state | calls: calls}, {caller, key}, stream)
+
+      {:error, calls} ->
+        %{state | calls: calls}
+    end
+  end
+
+  defp heard(state, {:DOWN, _monitor, :process, caller, _reason}), do: caller_gone(state, caller)
+
+  # What the server said before it closed may still lie behind what made us write: an answer is an answer, and its last
+  # words tell what has not run.
+  defp hear_out(%{link: %{socket: socket}} = state) do
+    receive do
+      {:tcp, ^socket, bytes} -> state |> read(bytes) |> hear_out()
+    after
+      0 -> state
+    end
+  end
+
+  defp hear_out(state), do: state
 
   defp read(state, bytes) do
     case state.link |> Link.open() |> Link.feed(bytes) do
@@ -499,6 +518,10 @@ defmodule MeshxRpc.Client.Connection do
 
         {:tcp, ^socket, bytes} ->
           state |> InFlight.ask_all(asks) |> read(bytes) |> collect([], left - 1)
+
+        # Left to `handle_info`, each of thousands would be one more search of the whole mailbox.
+        message when is_of_caller(message) ->
+          state |> InFlight.ask_all(asks) |> heard(message) |> collect([], left - 1)
       after
         0 -> state |> InFlight.ask_all(asks) |> write()
       end
@@ -518,7 +541,7 @@ defmodule MeshxRpc.Client.Connection do
           else: {:noreply, idle(state)}
 
       {:error, reason} ->
-        state |> lost(reason) |> continue()
+        state |> hear_out() |> lost(reason) |> continue()
     end
   end
 

@@ -1,0 +1,93 @@
+defmodule MeshxRpc.BacklogTest do
+  # What lies in the mailbox of a client's connection that was busy for a while.
+  use MeshxRpc.Case, async: true
+  alias MeshxRpc.{Frame, TestPeer}
+
+  @moduletag capture_log: true
+
+  defp connection(client) do
+    [{1, pid, _max, _trace}] = :ets.lookup(table(client), 1)
+    pid
+  end
+
+  defp length_of(pid), do: pid |> Process.info(:message_queue_len) |> elem(1)
+
+  defp reductions(pid), do: pid |> Process.info(:reductions) |> elem(1)
+
+  # Reductions of the connection for each of `n` requests that are given up together.
+  defp each(n, give_up) do
+    {server, address} = server(max_concurrency: 10_000)
+    client = client(address)
+    test = self()
+    pid = connection(client)
+
+    callers =
+      for _ <- 1..n do
+        spawn_link(fn ->
+          request = Client.Async.send_request(client, :sleep, 60_000)
+          send(test, :asked)
+          receive do: (:give_up -> Client.Async.abandon(request))
+        end)
+      end
+
+    for _ <- callers, do: assert_receive(:asked, 20_000)
+    await(fn -> Server.Pool.info(server).running == n end)
+    :erlang.suspend_process(pid)
+    Enum.each(callers, give_up)
+    await(fn -> length_of(pid) >= n end)
+    before = reductions(pid)
+    :erlang.resume_process(pid)
+    await(fn -> Client.Pool.info(client).in_flight == 0 and length_of(pid) == 0 end)
+    took = reductions(pid) - before
+    await(fn -> Server.Pool.info(server).running == 0 end)
+    stop_supervised!(client)
+    stop_supervised!(server)
+    div(took, n)
+  end
+
+  test "calls that are given up together cost as much each, however many they are" do
+    Process.flag(:trap_exit, true)
+
+    for give_up <- [&send(&1, :give_up), &Process.exit(&1, :kill)] do
+      {few, many} = {each(500, give_up), each(4_000, give_up)}
+      IO.puts("reductions for each of 500: #{few}, of 4,000: #{many}")
+      assert many < 3 * few
+    end
+  end
+
+  # More calls than are written together lie before the server's last words, and its socket is closed.
+  test "answers and last words that lie behind calls are heard before the connection is lost" do
+    {:ok, listen} = :gen_tcp.listen(0, [:binary, active: false, ip: {127, 0, 0, 1}])
+    {:ok, port} = :inet.port(listen)
+
+    for count <- [20, 200] do
+      client = client_down({:tcp, {127, 0, 0, 1}, port}, retry_idle_error: 60_000)
+      socket = TestPeer.accept(listen)
+      await(fn -> Client.Pool.info(client).connected == 1 end)
+      call = fn argument -> Client.Pool.call(client, :echo, argument, 20_000, 0) end
+      first = Task.async(fn -> call.("a") end)
+      assert {0x10, 1, _request} = TestPeer.frame(socket)
+      pid = connection(client)
+      :erlang.suspend_process(pid)
+      later = for _ <- 1..count, do: Task.async(fn -> call.("b") end)
+      await(fn -> length_of(pid) >= count end)
+
+      payload = [Frame.response_head(:result, 0, 6), "answer"]
+      answer = Frame.block(:response, true, 0, 1, payload, 16, nil)
+      :ok = :gen_tcp.send(socket, [answer, Frame.goaway(1, :shutdown, "the server stops")])
+      :gen_tcp.close(socket)
+
+      await(fn ->
+        {:messages, messages} = Process.info(pid, :messages)
+        Enum.any?(messages, &match?({:tcp_closed, _socket}, &1))
+      end)
+
+      :erlang.resume_process(pid)
+      assert Task.await(first, 20_000) == "answer"
+
+      for task <- later, do: assert(Task.await(task, 20_000) == {:error_rpc, :closed})
+
+      stop_supervised!(client)
+    end
+  end
+end

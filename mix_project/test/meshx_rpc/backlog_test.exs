@@ -15,23 +15,20 @@ defmodule MeshxRpc.BacklogTest do
   defp reductions(pid), do: pid |> Process.info(:reductions) |> elem(1)
 
   # Reductions of the connection for each of `n` requests that are given up together.
-  defp each(n, give_up) do
+  defp each(n, name, give_up) do
     {server, address} = server(max_concurrency: 10_000)
     client = client(address)
-    test = self()
     pid = connection(client)
 
     callers =
       for _ <- 1..n do
         spawn_link(fn ->
-          request = Client.Async.send_request(client, :sleep, 60_000)
-          send(test, :asked)
+          request = Client.Async.send_request(client, :wait, {name, :asked})
           receive do: (:give_up -> Client.Async.abandon(request))
         end)
       end
 
-    for _ <- callers, do: assert_receive(:asked, 20_000)
-    await(fn -> Server.Pool.info(server).running == n end)
+    for _ <- callers, do: assert_receive({:running, _pid, :asked}, 20_000)
     :erlang.suspend_process(pid)
     Enum.each(callers, give_up)
     await(fn -> length_of(pid) >= n end)
@@ -47,11 +44,11 @@ defmodule MeshxRpc.BacklogTest do
 
   test "calls that are given up together cost as much each, however many they are" do
     Process.flag(:trap_exit, true)
+    name = registered()
 
     for give_up <- [&send(&1, :give_up), &Process.exit(&1, :kill)] do
-      {few, many} = {each(500, give_up), each(4_000, give_up)}
-      IO.puts("reductions for each of 500: #{few}, of 4,000: #{many}")
-      assert many < 3 * few
+      {few, many} = {each(500, name, give_up), each(4_000, name, give_up)}
+      assert many < 3 * few, "#{few} reductions for each of 500, #{many} for each of 4,000"
     end
   end
 

@@ -4,7 +4,6 @@ defmodule MeshxRpc.TestServer do
 
   def echo(argument), do: argument
   def size(binary), do: byte_size(binary)
-  def sleep(time), do: Process.sleep(time)
   def make(size), do: :binary.copy(<<7>>, size)
   def fail(_argument), do: raise(ArgumentError, "no")
   def badarith(number), do: 1 / number

@@ -160,25 +160,7 @@ defmodule MeshxRpc.Client.Connection do
 
   def handle_info(_of_a_connection_that_is_gone, state), do: continue(state)
 
-  # A caller that has written itself for the first time.
-  defp heard(state, {:watch, caller}), do: %{state | calls: Calls.watch(state.calls, caller)}
-
-  defp heard(state, {:cancel, caller, key}),
-    do: state |> InFlight.adopt() |> give_up({caller, key})
-
-  # Its time is over, and the server has not said so.
-  defp heard(state, {:expired, caller, key}) do
-    case Calls.stream(state.calls, {caller, key}) do
-      {{:ok, stream}, calls} ->
-        Calls.reply(key, {:failed, :timeout})
-        give_up(%{state | calls: calls}, {caller, key}, stream)
-
-      {:error, calls} ->
-        %{state | calls: calls}
-    end
-  end
-
-  defp heard(state, {:DOWN, _monitor, :process, caller, _reason}), do: caller_gone(state, caller)
+  defp heard(state, message), do: state |> InFlight.heard(message) |> drained()
 
   # What the server said before it closed may still lie behind what made us write: an answer is an answer, and its last
   # words tell what has not run.
@@ -445,6 +427,10 @@ defmodule MeshxRpc.Client.Connection do
     end
   end
 
+  # Over, if it drains and that was the last call.
+  defp drained(%{phase: :draining} = state), do: drain(state, :drained)
+  defp drained(state), do: state
+
   # Calls
 
   # A stream has ended at the server, perhaps before all was sent.
@@ -454,41 +440,11 @@ defmodule MeshxRpc.Client.Connection do
         state = InFlight.answered(state, stream, call, outcome)
         # Before its caller can ask again.
         if Calls.last?(state.calls), do: Shared.idle(state.link.shared)
-        state = %{state | calls: Calls.finish(state.calls, call, stream, outcome)}
-        if state.phase == :draining, do: drain(state, :drained), else: state
+        drained(%{state | calls: Calls.finish(state.calls, call, stream, outcome)})
 
       :error ->
         InFlight.done_direct(state, stream, outcome)
     end
-  end
-
-  # The connection may end with a call that is given up, but only with the last of all: until then its streams are as they
-  # were found.
-  defp caller_gone(state, caller) do
-    state = InFlight.adopt(state)
-    {open, calls} = Calls.of(state.calls, caller)
-
-    state =
-      for {call, stream} <- open,
-          reduce: %{state | calls: calls},
-          do: (state -> give_up(state, call, stream))
-
-    %{state | calls: Calls.gone(state.calls, caller)}
-  end
-
-  # The caller is dead or has given up.
-  defp give_up(state, call) do
-    case Calls.stream(state.calls, call) do
-      {{:ok, stream}, calls} -> give_up(%{state | calls: calls}, call, stream)
-      {:error, calls} -> %{state | calls: calls}
-    end
-  end
-
-  defp give_up(state, call, stream) do
-    {_how_far, state} = InFlight.drop(state, call)
-    state = %{state | calls: Calls.forget(state.calls, call, stream)}
-    state = if stream, do: InFlight.cancel(state, stream), else: state
-    if state.phase == :draining, do: drain(state, :drained), else: state
   end
 
   # Writing

@@ -12,7 +12,7 @@ defmodule MeshxRpc.Client.Feeder do
   alias MeshxRpc.Stream.{Batch, Pieces, Source}
 
   @ahead 8
-  # A server that has no room for the request: it is sent again.
+  # After so many ms to twice as many a batch is sent again that found no room, or when one before it is taken.
   @pause 20
 
   @more 0
@@ -128,6 +128,9 @@ defmodule MeshxRpc.Client.Feeder do
       {__MODULE__, ended} ->
         %{state | ended: ended}
 
+      {:timeout, _timer, :again} ->
+        %{state | allowed: max(state.allowed, 1)}
+
       {request, _, _} = message when is_map_key(open, request) ->
         answer(state, request, message)
 
@@ -159,8 +162,8 @@ defmodule MeshxRpc.Client.Feeder do
     {behind, open} = Enum.split_with(state.open, fn {_request, {other, _}} -> other > number end)
     for {request, _push} <- behind, do: Request.cancel(state.connection, request)
     again = List.keysort([push | Enum.map(behind, &elem(&1, 1))] ++ state.again, 0)
-    Process.sleep(@pause + :rand.uniform(@pause))
-    %{state | open: Map.new(open), again: again, allowed: 1}
+    _ = :erlang.start_timer(@pause + :rand.uniform(@pause), self(), :again)
+    %{state | open: Map.new(open), again: again, allowed: 0}
   end
 
   defp answer(state, request, message) do

@@ -123,6 +123,52 @@ defmodule MeshxRpc.Client.InFlight do
   def used_up(state),
     do: if(Shared.exhausted?(state.link.shared), do: unsent(state, 0xFFFF_FFFF), else: state)
 
+  @doc """
+  What a caller says beside making calls: he writes himself from now on, gives a call up, has waited as long as he wanted
+  to without a word of the server, or is gone.
+  """
+  @spec heard(map(), tuple()) :: map()
+  def heard(state, {:watch, caller}), do: %{state | calls: Calls.watch(state.calls, caller)}
+
+  def heard(state, {:cancel, caller, key}) do
+    state = adopt(state)
+
+    case Calls.stream(state.calls, {caller, key}) do
+      {{:ok, stream}, calls} -> give_up(%{state | calls: calls}, {caller, key}, stream)
+      {:error, calls} -> %{state | calls: calls}
+    end
+  end
+
+  def heard(state, {:expired, caller, key}) do
+    case Calls.stream(state.calls, {caller, key}) do
+      {{:ok, stream}, calls} ->
+        Calls.reply(key, {:failed, :timeout})
+        give_up(%{state | calls: calls}, {caller, key}, stream)
+
+      {:error, calls} ->
+        %{state | calls: calls}
+    end
+  end
+
+  def heard(state, {:DOWN, _monitor, :process, caller, _reason}) do
+    state = adopt(state)
+    {open, calls} = Calls.of(state.calls, caller)
+
+    state =
+      Enum.reduce(open, %{state | calls: calls}, fn {call, stream}, state ->
+        give_up(state, call, stream)
+      end)
+
+    %{state | calls: Calls.gone(state.calls, caller)}
+  end
+
+  # Nobody waits for it any more.
+  defp give_up(state, call, stream) do
+    {_how_far, state} = drop(state, call)
+    state = %{state | calls: Calls.forget(state.calls, call, stream)}
+    if stream, do: cancel(state, stream), else: state
+  end
+
   @doc "Takes over what callers have written themselves."
   @spec adopt(map()) :: map()
   def adopt(state), do: %{state | calls: Calls.adopt(state.calls)}
@@ -131,12 +177,11 @@ defmodule MeshxRpc.Client.InFlight do
   @spec close(map()) :: map()
   def close(state), do: %{state | calls: Calls.close(state.calls)}
 
-  @doc "Tells the server that nobody waits for this stream."
-  @spec cancel(map(), pos_integer()) :: map()
-  def cancel(state, stream),
+  # Tells the server.
+  defp cancel(%{link: link} = state, stream),
     do: %{
       state
-      | link: state.link |> Link.open() |> Link.release(stream) |> Link.queue(Frame.cancel(stream))
+      | link: link |> Link.open() |> Link.release(stream) |> Link.queue(Frame.cancel(stream))
     }
 
   @doc "What of a call is not yet sent stays here."

@@ -7,6 +7,7 @@ mod decoder;
 mod event;
 mod guard;
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
@@ -45,12 +46,26 @@ fn checksum(checksum: Checksum, iovec: ListIterator<'_>) -> NifResult<u32> {
     Ok(checksum.of_parts(parts.iter().map(Binary::as_slice)))
 }
 
-/// To the VM a call is one reduction, however long it was: this says how much of a millisecond it really took.
+/// To the VM a call is one reduction, however long it was: this says how much of a millisecond it really took. What is
+/// not a whole hundredth is left to a later call on the same scheduler: a small term takes a tenth of one.
 pub(crate) fn count_time(env: Env<'_>, began: Instant) {
-    let took = began.elapsed();
-    LONGEST.fetch_max(took.as_nanos().try_into().unwrap_or(u64::MAX), Ordering::Relaxed);
-    let percent = took.as_micros() / 10;
-    consume_timeslice(env, percent.clamp(1, 100) as i32);
+    let took = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+    LONGEST.fetch_max(took, Ordering::Relaxed);
+    let uncounted = UNCOUNTED.get().saturating_add(took);
+    UNCOUNTED.set(uncounted % PERCENT);
+    match uncounted / PERCENT {
+        0 => {}
+        percent => {
+            consume_timeslice(env, percent.min(100) as i32);
+        }
+    }
+}
+
+/// A hundredth of a time slice of the VM's, in nanoseconds.
+const PERCENT: u64 = 10_000;
+
+thread_local! {
+    static UNCOUNTED: Cell<u64> = const { Cell::new(0) };
 }
 
 static LONGEST: AtomicU64 = AtomicU64::new(0);

@@ -16,6 +16,8 @@ defmodule MeshxRpc.Link do
   @busy_heap_words 32_768
   @busy 8
   @binary_words 131_072
+  # From so many processes on a turn of its own is cheaper than what follows without.
+  @many 4
   @batch 524_288
   # Of larger messages: small ones that come meanwhile wait for it, and the peer reads it while the next is made.
   @bulk 2 * Frame.max_block()
@@ -59,6 +61,23 @@ defmodule MeshxRpc.Link do
   def prepare do
     _ = Process.flag(:min_heap_size, @heap_words)
     _ = Process.flag(:min_bin_vheap_size, @binary_words)
+    :ok
+  end
+
+  @doc """
+  Before so many processes are woken or started in a row: ends this process's turn on its scheduler, and begins the next.
+
+  At the end of a turn the scheduler multiplies what it took by how many wait behind it, and by the sum wakes another one
+  to help. With all that a read is in one turn with those it wakes, that is for each second read, of tiny calls that are
+  through before the other is there: it looks for work, finds none, and takes a quarter of the CPU. Nobody comes in between.
+  """
+  @spec turn(non_neg_integer()) :: :ok
+  def turn(woken) when woken < @many, do: :ok
+
+  def turn(_woken) do
+    priority = Process.flag(:priority, :high)
+    :erlang.yield()
+    _ = Process.flag(:priority, priority)
     :ok
   end
 

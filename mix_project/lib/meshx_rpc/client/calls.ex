@@ -10,7 +10,7 @@ defmodule MeshxRpc.Client.Calls do
   @idle 1_024
 
   alias MeshxRpc.Client.{ByCaller, Direct}
-  alias MeshxRpc.Shared
+  alias MeshxRpc.{Link, Shared}
 
   @enforce_keys [:load, :index]
   # streams: stream => call. waiting: those without a stream, as keys. callers: pid => monitor. ids: how many streams
@@ -240,6 +240,7 @@ defmodule MeshxRpc.Client.Calls do
         # Before their callers can ask again.
         if empty?(calls), do: Shared.idle(calls.direct.shared)
         calls = counted(calls)
+        Link.turn(length(taken))
         for {key, answer} <- :lists.reverse(taken), do: send(key, answer)
         {calls, rest}
     end

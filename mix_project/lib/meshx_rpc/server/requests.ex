@@ -42,6 +42,7 @@ defmodule MeshxRpc.Server.Requests do
   defp start_all(%{rules: rules, held: held} = state, events, count) do
     limits = {:erlang.monotonic_time(:millisecond), rules.timeout_execute}
     shared = {state.offered.names, state.task, limits}
+    Link.turn(count)
 
     {left, rest, streams, last, until} =
       begin(events, count, shared, state.streams, state.last, :infinity)

@@ -29,6 +29,7 @@ defmodule MeshxRpc.Client do
   | `:unread` | the function has run, and its result found no room: other results wait to be read or taken |
   | `:killed` | the process that ran the function was killed |
   | `:invalid_cks` | a block did not arrive as it was sent |
+  | `:timeout_cks` | a checksum of your own (`:cks_mfa`) took longer than `:timeout_cks` for a block: the argument's here, when the call has not run, or one there, or the result's |
   | `:error_too_long` | the argument or the result is longer than the other side takes |
   | `:serialization_fail` | the argument or the result has functions, atoms that the receiver does not know, or exceeds `MeshxRpc.Guard` |
   | `:invalid_state` | the other side broke the protocol |

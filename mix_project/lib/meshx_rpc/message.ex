@@ -7,7 +7,7 @@ defmodule MeshxRpc.Message do
   # Without such functions, `nil`, it is `MeshxRpc.Term`. How checksums lie in a message is in docs/rpc-protocol.md,
   # "Checksums of the user's own".
 
-  alias MeshxRpc.Term
+  alias MeshxRpc.{Aside, Term}
 
   # size of the part that has checksums:64, bytes of a block:32, entries of <<size:8, checksum>>, their bytes:32
   @tail_bytes 16
@@ -27,21 +27,26 @@ defmodule MeshxRpc.Message do
               block: pos_integer()
             }
 
-  @doc "A term as bytes; `{:error, reason}` is the reason of `{:error_rpc, reason}`."
-  @spec encode(t(), term()) :: {:ok, Term.encoded()} | {:error, reason :: term()}
-  def encode(nil, term), do: {:ok, Term.encode(term)}
+  @typedoc "When checksums of the user's own end with `:timeout`: `:erlang.monotonic_time(:millisecond)`."
+  @type until :: integer() | :infinity
 
-  def encode(message, term) do
-    with {:ok, encoded} <- serialize(message.serialize, term), do: sign(message, encoded)
+  @doc "A term as bytes; `{:error, reason}` is the reason of `{:error_rpc, reason}`."
+  @spec encode(t(), term(), until()) :: {:ok, Term.encoded()} | {:error, reason :: term()}
+  def encode(message, term, until \\ :infinity)
+  def encode(nil, term, _until), do: {:ok, Term.encode(term)}
+
+  def encode(message, term, until) do
+    with {:ok, encoded} <- serialize(message.serialize, term), do: sign(message, encoded, until)
   end
 
   @doc "The bytes as a term. `:refused`: by the guard."
-  @spec decode(t(), module(), byte(), binary(), policy :: map()) ::
-          {:ok, term()} | {:error, :refused | :invalid_cks | :timeout_cks | term()}
-  def decode(nil, codec, flag, bytes, policy), do: plain(codec, flag, bytes, policy)
+  @spec decode(t(), module(), byte(), binary(), policy :: map(), until()) ::
+          {:ok, term()} | {:error, :refused | :invalid_cks | :timeout_cks | :timeout | term()}
+  def decode(message, codec, flag, bytes, policy, until \\ :infinity)
+  def decode(nil, codec, flag, bytes, policy, _until), do: plain(codec, flag, bytes, policy)
 
-  def decode(message, codec, flag, bytes, policy) do
-    with {:ok, bytes} <- verify(message, bytes) do
+  def decode(message, codec, flag, bytes, policy, until) do
+    with {:ok, bytes} <- verify(message, bytes, until) do
       case message.deserialize do
         nil -> plain(codec, flag, bytes, policy)
         mfa -> deserialize(mfa, flag, bytes)
@@ -84,12 +89,12 @@ defmodule MeshxRpc.Message do
 
   # Checksums
 
-  defp sign(%{cks: nil}, encoded), do: {:ok, encoded}
+  defp sign(%{cks: nil}, encoded, _until), do: {:ok, encoded}
 
-  defp sign(message, {flag, iovec, size}) do
+  defp sign(message, {flag, iovec, size}, until) do
     blocks = message.block
 
-    with {:ok, checksums} <- checksums(message, iovec, blocks) do
+    with {:ok, checksums} <- checksums(message, iovec, blocks, until) do
       entries = for checksum <- checksums, do: [byte_size(checksum), checksum]
       entries = :erlang.iolist_to_binary(entries)
       tail = <<entries::binary, size::64, blocks::32, byte_size(entries)::32>>
@@ -97,14 +102,14 @@ defmodule MeshxRpc.Message do
     end
   end
 
-  defp verify(%{cks: nil}, bytes), do: {:ok, bytes}
+  defp verify(%{cks: nil}, bytes, _until), do: {:ok, bytes}
 
-  defp verify(message, bytes) do
+  defp verify(message, bytes, until) do
     with {:ok, data, block, entries} <- split(bytes),
-         {:ok, expected} <- parse(entries, []),
-         # Each block costs a call of the user's function: no more of them than the sender's blocks can be.
-         true <- length(expected) == block_count(byte_size(data), block),
-         {:ok, checksums} <- checksums(message, [data], block),
+         # Each block costs a call of the user's function, and each entry memory: no more of either than the sender's
+         # blocks can be.
+         {:ok, expected} <- parse(entries, block_count(byte_size(data), block), []),
+         {:ok, checksums} <- checksums(message, [data], block, until),
          true <- checksums == expected do
       {:ok, data}
     else
@@ -124,65 +129,27 @@ defmodule MeshxRpc.Message do
 
   defp split(_bytes), do: :malformed
 
-  defp parse(<<size, checksum::binary-size(size), rest::binary>>, done),
-    do: parse(rest, [checksum | done])
+  defp parse("", 0, done), do: {:ok, Enum.reverse(done)}
 
-  defp parse("", done), do: {:ok, Enum.reverse(done)}
-  defp parse(_short, _done), do: :malformed
+  defp parse(<<size, checksum::binary-size(size), rest::binary>>, left, done) when left > 0,
+    do: parse(rest, left - 1, [checksum | done])
+
+  defp parse(_short_or_too_many, _left, _done), do: :malformed
 
   defp block_count(0, _block), do: 1
   defp block_count(size, block), do: div(size + block - 1, block)
 
-  # In a process of its own, that is given `timeout_cks` for each block.
-  defp checksums(%{cks: cks} = message, iovec, block) do
-    waiting = self()
-    reference = make_ref()
-
-    {pid, monitor} = spawn_monitor(__MODULE__, :work, [cks, iovec, block, waiting, reference])
-
-    collect(pid, monitor, reference, message.timeout_cks, [])
-  end
-
-  defp collect(pid, monitor, reference, timeout, done) do
-    receive do
-      {^reference, :done} ->
-        Process.demonitor(monitor, [:flush])
-        {:ok, Enum.reverse(done)}
-
-      {^reference, checksum} ->
-        collect(pid, monitor, reference, timeout, [checksum | done])
-
-      {:DOWN, ^monitor, :process, _pid, _reason} ->
-        {:error, :invalid_cks}
-    after
-      timeout ->
-        Process.demonitor(monitor, [:flush])
-        Process.exit(pid, :kill)
-        flush(reference)
-        {:error, :timeout_cks}
+  # `timeout_cks` is for each block.
+  defp checksums(%{cks: cks} = message, iovec, block, until) do
+    case Aside.run(&each(cks, iovec, block, &1, []), message.timeout_cks, until) do
+      {:ok, checksums} -> {:ok, checksums}
+      {:error, :failed} -> {:error, :invalid_cks}
+      {:error, :timeout} -> {:error, :timeout_cks}
+      {:error, :late} -> {:error, :timeout}
     end
   end
 
-  # A last answer may have been on its way.
-  defp flush(reference) do
-    receive do
-      {^reference, _answer} -> flush(reference)
-    after
-      0 -> :ok
-    end
-  end
-
-  @doc false
-  def work(cks, iovec, block, waiting, reference) do
-    # The caller may be killed, and then nobody wants the rest.
-    monitor = Process.monitor(waiting)
-    work(cks, iovec, block, waiting, reference, monitor, true)
-  end
-
-  defp work(_cks, [], _block, waiting, reference, _monitor, false),
-    do: send(waiting, {reference, :done})
-
-  defp work({module, fun, argument} = cks, iovec, block, waiting, reference, monitor, _first) do
+  defp each({module, fun, argument} = cks, iovec, block, beat, done) do
     {part, rest} = take(iovec, block, [])
     checksum = apply(module, fun, [:erlang.iolist_to_binary(part), argument])
 
@@ -192,13 +159,9 @@ defmodule MeshxRpc.Message do
               "wanted a binary of at most #{@max_checksum} bytes"
     end
 
-    send(waiting, {reference, checksum})
-
-    receive do
-      {:DOWN, ^monitor, :process, _pid, _reason} -> :ok
-    after
-      0 -> work(cks, rest, block, waiting, reference, monitor, false)
-    end
+    beat.()
+    done = [checksum | done]
+    if rest == [], do: Enum.reverse(done), else: each(cks, rest, block, beat, done)
   end
 
   # An empty message is one empty block.

@@ -20,6 +20,11 @@ defmodule MeshxRpc.MessageTest do
     sha(block, :sha256)
   end
 
+  def hang_and_tell(block, test) do
+    send(test, {:hanging, self()})
+    sha(block, :hang)
+  end
+
   # Terms upside down, with a flag of its own.
   def serialize(:unwanted, _argument), do: {:error, :not_today}
   def serialize(:crash, _argument), do: raise(ArgumentError, "cannot")
@@ -93,6 +98,51 @@ defmodule MeshxRpc.MessageTest do
     bytes = <<"data", 0, 0, 0, 0, 4::64, 1::32, 4::32>>
     assert decode(message, {0, [bytes], byte_size(bytes)}) == {:error, :invalid_cks}
     refute_received _size
+  end
+
+  test "nor memory: what is too much is counted, not collected" do
+    message = message(cks: cks(:sha256))
+    entries = :binary.copy(<<0>>, 4_000_000)
+    bytes = <<entries::binary, 0::64, 1_000::32, byte_size(entries)::32>>
+    words = 100_000
+
+    {_pid, monitor} =
+      spawn_monitor(fn ->
+        Process.flag(:max_heap_size, %{size: words, kill: true, error_logger: false})
+        exit(decode(message, {0, [bytes], byte_size(bytes)}))
+      end)
+
+    assert_receive {:DOWN, ^monitor, :process, _pid, {:error, :invalid_cks}}, 10_000
+  end
+
+  test "a caller that is killed takes a function that hangs with it" do
+    test = self()
+    message = message(cks: {__MODULE__, :hang_and_tell, test}, timeout_cks: 600_000)
+    caller = spawn(fn -> Message.encode(message, "x") end)
+    assert_receive {:hanging, pid}, 10_000
+    monitor = Process.monitor(pid)
+    Process.exit(caller, :kill)
+    assert_receive {:DOWN, ^monitor, :process, _pid, :killed}, 10_000
+  end
+
+  test "the caller's time is for all blocks" do
+    slow = message(cks: cks({:slow, 50}), timeout_cks: 60_000)
+    term = :binary.copy("x", 600_000)
+    until = :erlang.monotonic_time(:millisecond) + 200
+    assert Message.encode(slow, term, until) == {:error, :timeout}
+    {:ok, {flag, iovec, _size}} = Message.encode(message(cks: cks(:sha256)), term)
+    bytes = IO.iodata_to_binary(iovec)
+    policy = MeshxRpc.Guard.policy(%{})
+    until = :erlang.monotonic_time(:millisecond) + 200
+
+    assert Message.decode(slow, MeshxRpc.Codec.Elixir, flag, bytes, policy, until) ==
+             {:error, :timeout}
+
+    {_server, address} = server(cks_mfa: cks(:sha256))
+    client = client_down(address, cks_mfa: cks({:slow, 50}))
+    assert Client.Pool.call(client, :echo, term, 200, 50, 10) == {:error_rpc, :timeout}
+    request = Client.Async.send_request(client, :echo, term, 200)
+    assert Client.Async.receive_response(request, 10_000) == {:error_rpc, :timeout}
   end
 
   test "a function that fails, hangs or answers nonsense is named, and leaves nothing behind" do

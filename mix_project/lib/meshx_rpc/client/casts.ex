@@ -36,13 +36,15 @@ defmodule MeshxRpc.Client.Casts do
 
     :ok = Request.again!(options[:retry], options[:retry_sleep])
 
-    case Message.encode(pool.message, argument) do
-      {:ok, encoded} -> made(pool, fun, encoded, options)
+    until = Request.until(options[:timeout])
+
+    case Message.encode(pool.message, argument, until) do
+      {:ok, encoded} -> made(pool, fun, encoded, until, options)
       {:error, reason} -> refused(pool, fun, Term.localize(reason), options[:ack])
     end
   end
 
-  defp made(pool, fun, {_flag, _iovec, size} = encoded, options) do
+  defp made(pool, fun, {_flag, _iovec, size} = encoded, until, options) do
     size = size + @overhead
 
     cast = %{
@@ -50,7 +52,7 @@ defmodule MeshxRpc.Client.Casts do
       encoded: encoded,
       size: size,
       key: with({:ok, key} <- Keyword.fetch(options, :key), do: {:key, key}),
-      until: Request.until(options[:timeout]),
+      until: until,
       retry: options[:retry],
       sleep: options[:retry_sleep],
       ack: nil,

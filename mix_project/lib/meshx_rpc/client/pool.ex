@@ -34,7 +34,8 @@ defmodule MeshxRpc.Client.Pool do
     do: Supervisor.start_link(__MODULE__, config, name: id)
 
   @doc """
-  Calls a function of the server with one argument and waits for its result, at most `timeout` ms in all.
+  Calls a function of the server with one argument and waits for its result, at most `timeout` ms in all: checksums of
+  your own count, too. A serializer of your own and the function for traceparents run in this process and have no limit.
 
   A call that certainly has not run (`:exec_retry_on_error`) is made again, `retry` times, after
   `retry_sleep` ms +-10 %.

@@ -11,6 +11,8 @@ defmodule MeshxRpc.Hello do
 
   @versions {1, 1}
   @max_window 0x7FFF_FFFF
+  # That of the option: smaller ones are mostly heads.
+  @least_block 200
   @nonce_bytes 32
   @proof_bytes 32
   @server_label "meshx-rpc-1 server"
@@ -384,7 +386,7 @@ defmodule MeshxRpc.Hello do
          {:ok, <<stream_window::32>>} <- fetch(fields, @stream_window, 4),
          {:ok, <<connection_window::32>>} <- fetch(fields, @connection_window, 4),
          {:ok, <<max_message::64>>} <- fetch(fields, @max_message, 8),
-         :ok <- within(@blk_max_size, blk_max_size, 1, 0xFFFF_FFFF),
+         :ok <- within(@blk_max_size, blk_max_size, @least_block, 0xFFFF_FFFF),
          :ok <- within(@stream_window, stream_window, 1, @max_window),
          :ok <- within(@connection_window, connection_window, 1, @max_window),
          :ok <- within(@max_message, max_message, 1, 0xFFFF_FFFF_FFFF_FFFF) do

@@ -11,6 +11,31 @@ defmodule MeshxRpc.StreamMemoryTest do
     def size(pieces), do: Enum.reduce(pieces, 0, &(byte_size(&1) + &2))
   end
 
+  test "a batch of many small pieces is not decoded at once" do
+    alias MeshxRpc.Stream.Pieces, as: Wire
+    config = %{codec: MeshxRpc.Codec.impl(), guard: %{}}
+    config = %{config | guard: config.codec.policy(%{})}
+    batch = :binary.copy(<<0, 0::32>>, 4_000_000)
+
+    count = fn count, batch, total ->
+      assert {:ok, pieces, rest} = Wire.decode(nil, batch, config)
+      assert length(pieces) in 1..16_384
+      total = total + length(pieces)
+      if rest == "", do: total, else: count.(count, rest, total)
+    end
+
+    assert count.(count, batch, 0) == 4_000_000
+
+    # Large ones come alone, and only the one that is most of what came keeps it.
+    large = :binary.copy("x", 100_000)
+    batch = IO.iodata_to_binary(for _ <- 1..3, do: <<0, 100_000::32, large::binary>>)
+    assert {:ok, [^large = piece], rest} = Wire.decode(nil, batch, config)
+    assert :binary.referenced_byte_size(piece) == 100_000
+    assert {:ok, [^large], <<_::binary-100_005>>} = Wire.decode(nil, rest, config)
+    assert {:error, :invalid_state} = Wire.decode(nil, <<0, 5::32, "abc">>, config)
+    assert {:ok, [], ""} = Wire.decode(nil, "", config)
+  end
+
   test "memory of both sides stays within the window while gigabytes pass" do
     {_server, address} = server(module: Pieces)
     client = client_down(address)

@@ -75,6 +75,8 @@ defmodule MeshxRpc.Client.Streams do
       # Of a result: batches that were asked for, those that have come, the next one, and how it ended.
       pulls: %{},
       come: %{},
+      # What is left of a batch that is being taken.
+      batch: "",
       asked: 0,
       next: 0,
       ended: nil
@@ -84,7 +86,7 @@ defmodule MeshxRpc.Client.Streams do
   end
 
   defp encode(pool, token, mode, places, fun, plain, settings) do
-    with {:ok, {flag, iovec, size}} <- Message.encode(pool.message, plain) do
+    with {:ok, {flag, iovec, size}} <- Message.encode(pool.message, plain, settings.until) do
       fun = Request.name!(fun)
       mode = if mode == :call, do: 1, else: 2
       want = div(settings.window, Feeder.ahead())
@@ -192,14 +194,11 @@ defmodule MeshxRpc.Client.Streams do
     %{session | pulls: Map.put(session.pulls, request, number)}
   end
 
+  defp next(%{batch: batch} = session) when batch != "", do: pieces(session, batch)
+
   defp next(%{next: next, come: come} = session) when is_map_key(come, next) do
     {batch, come} = Map.pop!(come, next)
-    session = pull(%{session | come: come, next: next + 1}, 1)
-
-    case Pieces.decode(session.pool.message, batch, session.pool) do
-      {:ok, pieces} -> {pieces, session}
-      {:error, reason} -> fail(session, Term.localize(reason))
-    end
+    %{session | come: come, next: next + 1} |> pull(1) |> pieces(batch)
   end
 
   defp next(%{ended: {:done, batches}, next: batches} = session), do: {:halt, session}
@@ -233,6 +232,13 @@ defmodule MeshxRpc.Client.Streams do
       Request.left(session.until) -> fail(session, :timeout)
     end
     |> next()
+  end
+
+  defp pieces(session, batch) do
+    case Pieces.decode(session.pool.message, batch, session.pool) do
+      {:ok, pieces, rest} -> {pieces, %{session | batch: rest}}
+      {:error, reason} -> fail(session, Term.localize(reason))
+    end
   end
 
   defp ended(session, message) do

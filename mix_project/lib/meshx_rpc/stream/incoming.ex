@@ -16,10 +16,11 @@ defmodule MeshxRpc.Stream.Incoming do
     Elixir.Stream.resource(
       fn -> start(token, index) end,
       fn
-        :ended -> {:halt, :ended}
-        number -> next(token, index, number, config)
+        {:ended, ""} -> {:halt, :ended}
+        {number, ""} -> next(token, index, number, config)
+        {number, batch} -> pieces(batch, number, config)
       end,
-      fn _number -> :ok end
+      fn _where -> :ok end
     )
   end
 
@@ -39,15 +40,15 @@ defmodule MeshxRpc.Stream.Incoming do
 
   defp start(token, index) do
     case Process.put({__MODULE__, token, index}, true) do
-      nil -> 0
+      nil -> {0, ""}
       true -> raise ArgumentError, "a stream that is an argument can be enumerated once"
     end
   end
 
   defp next(token, index, number, config) do
     case take(token, index, number) do
-      {@more, batch} -> {decoded!(batch, config), number + 1}
-      {@ended, batch} -> {decoded!(batch, config), :ended}
+      {@more, batch} -> pieces(batch, number + 1, config)
+      {@ended, batch} -> pieces(batch, :ended, config)
       {_failed, batch} -> failed(Pieces.decode(nil, batch, config))
     end
   end
@@ -71,14 +72,14 @@ defmodule MeshxRpc.Stream.Incoming do
     end
   end
 
-  defp decoded!(batch, config) do
+  defp pieces(batch, number, config) do
     case Pieces.decode(config.message, batch, config) do
-      {:ok, pieces} -> pieces
+      {:ok, pieces, rest} -> {pieces, {number, rest}}
       {:error, reason} -> raise MeshxRpc.Error, reason: reason
     end
   end
 
-  defp failed({:ok, [reason]}),
+  defp failed({:ok, [reason], ""}),
     do: MeshxRpc.Error.raise_reason(Term.localize(reason), nil, nil)
 
   defp failed(_other), do: raise(MeshxRpc.Error, reason: :invalid_state)

@@ -5,6 +5,7 @@ defmodule MeshxRpc.Stream.Pieces do
   alias MeshxRpc.{Message, Term}
 
   @max 0xFFFF_FFFF
+  @at_once 65_536
 
   @doc "One piece as an iovec, and its bytes with its head. Raises when it cannot be encoded."
   @spec encode(Message.t(), term()) :: {[binary()], pos_integer()}
@@ -23,30 +24,42 @@ defmodule MeshxRpc.Stream.Pieces do
     {[<<flag, size::32>> | iovec], size + 5}
   end
 
-  @doc "The pieces of a batch, each looked at before it is decoded."
+  @doc """
+  The first pieces of a batch, each looked at before it is decoded, and the rest of it. A batch may be many small ones,
+  which take more memory than it does: at most so many at once as the first 64 KiB are, or one.
+  """
   @spec decode(Message.t(), binary(), %{codec: module(), guard: map()}) ::
-          {:ok, [term()]} | {:error, reason :: term()}
-  def decode(message, batch, config), do: decode(message, batch, config, [])
+          {:ok, [term()], rest :: binary()} | {:error, reason :: term()}
+  def decode(message, batch, config), do: decode(message, batch, config, byte_size(batch), [])
 
-  defp decode(_message, <<>>, _config, pieces), do: {:ok, Enum.reverse(pieces)}
+  defp decode(_message, batch, _config, size, pieces)
+       when pieces != [] and (batch == "" or size - byte_size(batch) >= @at_once),
+       do: {:ok, Enum.reverse(pieces), batch}
+
+  defp decode(_message, "", _config, _size, []), do: {:ok, [], ""}
 
   defp decode(
          message,
-         <<flag, size::32, bytes::binary-size(size), rest::binary>>,
+         <<flag, length::32, bytes::binary-size(length), rest::binary>>,
          config,
+         size,
          pieces
        ) do
     case Message.decode(message, config.codec, flag, bytes, config.guard) do
-      {:ok, piece} -> decode(message, rest, config, [own(piece, rest, pieces) | pieces])
+      {:ok, piece} -> decode(message, rest, config, size, [own(piece) | pieces])
       {:error, :refused} -> {:error, :serialization_fail}
       {:error, reason} -> {:error, reason}
     end
   end
 
-  defp decode(_message, _short, _config, _pieces), do: {:error, :invalid_state}
+  defp decode(_message, _short, _config, _size, _pieces), do: {:error, :invalid_state}
 
-  # A piece that somebody keeps must not keep its whole batch. One that is the batch may.
-  defp own(piece, <<>>, []), do: piece
-  defp own(piece, _rest, _pieces) when is_binary(piece), do: :binary.copy(piece)
-  defp own(piece, _rest, _pieces), do: piece
+  # A piece that somebody keeps must not keep its whole batch. One that is most of it may.
+  defp own(piece) when is_binary(piece) do
+    if :binary.referenced_byte_size(piece) > 2 * byte_size(piece),
+      do: :binary.copy(piece),
+      else: piece
+  end
+
+  defp own(piece), do: piece
 end

@@ -10,6 +10,7 @@ defmodule MeshxRpc.HostileTest do
   @auth 9
   @timeout 11
   @refused_term 14
+  @protocol 1
 
   defp refusal(socket), do: socket |> TestPeer.frame() |> refusal_of()
   defp refusal_of({@refused, 0, <<cause::16, text::binary>>}), do: {cause, text}
@@ -161,6 +162,41 @@ defmodule MeshxRpc.HostileTest do
       assert {0x11, ^round, <<0, 0, 1::64, "x">>} = TestPeer.frame(friend)
       Enum.each(crowd, &:gen_tcp.close/1)
       await(fn -> Server.Pool.info(server).in_hello == 0 end)
+    end
+  end
+
+  test "nor do those that were refused already, and stay" do
+    {server, address} = server(max_connections: 20, max_hello: 4, timeout_hsk: 60_000)
+
+    crowd =
+      for _ <- 1..60 do
+        socket = raw(address)
+        :ok = :gen_tcp.send(socket, Frame.auth(<<0::256>>))
+        # Not `full` by `max_connections`.
+        assert {@protocol, _text} = refusal(socket)
+        socket
+      end
+
+    _ = TestPeer.connect(address)
+    Enum.each(crowd, &:gen_tcp.close/1)
+    await_connections(server, 1)
+  end
+
+  test "a connection that does not start in time is one that is not there, and no more" do
+    {server, address} = server(gen_statem_opts: [timeout: 0])
+    %{^server => listener} = listeners([server])
+    socket = raw(address)
+    assert {:error, reason} = :gen_tcp.recv(socket, 0, 10_000)
+    assert reason in [:closed, :econnreset]
+    assert Server.Pool.address(server) == {:ok, address}
+    assert listeners([server]) == %{server => listener}
+  end
+
+  defp listeners(servers) do
+    for server <- servers, into: %{} do
+      {:listener, pid, _, _} = server |> Supervisor.which_children() |> List.keyfind!(:listener, 0)
+
+      {server, pid}
     end
   end
 

@@ -147,6 +147,8 @@ defmodule MeshxRpc.Server.Connection do
     {:stop, :normal, state}
   end
 
+  # Refused already: its last words are not worth the place of another.
+  def handle_info(:evicted, %{phase: :closing} = state), do: {:stop, :normal, state}
   def handle_info(:evicted, state), do: continue(state)
 
   # The server stops: what has begun may end, nothing begins any more.

@@ -94,19 +94,28 @@ defmodule MeshxRpc.Server.Listener do
       true ->
         state = if state.hellos >= config.max_hello, do: evict(state), else: state
         held = Room.held()
+        child = {Connection, {config, self(), held}}
 
-        {:ok, pid} =
-          DynamicSupervisor.start_child(
-            state.connections_supervisor,
-            {Connection, {config, self(), held}}
-          )
+        case DynamicSupervisor.start_child(state.connections_supervisor, child) do
+          {:ok, pid} ->
+            {:reply, {:ok, pid}, entered(state, pid, held)}
 
-        Process.monitor(pid)
-        connections = Map.put(state.connections, pid, {:hello, held})
-        waiting = :queue.in(pid, state.waiting)
-        state = %{state | connections: connections, waiting: waiting, hellos: state.hellos + 1}
-        {:reply, {:ok, pid}, state}
+          # By `gen_statem_opts` it may have had too little time.
+          {:error, reason} ->
+            Logger.error(
+              "MeshxRpc.Server #{inspect(config.id)}: a connection did not start: #{inspect(reason)}"
+            )
+
+            {:reply, {:error, :not_started}, state}
+        end
     end
+  end
+
+  defp entered(state, pid, held) do
+    Process.monitor(pid)
+    connections = Map.put(state.connections, pid, {:hello, held})
+    waiting = :queue.in(pid, state.waiting)
+    %{state | connections: connections, waiting: waiting, hellos: state.hellos + 1}
   end
 
   @impl true

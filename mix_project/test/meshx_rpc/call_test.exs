@@ -146,6 +146,13 @@ defmodule MeshxRpc.CallTest do
       test "only the module's own functions of one argument can be called, and no atom is made", %{
         client: client
       } do
+        # Those of the server's own begin with a zero byte, and are not for callers to name.
+        for name <- ["\0cast", <<0>>, "", String.duplicate("x", 256)] do
+          assert_raise ArgumentError, ~r/the first not zero/, fn ->
+            Client.Pool.call(client, name)
+          end
+        end
+
         for name <- ~w(module_info __info__ child_spec two nothing behaviour_info) do
           assert {:error_rpc, {:undef, [{MeshxRpc.TestServer, _name, 1, []}]}} =
                    Client.Pool.call(client, name)

@@ -29,15 +29,17 @@ defmodule MeshxRpc.Client.Async do
   """
   @spec send_request(atom(), atom() | String.t(), term(), timeout()) :: t()
   def send_request(name, fun, argument \\ [], timeout \\ :infinity) do
+    name |> Pool.fetch!() |> request(Request.name!(fun), argument, Request.until(timeout))
+  end
+
+  defp request(pool, fun, argument, until) do
     if Stream.in?(argument), do: raise(ArgumentError, "a stream cannot be sent with send_request")
-    pool = Pool.fetch!(name)
-    fun = Request.name!(fun)
-    left = timeout |> Request.until() |> Request.left()
 
     {connection, request, timer} =
-      with {:ok, {_flag, _iovec, size} = encoded} <- Message.encode(pool.message, argument),
+      with {:ok, {_flag, _iovec, size} = encoded} <- Message.encode(pool.message, argument, until),
            {:ok, pid, max, trace} when size <= max <- Pool.route(pool) do
         encoded = if trace, do: traced(pool, encoded), else: encoded
+        left = Request.left(until)
         request = Request.start(pid, fun, left, encoded)
         {pid, request, Request.expire(pid, request, left)}
       else
@@ -153,7 +155,10 @@ defmodule MeshxRpc.Client.Async do
   @spec multicall([atom()], atom() | String.t(), term(), timeout()) :: [term()]
   def multicall(pools, fun, argument \\ [], timeout \\ :infinity) do
     until = Request.until(timeout)
-    requests = Enum.map(pools, &send_request(&1, fun, argument, timeout))
+    fun = Request.name!(fun)
+    # Before the first is sent: an unknown one must not leave answers of others behind.
+    pools = Enum.map(pools, &Pool.fetch!/1)
+    requests = Enum.map(pools, &request(&1, fun, argument, until))
     Enum.map(requests, &receive_response(&1, Request.left(until)))
   end
 end

@@ -8,27 +8,26 @@ defmodule MeshxRpc.Client.Call do
   alias MeshxRpc.Client.{Direct, Look, Measured, Request}
 
   # Each call that is a jump less is one in hundreds of thousands a second.
-  @compile {:inline, name!: 1, until: 1, left: 1, decoded: 3, term: 3, direct?: 2}
+  @compile {:inline, until: 1, left: 1, decoded: 3, term: 3, direct?: 2}
 
-  @max_fun 255
   @max_timeout 0xFFFF_FFFF
 
   @spec call(atom(), atom() | binary(), term(), timeout(), non_neg_integer(), non_neg_integer()) ::
           term()
   def call(pool, fun, argument, timeout, retry, retry_sleep) do
     pool = Client.Pool.fetch!(pool)
-    fun = name!(fun)
+    fun = Request.name!(fun)
     :ok = Request.again!(retry, retry_sleep)
     until = until(timeout)
 
     if Telemetry.on?(pool.telemetry, :call) do
       Measured.run(pool, fun, fn ->
-        encoded = Measured.time(:ser, fn -> Message.encode(pool.message, argument) end)
+        encoded = Measured.time(:ser, fn -> Message.encode(pool.message, argument, until) end)
         attempt(encoded, pool, fun, until, retry_sleep, true, retry)
       end)
     else
       pool.message
-      |> Message.encode(argument)
+      |> Message.encode(argument, until)
       |> attempt(pool, fun, until, retry_sleep, false, retry)
     end
   end
@@ -198,15 +197,15 @@ defmodule MeshxRpc.Client.Call do
     end
   end
 
-  defp decoded(%{measured: true, pool: pool}, flag, bytes) do
+  defp decoded(%{measured: true} = request, flag, bytes) do
     Measured.note(:received, byte_size(bytes))
-    Measured.time(:dser, fn -> term(pool, flag, bytes) end)
+    Measured.time(:dser, fn -> term(request, flag, bytes) end)
   end
 
-  defp decoded(%{pool: pool}, flag, bytes), do: term(pool, flag, bytes)
+  defp decoded(request, flag, bytes), do: term(request, flag, bytes)
 
-  defp term(%{message: message, codec: codec, guard: guard}, flag, bytes) do
-    case Message.decode(message, codec, flag, bytes, guard) do
+  defp term(%{pool: %{message: message, codec: codec, guard: guard}, until: until}, flag, bytes) do
+    case Message.decode(message, codec, flag, bytes, guard, until) do
       {:ok, term} -> {:ok, term}
       {:error, :refused} -> {:error_rpc, :serialization_fail}
       {:error, reason} -> {:error_rpc, Term.localize(reason)}
@@ -241,14 +240,4 @@ defmodule MeshxRpc.Client.Call do
 
   defp left(:infinity), do: :infinity
   defp left(until), do: max(until - :erlang.monotonic_time(:millisecond), 0)
-
-  defp name!(fun) when is_atom(fun), do: fun |> Atom.to_string() |> name!()
-  defp name!(fun) when is_binary(fun) and byte_size(fun) in 1..@max_fun, do: fun
-
-  defp name!(fun),
-    do:
-      raise(
-        ArgumentError,
-        "function name is #{inspect(fun)}, wanted an atom or a binary of 1 to #{@max_fun} bytes"
-      )
 end

@@ -154,6 +154,6 @@ defmodule MeshxRpc.Client.Request do
 
   def name!(fun) do
     raise ArgumentError,
-          "function name is #{inspect(fun)}, wanted an atom or a binary of 1 to #{@max_fun} bytes"
+          "function name is #{inspect(fun)}, wanted an atom or a binary of 1 to #{@max_fun} bytes, the first not zero"
   end
 end

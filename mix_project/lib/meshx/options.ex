@@ -35,7 +35,8 @@ defmodule Meshx.Options do
   @spec validate!(schema(), keyword(), String.t()) :: map()
   def validate!(schema, options, what) do
     unless Keyword.keyword?(options) do
-      raise ArgumentError, "#{what}: options are #{show(options)}, wanted a keyword list"
+      # Some of them may be secret: they are not shown.
+      raise ArgumentError, "#{what}: options are #{kind(options)}, wanted a keyword list"
     end
 
     case Enum.find(options, fn {name, _value} -> not Keyword.has_key?(schema, name) end) do
@@ -115,5 +116,13 @@ defmodule Meshx.Options do
     do: "known are " <> Enum.map_join(schema, ", ", fn {name, _spec} -> inspect(name) end)
 
   defp seen(spec, value), do: if(spec[:secret], do: "not of the right form", else: show(value))
+
+  defp kind(options) when is_list(options),
+    do: "a list with something else than pairs of a name and a value"
+
+  defp kind(options) when is_map(options), do: "a map"
+  defp kind(options) when is_atom(options) or is_number(options), do: show(options)
+  defp kind(_options), do: "of another form"
+
   defp show(value), do: inspect(value, limit: 8, printable_limit: 80)
 end

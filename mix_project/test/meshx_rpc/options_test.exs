@@ -27,11 +27,23 @@ defmodule MeshxRpc.OptionsTest do
              "wanted at most connection_window (16777216)"
 
     assert server_error(address: @loopback, checksum: :md5) =~ "wanted :none, :crc32"
+
+    for checksum <- [:md5, [1], [a: 1], ~c"abc", []],
+        do: assert(server_error(address: @loopback, checksum: checksum) =~ "wanted :none, :crc32")
+
     assert server_error(address: @loopback, guard: %{depth: 1}) =~ "MeshxRpc.Guard"
     assert server_error(address: @loopback, codec: Enum) =~ "implements MeshxRpc.Codec"
   end
 
   test "a key is never shown" do
+    for options <- [%{shared_key: "a secret"}, [{:shared_key, "a secret"}, :oops], {"a secret"}] do
+      text =
+        assert_raise(ArgumentError, fn -> Server.Pool.child_spec(:a_server, options) end).message
+
+      assert text =~ "wanted a keyword list"
+      refute text =~ "a secret"
+    end
+
     text = server_error(address: @loopback, shared_key: "a short key")
 
     assert text =~

@@ -39,7 +39,7 @@ defmodule MeshxRpc.Options.Check do
   def checksums(name) when is_atom(name), do: checksums([name])
 
   def checksums([_ | _] = names) do
-    if proper?(names) and Enum.all?(names, &Keyword.has_key?(@checksums, &1)),
+    if proper?(names) and Enum.all?(names, &(is_atom(&1) and Keyword.has_key?(@checksums, &1))),
       do: {:ok, names |> Enum.uniq() |> Enum.map(&Keyword.fetch!(@checksums, &1))},
       else: :error
   end

@@ -88,8 +88,8 @@ defmodule MeshxRpc.AccessTest do
       log =
         capture_log(fn ->
           {server, address} = server([quiet_on_hsk_error?: quiet] ++ mine)
-          send(self(), {:server, server})
-          client = client_down(address, theirs)
+          client = client_down(address, [quiet_on_hsk_error?: quiet] ++ theirs)
+          send(self(), {:pair, server, client})
           await(fn -> Client.Pool.info(client).down != [] end)
           told = Client.Pool.info(client).down
 
@@ -98,8 +98,11 @@ defmodule MeshxRpc.AccessTest do
             else: assert([{:settings, "checksums none are offered, wanted one of crc32"}] = told)
         end)
 
-      assert_received {:server, server}
+      assert_received {:pair, server, client}
       assert log =~ "MeshxRpc.Server #{inspect(server)} refuses" == not quiet
+
+      # A client that is to be quiet says nothing of a server that is.
+      assert log =~ "MeshxRpc.Client #{inspect(client)}: no connection to" == not quiet
     end
   end
 

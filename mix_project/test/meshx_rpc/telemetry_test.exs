@@ -17,6 +17,8 @@ defmodule MeshxRpc.TelemetryTest do
   def trace(text), do: text
   def traceparent(_argument), do: MeshxRpc.Server.traceparent()
 
+  def hang(_argument), do: Process.sleep(:infinity)
+
   defp told(side), do: [telemetry_handler: {__MODULE__, :handle, {self(), side}}]
 
   # The next event of one side, by its last name.
@@ -231,6 +233,23 @@ defmodule MeshxRpc.TelemetryTest do
     end
   end
 
+  test "functions for names that hang hold up neither side for longer than a hello may take" do
+    mfa = {__MODULE__, :hang, [1]}
+    options = [conn_ref_mfa: mfa, timeout_hsk: 200]
+
+    for {ours, theirs} <- [{options, []}, {[], options}] do
+      log =
+        capture_log(fn ->
+          {_server, client} = pair(ours, theirs)
+          assert Client.Pool.call(client, :echo, 1, 10_000, 1_000, 5) == 1
+          assert {_, _, %{local: local, remote: remote}} = event(:client, :call)
+          assert "" in [local.conn_ref, remote.conn_ref]
+        end)
+
+      assert log =~ "option :conn_ref_mfa: took longer than timeout_hsk"
+    end
+  end
+
   test "the name that a peer calls is printed so that it is one line of ours" do
     prefix = [unique("shop")]
     {_server, address} = server()
@@ -334,6 +353,30 @@ defmodule MeshxRpc.TelemetryTest do
       assert Client.Pool.call(client, :traceparent, %{a: 1}) == @traceparent
       assert {_, _, %{traceparent: @traceparent}} = event(:client, :call)
       assert {_, _, %{traceparent: @traceparent}} = event(:server, :call)
+    end
+
+    test "is in the events of requests that nobody answers, too" do
+      {_server, client} =
+        pair(
+          [module: __MODULE__, timeout_execute: 200, functions: [:hang]],
+          traceparent: {__MODULE__, :trace, [@traceparent]}
+        )
+
+      assert Client.Pool.call(client, :hang, "x", 10_000, 1_000, 5) == {:error_rpc, :killed}
+
+      assert {_, _, %{traceparent: @traceparent, result: {:error_rpc, :killed}}} =
+               event(:server, :call)
+
+      assert Client.Pool.call(client, :hang, "x", 100) == {:error_rpc, :timeout}
+
+      assert {_, _, %{traceparent: @traceparent, result: {:error_rpc, reason}}} =
+               event(:server, :call)
+
+      assert reason in [:timeout, :cancelled]
+      assert {:error_rpc, {:undef, _stack}} = Client.Pool.call(client, :nothing, "x", 10_000)
+
+      assert {_, _, %{traceparent: @traceparent, result: {:error_rpc, :undef}}} =
+               event(:server, :call)
     end
 
     test "costs a byte without one, and nothing at all without the option" do

@@ -290,8 +290,9 @@ defmodule MeshxRpc.Client.Connection do
     # A hello that failed once will not do better at once.
     attempt = if kind == :hello, do: 20, else: state.attempt
     timer = :erlang.start_timer(Backoff.wait(attempt, longest), self(), :connect)
+    state = Report.log(%{state | timer: timer, attempt: state.attempt + 1}, kind, reason)
     Listing.down(state.table, state.index, reason)
-    Report.log(%{state | timer: timer, attempt: state.attempt + 1}, kind, reason)
+    state
   end
 
   defp extra?(%{config: %{pool_opts: %{size: size}}, index: index}), do: index > size

@@ -59,8 +59,10 @@ defmodule MeshxRpc.Client.Report do
   # That one was our own wish.
   def log(state, _kind, :idle), do: state
 
-  def log(%{config: %{quiet_on_hsk_error?: true}} = state, :hello, reason),
-    do: %{state | logged: reason}
+  # Also of a server that ends it without a word.
+  def log(%{config: %{quiet_on_hsk_error?: true}} = state, kind, reason)
+      when kind == :hello or (kind == :proxy and is_atom(reason)),
+      do: %{state | logged: reason}
 
   def log(state, _kind, reason) do
     text =

@@ -278,7 +278,8 @@ defmodule MeshxRpc.Server.Casts do
         fun_req: :cast,
         state: :reply,
         received: byte_size(cast.argument),
-        block: config.blk_max_size
+        block: config.blk_max_size,
+        traceparent: nil
       }
     end
   end

@@ -5,7 +5,7 @@ defmodule MeshxRpc.Server.Report do
 
   require Logger
 
-  alias MeshxRpc.Telemetry
+  alias MeshxRpc.{Telemetry, Traceparent}
   alias MeshxRpc.Server.Task
 
   @doc "What became of the connection: an event of 0.1. `reason` is `:ok`, or why."
@@ -74,10 +74,21 @@ defmodule MeshxRpc.Server.Report do
         state: :reply,
         received: byte_size(argument),
         block: state.agreed.block,
-        began: Telemetry.now()
+        began: Telemetry.now(),
+        traceparent: traceparent(state.agreed, argument)
       })
     end
   end
+
+  # Its own process knows it too, but is not always there to tell.
+  defp traceparent(%{trace: true}, argument) do
+    case Traceparent.split(argument) do
+      {:ok, _bytes, text} -> text
+      :error -> nil
+    end
+  end
+
+  defp traceparent(_agreed, _argument), do: nil
 
   defp metadata(state) do
     %{

@@ -144,7 +144,7 @@ defmodule MeshxRpc.Server.Task do
   def metadata(measured, result) do
     measured
     |> Map.drop([:received, :sent, :block, :began])
-    |> Map.merge(%{result: result, traceparent: Traceparent.get()})
+    |> Map.put(:result, result)
   end
 
   defp direct?(config, direct, {status, {_flag, _iovec, size}}) when status in [:result, :error] do

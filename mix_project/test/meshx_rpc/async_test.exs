@@ -116,8 +116,10 @@ defmodule MeshxRpc.AsyncTest do
     away = client_down({:tcp, {127, 0, 0, 1}, 1})
     assert Async.multicall([client, away, other], :echo, 7, 10_000) == [7, {:error_rpc, :closed}, 7]
 
+    name = registered()
+
     assert_raise ArgumentError, ~r/no MeshxRpc client :not_started/, fn ->
-      Async.multicall([client, :not_started], :wait, {registered(), 0}, 10_000)
+      Async.multicall([client, :not_started], :wait, {name, 0}, 10_000)
     end
 
     # What was sent on that connection is answered before the next.
@@ -125,7 +127,7 @@ defmodule MeshxRpc.AsyncTest do
     refute_received {:running, _pid, 0}
 
     assert [{:error_rpc, :timeout}, {:error_rpc, :timeout}] =
-             Async.multicall([client, other], :wait, {registered(), 1}, 200)
+             Async.multicall([client, other], :wait, {name, 1}, 200)
   end
 
   test "one to a server that says nothing any more ends in time, however it is waited for" do

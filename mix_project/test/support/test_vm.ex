@@ -30,8 +30,19 @@ defmodule MeshxRpc.TestVm do
     end
   end
 
-  @doc "Sends it a signal, `STOP` for example."
-  def signal(vm, name), do: GenServer.call(vm, {:signal, name})
+  @doc "Sends it a signal. After `STOP` it returns when all of its threads have stopped: they go on for a moment."
+  def signal(vm, name) do
+    :ok = GenServer.call(vm, {:signal, name})
+    tasks = "/proc/#{GenServer.call(vm, :os_pid)}/task"
+
+    if name == "STOP",
+      do: MeshxRpc.Case.await(fn -> Enum.all?(File.ls!(tasks), &stopped?(tasks, &1)) end)
+
+    :ok
+  end
+
+  # `PID (COMMAND) STATE ...`, where a command may have spaces.
+  defp stopped?(tasks, task), do: File.read!("#{tasks}/#{task}/stat") =~ ~r/\) T \d/
 
   @doc "SIGKILL; returns when it is gone."
   def kill(vm), do: GenServer.call(vm, :kill, 30_000)

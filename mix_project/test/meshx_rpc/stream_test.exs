@@ -34,6 +34,9 @@ defmodule MeshxRpc.StreamTest do
         |> Enum.reduce(:crypto.hash_init(:sha256), &:crypto.hash_update(&2, &1))
         |> :crypto.hash_final()
 
+    def zipped({left, right}),
+      do: left |> Stream.zip(right) |> Stream.flat_map(&Tuple.to_list/1) |> digest()
+
     def fails_after(n),
       do: Stream.map(1..(n + 1), &if(&1 > n, do: raise(ArgumentError, "no more"), else: &1))
 
@@ -136,6 +139,25 @@ defmodule MeshxRpc.StreamTest do
           assert Task.await_many(calls, 60_000) == List.duplicate(digest, streams)
           idle(server, client)
         end
+      end
+
+      test "nor do those of one call that its function takes in turn", %{} do
+        limits = [max_bytes: 4 * @mib, max_message: 4 * @mib]
+        {server, address} = server([codec: unquote(codec), module: Pieces] ++ limits)
+        client = client_down(address, codec: unquote(codec))
+        await(fn -> Client.Pool.info(client).connected == 1 end)
+        pieces = Stream.map(1..12, fn n -> :binary.copy(<<n>>, @mib) end)
+        digest = Pieces.digest(for n <- 1..12, _ <- 1..2, do: :binary.copy(<<n>>, @mib))
+
+        calls =
+          for _ <- 1..6 do
+            Task.async(fn ->
+              Client.Pool.call(client, :zipped, {Pieced.new(pieces), Pieced.new(pieces)})
+            end)
+          end
+
+        assert Task.await_many(calls, 60_000) == List.duplicate(digest, 6)
+        idle(server, client)
       end
 
       test "results move piece by piece, small ones and large ones", %{

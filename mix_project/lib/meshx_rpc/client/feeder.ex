@@ -5,7 +5,8 @@ defmodule MeshxRpc.Client.Feeder do
   #
   # A batch lies in the server's byte budget until it is taken, and the function takes them in order. So when there is no
   # room for one, those behind it are taken back, and it goes on alone: else batches that wait for another could fill the
-  # budget, and that one, of this stream or of others in the same place, would never find room.
+  # budget, and that one, of this stream or of others in the same place, would never find room. Nor may those of the
+  # call's other streams lie there then: the function may take from each in turn, and want this one first.
 
   alias MeshxRpc.Client.Request
   alias MeshxRpc.Term
@@ -43,7 +44,9 @@ defmodule MeshxRpc.Client.Feeder do
       open: %{},
       again: [],
       allowed: @ahead,
-      ended: nil
+      ended: nil,
+      # Those of the call's other streams.
+      others: []
     }
 
     spawn_monitor(fn ->
@@ -60,6 +63,11 @@ defmodule MeshxRpc.Client.Feeder do
       loop(%{state | source: source})
     end)
   end
+
+  @doc "These are the streams of one call."
+  @spec together([pid()]) :: :ok
+  def together(feeders),
+    do: for(feeder <- feeders, do: send(feeder, {__MODULE__, :others, feeders -- [feeder]})) && :ok
 
   @doc "Ends it."
   @spec stop({pid(), reference()}) :: :ok
@@ -125,8 +133,14 @@ defmodule MeshxRpc.Client.Feeder do
       {Source, :piece, encoded} ->
         %{state | batch: Batch.add(state.batch, encoded)}
 
+      {__MODULE__, :let_go} ->
+        take_back(state, state.open)
+
       {__MODULE__, ended} ->
         %{state | ended: ended}
+
+      {__MODULE__, :others, others} ->
+        %{state | others: others}
 
       {:timeout, _timer, :again} ->
         %{state | allowed: max(state.allowed, 1)}
@@ -157,13 +171,20 @@ defmodule MeshxRpc.Client.Feeder do
 
   defp ask_again(%{again: [push | again]} = state), do: ask(%{state | again: again}, push)
 
-  # None of those behind it has been taken. Who waits for the same room does so in another rhythm.
+  # None of those behind it has been taken.
   defp full(state, {number, _encoded} = push) do
-    {behind, open} = Enum.split_with(state.open, fn {_request, {other, _}} -> other > number end)
-    for {request, _push} <- behind, do: Request.cancel(state.connection, request)
-    again = List.keysort([push | Enum.map(behind, &elem(&1, 1))] ++ state.again, 0)
+    for other <- state.others, do: send(other, {__MODULE__, :let_go})
+    behind = Map.filter(state.open, fn {_request, {other, _}} -> other > number end)
+    take_back(%{state | again: [push | state.again]}, behind)
+  end
+
+  # One that is taken at this moment is pushed again, and answered at once. Who waits for the same room does so in
+  # another rhythm.
+  defp take_back(state, requests) do
+    for {request, _push} <- requests, do: Request.cancel(state.connection, request)
+    again = List.keysort(Map.values(requests) ++ state.again, 0)
     _ = :erlang.start_timer(@pause + :rand.uniform(@pause), self(), :again)
-    %{state | open: Map.new(open), again: again, allowed: 0}
+    %{state | open: Map.drop(state.open, Map.keys(requests)), again: again, allowed: 0}
   end
 
   defp answer(state, request, message) do

@@ -135,6 +135,7 @@ defmodule MeshxRpc.Client.Streams do
         {monitor, pid}
       end
 
+    Feeder.together(Map.values(feeders))
     %{session | feeders: feeders}
   end
 

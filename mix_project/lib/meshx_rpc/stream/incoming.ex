@@ -32,6 +32,7 @@ defmodule MeshxRpc.Stream.Incoming do
 
     receive do
       {Stream, :take, ^token, ^consumer} -> send(consumer, {Stream, :taken, token, self(), batch})
+      {Stream, :had, ^token, ^consumer} -> :ok
       {:DOWN, ^monitor, :process, _pid, _reason} -> :ok
     end
 
@@ -56,6 +57,11 @@ defmodule MeshxRpc.Stream.Incoming do
   # Only the process of the call knows the token, but it may have handed the stream to another.
   defp take(token, index, number) do
     receive do
+      # Its client did not hear that it was taken.
+      {Stream, :push, ^token, ^index, earlier, from} when earlier < number ->
+        send(from, {Stream, :had, token, self()})
+        take(token, index, number)
+
       {Stream, :push, ^token, ^index, ^number, from} ->
         monitor = Process.monitor(from)
         send(from, {Stream, :take, token, self()})

@@ -50,9 +50,9 @@ impl axum::serve::Listener for Bounded {
                     let connection = Connection {
                         stream,
                         left: BYTES_MAX,
-                        end: Box::pin(async move {
+                        end: Some(Box::pin(async move {
                             let _ = timeout(CONNECTION_TIME, slot.evicted()).await;
-                        }),
+                        })),
                     };
                     return (connection, peer);
                 }
@@ -73,16 +73,21 @@ impl axum::serve::Listener for Bounded {
 pub(super) struct Connection {
     stream: TcpStream,
     left: usize,
-    /// Has its place, and is ready when it has to end.
-    end: Pin<Box<dyn Future<Output = ()> + Send>>,
+    /// Has its place, and is ready when it has to end; none after that.
+    end: Option<Pin<Box<dyn Future<Output = ()> + Send>>>,
 }
 
 impl Connection {
     fn in_time(&mut self, context: &mut Context<'_>) -> io::Result<()> {
-        match self.end.as_mut().poll(context) {
-            Poll::Ready(()) => Err(io::ErrorKind::TimedOut.into()),
-            Poll::Pending => Ok(()),
+        let over = match &mut self.end {
+            Some(end) => end.as_mut().poll(context).is_ready(),
+            None => true,
+        };
+        if over {
+            self.end = None;
+            return Err(io::ErrorKind::TimedOut.into());
         }
+        Ok(())
     }
 }
 
@@ -120,5 +125,43 @@ impl AsyncWrite for Connection {
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.in_time(context)?;
         Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    /// The server reads, and then shuts it down: both find it over.
+    #[tokio::test]
+    async fn a_connection_that_is_over_says_so_each_time_it_is_asked() {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+        let (stream, _peer) = tokio::join!(
+            async { TcpStream::connect(listener.local_addr().unwrap()).await.unwrap() },
+            async { listener.accept().await.unwrap() },
+        );
+        let mut connection = Connection {
+            stream,
+            left: BYTES_MAX,
+            end: Some(Box::pin(async {})),
+        };
+        for _ in 0..2 {
+            assert_eq!(
+                connection.read_u8().await.unwrap_err().kind(),
+                io::ErrorKind::TimedOut
+            );
+            assert_eq!(
+                connection.shutdown().await.unwrap_err().kind(),
+                io::ErrorKind::TimedOut
+            );
+            assert_eq!(
+                connection.write_u8(0).await.unwrap_err().kind(),
+                io::ErrorKind::TimedOut
+            );
+        }
     }
 }

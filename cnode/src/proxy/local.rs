@@ -246,6 +246,11 @@ impl LocalTable {
         self.sessions().remove_owner(owner)
     }
 
+    /// Takes away one session.
+    pub fn remove_session(&self, id: &str) {
+        self.sessions().remove(id);
+    }
+
     fn hung(&self) -> MutexGuard<'_, HashSet<(String, u64)>> {
         self.hung.lock().unwrap_or_else(PoisonError::into_inner)
     }

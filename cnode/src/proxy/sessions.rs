@@ -85,6 +85,10 @@ impl Sessions {
         own.any(|session| session.was_given(name))
     }
 
+    pub(super) fn remove(&mut self, id: &str) {
+        self.0.remove(id);
+    }
+
     pub(super) fn remove_owner(&mut self, owner: u64) -> Vec<Arc<Session>> {
         let mut gone = Vec::new();
         self.0.retain(|_, session| {

@@ -19,13 +19,56 @@ pub const UPSTREAMS_PER_CLIENT_MAX: usize = 256;
 /// Upstreams that one agent may have open.
 pub const UPSTREAMS_MAX: usize = 2048;
 
-/// How many upstreams the agent may still open.
+/// And those of one user other than the agent's own and root.
+const UPSTREAMS_PER_USER_MAX: usize = 512;
+
+/// How many upstreams the agent may still open, and each user whose share is limited.
 #[derive(Debug, Clone)]
-pub(in crate::agent) struct Budget(Arc<Semaphore>);
+pub(in crate::agent) struct Budget {
+    all: Arc<Semaphore>,
+    // Held for a look-up.
+    users: Arc<Mutex<HashMap<u32, Arc<Semaphore>>>>,
+}
 
 impl Default for Budget {
     fn default() -> Self {
-        Self(Arc::new(Semaphore::new(UPSTREAMS_MAX)))
+        Self {
+            all: Arc::new(Semaphore::new(UPSTREAMS_MAX)),
+            users: Arc::default(),
+        }
+    }
+}
+
+/// The place of one upstream.
+#[derive(Debug)]
+struct Place {
+    _of_all: OwnedSemaphorePermit,
+    _of_user: Option<OwnedSemaphorePermit>,
+}
+
+impl Budget {
+    fn place(&self, user: Option<u32>) -> Result<Place, Refusal> {
+        let _of_user = match user {
+            Some(uid) => Some(self.of_user(uid).try_acquire_owned().map_err(|_| {
+                Cause::Limit.because(format!(
+                    "{UPSTREAMS_PER_USER_MAX} upstreams of uid {uid} are open, more are not opened \
+                     (UPSTREAMS_PER_USER_MAX)"
+                ))
+            })?),
+            None => None,
+        };
+        let _of_all = self.all.clone().try_acquire_owned().map_err(|_| {
+            Cause::Limit.because(format!(
+                "{UPSTREAMS_MAX} upstreams are open, more are not opened (UPSTREAMS_MAX)"
+            ))
+        })?;
+        Ok(Place { _of_all, _of_user })
+    }
+
+    fn of_user(&self, uid: u32) -> Arc<Semaphore> {
+        let mut users = self.users.lock().unwrap_or_else(PoisonError::into_inner);
+        let fresh = || Arc::new(Semaphore::new(UPSTREAMS_PER_USER_MAX));
+        users.entry(uid).or_insert_with(fresh).clone()
     }
 }
 
@@ -40,7 +83,7 @@ pub(in crate::agent) struct Upstreams {
 #[derive(Debug)]
 struct Open {
     state: Listening,
-    _permit: OwnedSemaphorePermit,
+    place: Place,
 }
 
 #[derive(Debug)]
@@ -57,11 +100,12 @@ impl Upstreams {
         }
     }
 
-    /// Opens one under this id, and says where it takes connections.
+    /// Opens one under this id, and says where it takes connections. `user` is whose share is limited.
     pub(in crate::agent) fn open(
         &self,
         id: &str,
         budget: &Budget,
+        user: Option<u32>,
         open: impl FnOnce() -> Result<UpstreamHandle, Refusal>,
     ) -> Result<Listen, Refusal> {
         let mut guard = self.open.lock().unwrap_or_else(PoisonError::into_inner);
@@ -75,18 +119,14 @@ impl Upstreams {
                  (UPSTREAMS_PER_CLIENT_MAX)"
             )));
         }
-        let permit = budget.0.clone().try_acquire_owned().map_err(|_| {
-            Cause::Limit.because(format!(
-                "{UPSTREAMS_MAX} upstreams are open, more are not opened (UPSTREAMS_MAX)"
-            ))
-        })?;
+        let place = budget.place(user)?;
         let handle = open()?;
         let address = handle.address().clone();
         upstreams.insert(
             id.to_owned(),
             Open {
                 state: Listening::Yes(handle),
-                _permit: permit,
+                place,
             },
         );
         Ok(address)
@@ -101,12 +141,12 @@ impl Upstreams {
         match upstreams.remove(id) {
             Some(Open {
                 state: Listening::Yes(handle),
-                _permit,
+                place,
             }) => {
                 // They keep their place until they have ended.
                 if let Some(links) = handle.close(cut) {
                     let state = Listening::No(links);
-                    upstreams.insert(id.to_owned(), Open { state, _permit });
+                    upstreams.insert(id.to_owned(), Open { state, place });
                 }
                 true
             }
@@ -154,13 +194,13 @@ mod tests {
     fn the_agents_budget_and_the_end_of_the_client_hold() {
         let budget = Budget::default();
         let all = budget
-            .0
+            .all
             .clone()
             .try_acquire_many_owned(UPSTREAMS_MAX as u32)
             .unwrap();
         let upstreams = Upstreams::new();
         let refusal = upstreams
-            .open("x", &budget, || panic!("not to be opened"))
+            .open("x", &budget, None, || panic!("not to be opened"))
             .unwrap_err();
         assert!(
             refusal.cause == Cause::Limit && refusal.text.contains("UPSTREAMS_MAX"),
@@ -169,18 +209,34 @@ mod tests {
         drop(all);
         let fault = || Err(Cause::NotReady.because("no"));
         assert_eq!(
-            upstreams.open("x", &budget, fault).unwrap_err().cause,
+            upstreams.open("x", &budget, None, fault).unwrap_err().cause,
             Cause::NotReady
         );
         assert_eq!(
-            budget.0.available_permits(),
+            budget.all.available_permits(),
             UPSTREAMS_MAX,
             "a failure costs nothing"
         );
         upstreams.close_all();
         let late = upstreams
-            .open("x", &budget, || panic!("not to be opened"))
+            .open("x", &budget, None, || panic!("not to be opened"))
             .unwrap_err();
         assert_eq!(late.cause, Cause::InvalidRequest);
+    }
+
+    #[test]
+    fn one_user_leaves_room_for_others() {
+        let budget = Budget::default();
+        let his: Vec<_> = (0..UPSTREAMS_PER_USER_MAX)
+            .map(|_| budget.place(Some(1000)).unwrap())
+            .collect();
+        let refusal = budget.place(Some(1000)).unwrap_err();
+        assert!(
+            refusal.cause == Cause::Limit && refusal.text.contains("UPSTREAMS_PER_USER_MAX"),
+            "{refusal}"
+        );
+        assert!(budget.place(Some(1001)).is_ok() && budget.place(None).is_ok());
+        drop(his);
+        assert!(budget.place(Some(1000)).is_ok());
     }
 }

@@ -71,7 +71,8 @@ impl Agent {
                 let handle = context.proxy.resume_upstream(upstream, listener);
                 handle.map_err(|error| Cause::NotReady.because(error.to_string()))
             };
-            if let Err(refusal) = client.upstreams.open(&id, &context.upstreams, resume) {
+            let user = context.registry.trust().limited(client.owner.peer);
+            if let Err(refusal) = client.upstreams.open(&id, &context.upstreams, user, resume) {
                 tracing::error!(id, %refusal, "an upstream is not served any more");
             }
         }

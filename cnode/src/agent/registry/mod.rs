@@ -59,8 +59,10 @@ use crate::{
 
 /// Nodes and services that one control connection may have registered.
 pub const INSTANCES_PER_CLIENT_MAX: usize = 256;
-/// Nodes and services that one agent may have registered.
+/// Nodes, services and sessions that one agent may have registered.
 pub const INSTANCES_MAX: usize = 4096;
+/// And those of one user other than the agent's own and root.
+pub const INSTANCES_PER_USER_MAX: usize = 1024;
 /// How long the mesh may take to answer one question of a registration.
 pub const MESH_TIME: Duration = Duration::from_secs(5);
 
@@ -131,6 +133,8 @@ struct State {
 #[derive(Debug)]
 struct Client {
     registrations: usize,
+    /// Of the one who registered something, when his share is limited.
+    user: Option<u32>,
     /// What its sidecars do.
     events: mpsc::Sender<SidecarEvent>,
 }
@@ -225,6 +229,7 @@ impl Registry {
         let (events, told) = mpsc::channel(SIDECAR_EVENTS_MAX);
         let client = Client {
             registrations: 0,
+            user: None,
             events,
         };
         self.lock().owners.insert(owner, client);
@@ -270,6 +275,7 @@ impl Registry {
             )));
         }
         let instance = self.instance(request.node, &service, Some(request.node));
+        self.give_way(owner, &instance.id);
         let pending = self.reserve(owner, &instance.id)?;
         let creation = self.lock().creations.next(brought);
         let (secret, spiffe) = self
@@ -420,7 +426,22 @@ impl Registry {
             let text = format!("{INSTANCES_MAX} registrations, more are not taken (INSTANCES_MAX)");
             return Err(Cause::Limit.because(text));
         }
+        let user = self.trust.limited(owner.peer);
+        let his = |client: &&Client| user.is_some() && client.user == user;
+        let of_user: usize = state
+            .owners
+            .values()
+            .filter(his)
+            .map(|client| client.registrations)
+            .sum();
+        if of_user >= INSTANCES_PER_USER_MAX {
+            return Err(Cause::Limit.because(format!(
+                "{of_user} registrations of uid {}, more are not taken (INSTANCES_PER_USER_MAX)",
+                owner.peer.uid
+            )));
+        }
         let client = state.owners.get_mut(&owner.id).ok_or_else(owner_gone)?;
+        client.user = user;
         let count = &mut client.registrations;
         if *count >= INSTANCES_PER_CLIENT_MAX {
             return Err(Cause::Limit.because(format!(

@@ -16,6 +16,10 @@ impl Pending {
         Self { registry, id }
     }
 
+    pub(super) fn id(&self) -> &str {
+        &self.id
+    }
+
     /// False when the owner has gone meanwhile; what the instance has for itself ends then.
     pub(super) fn to_live(&self, owner: u64, kept: Kept, carried: Carried) -> bool {
         let mut guard = self.registry.lock();

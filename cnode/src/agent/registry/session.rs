@@ -7,7 +7,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{Owner, Registry, checks, pending::Pending};
+use super::{Owner, Peer, Registry, checks, pending::Pending};
 use crate::{
     agent::{hosts, takeover::Order},
     mesh::ServiceName,
@@ -98,6 +98,35 @@ impl Registry {
             "session registered"
         );
         Ok(secret)
+    }
+
+    /// A session has its name for its own user only, who need not be allowed to be anything: it gives way to a node of
+    /// another that is, unless it is the agent's user's or root's.
+    pub(super) fn give_way(&self, owner: Owner, node: &str) {
+        let mut held = self.held_sessions();
+        let Some(session) = self.local.session(node) else {
+            return;
+        };
+        let theirs = Peer {
+            uid: session.uid,
+            ..owner.peer
+        };
+        if session.uid == owner.peer.uid || self.trust.is_operator(theirs) {
+            return;
+        }
+        if let Some(pending) = held.get_mut(&session.owner) {
+            // Frees the name.
+            pending.retain(|pending| pending.id() != node);
+        }
+        self.local.remove_session(node);
+        let Refusal { cause, text } = gone_session(&session);
+        self.links.cut_instance(node, cause, &text);
+        tracing::warn!(
+            node,
+            uid = session.uid,
+            to = owner.peer.uid,
+            "a session gave way to the node of its name, of a user who may register it"
+        );
     }
 
     /// The service that a user's sessions are beyond his own nodes here.

@@ -21,7 +21,7 @@ fn registry(temp: &tempfile::TempDir) -> (Arc<Registry>, LinkTable) {
         up: "/up".into(),
         node_service: NodeService::Name,
     };
-    let trust = Trust::new(0, vec![]);
+    let trust = Trust::new(0, vec!["uid:1001=cart*".parse().unwrap()]);
     let links = LinkTable::default();
     let (mesh, local): (Arc<dyn Mesh>, _) = (Arc::new(mesh), LocalTable::default());
     let carriers = Carriers {
@@ -42,10 +42,14 @@ fn registry(temp: &tempfile::TempDir) -> (Arc<Registry>, LinkTable) {
 }
 
 fn owner(id: u64) -> Owner {
+    owner_of(id, 0)
+}
+
+fn owner_of(id: u64, uid: u32) -> Owner {
     Owner {
         id,
         peer: Peer {
-            uid: 0,
+            uid,
             gid: 0,
             pid: None,
         },
@@ -78,6 +82,81 @@ fn an_agent_takes_so_many_registrations_and_no_more() {
         "a connection that is not there"
     );
     assert!(registry.reserve(owner(99), "more").is_ok());
+}
+
+#[test]
+fn one_user_leaves_room_for_others() {
+    let temp = tempfile::tempdir().unwrap();
+    let (registry, _) = registry(&temp);
+    let mut held = Vec::new();
+    for number in 0..INSTANCES_PER_USER_MAX {
+        let id = (number / INSTANCES_PER_CLIENT_MAX) as u64;
+        if number % INSTANCES_PER_CLIENT_MAX == 0 {
+            registry.enter(id);
+        }
+        held.push(
+            registry
+                .reserve(owner_of(id, 1000), &format!("i{number}"))
+                .ok()
+                .unwrap(),
+        );
+    }
+    registry.enter(99);
+    let refusal = registry.reserve(owner_of(99, 1000), "more").err().unwrap();
+    assert!(
+        refusal.cause == Cause::Limit && refusal.text.contains("INSTANCES_PER_USER_MAX"),
+        "{refusal}"
+    );
+    for (id, uid) in [(100, 1001), (101, 0)] {
+        registry.enter(id);
+        assert!(registry.reserve(owner_of(id, uid), &format!("of-{uid}")).is_ok());
+    }
+    held.pop();
+    assert!(registry.reserve(owner_of(99, 1000), "more").is_ok());
+}
+
+/// Who may be nothing cannot keep a name from those who may.
+#[tokio::test]
+async fn a_session_gives_way_to_a_node_of_its_name() {
+    let temp = tempfile::tempdir().unwrap();
+    for (session_of, node_of, gives_way) in [
+        (1000, 0, true),
+        (1000, 1001, true),
+        (0, 1001, false),
+        (1001, 1001, false),
+    ] {
+        let (registry, _) = registry(&temp);
+        registry.enter(1);
+        registry.enter(2);
+        let name = "cart@h1";
+        let secret = registry
+            .register_session(owner_of(1, session_of), SessionName::Node(name))
+            .unwrap();
+        let request = NodeRequest {
+            node: name,
+            listens: NodeListens::Plain("127.0.0.1:9".parse().unwrap()),
+            creation: None,
+            secret: None,
+            hidden: false,
+            options: Options::default(),
+        };
+        let node = registry.register_node(owner_of(2, node_of), request).await;
+        let case = format!("session of {session_of}, node of {node_of}");
+        assert_eq!(
+            registry.local.session_by_secret(&secret).is_none(),
+            gives_way,
+            "{case}"
+        );
+        match node {
+            Ok(_) => assert!(gives_way, "{case}"),
+            Err(refusal) => assert!(
+                !gives_way && refusal.cause == Cause::NameTaken,
+                "{case}: {refusal}"
+            ),
+        }
+        registry.release(1).await;
+        registry.release(2).await;
+    }
 }
 
 async fn service(registry: &Arc<Registry>, by: u64) {

@@ -150,8 +150,14 @@ async fn serve(args: &NodeArgs) -> Result<ExitCode, Failure> {
     node.stop().await;
     drop((desk, out));
     // Servers end with the node, and with the last of them the writer has written all.
-    let _ = tokio::task::spawn_blocking(move || writer.join()).await;
-    match fault {
+    let written = tokio::task::spawn_blocking(move || writer.join()).await;
+    let unwritten = match written {
+        Ok(Ok(Err(error))) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Some(format!("standard output: {error}"))
+        }
+        _ => None,
+    };
+    match fault.or(unwritten) {
         None => Ok(ExitCode::SUCCESS),
         Some(fault) => Err(Failure::new(EX_IOERR, fault)),
     }
@@ -425,17 +431,15 @@ fn read_lines() -> mpsc::Receiver<Result<Vec<u8>, String>> {
 }
 
 /// Until nothing more can come, or nobody reads it.
-fn write_lines(mut lines: mpsc::Receiver<Value>) {
+fn write_lines(mut lines: mpsc::Receiver<Value>) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
     while let Some(line) = lines.blocking_recv() {
-        let written = writeln!(out, "{line}").and_then(|()| match lines.is_empty() {
-            true => out.flush(),
-            false => Ok(()),
-        });
-        if written.is_err() {
-            return;
+        writeln!(out, "{line}")?;
+        if lines.is_empty() {
+            out.flush()?;
         }
     }
+    Ok(())
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use std::io;
 use std::sync::Arc;
 
 use meshx_dist::name_frame::refusal_status;
+use rustix::net::SendFlags;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::timeout;
 
@@ -129,12 +130,15 @@ impl Proxy {
 
     /// The last word to a node, for as long as nobody else needs its place.
     async fn say_no(&self, stream: &mut UnixStream, last: &[u8], slot: &Slot) {
+        // Who is evicted is told, too, where the word finds room at once. The runtime does not know yet whether there is
+        // any at a socket that has just come.
+        let sent = rustix::net::send(&*stream, last, SendFlags::DONTWAIT | SendFlags::NOSIGNAL).unwrap_or(0);
+        let rest = last.get(sent..).unwrap_or_default();
         let goodbye = async {
-            let _ = write_all(stream, last, self.settings.frame_timeout).await;
+            let _ = write_all(stream, rest, self.settings.frame_timeout).await;
             linger(stream, self.settings.linger_time).await;
         };
         tokio::select! {
-            // Who is evicted is told, too, where the word finds room at once.
             biased;
             () = goodbye => {}
             () = slot.evicted() => {}

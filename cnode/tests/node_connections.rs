@@ -7,7 +7,9 @@ use std::net::SocketAddr;
 use std::process::Stdio;
 use std::time::Duration;
 
-use meshx::node::{Backoff, ConnectError, DownReason, Node, NodeEvent, Reconnect, SendError, StartError};
+use meshx::node::{
+    Backoff, ConnectError, DownReason, Message, Node, NodeEvent, Reconnect, SendError, StartError,
+};
 use meshx_dist::flags::DistFlags;
 use meshx_dist::framing::HandshakeDecoder;
 use meshx_dist::handshake::{Challenge, Cookie, HandshakeError, Initiator, LocalNode, SendName, Status};
@@ -490,4 +492,43 @@ async fn a_route_is_as_good_as_sending_and_outlives_its_connection() {
             ..
         })
     ));
+}
+
+/// As on a BEAM: what a peer sent is lost from the moment on in which its monitors say that it is gone.
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_of_a_connection_comes_after_its_end() {
+    let epmd = Epmd::start().await;
+    let node = epmd.node("a@127.0.0.1").await;
+    let mut beam = epmd.beam("cart@127.0.0.1").await;
+    beam.eval(
+        "Flood = fun() -> T = {inbox, 'a@127.0.0.1'}, T ! self(), receive go -> ok end, \
+         (fun F() -> case erlang:send(T, x, [noconnect]) of ok -> F(); noconnect -> over end end)() end.",
+    )
+    .await;
+    let mut inbox = node.register("inbox").unwrap();
+    for round in 0..10 {
+        beam.eval("spawn(Flood), ok.").await;
+        let first = soon(inbox.recv()).await.unwrap();
+        let Message::Term {
+            term: Term::Pid(pid), ..
+        } = first
+        else {
+            panic!("{first:?}")
+        };
+        let monitor = inbox.monitor(pid.clone()).await;
+        inbox.send(&pid, &Term::atom("go")).await.unwrap();
+        for _ in 0..1_000 {
+            soon(inbox.recv()).await.unwrap();
+        }
+        assert!(node.disconnect("cart@127.0.0.1"));
+        loop {
+            match soon(inbox.recv()).await.unwrap() {
+                Message::Down { reference, .. } if reference == monitor => break,
+                Message::Term { .. } => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        let after = inbox.recv_timeout(QUICK.max).await;
+        assert!(after.is_err(), "round {round}: {after:?}");
+    }
 }

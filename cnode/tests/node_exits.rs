@@ -387,3 +387,67 @@ async fn an_alias_for_one_answer_ends_with_it() {
     }
     assert!(!main.unalias(&alias));
 }
+
+/// Whoever reads at the moment in which it ends must not take the node for dead.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_that_is_woken_by_the_end_knows_the_reason() {
+    let epmd = Epmd::start().await;
+    let node = epmd.node("search@127.0.0.1").await;
+    let (main, boom) = (node.mailbox(), Term::atom("boom"));
+    for round in 0..2_000 {
+        let mut mailbox = node.mailbox();
+        mailbox.trap_exit(false);
+        let pid = mailbox.pid().clone();
+        let (reader, sent) = tokio::join!(
+            tokio::spawn(async move { mailbox.recv_timeout(LONG).await }),
+            main.exit(&pid, &boom),
+        );
+        sent.unwrap();
+        let ended = reader.unwrap();
+        assert!(
+            matches!(&ended, Err(RecvError::Ended(reason)) if *reason == boom),
+            "round {round}: {ended:?}"
+        );
+    }
+}
+
+/// A peer that links to a process in the moment in which that ends does not have others told of it that it was not there.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_linked_before_the_end_gets_its_reason() {
+    let epmd = Epmd::start().await;
+    let node = epmd.node("search@127.0.0.1").await;
+    let mut beam = epmd.beam("cart@127.0.0.1").await;
+    beam.eval(
+        "Round = fun(P) ->
+            S = self(),
+            Linked = [spawn(fun() -> process_flag(trap_exit, true), link(P), S ! linked,
+                receive {'EXIT', P, R} -> S ! {ended, R} end end) || _ <- lists:seq(1, 20)],
+            [receive linked -> ok end || _ <- Linked],
+            {main, 'search@127.0.0.1'} ! P,
+            [monitor(process, P) || _ <- lists:seq(1, 300)],
+            lists:usort([receive {ended, R} -> R end || _ <- Linked])
+        end.",
+    )
+    .await;
+    let mut main = node.register("main").unwrap();
+    for round in 0..30 {
+        let mailbox = node.mailbox();
+        mailbox.register("ending").unwrap();
+        beam.ask(
+            "(fun() -> Q = make_ref(), {ending, 'search@127.0.0.1'} ! {self(), Q}, \
+             Round(receive {Q, P} -> P end) end)().",
+        )
+        .await;
+        let mut mailbox = mailbox;
+        let asked = mailbox.recv_timeout(LONG).await.unwrap();
+        let Message::Term { term, .. } = asked else {
+            panic!("{asked:?}")
+        };
+        let parts = term.as_tuple().unwrap().to_vec();
+        let answer = Term::tuple([parts[1].clone(), Term::from(mailbox.pid().clone())]);
+        mailbox.send(parts[0].as_pid().unwrap(), &answer).await.unwrap();
+        soon(main.recv()).await.unwrap();
+        mailbox.close(Term::atom("done"));
+        assert_eq!(beam.answer().await.unwrap(), "[done]", "round {round}");
+    }
+}

@@ -35,6 +35,8 @@ pub(crate) struct Connection {
     /// Numbers messages, so that their fragments can be told apart.
     sequence: AtomicU64,
     watch: Mutex<Watch>,
+    /// Held while what came is handled.
+    turn: Mutex<()>,
     hidden: bool,
     direction: Direction,
     identity: Option<String>,
@@ -64,6 +66,7 @@ impl Connection {
             max_message: limits.message_bytes,
             sequence: AtomicU64::new(1),
             watch: Mutex::new(Watch::new(limits.watches_per_connection)),
+            turn: Mutex::default(),
             hidden: !ready.established.peer_flags.contains(DistFlags::PUBLISHED),
             direction,
             identity: ready.transport.identity.clone(),
@@ -110,6 +113,11 @@ impl Connection {
     /// Held for short, synchronous sections only, and never while a message is delivered or sent.
     pub(crate) fn watch(&self) -> MutexGuard<'_, Watch> {
         self.watch.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until what is being handled of what came has been.
+    pub(crate) fn turn(&self) -> MutexGuard<'_, ()> {
+        self.turn.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn info(&self) -> PeerInfo {
@@ -184,7 +192,13 @@ async fn read_all(
                 Ok(Some((Frame::Data(frame), buffer))) => {
                     let handled = match assembler.take(frame, buffer, &inner.buffers) {
                         Ok(None) => Ok(()),
-                        Ok(Some(message)) => dispatch::handle(inner, &Peer::Remote(connection), message),
+                        Ok(Some(message)) => {
+                            let _turn = connection.turn();
+                            if connection.is_over() {
+                                return DownReason::Closed;
+                            }
+                            dispatch::handle(inner, &Peer::Remote(connection), message)
+                        }
                         Err(reason) => Err(reason),
                     };
                     if let Err(reason) = handled {

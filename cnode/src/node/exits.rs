@@ -49,6 +49,13 @@ struct Ending {
     reason: Term,
 }
 
+/// Who watches a process, here and at each peer.
+#[derive(Default)]
+struct Watchers {
+    here: Ended,
+    away: Vec<(Arc<Connection>, Ended)>,
+}
+
 impl Inner {
     /// An exit signal for a process here.
     pub(crate) fn exit_signal(self: &Arc<Self>, from: Pid, to: &Pid, reason: Reason, via: Via) {
@@ -59,8 +66,8 @@ impl Inner {
     /// Ends a process with this reason, if it has not ended yet.
     pub(crate) fn retire(self: &Arc<Self>, process: &Arc<Process>, reason: &Term) {
         let mut endings = VecDeque::new();
-        if self.processes.remove(process) {
-            self.tell_watchers(process, reason, &mut endings);
+        if let Some(watchers) = self.end(process, None) {
+            self.tell_watchers(process, watchers, reason, &mut endings);
         }
         self.end_all(endings);
     }
@@ -68,14 +75,13 @@ impl Inner {
     /// Ends a process whose reason may be large, as the result of a call is: waits for room on the connections of
     /// those who are told, as a server that answers does.
     pub(crate) async fn finish(self: &Arc<Self>, process: &Arc<Process>, reason: &Term) {
-        if !self.processes.remove(process) {
+        let Some(Watchers { here, away }) = self.end(process, None) else {
             return;
-        }
+        };
         let mut endings = VecDeque::new();
-        self.tell_here(process, reason, &mut endings);
+        self.tell_here(here, reason, &mut endings);
         self.end_all(endings);
-        for connection in self.connections.all() {
-            let ended = connection.watch().take_process(&process.pid);
+        for (connection, ended) in away {
             for (control, payload) in signals(&connection, ended, reason) {
                 if let Err(error) = self
                     .post_reply(&connection, origin(process), control, payload.as_ref())
@@ -90,21 +96,47 @@ impl Inner {
 
     /// Forgets the links and monitors that were made while their process ended, and tells their other ends.
     pub(crate) fn sweep(self: &Arc<Self>, process: &Arc<Process>) {
+        // Those from before its end are the end's to tell.
+        let ending = process.ending();
         if self.processes.by_pid(&process.pid).is_some() {
             return;
         }
+        let watchers = self.take_watchers(process);
+        drop(ending);
         let reason = process.killed().unwrap_or_else(|| Term::atom("noproc"));
         let mut endings = VecDeque::new();
-        self.tell_watchers(process, &reason, &mut endings);
+        self.tell_watchers(process, watchers, &reason, &mut endings);
         self.end_all(endings);
     }
 
     fn end_all(self: &Arc<Self>, mut endings: VecDeque<Ending>) {
         while let Some(Ending { process, reason }) = endings.pop_front() {
-            if self.processes.remove(&process) {
-                process.kill(reason.clone());
-                self.tell_watchers(&process, &reason, &mut endings);
+            if let Some(watchers) = self.end(&process, Some(&reason)) {
+                self.tell_watchers(&process, watchers, &reason, &mut endings);
             }
+        }
+    }
+
+    /// Ends a process, `killed` when a signal does, and takes all who watch it. None when it had ended before.
+    fn end(&self, process: &Arc<Process>, killed: Option<&Term>) -> Option<Watchers> {
+        let _ending = process.ending();
+        let ended = self.processes.remove(process, killed);
+        ended.then(|| self.take_watchers(process))
+    }
+
+    fn take_watchers(&self, process: &Process) -> Watchers {
+        if !process.is_watched() {
+            return Watchers::default();
+        }
+        let here = self.local_watch().take_process(&process.pid);
+        let connections = self.connections.all().into_iter();
+        let away = connections.map(|connection| {
+            let ended = connection.watch().take_process(&process.pid);
+            (connection, ended)
+        });
+        Watchers {
+            here,
+            away: away.collect(),
         }
     }
 
@@ -143,16 +175,13 @@ impl Inner {
     /// Tells all who watch a process that it has ended.
     fn tell_watchers(
         self: &Arc<Self>,
-        process: &Arc<Process>,
+        process: &Process,
+        watchers: Watchers,
         reason: &Term,
         endings: &mut VecDeque<Ending>,
     ) {
-        if !process.is_watched() {
-            return;
-        }
-        self.tell_here(process, reason, endings);
-        for connection in self.connections.all() {
-            let ended = connection.watch().take_process(&process.pid);
+        self.tell_here(watchers.here, reason, endings);
+        for (connection, ended) in watchers.away {
             for (control, payload) in signals(&connection, ended, reason) {
                 if !self.notify(&connection, origin(process), control, payload.as_ref()) {
                     break;
@@ -162,8 +191,7 @@ impl Inner {
     }
 
     /// The part of those that are here too.
-    fn tell_here(self: &Arc<Self>, process: &Arc<Process>, reason: &Term, endings: &mut VecDeque<Ending>) {
-        let ended = self.local_watch().take_process(&process.pid);
+    fn tell_here(self: &Arc<Self>, ended: Ended, reason: &Term, endings: &mut VecDeque<Ending>) {
         for (local, other, _) in ended.links {
             let broke = self.local_watch().link_broke(&other, &local);
             if let Some(ours) = broke {
@@ -202,6 +230,8 @@ impl Inner {
         if !connection.tell_end() {
             return;
         }
+        // Nothing that came by it may follow its end.
+        drop(connection.turn());
         let ended = connection.watch().take_all();
         for (local, remote, ours) in ended.links {
             self.exit_signal(remote, &local, Reason::atom("noconnection"), Via::Link { ours });

@@ -30,14 +30,22 @@ pub(crate) enum Item {
 }
 
 impl Item {
+    /// Bytes of memory. The names of nodes are the peers' choice, and each identifier has its own.
     pub(crate) fn cost(&self) -> usize {
-        match self {
-            Self::Encoded { payload, .. } => payload.len(),
-            Self::Exit { reason, .. } | Self::Down { reason, .. } => reason.len(),
-            Self::Ready(_) => 0,
-        }
+        let (node, bytes) = match self {
+            Self::Encoded { from, payload } => (from.as_ref().map(|from| &from.node), payload.len()),
+            Self::Exit { from, reason } => (Some(&from.node), reason.len()),
+            Self::Down {
+                reference, reason, ..
+            } => (Some(&reference.node), reason.len()),
+            Self::Ready(_) => return 0,
+        };
+        size_of::<Self>() + node.map_or(0, |node| node.as_str().len()) + bytes
     }
 }
+
+/// An empty queue with more room than this gives it back.
+const ROOM_KEPT: usize = 1024;
 
 /// What an exit signal does to a process.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +65,8 @@ pub(crate) enum OnExit {
 pub(crate) struct Process {
     pub(crate) pid: Pid,
     queue: Mutex<Queue>,
+    /// Held while it ends and those who watch it are taken.
+    ending: Mutex<()>,
     /// Wakes its reader.
     pub(crate) ready: Notify,
     /// Wakes whoever runs it.
@@ -122,6 +132,9 @@ impl Process {
         match queue.items.pop_front() {
             Some(item) => {
                 queue.bytes = queue.bytes.saturating_sub(item.cost());
+                if queue.items.is_empty() && queue.items.capacity() > ROOM_KEPT {
+                    queue.items = VecDeque::new();
+                }
                 Ok(Some(item))
             }
             None if queue.closed => Err(()),
@@ -188,6 +201,10 @@ impl Process {
         OnExit::End
     }
 
+    pub(crate) fn ending(&self) -> MutexGuard<'_, ()> {
+        self.ending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Why a signal ended it.
     pub(crate) fn killed(&self) -> Option<Term> {
         self.lock().killed.clone()
@@ -207,7 +224,7 @@ impl Process {
     }
 
     /// Ends it where it stands: what it has not received yet is lost.
-    pub(crate) fn kill(&self, reason: Term) {
+    fn kill(&self, reason: Term) {
         let mut queue = self.lock();
         if queue.killed.is_none() {
             queue.killed = Some(reason);
@@ -299,6 +316,7 @@ impl Processes {
                 closed: table.closed,
                 ..Queue::default()
             }),
+            ending: Mutex::default(),
             ready: Notify::new(),
             end: Notify::new(),
             traps: AtomicBool::new(traps),
@@ -417,8 +435,8 @@ impl Processes {
         Some(Arc::clone(&held.process))
     }
 
-    /// Ends a process: from here on nobody finds it. False when it had ended before.
-    pub(crate) fn remove(&self, process: &Arc<Process>) -> bool {
+    /// Ends a process, for this reason when a signal does: from here on nobody finds it. False when it had ended before.
+    pub(crate) fn remove(&self, process: &Arc<Process>, killed: Option<&Term>) -> bool {
         let mut table = self.lock();
         let removed = table.by_pid.remove(&process.pid).is_some();
         if process.named.load(Ordering::Relaxed)
@@ -432,7 +450,11 @@ impl Processes {
             }
         }
         drop(table);
-        process.close();
+        match killed {
+            // Its reader must not find it closed without the reason.
+            Some(reason) if removed => process.kill(reason.clone()),
+            _ => process.close(),
+        }
         removed
     }
 

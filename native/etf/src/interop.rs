@@ -13,6 +13,9 @@ use crate::limits::{DEPTH_CEILING, Limits};
 use crate::map::Map;
 use crate::term::Term;
 
+/// What a fun has before its parts. size: 4, arity: 1, uniq: 16, index: 4, num_free: 4.
+const FUN_HEAD: usize = 29;
+
 /// Why a term has no counterpart on the other side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 #[non_exhaustive]
@@ -80,7 +83,7 @@ fn from_eetf(term: &eetf::Term, depth: u32) -> Result<Term, ConvertError> {
             Ok(Term::list_with_tail(all_from(&list.elements, depth)?, tail))
         }
         eetf::Term::Map(map) => map_from(map, depth),
-        eetf::Term::InternalFun(fun) => fun_from(fun, deeper(depth)?),
+        eetf::Term::InternalFun(fun) => fun_from(fun, depth),
         leaf => leaf_from(leaf),
     }
 }
@@ -154,24 +157,11 @@ fn leaf_from(term: &eetf::Term) -> Result<Term, ConvertError> {
 /// Kept apart from [`leaf_to`] so that a level of nesting costs little stack.
 fn to_eetf(term: &Term, depth: u32) -> Result<eetf::Term, ConvertError> {
     match term {
-        Term::List(items) => Ok(eetf::List {
-            elements: all_to(items, depth)?,
-        }
-        .into()),
-        Term::Tuple(items) => Ok(eetf::Tuple {
-            elements: all_to(items, depth)?,
-        }
-        .into()),
-        Term::ImproperList(items, tail) => {
-            let last = Box::new(to_eetf(tail, deeper(depth)?)?);
-            Ok(eetf::ImproperList {
-                elements: all_to(items, depth)?,
-                last,
-            }
-            .into())
-        }
+        Term::List(items) => all_to(items, depth).map(|elements| eetf::List { elements }.into()),
+        Term::Tuple(items) => all_to(items, depth).map(|elements| eetf::Tuple { elements }.into()),
+        Term::ImproperList(items, tail) => improper_to(items, tail, depth),
         Term::Map(map) => map_to(map, depth),
-        Term::Fun(fun) => fun_to(fun, deeper(depth)?),
+        Term::Fun(fun) => fun_to(fun, depth),
         leaf => leaf_to(leaf),
     }
 }
@@ -182,6 +172,12 @@ fn all_to(items: &[Term], depth: u32) -> Result<Vec<eetf::Term>, ConvertError> {
         all.push(to_eetf(item, deeper(depth)?)?);
     }
     Ok(all)
+}
+
+fn improper_to(items: &[Term], tail: &Term, depth: u32) -> Result<eetf::Term, ConvertError> {
+    let last = Box::new(to_eetf(tail, deeper(depth)?)?);
+    let elements = all_to(items, depth)?;
+    Ok(eetf::ImproperList { elements, last }.into())
 }
 
 fn map_to(map: &Map, depth: u32) -> Result<eetf::Term, ConvertError> {
@@ -290,20 +286,30 @@ fn big_to(term: &Term) -> Result<eetf::Term, ConvertError> {
 }
 
 fn fun_from(fun: &eetf::InternalFun, depth: u32) -> Result<Term, ConvertError> {
+    deeper(depth)?;
+    match fun {
+        eetf::InternalFun::New { free_vars, .. } => fun_together(fun, &all_from(free_vars, depth)?),
+        _ => Err(ConvertError::Fun),
+    }
+}
+
+/// Kept apart from [`fun_from`], in every build, so that a level of nesting costs little stack.
+#[inline(never)]
+fn fun_together(fun: &eetf::InternalFun, captured: &[Term]) -> Result<Term, ConvertError> {
     let eetf::InternalFun::New {
         module,
         arity,
         pid,
-        free_vars,
         index,
         uniq,
         old_index,
         old_uniq,
+        ..
     } = fun
     else {
         return Err(ConvertError::Fun);
     };
-    let num_free = u32::try_from(free_vars.len()).map_err(|_| ConvertError::Fun)?;
+    let num_free = u32::try_from(captured.len()).map_err(|_| ConvertError::Fun)?;
     let mut body = vec![0; 4];
     body.push(*arity);
     body.extend_from_slice(uniq);
@@ -315,11 +321,8 @@ fn fun_from(fun: &eetf::InternalFun, depth: u32) -> Result<Term, ConvertError> {
         Term::from(*old_uniq),
         Term::from(pid_from(pid)),
     ];
-    for part in head {
-        encode_bare(&part, &mut body).map_err(|_| ConvertError::Fun)?;
-    }
-    for captured in free_vars {
-        encode_bare(&from_eetf(captured, depth)?, &mut body).map_err(|_| ConvertError::Fun)?;
+    for part in head.iter().chain(captured) {
+        encode_bare(part, &mut body).map_err(|_| ConvertError::Fun)?;
     }
     let size = u32::try_from(body.len()).map_err(|_| ConvertError::Fun)?;
     body.splice(..4, size.to_be_bytes());
@@ -327,8 +330,35 @@ fn fun_from(fun: &eetf::InternalFun, depth: u32) -> Result<Term, ConvertError> {
 }
 
 fn fun_to(fun: &Fun, depth: u32) -> Result<eetf::Term, ConvertError> {
-    // size: 4, arity: 1, uniq: 16, index: 4, num_free: 4, then the parts.
-    let Some((&[_, _, _, _, arity, ref rest @ ..], parts)) = fun.body().split_first_chunk::<29>() else {
+    deeper(depth)?;
+    let parts = fun_parts(fun)?;
+    let captured = all_to(parts.get(4..).unwrap_or_default(), depth)?;
+    fun_apart(fun, &parts, captured)
+}
+
+/// The terms in a fun: module, old index, old uniq, pid, then what it captured. Kept apart as [`fun_together`] is.
+#[inline(never)]
+fn fun_parts(fun: &Fun) -> Result<Vec<Term>, ConvertError> {
+    let parts = fun.body().get(FUN_HEAD..).ok_or(ConvertError::Fun)?;
+    let mut pos = 0;
+    let mut terms = Vec::new();
+    while pos < parts.len() {
+        // Checked against the decoder's limits when the fun came in.
+        let limits = Limits {
+            max_depth: DEPTH_CEILING,
+            max_integer_bytes: usize::MAX,
+            ..Limits::default()
+        };
+        let (term, end) = decode_bare(parts, pos, &limits).map_err(|_| ConvertError::Fun)?;
+        terms.push(term);
+        pos = end;
+    }
+    Ok(terms)
+}
+
+#[inline(never)]
+fn fun_apart(fun: &Fun, parts: &[Term], free_vars: Vec<eetf::Term>) -> Result<eetf::Term, ConvertError> {
+    let Some(&[_, _, _, _, arity, ref rest @ ..]) = fun.body().first_chunk::<FUN_HEAD>() else {
         return Err(ConvertError::Fun);
     };
     let (uniq, numbers) = rest.split_first_chunk::<16>().ok_or(ConvertError::Fun)?;
@@ -336,29 +366,13 @@ fn fun_to(fun: &Fun, depth: u32) -> Result<eetf::Term, ConvertError> {
         .first_chunk::<4>()
         .map(|bytes| u32::from_be_bytes(*bytes))
         .ok_or(ConvertError::Fun)?;
-    let mut pos = 0;
-    let mut terms = Vec::new();
-    while pos < parts.len() {
-        // Checked against the decoder's limits when the fun came in.
-        let (term, end) = decode_bare(
-            parts,
-            pos,
-            &Limits {
-                max_integer_bytes: usize::MAX,
-                ..Limits::default()
-            },
-        )
-        .map_err(|_| ConvertError::Fun)?;
-        terms.push(term);
-        pos = end;
-    }
     let [
         Term::Atom(module),
         Term::Int(old_index),
         Term::Int(old_uniq),
         Term::Pid(pid),
-        free_vars @ ..,
-    ] = terms.as_slice()
+        ..,
+    ] = parts
     else {
         return Err(ConvertError::Fun);
     };
@@ -367,10 +381,7 @@ fn fun_to(fun: &Fun, depth: u32) -> Result<eetf::Term, ConvertError> {
         module: atom_to(module),
         arity,
         pid: pid_to(pid),
-        free_vars: free_vars
-            .iter()
-            .map(|term| to_eetf(term, depth))
-            .collect::<Result<_, _>>()?,
+        free_vars,
         index,
         uniq: *uniq,
         old_index: narrow(*old_index)?,

@@ -119,3 +119,39 @@ fn conversion_fits_a_small_stack() {
         assert_eq!(meshx_etf::Term::try_from(&theirs).unwrap(), term);
     });
 }
+
+/// A fun that captured `parts`, without a version byte.
+#[cfg(feature = "eetf")]
+fn fun(parts: &[u8]) -> Vec<u8> {
+    // Module m, old index, old uniq, pid.
+    let head = [
+        119, 1, b'm', 97, 0, 97, 0, 88, 119, 1, b'n', 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 9,
+    ];
+    let size = (29 + head.len() + parts.len()) as u32;
+    [
+        &[112],
+        &size.to_be_bytes()[..],
+        &[1],
+        &[7; 16],
+        &0u32.to_be_bytes(),
+        &1u32.to_be_bytes(),
+        &head,
+        parts,
+    ]
+    .concat()
+}
+
+#[cfg(feature = "eetf")]
+#[test]
+fn conversion_of_funs_fits_a_small_stack() {
+    let limits = Limits {
+        max_depth: u32::MAX,
+        ..Limits::default()
+    };
+    let bytes = (0..DEPTH_CEILING).fold(vec![106], |inner, _| fun(&inner));
+    let term = decode(&[vec![131], bytes].concat(), &limits).unwrap();
+    on_small_stack(move || {
+        let theirs = eetf::Term::try_from(&term).unwrap();
+        assert_eq!(meshx_etf::Term::try_from(&theirs).unwrap(), term);
+    });
+}

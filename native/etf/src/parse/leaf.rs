@@ -9,73 +9,91 @@ use crate::term::Term;
 
 impl<'a> Parser<'a> {
     /// A term that is no container.
+    ///
+    /// Nothing that is called from here may call this again: the depth of such calls would be the text's choice.
     pub(super) fn leaf(&mut self) -> Result<Term, ParseError> {
-        let Some(first) = self.peek() else {
-            return Err(self.error("a term is wanted, and the text ends".to_owned()));
+        match self.peek() {
+            Some('"') => self.string(),
+            Some('<') => self.binary(),
+            Some('\'') => self.quoted_atom().map(Term::Atom),
+            Some('$' | '-' | '+' | '0'..='9') => self.numeral(),
+            Some(c) if is_lower(c) => match self.word() {
+                "fun" => self.export(),
+                word => self.bare_atom(word).map(Term::Atom),
+            },
+            _ => Err(self.missing("a term")),
+        }
+    }
+
+    /// What is wanted is not here.
+    fn missing(&mut self, wanted: &str) -> ParseError {
+        let what = match self.peek() {
+            None => format!("{wanted} is wanted, and the text ends"),
+            Some('A'..='Z' | '_') => {
+                "a variable has no value here; an atom that begins so stands in single quotes".to_owned()
+            }
+            Some(_) => format!("{wanted} is wanted"),
         };
-        match first {
-            '"' => {
-                let mut text = Vec::new();
-                // Strings side by side are one.
-                while self.peek() == Some('"') {
-                    text.append(&mut self.quoted('"')?);
-                    self.skip_blanks();
-                }
-                self.count(text.len())?;
-                let code = |c: u32| Term::Int(i64::from(c));
-                Ok(Term::List(text.into_iter().map(code).collect()))
-            }
-            '\'' => {
-                let text = self.quoted('\'')?;
-                let text: Option<String> = text.into_iter().map(char::from_u32).collect();
-                match text {
-                    Some(text) => self.atom(&text),
-                    None => Err(self.error("an atom of characters is wanted".to_owned())),
-                }
-            }
-            '<' => self.binary(),
-            '$' => {
+        self.error(what)
+    }
+
+    fn string(&mut self) -> Result<Term, ParseError> {
+        let mut text = Vec::new();
+        // Strings side by side are one.
+        while self.peek() == Some('"') {
+            text.append(&mut self.quoted('"')?);
+            self.skip_blanks();
+        }
+        self.count(text.len())?;
+        let code = |c: u32| Term::Int(i64::from(c));
+        Ok(Term::List(text.into_iter().map(code).collect()))
+    }
+
+    /// A number, or the code of a character.
+    fn numeral(&mut self) -> Result<Term, ParseError> {
+        match self.peek() {
+            Some('$') => {
                 self.next();
                 let character = self.character()?;
                 Ok(Term::Int(i64::from(character)))
             }
-            '-' | '+' => {
+            Some(sign @ ('-' | '+')) => {
                 self.next();
                 self.skip_blanks();
-                self.number(first == '-')
+                self.number(sign == '-')
             }
-            '0'..='9' => self.number(false),
-            c if is_lower(c) => match self.word() {
-                "fun" => self.export(),
-                word if is_reserved(word) => Err(self.error(format!(
-                    "'{word}' is reserved; an atom of that name stands in quotes"
-                ))),
-                word => self.atom(word),
-            },
-            'A'..='Z' | '_' => Err(self.error(
-                "a variable has no value here; an atom that begins so stands in single quotes".to_owned(),
-            )),
-            _ => Err(self.error("a term is wanted".to_owned())),
+            _ => self.number(false),
         }
     }
 
-    fn atom(&self, text: &str) -> Result<Term, ParseError> {
+    fn quoted_atom(&mut self) -> Result<Atom, ParseError> {
+        let text = self.quoted('\'')?;
+        let text: Option<String> = text.into_iter().map(char::from_u32).collect();
+        match text {
+            Some(text) => self.atom(&text),
+            None => Err(self.error("an atom of characters is wanted".to_owned())),
+        }
+    }
+
+    fn bare_atom(&self, word: &str) -> Result<Atom, ParseError> {
+        if is_reserved(word) {
+            return Err(self.error(format!(
+                "'{word}' is reserved; an atom of that name stands in quotes"
+            )));
+        }
+        self.atom(word)
+    }
+
+    fn atom(&self, text: &str) -> Result<Atom, ParseError> {
         match text.chars().count() {
-            0..=MAX_ATOM_CHARS => Ok(Term::atom(text)),
+            0..=MAX_ATOM_CHARS => Ok(Atom::new(text)),
             chars => Err(self.error(format!("an atom of {chars} characters, at most 255 are possible"))),
         }
     }
 
     /// What follows the word `fun`.
     fn export(&mut self) -> Result<Term, ParseError> {
-        let mut name = |end: &str| -> Result<Atom, ParseError> {
-            self.skip_blanks();
-            match self.leaf()? {
-                Term::Atom(atom) => self.expect(end).map(|()| atom),
-                _ => Err(self.error("an atom is wanted, as in fun lists:sum/1".to_owned())),
-            }
-        };
-        let (module, function) = (name(":")?, name("/")?);
+        let (module, function) = (self.name(":")?, self.name("/")?);
         self.skip_blanks();
         match self.number(false)?.as_int().map(u8::try_from) {
             Some(Ok(arity)) => Ok(Term::from(Export {
@@ -85,6 +103,21 @@ impl<'a> Parser<'a> {
             })),
             _ => Err(self.error("an arity of 0 to 255 is wanted".to_owned())),
         }
+    }
+
+    /// An atom behind the word `fun`, with what ends it.
+    fn name(&mut self, end: &str) -> Result<Atom, ParseError> {
+        self.skip_blanks();
+        let atom = match self.peek() {
+            Some('\'') => self.quoted_atom()?,
+            Some(c) if is_lower(c) => {
+                let word = self.word();
+                self.bare_atom(word)?
+            }
+            _ => return Err(self.missing("an atom as in fun lists:sum/1")),
+        };
+        self.expect(end)?;
+        Ok(atom)
     }
 
     fn binary(&mut self) -> Result<Term, ParseError> {
@@ -98,21 +131,29 @@ impl<'a> Parser<'a> {
         loop {
             self.skip_blanks();
             let mut bits = 8;
-            if self.peek() == Some('"') {
-                let text = self.quoted('"')?;
-                self.put_text(&text, &mut bytes)?;
-            } else {
-                let value = self.leaf()?.as_int();
-                if self.take(':') {
-                    self.skip_blanks();
-                    bits = self.number(false)?.as_int().unwrap_or_default();
+            match self.peek() {
+                Some('"') => {
+                    let text = self.quoted('"')?;
+                    self.put_text(&text, &mut bytes)?;
                 }
-                match (value, bits) {
-                    (Some(value @ 0..=255), 1..=8) if value < 1 << bits => {
-                        bytes.push((value as u8) << (8 - bits));
+                Some('$' | '-' | '+' | '0'..='9') => {
+                    let value = self.numeral()?.as_int();
+                    if self.take(':') {
+                        self.skip_blanks();
+                        bits = self.number(false)?.as_int().unwrap_or_default();
                     }
-                    _ => return Err(self.error("a byte is wanted, or bits as in 5:3 at the end".to_owned())),
+                    match (value, bits) {
+                        (Some(value @ 0..=255), 1..=8) if value < 1 << bits => {
+                            bytes.push((value as u8) << (8 - bits));
+                        }
+                        _ => {
+                            return Err(
+                                self.error("a byte is wanted, or bits as in 5:3 at the end".to_owned())
+                            );
+                        }
+                    }
                 }
+                _ => return Err(self.missing("a byte or text")),
             }
             if bits == 8 && self.take(',') {
                 continue;

@@ -116,3 +116,72 @@ fn limits_hold() {
     let long = format!("'{}'", "a".repeat(256));
     assert!(read(&long).is_err());
 }
+
+/// Text in which one leaf begins within another, without end, comes back as an error.
+#[test]
+fn leaves_within_leaves_take_no_stack() {
+    let repeated = [
+        "<<",
+        "<< ",
+        "fun ",
+        "fun a:",
+        "<<fun ",
+        "fun <<",
+        "<<1,",
+        "<<\"a\",<<",
+        "[<<",
+        "{fun ",
+        "#{<<",
+        "#{a=>fun ",
+        "[a|<<",
+    ];
+    for part in repeated {
+        let text = part.repeat(200_000);
+        for text in [
+            text.clone(),
+            format!("[{text}"),
+            format!("[1,{{#{{a=>[b|{text}"),
+            format!("#{{{text}"),
+        ] {
+            assert!(read(&text).is_err(), "{part}");
+        }
+    }
+    // Well-formed but for what the parts may be.
+    let closed = format!("{}1{}", "<<".repeat(200_000), ">>".repeat(200_000));
+    assert_eq!(
+        read(&closed).unwrap_err().to_string(),
+        "at character 3: a byte or text is wanted"
+    );
+    assert_eq!(
+        read(&"fun ".repeat(200_000)).unwrap_err().to_string(),
+        "at character 8: 'fun' is reserved; an atom of that name stands in quotes"
+    );
+}
+
+#[test]
+fn what_a_leaf_lacks_is_named() {
+    let cases = [
+        ("[1,", "a term is wanted, and the text ends"),
+        ("?", "a term is wanted"),
+        ("<<foo>>", "a byte or text is wanted"),
+        ("<<1,", "a byte or text is wanted, and the text ends"),
+        ("<<1.5>>", "a byte is wanted, or bits as in 5:3 at the end"),
+        (
+            "<<X>>",
+            "a variable has no value here; an atom that begins so stands in single quotes",
+        ),
+        ("fun 1:a/1", "an atom as in fun lists:sum/1 is wanted"),
+        (
+            "fun a:",
+            "an atom as in fun lists:sum/1 is wanted, and the text ends",
+        ),
+        (
+            "fun a:end/1",
+            "'end' is reserved; an atom of that name stands in quotes",
+        ),
+        ("fun a:b/256", "an arity of 0 to 255 is wanted"),
+    ];
+    for (text, what) in cases {
+        assert_eq!(read(text).unwrap_err().what, what, "{text}");
+    }
+}

@@ -26,7 +26,7 @@ use super::net_kernel::NetKernel;
 use super::plain::{self, Plain};
 use super::policy::{Kept, Reconnect};
 use super::process::Processes;
-use super::rex::Rex;
+use super::rex;
 use super::server;
 use super::watch::Watch;
 
@@ -250,7 +250,7 @@ impl NodeBuilder {
             mailbox
         };
         inner.spawn(server::run(own("net_kernel"), NetKernel));
-        inner.spawn(server::run(own("rex"), Rex(Arc::clone(&inner))));
+        inner.spawn(rex::run(own("rex")));
         inner.spawn(Arc::clone(&inner).accept_all(listener));
         match &inner.carrier {
             Carrier::Mesh(_) => inner.spawn(super::mesh::keep(Arc::clone(&inner))),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use meshx_dist::control::{Control, Proc, SpawnResult, Target};
 use meshx_dist::flags::DistFlags;
-use meshx_etf::{Pid, Reference, Term};
+use meshx_etf::{Atom, Pid, Reference, Term};
 
 use super::address::Address;
 use super::connection::Connection;
@@ -35,13 +35,15 @@ pub(crate) enum Peer<'a> {
 pub(crate) fn handle(inner: &Arc<Inner>, peer: &Peer<'_>, received: Received) -> Result<(), DownReason> {
     let Received { control, payload } = received;
     match control {
-        Control::Send { to, .. } => deliver(inner.processes.by_pid(&to), None, payload),
-        Control::SendSender { from, to, .. } => deliver(inner.processes.by_pid(&to), Some(from), payload),
+        Control::Send { to, .. } => deliver(peer, inner.processes.by_pid(&to), None, payload),
+        Control::SendSender { from, to, .. } => {
+            deliver(peer, inner.processes.by_pid(&to), Some(from), payload)
+        }
         Control::RegSend { from, to, .. } => {
-            deliver(inner.processes.by_name(to.as_str()), Some(from), payload);
+            deliver(peer, inner.processes.by_name(to.as_str()), Some(from), payload);
         }
         Control::AliasSend { from, alias, .. } => {
-            deliver(inner.processes.by_alias(&alias), Some(from), payload);
+            deliver(peer, inner.processes.by_alias(&alias), Some(from), payload);
         }
         Control::AltactSig { from, to, exit, .. } => return altact(inner, peer, from, to, exit, payload),
         Control::Link { from, to } => return link(inner, peer, from, to),
@@ -102,10 +104,11 @@ pub(crate) fn handle(inner: &Arc<Inner>, peer: &Peer<'_>, received: Received) ->
     Ok(())
 }
 
-fn deliver(to: Option<Arc<Process>>, from: Option<Pid>, payload: Option<Payload>) {
+fn deliver(peer: &Peer<'_>, to: Option<Arc<Process>>, from: Option<Pid>, payload: Option<Payload>) {
     // A message to a process that is not there is lost, as in Erlang.
     if let (Some(process), Some(payload)) = (to, payload) {
-        process.deliver(Item::Encoded { from, payload });
+        let peer = peer.untold(from.as_ref());
+        process.deliver(Item::Encoded { from, peer, payload });
     }
 }
 
@@ -133,7 +136,7 @@ fn altact(
             inner.exit_signal(from, &process.pid, reason, Via::Exit);
         }
     } else {
-        deliver(process, Some(from), payload);
+        deliver(peer, process, Some(from), payload);
     }
     Ok(())
 }
@@ -338,6 +341,16 @@ impl Peer<'_> {
             pid.node = connection.node.clone();
         }
         pid
+    }
+
+    /// The peer's name, unless a message's sender tells it. What the peer says of its sender may be a lie.
+    fn untold(&self, from: Option<&Pid>) -> Option<Atom> {
+        match self {
+            Self::Remote(connection) if from.is_none_or(|from| from.node != connection.node) => {
+                Some(connection.node.clone())
+            }
+            _ => None,
+        }
     }
 
     pub(crate) fn flags(&self) -> meshx_dist::flags::DistFlags {

@@ -226,10 +226,8 @@ impl Inner {
             return self.down(&from, reference, target, noconnection());
         };
         connection.watch().monitor(reference.clone(), outgoing);
-        if self.post(&connection, control, None).await.is_err()
-            // Else the end of the connection has told it already.
-            && connection.watch().take_outgoing(&reference).is_some()
-        {
+        let asked = self.ask(&connection, process, &reference, control, None).await;
+        if asked.is_err() {
             self.down(&from, reference, target, noconnection());
         }
         self.sweep(process);
@@ -366,13 +364,8 @@ impl Inner {
             });
         }
         connection.watch().spawn(id.clone(), spawning);
-        let sent = self.post(&connection, request, Some(&Term::List(args))).await;
-        if let Err(error) = sent
-            // Else the end of the connection has told it already.
-            && connection.watch().take_spawning(&id).is_some()
-        {
-            return Err(error);
-        }
+        let args = Term::List(args);
+        self.ask(&connection, process, &id, request, Some(&args)).await?;
         Ok(id)
     }
 
@@ -390,6 +383,30 @@ impl Inner {
         let _ = dispatch::handle(self, &Peer::Local, wire::local(control, payload));
     }
 
+    /// Sends a request that is in the connection's [`Watch`] already, waiting for room. An error that the end of the
+    /// connection has told is none.
+    async fn ask(
+        &self,
+        connection: &Connection,
+        process: &Process,
+        reference: &Reference,
+        control: Control,
+        payload: Option<&Term>,
+    ) -> Result<(), SendError> {
+        let mut unsent = Unsent {
+            connection,
+            process,
+            reference,
+            given_up: true,
+        };
+        let sent = self.post(connection, control, payload).await;
+        unsent.given_up = false;
+        match sent {
+            Err(error) if connection.watch().forget(reference) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// Sends a signal, waiting for room.
     async fn post(
         &self,
@@ -398,6 +415,23 @@ impl Inner {
         payload: Option<&Term>,
     ) -> Result<(), SendError> {
         queue(connection, Room::Send, None, control, payload).await
+    }
+}
+
+/// A request that waits for room. Whoever gives it up never learns its reference, so it leaves nothing behind.
+struct Unsent<'a> {
+    connection: &'a Connection,
+    process: &'a Process,
+    reference: &'a Reference,
+    given_up: bool,
+}
+
+impl Drop for Unsent<'_> {
+    fn drop(&mut self) {
+        if self.given_up && !self.connection.watch().forget(self.reference) {
+            // The end of the connection has told it.
+            self.process.flush_down(self.reference);
+        }
     }
 }
 

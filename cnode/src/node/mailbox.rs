@@ -231,30 +231,56 @@ impl Mailbox {
         }
     }
 
+    /// As [`Mailbox::recv`], with the peer whose connection it came by, whatever it says of its sender; `None` when it
+    /// is of this node. For who receives in no other way: what was set aside is not looked at.
+    pub(crate) async fn recv_from(&mut self) -> Option<(Message, Option<Atom>)> {
+        loop {
+            let item = self.take().await?;
+            let peer = match &item {
+                Item::Encoded { peer: Some(peer), .. } => Some(peer.clone()),
+                Item::Encoded { from, .. } => from.as_ref().map(|from| from.node.clone()),
+                _ => None,
+            };
+            if let Some(message) = self.decoded(item) {
+                return Some((message, peer));
+            }
+        }
+    }
+
     /// What comes next from the queue, and what it counted for there.
     async fn next(&mut self) -> Option<(Message, usize)> {
         loop {
+            let item = self.take().await?;
+            let cost = item.cost();
+            if let Some(message) = self.decoded(item) {
+                return Some((message, cost));
+            }
+        }
+    }
+
+    async fn take(&mut self) -> Option<Item> {
+        loop {
             match self.process.take() {
                 Err(()) => return None,
-                Ok(Some(item)) => {
-                    let cost = item.cost();
-                    match self.decode(item) {
-                        Ok(message) => return Some((message, cost)),
-                        // Its form was checked when it came; what is left are keys that a map has twice.
-                        Err(error) => tracing::warn!(pid = ?self.process.pid, %error, "a message is dropped"),
-                    }
-                }
+                Ok(Some(item)) => return Some(item),
                 // A permit of `notify_one` is kept, so nothing that came in between is missed.
                 Ok(None) => self.process.ready.notified().await,
             }
         }
     }
 
+    fn decoded(&self, item: Item) -> Option<Message> {
+        let message = self.decode(item);
+        // Its form was checked when it came; what is left are keys that a map has twice.
+        let warn = |error: &_| tracing::warn!(pid = ?self.process.pid, %error, "a message is dropped");
+        message.inspect_err(warn).ok()
+    }
+
     fn decode(&self, item: Item) -> Result<Message, meshx_etf::DecodeError> {
         let decode = |bytes: &[u8]| meshx_etf::decode(bytes, &self.inner.limits.terms);
         Ok(match item {
             Item::Ready(message) => message,
-            Item::Encoded { from, payload } => {
+            Item::Encoded { from, payload, .. } => {
                 let term = payload.decode(&self.inner.buffers, &self.inner.limits.terms)?;
                 Message::Term { from, term }
             }
@@ -462,6 +488,11 @@ impl Mailbox {
         let request = self.spawn_request(node, module, function, args, options);
         let request = tokio::time::timeout(timeout, request).await;
         let id = request.map_err(|_| CallError::Timeout(timeout))??;
+        let _awaited = Awaited {
+            inner: Arc::clone(&self.inner),
+            node,
+            id: &id,
+        };
         let left = timeout.saturating_sub(asked.elapsed());
         let is_reply =
             |message: &Message| matches!(message, Message::Spawned { reference, .. } if *reference == id);
@@ -474,7 +505,7 @@ impl Mailbox {
             reply = self.recv_where(Duration::ZERO, is_reply).await;
         }
         match reply {
-            Ok(Message::Spawned { result: Ok(pid), .. }) => Ok((pid, id)),
+            Ok(Message::Spawned { result: Ok(pid), .. }) => Ok((pid, id.clone())),
             Ok(Message::Spawned {
                 result: Err(reason), ..
             }) => Err(RpcError::NotStarted {
@@ -497,6 +528,19 @@ impl Mailbox {
 
     pub(crate) fn process(&self) -> &Arc<Process> {
         &self.process
+    }
+}
+
+/// Forgets a spawn request when its answer is awaited no more. It does nothing once the answer has come.
+struct Awaited<'a> {
+    inner: Arc<Inner>,
+    node: &'a str,
+    id: &'a Reference,
+}
+
+impl Drop for Awaited<'_> {
+    fn drop(&mut self) {
+        self.inner.abandon(self.node, self.id);
     }
 }
 

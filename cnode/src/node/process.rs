@@ -16,7 +16,12 @@ use super::payload::Payload;
 #[derive(Debug)]
 pub(crate) enum Item {
     /// A message as it came, decoded when it is read: so the queue's bound in bytes is the memory it takes.
-    Encoded { from: Option<Pid>, payload: Payload },
+    Encoded {
+        from: Option<Pid>,
+        /// The peer that sent it, unless `from` is of that peer.
+        peer: Option<Atom>,
+        payload: Payload,
+    },
     /// Made here: its sender bounds it.
     Ready(Message),
     /// An exit signal of a peer, its reason as it came.
@@ -33,7 +38,7 @@ impl Item {
     /// Bytes of memory. The names of nodes are the peers' choice, and each identifier has its own.
     pub(crate) fn cost(&self) -> usize {
         let (node, bytes) = match self {
-            Self::Encoded { from, payload } => (from.as_ref().map(|from| &from.node), payload.len()),
+            Self::Encoded { from, payload, .. } => (from.as_ref().map(|from| &from.node), payload.len()),
             Self::Exit { from, reason } => (Some(&from.node), reason.len()),
             Self::Down {
                 reference, reason, ..

@@ -9,26 +9,47 @@ use std::sync::Arc;
 use meshx_etf::{Atom, Term};
 
 use super::address::Address;
-use super::call::Caller;
+use super::call::{Caller, Request};
 use super::exposed::{Raised, Slot};
 use super::inner::Inner;
-use super::mailbox::Message;
-use super::server::Server;
+use super::mailbox::{Mailbox, Message};
 use super::spawned::{self, Call};
 
-pub(crate) struct Rex(pub(crate) Arc<Inner>);
+/// Runs until the node shuts down.
+pub(crate) async fn run(mut mailbox: Mailbox) {
+    let rex = Rex(Arc::clone(mailbox.inner()));
+    while let Some((message, peer)) = mailbox.recv_from().await {
+        // What a message says of its sender is the word of the peer that it comes from.
+        let peer = peer.unwrap_or_else(|| rex.0.name.clone());
+        match Request::from_message(message, &mailbox) {
+            Request::Call(request, caller) => {
+                if let Some(reply) = rex.call(request, &caller, &peer)
+                    && let Err(error) = caller.reply(reply).await
+                {
+                    tracing::debug!(caller = ?caller.pid(), %error, "an answer was not sent");
+                }
+            }
+            Request::Cast(request) => rex.cast(request, &peer),
+            Request::Info(message) => rex.info(message, &peer),
+        }
+    }
+}
 
-impl Server for Rex {
-    async fn call(&mut self, request: Term, caller: Caller) -> Option<Term> {
+/// `peer` is who a function that is to run counts for.
+struct Rex(Arc<Inner>);
+
+impl Rex {
+    /// What to answer at once.
+    fn call(&self, request: Term, caller: &Caller, peer: &Atom) -> Option<Term> {
         let Some(call) = labelled(request, &["call", "block_call"]) else {
             return Some(badrpc(Term::atom("badarg")));
         };
-        let Some(slot) = self.0.slot(&caller.pid().node) else {
+        let Some(slot) = self.0.slot(peer) else {
             return Some(badrpc(Term::atom("system_limit")));
         };
-        let inner = Arc::clone(&self.0);
+        let (inner, caller) = (Arc::clone(&self.0), caller.clone());
         self.0.spawn(async move {
-            let result = run(&inner, call, slot).await;
+            let result = apply(&inner, call, slot).await;
             if let Err(error) = caller.reply(result).await {
                 tracing::debug!(caller = ?caller.pid(), %error, "an answer was not sent");
             }
@@ -36,18 +57,17 @@ impl Server for Rex {
         None
     }
 
-    async fn cast(&mut self, request: Term) {
-        // A cast does not say whose it is: all of them share what one peer may start.
+    fn cast(&self, request: Term, peer: &Atom) {
         let Some(call) = labelled(request, &["cast", "block_cast"]) else {
             return;
         };
-        if let Some(slot) = self.0.slot(&Atom::from("rex")) {
+        if let Some(slot) = self.0.slot(peer) {
             let inner = Arc::clone(&self.0);
-            self.0.spawn(async move { run(&inner, call, slot).await });
+            self.0.spawn(async move { apply(&inner, call, slot).await });
         }
     }
 
-    async fn info(&mut self, message: Message) {
+    fn info(&self, message: Message, peer: &Atom) {
         let Message::Term {
             term: Term::Tuple(parts),
             ..
@@ -61,12 +81,12 @@ impl Server for Rex {
         let Some(call) = labelled(request, &["call"]) else {
             return;
         };
-        let Some(slot) = self.0.slot(&from.node) else {
+        let Some(slot) = self.0.slot(peer) else {
             return;
         };
         let inner = Arc::clone(&self.0);
         self.0.spawn(async move {
-            let answer = Term::tuple([Term::atom("rex"), run(&inner, call, slot).await]);
+            let answer = Term::tuple([Term::atom("rex"), apply(&inner, call, slot).await]);
             let own = inner.processes.by_name("rex").map(|process| process.pid.clone());
             if let Some(own) = own
                 && let Err(error) = inner.reply(&own, &Address::Pid(from), &answer).await
@@ -91,7 +111,7 @@ fn labelled(request: Term, labels: &[&str]) -> Option<Call> {
 }
 
 /// What `rex` answers: the value, what was thrown, or `{badrpc, {'EXIT', Reason}}`.
-async fn run(inner: &Arc<Inner>, call: Call, slot: Slot) -> Term {
+async fn apply(inner: &Arc<Inner>, call: Call, slot: Slot) -> Term {
     let outcome = spawned::apply_alone(inner, call).await;
     drop(slot);
     let reason = match outcome {

@@ -70,11 +70,18 @@ struct Local {
     links: HashMap<Pid, Link>,
     incoming: HashSet<Reference>,
     outgoing: HashSet<Reference>,
+    spawning: HashSet<Reference>,
 }
 
 impl Local {
     fn is_empty(&self) -> bool {
-        self.links.is_empty() && self.incoming.is_empty() && self.outgoing.is_empty()
+        let Self {
+            links,
+            incoming,
+            outgoing,
+            spawning,
+        } = self;
+        links.is_empty() && incoming.is_empty() && outgoing.is_empty() && spawning.is_empty()
     }
 }
 
@@ -230,12 +237,21 @@ impl Watch {
 
     /// A spawn request made here.
     pub(crate) fn spawn(&mut self, id: Reference, spawning: Spawning) {
+        let at = self.locals.entry(spawning.local.clone()).or_default();
+        at.spawning.insert(id.clone());
         self.spawning.insert(id, spawning);
     }
 
     /// The answer to a spawn request made here, or its failure; `None` when there was no such request.
     pub(crate) fn take_spawning(&mut self, id: &Reference) -> Option<Spawning> {
-        self.spawning.remove(id)
+        let spawning = self.spawning.remove(id)?;
+        self.at(&spawning.local, |at| at.spawning.remove(id));
+        Some(spawning)
+    }
+
+    /// A monitor or a spawn request made here that was not sent; false when there is none any more.
+    pub(crate) fn forget(&mut self, reference: &Reference) -> bool {
+        self.take_outgoing(reference).is_some() || self.take_spawning(reference).is_some()
     }
 
     /// All that hangs on one process here, which ends.
@@ -261,6 +277,10 @@ impl Watch {
             .into_iter()
             .filter_map(|reference| self.outgoing.remove_entry(&reference))
             .collect();
+        for id in &at.spawning {
+            // Nobody is told: an answer that still comes finds that nobody waits for it.
+            self.spawning.remove(id);
+        }
         let theirs = links.iter().filter(|(_, _, ours)| !ours).count();
         self.held -= theirs + incoming.len();
         Ended {
@@ -370,6 +390,26 @@ mod tests {
         watch.unlink_acknowledged(&here, &there, id);
         assert_eq!(watch.link_broke(&here, &there), Some(true));
         assert_eq!(watch.held, 0);
+    }
+
+    #[test]
+    fn a_spawn_request_ends_with_its_process_or_when_it_is_not_sent() {
+        let mut watch = Watch::new(10);
+        let spawning = || Spawning {
+            local: pid("a@h", 1),
+            link: true,
+            monitor: true,
+        };
+        watch.spawn(reference(1), spawning());
+        assert!(watch.forget(&reference(1)));
+        assert!(!watch.forget(&reference(1)));
+        assert_eq!((watch.spawning.len(), watch.locals.len()), (0, 0));
+        watch.spawn(reference(2), spawning());
+        watch.take_process(&pid("a@h", 2));
+        assert_eq!(watch.spawning.len(), 1);
+        let ended = watch.take_process(&pid("a@h", 1));
+        assert_eq!(ended.spawning.len(), 0, "nobody is told");
+        assert_eq!((watch.spawning.len(), watch.locals.len()), (0, 0));
     }
 
     #[test]

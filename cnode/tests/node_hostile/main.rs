@@ -5,5 +5,6 @@ mod connections;
 mod mailboxes;
 #[path = "../node_support/mod.rs"]
 mod node_support;
+mod rex;
 mod scene;
 mod watches;

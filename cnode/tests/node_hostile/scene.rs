@@ -172,6 +172,12 @@ impl Scene {
         }
     }
 
+    /// Waits until the bad peer's connection stands: it may be a moment behind the peer's view.
+    pub(crate) async fn up(&mut self) {
+        while !matches!(soon(self.events.recv()).await.unwrap(), NodeEvent::Up { node, .. } if node == EVIL) {
+        }
+    }
+
     /// The end of the bad peer's connection; meanwhile the friend's stays up and serves.
     pub(crate) async fn end(&mut self) -> DownReason {
         let reason = loop {

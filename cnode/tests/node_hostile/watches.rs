@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use crate::node_support::{COOKIE, soon};
+use futures::FutureExt;
+
+use crate::node_support::{COOKIE, LONG, soon};
 use crate::scene::{EVIL, Raw, Scene, monitor, pid, reference};
 use meshx::node::{CallError, DownReason, Limits, Message, RecvError, RpcError, SpawnOptions};
 use meshx_dist::control::{Control, Proc, SpawnResult};
@@ -187,6 +189,58 @@ async fn a_process_that_is_started_too_late_is_let_go() {
     drop(raw);
     let nothing = asker.recv_timeout(short).await;
     assert!(matches!(nothing, Err(RecvError::Timeout(_))), "{nothing:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_are_given_up_before_they_are_sent_leave_nothing_behind() {
+    let limits = Limits {
+        send_queue_bytes: 4,
+        ..Limits::default()
+    };
+    let mut scene = Scene::new(limits).await;
+    let raw = Raw::connect(&scene.epmd, COOKIE).await.unwrap();
+    scene.up().await;
+    let target = || ("nobody", EVIL);
+    let options = SpawnOptions::new().link().monitor();
+    let [mut monitoring, mut calling, mut spawning] = [(); 3].map(|()| scene.node.mailbox());
+    // Several of which the sockets between the two do not hold one.
+    let filler = scene.node.mailbox();
+    let large = Term::binary(vec![0; 16 << 20]);
+    while filler.send(target(), &large).now_or_never().is_some() {}
+
+    assert_eq!(monitoring.monitor(target()).now_or_never(), None);
+    let call = calling.gen_call(target(), Term::Int(1), LONG).now_or_never();
+    assert!(call.is_none(), "{call:?}");
+    let spawn = spawning
+        .spawn(EVIL, "m", "f", vec![], options, LONG)
+        .now_or_never();
+    assert!(spawn.is_none(), "{spawn:?}");
+
+    // The connection's end is of no interest to them.
+    drop(raw);
+    scene.end().await;
+    for mailbox in [&mut monitoring, &mut calling, &mut spawning] {
+        assert_eq!(mailbox.recv().now_or_never(), None);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_spawn_that_is_given_up_before_it_is_answered_leaves_nothing_behind() {
+    let mut scene = Scene::new(Limits::default()).await;
+    let mut raw = Raw::connect(&scene.epmd, COOKIE).await.unwrap();
+    let mut asker = scene.node.mailbox();
+    let options = SpawnOptions::new().link().monitor();
+    let mut received = raw.listen();
+    scene.up().await;
+    let spawn = asker.spawn(EVIL, "m", "f", vec![], options, LONG).now_or_never();
+    assert!(spawn.is_none(), "{spawn:?}");
+    assert!(matches!(
+        received.next(&mut raw).await,
+        Control::SpawnRequest { .. }
+    ));
+    drop(raw);
+    scene.end().await;
+    assert_eq!(asker.recv().now_or_never(), None);
 }
 
 #[tokio::test(flavor = "multi_thread")]

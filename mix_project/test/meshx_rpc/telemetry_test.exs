@@ -17,7 +17,7 @@ defmodule MeshxRpc.TelemetryTest do
   def trace(text), do: text
   def traceparent(_argument), do: MeshxRpc.Server.traceparent()
 
-  def hang(_argument), do: Process.sleep(:infinity)
+  def hang(_argument), do: receive(do: (:never -> :ok))
 
   defp told(side), do: [telemetry_handler: {__MODULE__, :handle, {self(), side}}]
 

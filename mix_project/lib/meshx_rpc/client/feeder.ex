@@ -67,7 +67,7 @@ defmodule MeshxRpc.Client.Feeder do
   @doc "These are the streams of one call."
   @spec together([pid()]) :: :ok
   def together(feeders),
-    do: for(feeder <- feeders, do: send(feeder, {__MODULE__, :others, feeders -- [feeder]})) && :ok
+    do: Enum.each(feeders, &send(&1, {__MODULE__, :others, feeders -- [&1]}))
 
   @doc "Ends it."
   @spec stop({pid(), reference()}) :: :ok

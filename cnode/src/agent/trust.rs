@@ -91,13 +91,13 @@ impl Trust {
     }
 
     /// The user, when he may have a share only of what one agent has room for: all but its own and root.
-    pub fn limited(&self, peer: Peer) -> Option<u32> {
-        (!self.is_operator(peer)).then_some(peer.uid)
+    pub fn limited(&self, uid: u32) -> Option<u32> {
+        (uid != self.own_uid && uid != 0).then_some(uid)
     }
 
     /// May this user cut links that are not its own? Only the agent's own and root.
     pub fn is_operator(&self, peer: Peer) -> bool {
-        peer.uid == self.own_uid || peer.uid == 0
+        self.limited(peer.uid).is_none()
     }
 }
 

@@ -307,24 +307,21 @@ impl Context {
             owner: client.owner.id,
         };
         let is_socket = matches!(upstream.listen, Listen::Uds(_));
-        let address =
-            client
-                .upstreams
-                .open(&id, &self.upstreams, self.registry.trust().limited(peer), || {
-                    let fault =
-                        |error: String| Cause::NotReady.because(format!("no socket can be made: {error}"));
-                    let handle = self
-                        .proxy
-                        .upstream(upstream)
-                        .map_err(|error| fault(error.to_string()))?;
-                    // The socket belongs to the agent's user; whoever connects is checked by the proxy.
-                    if is_socket && peer.uid != paths::uid() {
-                        self.dir
-                            .open_to_clients(&path)
-                            .map_err(|error| fault(error.to_string()))?;
-                    }
-                    Ok(handle)
-                })?;
+        let user = self.registry.trust().limited(peer.uid);
+        let address = client.upstreams.open(&id, &self.upstreams, user, || {
+            let fault = |error: String| Cause::NotReady.because(format!("no socket can be made: {error}"));
+            let handle = self
+                .proxy
+                .upstream(upstream)
+                .map_err(|error| fault(error.to_string()))?;
+            // The socket belongs to the agent's user; whoever connects is checked by the proxy.
+            if is_socket && peer.uid != paths::uid() {
+                self.dir
+                    .open_to_clients(&path)
+                    .map_err(|error| fault(error.to_string()))?;
+            }
+            Ok(handle)
+        })?;
         Ok(map([
             ("upstream", text(id)),
             (

@@ -71,7 +71,7 @@ impl Agent {
                 let handle = context.proxy.resume_upstream(upstream, listener);
                 handle.map_err(|error| Cause::NotReady.because(error.to_string()))
             };
-            let user = context.registry.trust().limited(client.owner.peer);
+            let user = context.registry.trust().limited(client.owner.peer.uid);
             if let Err(refusal) = client.upstreams.open(&id, &context.upstreams, user, resume) {
                 tracing::error!(id, %refusal, "an upstream is not served any more");
             }

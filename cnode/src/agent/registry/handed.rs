@@ -150,9 +150,10 @@ impl Registry {
                 return Err(format!("the registration of {id} does not hold together"));
             }
             let client = state.owners.get_mut(&handed.owner);
-            client
-                .ok_or_else(|| format!("{id} belongs to a connection that was not handed over"))?
-                .registrations += 1;
+            let client =
+                client.ok_or_else(|| format!("{id} belongs to a connection that was not handed over"))?;
+            client.registrations += 1;
+            client.user = self.trust.limited(handed.uid);
             let of_sidecar = files.split_off(handed.ports.len());
             let carried = Carried::resume(&self.mesh, &handed.kept.entry);
             let local = LocalInstance {

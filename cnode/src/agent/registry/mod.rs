@@ -426,7 +426,7 @@ impl Registry {
             let text = format!("{INSTANCES_MAX} registrations, more are not taken (INSTANCES_MAX)");
             return Err(Cause::Limit.because(text));
         }
-        let user = self.trust.limited(owner.peer);
+        let user = self.trust.limited(owner.peer.uid);
         let his = |client: &&Client| user.is_some() && client.user == user;
         let of_user: usize = state
             .owners

@@ -7,7 +7,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{Owner, Peer, Registry, checks, pending::Pending};
+use super::{Owner, Registry, checks, pending::Pending};
 use crate::{
     agent::{hosts, takeover::Order},
     mesh::ServiceName,
@@ -107,11 +107,7 @@ impl Registry {
         let Some(session) = self.local.session(node) else {
             return;
         };
-        let theirs = Peer {
-            uid: session.uid,
-            ..owner.peer
-        };
-        if session.uid == owner.peer.uid || self.trust.is_operator(theirs) {
+        if session.uid == owner.peer.uid || self.trust.limited(session.uid).is_none() {
             return;
         }
         if let Some(pending) = held.get_mut(&session.owner) {

@@ -278,3 +278,34 @@ async fn registrations_that_do_not_hold_together_are_not_taken_over() {
         assert!(text.contains(seen), "{text}");
     }
 }
+
+/// Whoever had his share before a takeover has it still, and no second one.
+#[tokio::test]
+async fn a_users_share_is_taken_over_with_what_he_has_registered() {
+    let temp = tempfile::tempdir().unwrap();
+    let (first, _) = registry(&temp);
+    first.enter(7);
+    let request = ServiceRequest {
+        name: "cart",
+        id: Some("cart-1"),
+        address: Some(Endpoint::Tcp("127.0.0.1:9".parse().unwrap())),
+        options: Options::default(),
+    };
+    first.register_service(owner_of(7, 1001), request).await.unwrap();
+    let (agent, instances) = first.handed(&HashMap::new()).unwrap();
+    let next_temp = tempfile::tempdir().unwrap();
+    let (next, _) = registry(&next_temp);
+    next.enter(7);
+    assert!(next.resume(agent, instances).is_ok());
+    let mut held = Vec::new();
+    let refusal = (0..).find_map(|number| {
+        let id = 8 + (number / INSTANCES_PER_CLIENT_MAX) as u64;
+        if number % INSTANCES_PER_CLIENT_MAX == 0 {
+            next.enter(id);
+        }
+        let reserved = next.reserve(owner_of(id, 1001), &format!("i{number}"));
+        reserved.map(|pending| held.push(pending)).err()
+    });
+    assert!(refusal.unwrap().text.contains("INSTANCES_PER_USER_MAX"));
+    assert_eq!(held.len(), INSTANCES_PER_USER_MAX - 1);
+}

@@ -178,22 +178,14 @@ defmodule MeshxRpc.CallsTest do
     end
   end
 
-  # As many as there are, until one that is not ours.
+  # As many as there are, until one that is not ours; in parts, when they are many.
   defp step(n, calls, model, last, _callers) when n <= 8 do
     taken = for({call, stream} <- model, stream, do: {call, stream}) |> Enum.take_random(40)
     events = for {_call, stream} <- taken, do: {:response, stream, :result, 0, "r"}
     rest = [{:response, last + 1, :result, 0, "x"}, {:pong, "12345678"}]
-
-    case Calls.answer(calls, events ++ rest) do
-      :none ->
-        assert taken == []
-        {calls, model, last}
-
-      {calls, left} ->
-        assert left == rest
-        for {{_caller, key}, _stream} <- taken, do: assert_received({^key, :result, 0, "r"})
-        {calls, Map.drop(model, for({call, _stream} <- taken, do: call)), last}
-    end
+    {calls, model} = answer(calls, model, taken, events ++ rest)
+    assert Calls.answer(calls, rest) == :none
+    {calls, model, last}
   end
 
   # Given up, or unknown.
@@ -217,6 +209,27 @@ defmodule MeshxRpc.CallsTest do
     {of, calls} = Calls.of(calls, caller)
     assert Enum.sort(of) == for({{^caller, _}, _} = one <- model, do: one) |> Enum.sort()
     {calls, model, last}
+  end
+
+  defp answer(calls, model, taken, events) do
+    case Calls.answer(calls, events) do
+      :none ->
+        assert taken == []
+        {calls, model}
+
+      {calls, left} ->
+        {now, later} = Enum.split(taken, length(events) - length(left))
+        assert now != []
+
+        if 2 * length(events) > max(map_size(model), 8),
+          do: assert(length(now) <= max(4, div(length(events) + 1, 2)))
+
+        for {{_caller, key}, _stream} <- now, do: assert_received({^key, :result, 0, "r"})
+        for {{_caller, key}, _stream} <- later, do: refute_received({^key, :result, 0, "r"})
+        model = Map.drop(model, for({call, _stream} <- now, do: call))
+        assert Calls.count(calls) == map_size(model)
+        answer(calls, model, later, left)
+    end
   end
 
   defp last_first(calls, last),

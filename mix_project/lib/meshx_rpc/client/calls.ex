@@ -9,6 +9,9 @@ defmodule MeshxRpc.Client.Calls do
 
   @idle 1_024
 
+  # Fewer answers are given in a row.
+  @few 4
+
   alias MeshxRpc.Client.{ByCaller, Direct}
   alias MeshxRpc.{Link, Shared}
 
@@ -228,10 +231,13 @@ defmodule MeshxRpc.Client.Calls do
   @doc """
   Ends the calls that the first events of a read answer: as long as these are responses to calls that the connection has
   written. `:none` when already the first is not. The codec and the writer must know no more of them.
+
+  When a read may answer more than half of all calls, it is half of those that come first: what their callers ask for next
+  can go before the others have their answers. Else all would go round as one, and each VM would wait for the other.
   """
   @spec answer(t(), [MeshxRpc.Codec.event()]) :: {t(), [MeshxRpc.Codec.event()]} | :none
   def answer(calls, events) do
-    case take(events, calls.streams, []) do
+    case take(events, calls.streams, [], in_a_row(length(events), count(calls))) do
       {_streams, [], _rest} ->
         :none
 
@@ -246,15 +252,23 @@ defmodule MeshxRpc.Client.Calls do
     end
   end
 
-  defp take([{:response, stream, status, flag, bytes} | rest] = events, streams, taken)
-       when status != :started do
+  defp in_a_row(events, calls) when events > @few and 2 * events > calls,
+    do: max(@few, div(events + 1, 2))
+
+  defp in_a_row(events, _calls), do: events
+
+  defp take([{:response, stream, status, flag, bytes} | rest] = events, streams, taken, left)
+       when status != :started and left > 0 do
     case :maps.take(stream, streams) do
-      {{_caller, key}, streams} -> take(rest, streams, [{key, {key, status, flag, bytes}} | taken])
-      :error -> {streams, taken, events}
+      {{_caller, key}, streams} ->
+        take(rest, streams, [{key, {key, status, flag, bytes}} | taken], left - 1)
+
+      :error ->
+        {streams, taken, events}
     end
   end
 
-  defp take(events, streams, taken), do: {streams, taken, events}
+  defp take(events, streams, taken, _left), do: {streams, taken, events}
 
   @doc "Ends a call and tells its caller how: who asks again finds it ended."
   @spec finish(t(), call(), nil | pos_integer(), outcome()) :: t()

@@ -312,8 +312,14 @@ defmodule MeshxRpc.Client.Connection do
   defp events(%{phase: :up, link: %{writer: %{messages: none}}} = state, events)
        when none == %{} do
     case Calls.answer(state.calls, events) do
-      {calls, rest} -> events(%{state | calls: calls}, rest)
-      :none -> one_event(state, events)
+      {calls, [event | _] = rest} when elem(event, 0) == :response ->
+        %{state | calls: calls} |> asked() |> events(rest)
+
+      {calls, rest} ->
+        events(%{state | calls: calls}, rest)
+
+      :none ->
+        one_event(state, events)
     end
   end
 
@@ -454,44 +460,60 @@ defmodule MeshxRpc.Client.Connection do
   defp continue(state, asks \\ [])
 
   defp continue(%{phase: phase} = state, asks) when phase in [:up, :draining],
-    do: collect(state, asks, @collect)
+    do: state |> collect(asks, @collect, true) |> write()
 
   defp continue(state, asks), do: {:noreply, InFlight.ask_all(state, asks)}
 
-  # `asks` are those of callers that came last, last first: they begin together.
-  defp collect(%{link: nil} = state, [], _left), do: {:noreply, state}
-  defp collect(state, asks, left) when left <= 0, do: state |> InFlight.ask_all(asks) |> write()
+  # `asks` are those of callers that came last, last first: they begin together. Without `reads?` what the server says
+  # is left for later.
+  defp collect(%{link: nil} = state, [], _left, _reads?), do: state
+  defp collect(state, asks, left, _reads?) when left <= 0, do: InFlight.ask_all(state, asks)
 
-  defp collect(%{link: %{socket: socket} = link} = state, asks, left) do
+  defp collect(%{link: %{socket: socket} = link} = state, asks, left, reads?) do
     if Link.enough?(link) do
-      state |> InFlight.ask_all(asks) |> write()
+      InFlight.ask_all(state, asks)
     else
       receive do
         {:call, _key, _caller, _fun, _deadline, {_flag, _iovec, size}} = ask ->
-          collect(state, [ask | asks], left - 1 - div(size, @counts_more))
+          collect(state, [ask | asks], left - 1 - div(size, @counts_more), reads?)
 
         {:inet_reply, ^socket, :ok} ->
-          collect(state, asks, left)
+          collect(state, asks, left, reads?)
 
-        {:tcp, ^socket, bytes} ->
-          state |> InFlight.ask_all(asks) |> read(bytes) |> collect([], left - 1)
+        {:tcp, ^socket, bytes} when reads? ->
+          state |> InFlight.ask_all(asks) |> read(bytes) |> collect([], left - 1, reads?)
 
         # Left to `handle_info`, each of thousands would be one more search of the whole mailbox.
         message when is_of_caller(message) ->
-          state |> InFlight.ask_all(asks) |> heard(message) |> collect([], left - 1)
+          state |> InFlight.ask_all(asks) |> heard(message) |> collect([], left - 1, reads?)
       after
-        0 -> state |> InFlight.ask_all(asks) |> write()
+        0 -> InFlight.ask_all(state, asks)
       end
     end
   end
 
+  # Between the answers of a read: callers that have theirs run, and what they ask for goes. A write that fails does so
+  # once more after the read, whose other answers are heard before that.
+  defp asked(state) do
+    :erlang.yield()
+    %{link: link} = state = collect(state, [], @collect, false)
+
+    with true <- Link.dirty?(link),
+         {:ok, link, notes} <- Link.write(link) do
+      %{state | link: link} |> InFlight.sent(notes) |> watch()
+    else
+      _not_now -> state
+    end
+  end
+
+  defp write(%{link: nil} = state), do: {:noreply, state}
   defp write(%{link: %{dirty: false}} = state), do: {:noreply, state |> renew() |> idle()}
   defp write(%{link: %{blocked: true}} = state), do: {:noreply, state}
 
   defp write(state) do
     case Link.write(state.link) do
       {:ok, link, notes} ->
-        state = %{state | link: link} |> sent(notes) |> watch() |> renew()
+        state = %{state | link: link} |> InFlight.sent(notes) |> watch() |> renew()
 
         if state.link != nil and Link.dirty?(state.link),
           do: {:noreply, state, 0},
@@ -509,16 +531,6 @@ defmodule MeshxRpc.Client.Connection do
       do: Shared.idle(link.shared)
 
     state
-  end
-
-  defp sent(state, notes) do
-    Enum.reduce(notes, state, fn
-      {:opened, call, stream}, state ->
-        %{state | calls: Calls.opened(state.calls, call, stream)}
-
-      {:sent, _call}, state ->
-        state
-    end)
   end
 
   defp renew(%{link: link} = state) do

@@ -78,6 +78,15 @@ defmodule MeshxRpc.Client.InFlight do
     frames(asks, stream - 1, crc, [{caller, key} | calls], [frame | frames], size + length)
   end
 
+  @doc "What a write did: calls that waited have their streams."
+  @spec sent(map(), [Writer.note()]) :: map()
+  def sent(state, notes) do
+    Enum.reduce(notes, state, fn
+      {:opened, call, stream}, state -> %{state | calls: Calls.opened(state.calls, call, stream)}
+      {:sent, _call}, state -> state
+    end)
+  end
+
   @doc "The server has answered a call that its caller has written itself, if it was one."
   @spec done_direct(map(), pos_integer(), Calls.outcome()) :: map()
   def done_direct(state, stream, outcome) do

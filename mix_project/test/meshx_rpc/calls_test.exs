@@ -183,7 +183,7 @@ defmodule MeshxRpc.CallsTest do
     taken = for({call, stream} <- model, stream, do: {call, stream}) |> Enum.take_random(40)
     events = for {_call, stream} <- taken, do: {:response, stream, :result, 0, "r"}
     rest = [{:response, last + 1, :result, 0, "x"}, {:pong, "12345678"}]
-    {calls, model} = answer(calls, model, taken, events ++ rest)
+    {calls, model} = answer(calls, model, taken, events ++ rest, Enum.random([0, 7, 8, 100]))
     assert Calls.answer(calls, rest) == :none
     {calls, model, last}
   end
@@ -211,8 +211,8 @@ defmodule MeshxRpc.CallsTest do
     {calls, model, last}
   end
 
-  defp answer(calls, model, taken, events) do
-    case Calls.answer(calls, events) do
+  defp answer(calls, model, taken, events, waiting) do
+    case Calls.answer(calls, events, waiting) do
       :none ->
         assert taken == []
         {calls, model}
@@ -221,14 +221,15 @@ defmodule MeshxRpc.CallsTest do
         {now, later} = Enum.split(taken, length(events) - length(left))
         assert now != []
 
-        if 2 * length(events) > max(map_size(model), 8),
-          do: assert(length(now) <= max(4, div(length(events) + 1, 2)))
+        if waiting < 8 and 2 * length(events) > map_size(model),
+          do: assert(length(now) <= max(4, div(length(events) + 1, 2))),
+          else: assert(later == [])
 
         for {{_caller, key}, _stream} <- now, do: assert_received({^key, :result, 0, "r"})
         for {{_caller, key}, _stream} <- later, do: refute_received({^key, :result, 0, "r"})
         model = Map.drop(model, for({call, _stream} <- now, do: call))
         assert Calls.count(calls) == map_size(model)
-        answer(calls, model, later, left)
+        answer(calls, model, later, left, waiting)
     end
   end
 
@@ -241,7 +242,7 @@ defmodule MeshxRpc.CallsTest do
     Shared.busy(shared)
     [one, two] = for _ <- 1..2, do: {self(), :erlang.alias()}
     calls = Calls.add_all(calls, [two, one], 2)
-    {calls, []} = Calls.answer(calls, [{:response, 1, :result, 0, ""}])
+    {calls, []} = Calls.answer(calls, [{:response, 1, :result, 0, ""}], 0)
     assert Shared.busy?(shared)
     {calls, []} = Calls.answer(calls, [{:response, 2, :error, 0, ""}])
     refute Shared.busy?(shared)

@@ -9,8 +9,10 @@ defmodule MeshxRpc.Client.Calls do
 
   @idle 1_024
 
-  # Fewer answers are given in a row.
+  # Fewer answers are always given in a row.
   @few 4
+  # So many processes wait for a scheduler when there is enough to do.
+  @enough 8
 
   alias MeshxRpc.Client.{ByCaller, Direct}
   alias MeshxRpc.{Link, Shared}
@@ -233,11 +235,13 @@ defmodule MeshxRpc.Client.Calls do
   written. `:none` when already the first is not. The codec and the writer must know no more of them.
 
   When a read may answer more than half of all calls, it is half of those that come first: what their callers ask for next
-  can go before the others have their answers. Else all would go round as one, and each VM would wait for the other.
+  can go before the others have their answers. Else all would go round as one, and each VM would wait for the other. Not so
+  when many processes are `waiting` for a scheduler: it has enough to do, and the others would have theirs after those.
   """
-  @spec answer(t(), [MeshxRpc.Codec.event()]) :: {t(), [MeshxRpc.Codec.event()]} | :none
-  def answer(calls, events) do
-    case take(events, calls.streams, [], in_a_row(length(events), count(calls))) do
+  @spec answer(t(), [MeshxRpc.Codec.event()], waiting :: non_neg_integer()) ::
+          {t(), [MeshxRpc.Codec.event()]} | :none
+  def answer(calls, events, waiting \\ :erlang.statistics(:total_run_queue_lengths)) do
+    case take(events, calls.streams, [], in_a_row(length(events), count(calls), waiting)) do
       {_streams, [], _rest} ->
         :none
 
@@ -252,10 +256,11 @@ defmodule MeshxRpc.Client.Calls do
     end
   end
 
-  defp in_a_row(events, calls) when events > @few and 2 * events > calls,
-    do: max(@few, div(events + 1, 2))
+  defp in_a_row(events, calls, waiting)
+       when events > @few and 2 * events > calls and waiting < @enough,
+       do: max(@few, div(events + 1, 2))
 
-  defp in_a_row(events, _calls), do: events
+  defp in_a_row(events, _calls, _waiting), do: events
 
   defp take([{:response, stream, status, flag, bytes} | rest] = events, streams, taken, left)
        when status != :started and left > 0 do

@@ -105,6 +105,28 @@ async fn a_consul_that_comes_back_with_its_state_keeps_all_and_forgets_what_was_
     assert_eq!(ready(|| mesh.identity(&service("shop"))).await.id, before.id);
 }
 
+/// Consul keeps the status of a check that it knows: of a host that crashed, and of another program's.
+#[tokio::test]
+async fn an_entry_that_was_critical_passes_as_soon_as_it_is_registered_again() {
+    let consul = Consul::dev().await;
+    let mesh = consul.mesh("a", &["h1"]);
+    ready(|| mesh.identity(&service("shop"))).await;
+    let mut shop = node("a", "shop@h1");
+    // The next refresh is far beyond this test's patience.
+    shop.ttl = Some(Duration::from_secs(3600));
+    mesh.register(&shop).await.unwrap();
+    let passes = async || mesh.node("shop@h1").await.ok().flatten();
+    until("passing", passes).await;
+    for _round in 0..3 {
+        consul
+            .call(Method::PUT, "agent/check/fail/meshx:shop@h1", json!(null))
+            .await;
+        until("critical", async || passes().await.is_none().then_some(())).await;
+        mesh.register(&shop).await.unwrap();
+        assert_eq!(until("passing", passes).await, shop.instance);
+    }
+}
+
 #[tokio::test]
 async fn an_entry_that_somebody_else_removed_comes_back() {
     let consul = Consul::dev().await;

@@ -186,6 +186,7 @@ impl Registrar {
         tracing::info!(id, why, "registered again");
         if let Some(held) = self.lock().held.get_mut(id) {
             held.token = token;
+            held.changed.notify_one();
         }
         Ok(())
     }

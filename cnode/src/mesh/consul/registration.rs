@@ -61,7 +61,7 @@ pub(super) struct Held {
     address: Option<SocketAddr>,
     /// Why its check is to be critical.
     pub(super) critical: Option<String>,
-    /// Fires when that changed.
+    /// Fires when Consul is to be told of its check at once.
     pub(super) changed: Arc<Notify>,
     /// Ends its keeper.
     ended: CancellationToken,
@@ -299,12 +299,15 @@ impl Registrar {
     pub(super) fn hold(self: &Arc<Self>, entry: &Entry, token: Option<Token>, address: Option<SocketAddr>) {
         let id = entry.instance.id.clone();
         let ended = self.stop.child_token();
+        let changed = Arc::new(Notify::new());
+        // A check that Consul already knows keeps its status when it is registered anew: after a crash it is critical.
+        changed.notify_one();
         let held = Held {
             entry: entry.clone(),
             token,
             address,
             critical: None,
-            changed: Arc::default(),
+            changed,
             ended: ended.clone(),
         };
         let mut state = self.lock();

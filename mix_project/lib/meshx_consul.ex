@@ -85,7 +85,8 @@ defmodule MeshxConsul do
   Answers otherwise:
 
     * `{:ok, :already_started}` - this VM has a service of this id, and `force_registration?` is not set
-    * `{:error, :service_not_owned}` - somebody else registered it; `force_registration?` takes it over
+    * `{:error, :service_not_owned}` - somebody else registered it; `force_registration?` takes over what did not come
+      through this agent
     * `{:error, :service_alive_timeout}` - it did not pass in time, and is not registered any more
     * `{:error, :invalid_state}` - this VM has it, but the agent does not know it at present: it is being
       registered again
@@ -234,6 +235,14 @@ defmodule MeshxConsul do
              Server.disconnect(__MODULE__, keys, restart_proxy? == true),
            do: {:ok, for({{_proxy, name, _id}, :ok} <- Enum.zip(keys, answers), do: name)}
     end
+  end
+
+  @doc "Why the last connection to an upstream was refused: `%{cause, text, at}`, `at` in unix seconds."
+  @impl true
+  def refusal(upstream) do
+    with {:ok, %{"name" => name}} <- Template.upstream_params(upstream),
+         do: Meshx.Agent.refusal(name),
+         else: (_ -> :error)
   end
 
   @doc """

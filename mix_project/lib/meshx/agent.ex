@@ -86,6 +86,18 @@ defmodule Meshx.Agent do
          do: {:ok, for({{_owner, name, _id}, :ok} <- Enum.zip(keys, answers), do: name)}
   end
 
+  @impl Meshx.ServiceMesh
+  def refusal(upstream) do
+    with {:ok, name, _id} <- params(upstream),
+         {:ok, %{cause: cause, text: text, at: at} = refusal}
+         when is_atom(cause) and is_binary(text) and is_integer(at) <-
+           :meshx_agent.call(:refusal, %{node: name}, 1_000) do
+      {:ok, Map.take(refusal, [:cause, :text, :at])}
+    else
+      _nothing_known -> :error
+    end
+  end
+
   @doc false
   def child_spec(_argument), do: Server.child_spec(__MODULE__, [])
 

@@ -57,6 +57,16 @@ defmodule Meshx.ServiceMesh do
             ) :: {:ok, deleted :: [String.t()]} | {:error, reason :: term()}
 
   @doc """
+  Why the last connection to an upstream was refused, `:at` in unix seconds; `:error` when nothing is known.
+
+  Optional. A client whose connection ends before it has begun asks, to tell more than that it was reset.
+  """
+  @callback refusal(upstream :: params()) ::
+              {:ok, %{cause: atom(), text: String.t(), at: integer()}} | :error
+
+  @optional_callbacks refusal: 1
+
+  @doc """
   For adapters: `c:connect/3` of all upstreams that `fun` makes requests of, `{:ok, request}`, by one call of `connect`, which
   answers a list of results or an error. The errors of the others are in their places.
   """

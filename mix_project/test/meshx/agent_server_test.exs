@@ -249,13 +249,37 @@ defmodule Meshx.AgentServerTest do
     assert {:error, {:invalid_request, _}} = Meshx.Agent.connect(["cart"], nil, 7)
   end
 
-  test "a crash tells owners, and leaves nothing at the agent", %{agent: agent} do
-    assert {:ok, "cart-1", _address} = Meshx.Agent.start({"cart", "cart-1"}, nil, false, 5_000)
-    server = Process.whereis(Meshx.Agent)
-    GenServer.stop(server, :boom)
-    assert_receive {Meshx.Agent, :lost, "cart-1"}, 5_000
-    assert ScriptedAgent.mesh(agent).services == %{}
-    assert {:ok, "cart-1", _address} = retry_start()
+  # `:shutdown` is what `Application.stop(:meshx)` does, under owners that go on.
+  for reason <- [:boom, :shutdown, :normal] do
+    test "an end by #{inspect(reason)} tells owners, and leaves nothing at the agent",
+         %{agent: agent} do
+      assert {:ok, "cart-1", _address} = Meshx.Agent.start({"cart", "cart-1"}, nil, false, 5_000)
+      GenServer.stop(Meshx.Agent, unquote(reason))
+      assert_receive {Meshx.Agent, :lost, "cart-1"}, 5_000
+      assert ScriptedAgent.mesh(agent).services == %{}
+      assert {:ok, "cart-1", _address} = retry_start()
+    end
+  end
+
+  test "why an upstream was refused is asked of the agent", %{agent: agent} do
+    answers = [
+      {%{cause: :no_such_service, text: "nobody", at: 7, more: 1},
+       {:ok, %{cause: :no_such_service, text: "nobody", at: 7}}},
+      {%{cause: "no_such_service", text: "nobody", at: 7}, :error}
+    ]
+
+    for {answer, wanted} <- answers do
+      ScriptedAgent.set(agent, :control, fn
+        id, :refusal, %{node: "cart"}, _connection -> {:reply, {:reply, id, {:ok, answer}}}
+        _id, _command, _args, _connection -> :default
+      end)
+
+      assert Meshx.Agent.refusal("cart") == wanted
+      assert MeshxConsul.refusal("cart") == wanted
+    end
+
+    assert Meshx.Agent.refusal(7) == :error
+    assert MeshxConsul.refusal(7) == :error
   end
 
   defp retry_start do

@@ -30,6 +30,28 @@ defmodule MeshxRpc.AccessTest do
     def disconnect([_service], _proxy, _restart?), do: {:ok, []}
   end
 
+  defmodule Refusing do
+    @moduledoc false
+    # Takes each connection, as an agent does, and ends it; says why when it is asked.
+    @behaviour Meshx.ServiceMesh
+
+    @impl true
+    def start(_params, _template, _force?, _timeout), do: {:error, :unused}
+    @impl true
+    def stop(_id), do: {:error, :unused}
+    @impl true
+    def connect([{_test, address, _ago}], _template, _proxy), do: {:ok, [{:ok, address}]}
+    @impl true
+    def disconnect([_service], _proxy, _restart?), do: {:ok, []}
+
+    @impl true
+    def refusal({test, _address, ago}) do
+      send(test, :asked)
+      at = System.os_time(:second) - ago
+      {:ok, %{cause: :intention_denied, text: "web -> cart is denied", at: at}}
+    end
+  end
+
   # Nobody listens there, and nobody can: it is for documentation (RFC 5737).
   @elsewhere {:tcp, {192, 0, 2, 1}, 4_000}
 
@@ -171,6 +193,44 @@ defmodule MeshxRpc.AccessTest do
 
       await(fn -> match?([{:auth, _text}], Client.Pool.info(client).down) end)
       stop_supervised!(client)
+    end
+  end
+
+  def tell(event, _measurements, metadata, test),
+    do: send(test, {List.last(event), metadata.result})
+
+  defp refuse(listen) do
+    {:ok, socket} = :gen_tcp.accept(listen)
+    :gen_tcp.close(socket)
+    refuse(listen)
+  end
+
+  test "what a mesh refuses is told in its words, what it refused before is not" do
+    {:ok, listen} = :gen_tcp.listen(0, ip: {127, 0, 0, 1})
+    {:ok, port} = :inet.port(listen)
+    spawn_link(fn -> refuse(listen) end)
+    test = self()
+
+    for {ago, wanted} <- [{0, {:intention_denied, "web -> cart is denied"}}, {3_600, :reset}] do
+      service = {test, {:tcp, {127, 0, 0, 1}, port}, ago}
+
+      log =
+        capture_log(fn ->
+          client =
+            client_down(nil,
+              mesh: [adapter: Refusing, service: service],
+              telemetry_handler: {__MODULE__, :tell, test}
+            )
+
+          assert_receive :asked, 5_000
+          assert_receive {:hsk, {:error_rpc, reason}}, 5_000
+          assert reason == wanted or (wanted == :reset and reason in [:closed, :econnreset])
+          await(fn -> Client.Pool.info(client).down == [reason] end)
+          stop_supervised!(client)
+        end)
+
+      assert log =~ "no connection to {:tcp, {127, 0, 0, 1}, #{port}}: " and
+               log =~ if(ago == 0, do: "intention_denied: web -> cart is denied", else: ":")
     end
   end
 end

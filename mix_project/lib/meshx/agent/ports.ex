@@ -5,7 +5,7 @@ defmodule Meshx.Agent.Ports do
 
   @doc "A port that is not in `taken` and that can be listened on, from `next` on, and where to look the next time."
   @spec find(:inet.ip_address(), Range.t(), :up | :down, nil | integer(), MapSet.t()) ::
-          {:ok, :inet.port_number(), integer()} | :error
+          {:ok, :inet.port_number(), integer()} | {:error, :in_use | :inet.posix()}
   def find(ip, first..last//1, direction, next, taken) do
     size = last - first + 1
     step = if direction == :up, do: 1, else: -1
@@ -13,23 +13,21 @@ defmodule Meshx.Agent.Ports do
 
     0..(size - 1)
     |> Stream.map(&(first + Integer.mod(start - first + &1 * step, size)))
-    |> Enum.find(&(not MapSet.member?(taken, &1) and free?(ip, &1)))
-    |> case do
-      nil -> :error
-      port -> {:ok, port, port + step}
-    end
+    |> Stream.reject(&MapSet.member?(taken, &1))
+    |> Enum.find_value({:error, :in_use}, fn port ->
+      case listen(ip, port) do
+        :ok -> {:ok, port, port + step}
+        # Of this port; whatever else is wrong is so with all of them.
+        {:error, reason} when reason in [:eaddrinuse, :eacces] -> nil
+        {:error, reason} -> {:error, reason}
+      end
+    end)
   end
 
-  defp free?(ip, port) do
+  defp listen(ip, port) do
     family = if tuple_size(ip) == 8, do: :inet6, else: :inet
 
-    case :gen_tcp.listen(port, [family, ip: ip, reuseaddr: true]) do
-      {:ok, socket} ->
-        :gen_tcp.close(socket)
-        true
-
-      {:error, _reason} ->
-        false
-    end
+    with {:ok, socket} <- :gen_tcp.listen(port, [family, ip: ip, reuseaddr: true]),
+         do: :gen_tcp.close(socket)
   end
 end

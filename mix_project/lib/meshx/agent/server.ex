@@ -166,9 +166,15 @@ defmodule Meshx.Agent.Server do
       {:ok, port, next} ->
         {:reply, {:ok, port}, put_in(state.ports[key], next)}
 
-      :error ->
+      {:error, :in_use} ->
         text = "no port of #{inspect(range)} at #{:inet.ntoa(ip)} is free"
         {:reply, {:error, {:limit, text}}, state}
+
+      {:error, reason} ->
+        text =
+          "nobody can listen at #{:inet.ntoa(ip)}: #{:inet.format_error(reason)}, wanted an address of this host"
+
+        {:reply, {:error, {:invalid_request, text}}, state}
     end
   end
 
@@ -234,7 +240,7 @@ defmodule Meshx.Agent.Server do
   def handle_info(_other, state), do: {:noreply, state}
 
   @impl true
-  def terminate(reason, state) do
+  def terminate(_reason, state) do
     state = drain(state, System.monotonic_time(:millisecond) + @drain)
 
     services =
@@ -254,7 +260,8 @@ defmodule Meshx.Agent.Server do
     )
     |> Stream.run()
 
-    unless reason == :normal or reason == :shutdown or match?({:shutdown, _}, reason) do
+    # Whatever ended us, they may begin anew; not so when all of this VM ends.
+    unless match?({:stopping, _}, :init.get_status()) do
       for {id, %{owner: owner}} when is_pid(owner) <- state.services,
           do: send(owner, {state.name, :lost, id})
     end

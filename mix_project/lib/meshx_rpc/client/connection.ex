@@ -234,6 +234,10 @@ defmodule MeshxRpc.Client.Connection do
 
   defp lost(state, reason) do
     state = state |> Listing.leave() |> InFlight.close()
+
+    # A mesh takes the connection, and closes or resets it when there is nobody behind: no hello has failed then.
+    nobody = is_atom(reason) and state.agreed == nil
+    reason = if nobody, do: Dial.why(state, reason), else: reason
     state = Report.tell(state, Report.event_of(state), reason)
     Listing.forget(state.table)
     Link.close(state.link)
@@ -255,9 +259,6 @@ defmodule MeshxRpc.Client.Connection do
 
     calls = Calls.retire(calls)
     was_up = state.phase in [:up, :draining]
-
-    # A mesh takes the connection, and closes or resets it when there is nobody behind: no hello has failed then.
-    nobody = is_atom(reason) and state.agreed == nil
 
     state = %{
       state

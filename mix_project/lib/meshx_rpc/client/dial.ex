@@ -2,7 +2,7 @@ defmodule MeshxRpc.Client.Dial do
   @moduledoc false
   # Where a client's connection goes to, and its socket.
 
-  alias MeshxRpc.{Address, Options}
+  alias MeshxRpc.{Address, Options, Telemetry}
   alias MeshxRpc.Client.Upstream
 
   @doc """
@@ -19,6 +19,19 @@ defmodule MeshxRpc.Client.Dial do
          {:ok, socket} <-
            at(address, Address.connect(address, config.timeout_connect, config.socket_opts)),
          do: {:ok, address, socket}
+  end
+
+  @doc """
+  Why there is nobody behind a connection that ended with `reason` before its hello. A mesh takes each connection, and
+  ends it when it is refused further on: then it knows more.
+  """
+  @spec why(map(), reason :: atom()) :: atom() | {atom(), String.t()}
+  def why(%{config: %{mesh: nil}}, reason), do: reason
+
+  def why(%{table: table, since: since}, reason) do
+    began = System.os_time(:microsecond) - (Telemetry.now() - since)
+    [{:upstream, upstream}] = :ets.lookup(table, :upstream)
+    Upstream.refusal(upstream, div(began, 1_000_000)) || reason
   end
 
   defp address(%{mesh: nil, address: address}, _table, _failed), do: {:ok, address}

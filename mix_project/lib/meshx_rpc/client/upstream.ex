@@ -11,6 +11,17 @@ defmodule MeshxRpc.Client.Upstream do
   @spec address(pid(), MeshxRpc.Address.t() | nil) :: {:ok, MeshxRpc.Address.t()} | {:error, term()}
   def address(upstream, failed), do: GenServer.call(upstream, {:address, failed}, :infinity)
 
+  # It may be asking the agent.
+  @answer 1_500
+
+  @doc "Why the mesh has ended a connection that was made since then (unix seconds): `{cause, text}`, nil if it tells none."
+  @spec refusal(pid(), integer()) :: {atom(), String.t()} | nil
+  def refusal(upstream, since) do
+    GenServer.call(upstream, {:refusal, since}, @answer)
+  catch
+    :exit, _silent_or_gone -> nil
+  end
+
   @impl true
   def init(config) do
     Process.flag(:trap_exit, true)
@@ -27,6 +38,9 @@ defmodule MeshxRpc.Client.Upstream do
     end
   end
 
+  def handle_call({:refusal, since}, _from, %{mesh: mesh} = state),
+    do: {:reply, why(mesh, since), state}
+
   @impl true
   def handle_info(_other, state), do: {:noreply, state}
 
@@ -38,6 +52,16 @@ defmodule MeshxRpc.Client.Upstream do
       {:ok, [{:ok, address}]} -> address
       {:ok, [{:error, reason}]} -> {:error, reason}
       {:error, reason} -> {:error, reason}
+    end
+  end
+
+  defp why(mesh, since) do
+    with true <- function_exported?(mesh.adapter, :refusal, 1),
+         {:ok, %{cause: cause, text: text, at: at}} when at >= since <-
+           mesh.adapter.refusal(mesh.service) do
+      {cause, text}
+    else
+      _nothing_new -> nil
     end
   end
 

@@ -24,6 +24,8 @@ defmodule MeshxRpc.Server.Listener do
     :socket,
     :address,
     :registration,
+    # Why it is not registered, as it was told last.
+    :unregistered,
     connections: %{},
     waiting: :queue.new(),
     hellos: 0
@@ -230,7 +232,7 @@ defmodule MeshxRpc.Server.Listener do
     with {:ok, id, address} <- mesh.adapter.start(mesh.service, mesh.template, true, mesh.timeout),
          {:ok, _id} <- protected(config, id, address),
          {:ok, state} <- listen(state, address) do
-      {:noreply, accept(%{state | registration: id}, config.acceptors)}
+      {:noreply, accept(%{state | registration: id, unregistered: nil}, config.acceptors)}
     else
       # Another try would give no other address: the server does not start.
       {:unprotected, id, text} ->
@@ -238,14 +240,17 @@ defmodule MeshxRpc.Server.Listener do
         {:stop, {:no_shared_key, text}, %{state | registration: id}}
 
       other ->
-        Logger.warning(
-          "MeshxRpc.Server #{inspect(config.id)}: service #{inspect(mesh.service)} is not registered: " <>
-            "#{inspect(other)}, next try in #{@retry} ms"
-        )
+        # Once for each reason, not once for each try.
+        if other != state.unregistered do
+          Logger.warning(
+            "MeshxRpc.Server #{inspect(config.id)}: service #{inspect(mesh.service)} is not registered: " <>
+              "#{inspect(other)}, next tries each #{@retry} ms"
+          )
+        end
 
         tell(state, {:mesh, if(match?({:error, _}, other), do: elem(other, 1), else: other)})
         Process.send_after(self(), :register, @retry)
-        {:noreply, state}
+        {:noreply, %{state | unregistered: other}}
     end
   end
 

@@ -167,11 +167,25 @@ defmodule MeshxNode do
 
   # The setup timer and net_kernel itself end an attempt without a word.
   defp unexplained(node) do
-    if :meshx_dist.is_node_name(node) do
-      {:timeout,
-       "the handshake with #{node} was not done within the setup time (kernel parameter net_setuptime)"}
-    else
-      {:invalid_name, "#{node} is no node name, wanted NAME@HOST"}
+    cond do
+      not :meshx_dist.is_node_name(node) ->
+        {:invalid_name, "#{node} is no node name, wanted NAME@HOST"}
+
+      excluded?(node) ->
+        {:not_permitted,
+         "#{node} is not among the nodes that this one takes (:net_kernel.allow/1): add it there"}
+
+      true ->
+        {:timeout,
+         "the handshake with #{node} was not done within the setup time (kernel parameter net_setuptime)"}
+    end
+  end
+
+  # Without a list all are taken.
+  defp excluded?(node) do
+    case :net_kernel.allowed() do
+      {:ok, [_ | _] = allowed} -> node not in allowed
+      _all -> false
     end
   end
 

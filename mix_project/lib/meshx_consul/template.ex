@@ -49,6 +49,9 @@ defmodule MeshxConsul.Template do
         %{"name" => name} when is_binary(name) ->
           {:ok, Map.put_new(params, "id", name <> "-" <> host())}
 
+        %{"name" => other} ->
+          with {:ok, name} <- text(other, "name"), do: service_params(%{params | "name" => name})
+
         _other ->
           {:ok, params}
       end
@@ -102,6 +105,12 @@ defmodule MeshxConsul.Template do
       _wrong ->
         invalid("address is #{inspect(address)}, port #{port}, wanted an ip and 1 to 65,535")
     end
+  end
+
+  def address(%{"address" => address, "port" => port}) when address != "" do
+    invalid(
+      "address is #{inspect(address, limit: 5)}, port #{inspect(port, limit: 5)}, wanted an ip as a binary and 1 to 65,535"
+    )
   end
 
   def address(%{"socket" => other}),

@@ -159,6 +159,9 @@ defmodule MeshxConsul.TemplateTest do
     assert Template.service_params(%{name: "a", zone: 1}) ==
              {:ok, %{"name" => "a", "id" => "a-" <> host, "zone" => 1}}
 
+    assert {:error, {:invalid_request, "name is 1, wanted" <> _}} =
+             Template.service_params(%{name: 1})
+
     assert Template.address(%{"address" => "::1", "port" => 5}) ==
              {:ok, {:tcp, {0, 0, 0, 0, 0, 0, 0, 1}, 5}}
 
@@ -169,6 +172,8 @@ defmodule MeshxConsul.TemplateTest do
     for wrong <- [
           %{"address" => "undefined", "port" => 5},
           %{"address" => "127.0.0.1", "port" => -1},
+          %{"address" => "127.0.0.1", "port" => "34567"},
+          %{"address" => {127, 0, 0, 1}, "port" => 5},
           %{"socket" => 7}
         ],
         do: assert({:error, {:invalid_request, _}} = Template.address(wrong))

@@ -39,7 +39,11 @@ defmodule Meshx.Agent.Options do
       ],
       token: token("the mesh's token for this service"),
       adopt: [type: :boolean, doc: "serve what somebody else registered under this id"],
-      force: [type: :boolean, doc: "take over what somebody else registered under this id"],
+      force: [
+        type: :boolean,
+        doc:
+          "take over this id from whoever registered it with the same Consul agent, but not through this meshx agent"
+      ],
       sidecar: [
         type:
           {:custom, &sidecar/1,

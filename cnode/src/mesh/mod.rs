@@ -39,6 +39,9 @@ pub enum MeshError {
     /// The token lacks a right; the text names it.
     #[error("the mesh does not permit it: {0}")]
     Forbidden(String),
+    /// More than this agent takes of the mesh.
+    #[error("{0}")]
+    Limit(String),
     /// This kind of mesh has no such thing.
     #[error("{0}")]
     Unsupported(String),

@@ -125,6 +125,7 @@ impl From<crate::mesh::MeshError> for Refusal {
         let cause = match error {
             MeshError::Forbidden(_) => Cause::NotPermitted,
             MeshError::Unsupported(_) => Cause::Unsupported,
+            MeshError::Limit(_) => Cause::Limit,
             _ => Cause::NotReady,
         };
         cause.because(error.to_string())

@@ -208,6 +208,36 @@ async fn whoever_only_dials_needs_no_right_to_be_the_target() {
 }
 
 #[tokio::test]
+async fn whose_token_is_gone_is_told_with_what_to_do() {
+    let consul = Consul::with_acl().await;
+    for (whose, fix) in [("client", "the service's program"), ("agent", "the token file")] {
+        consul.policy(whose, &format!("{AGENT} {}", being("shop"))).await;
+        let token = consul.token_of(whose).await;
+        let secret = token["SecretID"].as_str().unwrap();
+        let other = consul.policy(&format!("other-than-{whose}"), AGENT).await;
+        let own = if whose == "agent" { secret } else { &other };
+        let mesh = open(consul.settings(Some(own)), whose, &["h1"]);
+        if whose == "client" {
+            let token = Token::new(secret.to_owned());
+            mesh.present_token(&service("shop"), token).await.unwrap();
+        }
+        mesh.register(&plain(whose, "shop", &format!("shop-{whose}")))
+            .await
+            .unwrap();
+        let path = format!("acl/token/{}", token["AccessorID"].as_str().unwrap());
+        consul.call(Method::DELETE, &path, Value::Null).await;
+        let gone = until("the finding", async || {
+            let findings = mesh.findings().await;
+            findings
+                .into_iter()
+                .find(|found| found.what == "acl" && found.level == Level::Error)
+        })
+        .await;
+        assert!(gone.fix.contains(fix), "{gone:?}");
+    }
+}
+
+#[tokio::test]
 async fn a_rotated_token_takes_over_without_a_gap() {
     let consul = Consul::with_acl().await;
     let rules = format!("{AGENT} {}", being("shop"));

@@ -260,8 +260,8 @@ impl Options {
         }
         if self.extra.contains_key("Checks") && self.token.is_none() {
             return Err(Cause::NotPermitted.because(
-                "registration: Checks: a check that Consul makes runs with Consul's rights; give the option token, \
-                 or leave it to the agent's own check (ttl)",
+                "registration: Checks: a check that Consul makes runs with Consul's rights; bring a Consul token \
+                 (option token; of MeshxConsul X-Consul-Token), or leave it to the agent's own check (ttl)",
             ));
         }
         let own_proxy = self

@@ -199,7 +199,7 @@ impl Certificates {
         }
         leaves.remove(service);
         let slot = self.slots.take().ok_or_else(|| {
-            MeshError::Unavailable(format!(
+            MeshError::Limit(format!(
                 "the certificates of {} services are in use, that of {service} is not taken (CERTIFICATES_MAX)",
                 self.slots.count
             ))

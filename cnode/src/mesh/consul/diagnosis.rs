@@ -313,6 +313,7 @@ impl Right {
 }
 
 async fn hold(mesh: &ConsulMesh, whose: &str, token: Option<Token>, wanted: &[Right]) -> Vec<Finding> {
+    let own = token.is_none();
     let asked: Vec<_> = wanted
         .iter()
         .map(|right| json!({ "Resource": right.resource, "Access": right.access, "Segment": right.name }))
@@ -363,7 +364,11 @@ async fn hold(mesh: &ConsulMesh, whose: &str, token: Option<Token>, wanted: &[Ri
         Err(fault @ Fault::UnknownToken(_)) => acl(
             Level::Error,
             fault.to_string(),
-            "put a token that Consul knows into the token file",
+            if own {
+                "put a token that Consul knows into the token file"
+            } else {
+                "the service's program is to bring another one (option token; of MeshxConsul X-Consul-Token)"
+            },
         ),
         Err(fault) => acl(Level::Warning, format!("rights cannot be seen: {fault}"), ""),
     }

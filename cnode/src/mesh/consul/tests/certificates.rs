@@ -1,6 +1,7 @@
 //! Certificates that are not what they should be.
 
 use super::*;
+use crate::proxy::cause::{Cause, Refusal};
 
 pub(super) struct Authority {
     trust_domain: String,
@@ -245,6 +246,7 @@ async fn so_many_certificates_are_watched_and_no_more() {
     }
     let error = identity_of(&mesh, "more").await.unwrap_err();
     assert!(error.to_string().contains("CERTIFICATES_MAX"), "{error}");
+    assert_eq!(Refusal::from(error).cause, Cause::Limit);
     assert!(identity_of(&mesh, "s0").await.is_ok());
     mesh.certificates.forget(&service("s1"));
     until(async || identity_of(&mesh, "more").await.ok()).await;

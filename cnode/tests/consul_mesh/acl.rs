@@ -237,6 +237,43 @@ async fn whose_token_is_gone_is_told_with_what_to_do() {
     }
 }
 
+/// Consul takes an entry away with the token that it was registered with.
+#[tokio::test]
+async fn an_entry_goes_also_when_its_first_token_is_gone() {
+    let consul = Consul::with_acl().await;
+    let agent = consul.policy("agent", AGENT).await;
+    consul.policy("shop", &being("shop")).await;
+    let mesh = open(consul.settings(Some(&agent)), "a", &["h1"]);
+    let shop = service("shop");
+    let mut entry = plain("a", "shop", "shop-1");
+    // The next refresh is far beyond this test's patience.
+    entry.ttl = Some(Duration::from_secs(3600));
+    let (old, new) = (consul.token_of("shop").await, consul.token_of("shop").await);
+    let token = |token: &Value| Token::new(token["SecretID"].as_str().unwrap().to_owned());
+    mesh.present_token(&shop, token(&old)).await.unwrap();
+    mesh.register(&entry).await.unwrap();
+    let passes = async || {
+        let found = mesh.instances(&shop).await.ok()?;
+        Some(!found.is_empty())
+    };
+    until("passing", async || passes().await.filter(|passes| *passes)).await;
+    // It passes again once it is registered with the new token, and refreshed.
+    consul
+        .call(Method::PUT, "agent/check/fail/meshx:shop-1", Value::Null)
+        .await;
+    until("critical", async || passes().await.filter(|passes| !passes)).await;
+    mesh.present_token(&shop, token(&new)).await.unwrap();
+    until("passing", async || passes().await.filter(|passes| *passes)).await;
+    let path = format!("acl/token/{}", old["AccessorID"].as_str().unwrap());
+    consul.call(Method::DELETE, &path, Value::Null).await;
+    mesh.deregister("shop-1").await.unwrap();
+    until("its end", async || {
+        let found = consul.get("catalog/service/shop").await;
+        found.as_array().unwrap().is_empty().then_some(())
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn a_rotated_token_takes_over_without_a_gap() {
     let consul = Consul::with_acl().await;

@@ -283,6 +283,7 @@ impl Certificates for ConsulMesh {
             self.certificates.try_token(&service, &token).await?;
             if self.tokens.set(&service, token)? {
                 self.certificates.forget(&service);
+                self.registrar.refresh_soon(&service);
             }
             Ok(())
         })

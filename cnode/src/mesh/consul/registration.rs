@@ -188,6 +188,15 @@ impl Registrar {
         }
     }
 
+    /// Another token speaks for the service: its entries are registered anew with it. Consul would else take them away
+    /// with the old one, which may be gone.
+    pub(super) fn refresh_soon(&self, service: &ServiceName) {
+        let state = self.lock();
+        let of_service = state.held.values();
+        let of_service = of_service.filter(|held| held.entry.instance.service == *service);
+        of_service.for_each(|held| held.changed.notify_one());
+    }
+
     /// Why the check of an entry that is held is to be critical.
     pub(super) fn critical(&self, id: &str) -> Option<String> {
         self.lock().held.get(id)?.critical.clone()

@@ -5,7 +5,7 @@ mod node_support;
 
 use std::time::Duration;
 
-use meshx::node::{CallError, Caller, ConnectError, Context, Message, RpcError, SendError, Server};
+use meshx::node::{CallError, Caller, ConnectError, Context, Message, Request, RpcError, SendError, Server};
 use meshx_etf::{Reference, Term};
 use node_support::{Epmd, LONG, soon};
 
@@ -361,6 +361,40 @@ async fn a_process_calls_and_drops_what_comes_too_late() {
         .await;
     assert!(matches!(gone, Err(CallError::NoProcess(_))), "{gone:?}");
     assert!(main.recv_timeout(Duration::ZERO).await.is_err());
+}
+
+/// As in `select!`: the answer may be on its way still, or in the queue already.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_call_that_is_dropped_leaves_nothing_of_itself() {
+    let epmd = Epmd::start().await;
+    let node = epmd.node("search@127.0.0.1").await;
+    let mut server = node.register("server").unwrap();
+    let mut main = node.mailbox();
+    for answered_before in [false, true] {
+        server.send(main.pid(), &Term::atom("before")).await.unwrap();
+        let target = ("server", "search@127.0.0.1");
+        let mut call = Box::pin(main.gen_call(target, Term::Int(1), LONG));
+        assert!(futures::poll!(call.as_mut()).is_pending());
+        let request = soon(server.recv()).await.unwrap();
+        let Request::Call(_, caller) = Request::from_message(request, &server) else {
+            panic!("no call")
+        };
+        server.send(caller.pid(), &Term::atom("meanwhile")).await.unwrap();
+        if answered_before {
+            caller.reply(Term::atom("late")).await.unwrap();
+            drop(call);
+        } else {
+            drop(call);
+            caller.reply(Term::atom("late")).await.unwrap();
+        }
+        server.send(main.pid(), &Term::atom("after")).await.unwrap();
+        for wanted in ["before", "meanwhile", "after"] {
+            let Some(Message::Term { term, .. }) = soon(main.recv()).await else {
+                panic!("no message")
+            };
+            assert_eq!(term, Term::atom(wanted), "answered before: {answered_before}");
+        }
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -144,17 +144,31 @@ pub(crate) async fn gen_call_from(
     timeout: Duration,
 ) -> Result<Term, CallError> {
     let alias = mailbox.reply_alias();
-    let answer = tokio::time::timeout(timeout, ask(mailbox, target, request, Some(&alias))).await;
-    mailbox.unalias(&alias);
-    match answer {
-        Ok(answer) => answer,
-        Err(_) => {
-            // An answer that came at this very moment waits for nobody any more.
-            let tag = alias_tag(&alias);
-            let _ = mailbox
-                .recv_where(Duration::ZERO, |message| is_answer(message, &tag))
-                .await;
-            Err(CallError::Timeout(timeout))
+    let mut call = ByAlias {
+        mailbox,
+        alias,
+        answered: false,
+    };
+    let asked = ask(call.mailbox, target, request, Some(&call.alias));
+    let answer = tokio::time::timeout(timeout, asked).await;
+    call.answered = matches!(answer, Ok(Ok(_)));
+    answer.unwrap_or(Err(CallError::Timeout(timeout)))
+}
+
+/// Ends an alias when the call is over, or given up, also by a caller who drops it.
+struct ByAlias<'a> {
+    mailbox: &'a mut Mailbox,
+    alias: Reference,
+    answered: bool,
+}
+
+impl Drop for ByAlias<'_> {
+    fn drop(&mut self) {
+        self.mailbox.unalias(&self.alias);
+        if !self.answered {
+            // An answer that has come already waits for nobody any more.
+            let tag = alias_tag(&self.alias);
+            self.mailbox.discard(|message| is_answer(message, &tag));
         }
     }
 }

@@ -203,9 +203,7 @@ impl Mailbox {
         mut wanted: impl FnMut(&Message) -> bool,
     ) -> Result<Message, RecvError> {
         self.forget_when_killed();
-        let found = self.aside.iter().position(|(message, _)| wanted(message));
-        if let Some((message, cost)) = found.and_then(|at| self.aside.remove(at)) {
-            self.process.give_out(cost);
+        if let Some(message) = self.take_aside(&mut wanted) {
             return Ok(message);
         }
         let search = async {
@@ -223,6 +221,32 @@ impl Mailbox {
         };
         let found = tokio::time::timeout(timeout, search).await;
         found.map_err(|_| RecvError::Timeout(timeout))?
+    }
+
+    /// Drops the oldest message of this kind, if it has come. Others stay, in order.
+    pub(crate) fn discard(&mut self, unwanted: impl Fn(&Message) -> bool) {
+        self.forget_when_killed();
+        if self.take_aside(&unwanted).is_some() {
+            return;
+        }
+        while let Ok(Some(item)) = self.process.take() {
+            let cost = item.cost();
+            let Some(message) = self.decoded(item) else {
+                continue;
+            };
+            if unwanted(&message) {
+                return;
+            }
+            self.process.set_aside(cost);
+            self.aside.push_back((message, cost));
+        }
+    }
+
+    fn take_aside(&mut self, mut wanted: impl FnMut(&Message) -> bool) -> Option<Message> {
+        let at = self.aside.iter().position(|(message, _)| wanted(message))?;
+        let (message, cost) = self.aside.remove(at)?;
+        self.process.give_out(cost);
+        Some(message)
     }
 
     fn forget_when_killed(&mut self) {
@@ -354,7 +378,8 @@ impl Mailbox {
     }
 
     /// `gen_server:call(Target, Request, Timeout)` from this process: a server sees its pid. Other messages stay where
-    /// they are meanwhile. An answer that comes too late is dropped: it is sent to an alias that has ended.
+    /// they are meanwhile. An answer that comes too late is dropped: it is sent to an alias that has ended, also when
+    /// the call itself is dropped before its time.
     ///
     /// # Errors
     /// [`CallError`].
@@ -390,10 +415,7 @@ impl Mailbox {
         self.process.flush_down(reference);
         let is_down =
             |message: &Message| matches!(message, Message::Down { reference: down, .. } if down == reference);
-        let found = self.aside.iter().position(|(message, _)| is_down(message));
-        if let Some((_, cost)) = found.and_then(|at| self.aside.remove(at)) {
-            self.process.give_out(cost);
-        }
+        self.take_aside(is_down);
     }
 
     /// Links to a process, as `link/1` does: when it ends, [`Message::Exit`] comes; when this mailbox ends, it gets an

@@ -110,7 +110,7 @@ impl Connection {
         !self.told.swap(true, Ordering::AcqRel)
     }
 
-    /// Held for short, synchronous sections only, and never while a message is delivered or sent.
+    /// Held for short, synchronous sections only, and never while a message is delivered or encoded.
     pub(crate) fn watch(&self) -> MutexGuard<'_, Watch> {
         self.watch.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -28,6 +28,7 @@ use super::mailbox::{Message, SpawnOptions};
 use super::outbound::{Origin, Room};
 use super::policy::{Kept, Reconnect};
 use super::process::{Item, Process, Processes};
+use super::request::{self, Entry};
 use super::watch::{Outgoing, Spawning, Watch};
 use super::wire;
 
@@ -225,9 +226,8 @@ impl Inner {
         let Ok(connection) = self.connect(&node).await else {
             return self.down(&from, reference, target, noconnection());
         };
-        connection.watch().monitor(reference.clone(), outgoing);
-        let asked = self.ask(&connection, process, &reference, control, None).await;
-        if asked.is_err() {
+        let entry = Entry::Monitor(reference.clone(), outgoing);
+        if request::ask(&connection, control, None, entry).await.is_err() {
             self.down(&from, reference, target, noconnection());
         }
         self.sweep(process);
@@ -273,12 +273,14 @@ impl Inner {
         let Ok(connection) = self.connect(&to.node).await else {
             return broken();
         };
-        let new = connection.watch().link(from, to.clone());
-        if new && self.post(&connection, control, None).await.is_err() {
-            let broke = connection.watch().link_broke(from, to);
-            if broke.is_some() {
-                broken();
-            }
+        // One that is there already has nothing to wait for.
+        let known = {
+            let mut watch = connection.watch();
+            watch.is_linked(from, to) && !watch.link(from, to.clone())
+        };
+        let entry = Entry::Link(from.clone(), to.clone());
+        if !known && request::ask(&connection, control, None, entry).await.is_err() {
+            broken();
         }
         self.sweep(process);
     }
@@ -363,9 +365,9 @@ impl Inner {
                 what: "a spawn request",
             });
         }
-        connection.watch().spawn(id.clone(), spawning);
         let args = Term::List(args);
-        self.ask(&connection, process, &id, request, Some(&args)).await?;
+        let entry = Entry::Spawn(id.clone(), spawning);
+        request::ask(&connection, request, Some(&args), entry).await?;
         Ok(id)
     }
 
@@ -383,30 +385,6 @@ impl Inner {
         let _ = dispatch::handle(self, &Peer::Local, wire::local(control, payload));
     }
 
-    /// Sends a request that is in the connection's [`Watch`] already, waiting for room. An error that the end of the
-    /// connection has told is none.
-    async fn ask(
-        &self,
-        connection: &Connection,
-        process: &Process,
-        reference: &Reference,
-        control: Control,
-        payload: Option<&Term>,
-    ) -> Result<(), SendError> {
-        let mut unsent = Unsent {
-            connection,
-            process,
-            reference,
-            given_up: true,
-        };
-        let sent = self.post(connection, control, payload).await;
-        unsent.given_up = false;
-        match sent {
-            Err(error) if connection.watch().forget(reference) => Err(error),
-            _ => Ok(()),
-        }
-    }
-
     /// Sends a signal, waiting for room.
     async fn post(
         &self,
@@ -415,23 +393,6 @@ impl Inner {
         payload: Option<&Term>,
     ) -> Result<(), SendError> {
         queue(connection, Room::Send, None, control, payload).await
-    }
-}
-
-/// A request that waits for room. Whoever gives it up never learns its reference, so it leaves nothing behind.
-struct Unsent<'a> {
-    connection: &'a Connection,
-    process: &'a Process,
-    reference: &'a Reference,
-    given_up: bool,
-}
-
-impl Drop for Unsent<'_> {
-    fn drop(&mut self) {
-        if self.given_up && !self.connection.watch().forget(self.reference) {
-            // The end of the connection has told it.
-            self.process.flush_down(self.reference);
-        }
     }
 }
 
@@ -488,6 +449,6 @@ pub(crate) fn demonitor(monitor: Outgoing, reference: &Reference) -> Control {
     }
 }
 
-fn disconnected(connection: &Connection) -> SendError {
+pub(crate) fn disconnected(connection: &Connection) -> SendError {
     SendError::Disconnected(connection.node.as_str().to_owned())
 }

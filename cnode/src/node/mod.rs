@@ -81,6 +81,7 @@ mod payload;
 mod plain;
 mod policy;
 mod process;
+mod request;
 mod rex;
 mod route;
 mod rpc;

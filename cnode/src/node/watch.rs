@@ -141,6 +141,11 @@ impl Watch {
         Ok(())
     }
 
+    pub(crate) fn is_linked(&self, local: &Pid, remote: &Pid) -> bool {
+        let link = self.locals.get(local).and_then(|at| at.links.get(remote));
+        matches!(link, Some(Link::Up { .. }))
+    }
+
     /// A link asked for here; false when it is there already, and nothing is to be sent.
     pub(crate) fn link(&mut self, local: &Pid, remote: Pid) -> bool {
         let links = &mut self.locals.entry(local.clone()).or_default().links;
@@ -247,11 +252,6 @@ impl Watch {
         let spawning = self.spawning.remove(id)?;
         self.at(&spawning.local, |at| at.spawning.remove(id));
         Some(spawning)
-    }
-
-    /// A monitor or a spawn request made here that was not sent; false when there is none any more.
-    pub(crate) fn forget(&mut self, reference: &Reference) -> bool {
-        self.take_outgoing(reference).is_some() || self.take_spawning(reference).is_some()
     }
 
     /// All that hangs on one process here, which ends.
@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn a_spawn_request_ends_with_its_process_or_when_it_is_not_sent() {
+    fn a_spawn_request_ends_with_its_process_or_its_answer() {
         let mut watch = Watch::new(10);
         let spawning = || Spawning {
             local: pid("a@h", 1),
@@ -401,8 +401,8 @@ mod tests {
             monitor: true,
         };
         watch.spawn(reference(1), spawning());
-        assert!(watch.forget(&reference(1)));
-        assert!(!watch.forget(&reference(1)));
+        assert_eq!(watch.take_spawning(&reference(1)), Some(spawning()));
+        assert_eq!(watch.take_spawning(&reference(1)), None);
         assert_eq!((watch.spawning.len(), watch.locals.len()), (0, 0));
         watch.spawn(reference(2), spawning());
         watch.take_process(&pid("a@h", 2));

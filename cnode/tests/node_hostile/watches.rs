@@ -6,9 +6,9 @@ use futures::FutureExt;
 
 use crate::node_support::{COOKIE, LONG, soon};
 use crate::scene::{EVIL, Raw, Scene, monitor, pid, reference};
-use meshx::node::{CallError, DownReason, Limits, Message, RecvError, RpcError, SpawnOptions};
+use meshx::node::{CallError, DownReason, Limits, Mailbox, Message, RecvError, RpcError, SpawnOptions};
 use meshx_dist::control::{Control, Proc, SpawnResult};
-use meshx_etf::Term;
+use meshx_etf::{Pid, Term};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn links_and_monitors_of_one_peer_are_bounded() {
@@ -191,8 +191,8 @@ async fn a_process_that_is_started_too_late_is_let_go() {
     assert!(matches!(nothing, Err(RecvError::Timeout(_))), "{nothing:?}");
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn requests_that_are_given_up_before_they_are_sent_leave_nothing_behind() {
+/// A bad peer that does not read, and no room on its connection.
+async fn full() -> (Scene, Raw) {
     let limits = Limits {
         send_queue_bytes: 4,
         ..Limits::default()
@@ -200,14 +200,92 @@ async fn requests_that_are_given_up_before_they_are_sent_leave_nothing_behind() 
     let mut scene = Scene::new(limits).await;
     let raw = Raw::connect(&scene.epmd, COOKIE).await.unwrap();
     scene.up().await;
-    let target = || ("nobody", EVIL);
-    let options = SpawnOptions::new().link().monitor();
-    let [mut monitoring, mut calling, mut spawning] = [(); 3].map(|()| scene.node.mailbox());
     // Several of which the sockets between the two do not hold one.
     let filler = scene.node.mailbox();
     let large = Term::binary(vec![0; 16 << 20]);
-    while filler.send(target(), &large).now_or_never().is_some() {}
+    while filler.send(("nobody", EVIL), &large).now_or_never().is_some() {}
+    (scene, raw)
+}
 
+/// Reads on until the signals of these processes of the node have come, and gives them.
+async fn signals(raw: &mut Raw, of: [&Pid; 2], count: usize) -> [Vec<Control>; 2] {
+    let mut received = raw.listen();
+    let mut signals = [vec![], vec![]];
+    while signals.iter().any(|signals| signals.len() < count) {
+        let control = received.next(raw).await;
+        let (Control::Link { from, .. }
+        | Control::PayloadExit { from, .. }
+        | Control::MonitorP { from, .. }
+        | Control::DemonitorP { from, .. }) = &control
+        else {
+            continue;
+        };
+        let at = of.iter().position(|pid| *pid == from).unwrap();
+        signals[at].push(control);
+    }
+    signals
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_that_is_given_up_before_it_is_sent_is_made_by_the_next() {
+    let (scene, mut raw) = full().await;
+    let [given_up, twice] = [(); 2].map(|()| scene.node.mailbox());
+    let target = pid(9);
+    assert_eq!(given_up.link(&target).now_or_never(), None);
+    let again = given_up.link(&target);
+    // Two at once, of which the first is given up.
+    let mut first = Box::pin(twice.link(&target));
+    let mut second = Box::pin(twice.link(&target));
+    assert!(futures::poll!(first.as_mut()).is_pending());
+    assert!(futures::poll!(second.as_mut()).is_pending(), "not linked yet");
+    drop(first);
+    let read = signals(&mut raw, [given_up.pid(), twice.pid()], 1);
+    let (seen, (), ()) = soon(async { tokio::join!(read, again, second) }).await;
+    let link = |mailbox: &Mailbox| {
+        vec![Control::Link {
+            from: mailbox.pid().clone(),
+            to: target.clone(),
+        }]
+    };
+    assert_eq!(seen, [link(&given_up), link(&twice)]);
+    // It is there: nothing is sent, and nothing waited for.
+    assert_eq!(twice.link(&target).now_or_never(), Some(()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_end_of_a_process_comes_behind_what_it_had_asked_for() {
+    let (scene, mut raw) = full().await;
+    let [linking, monitoring, killer] = [(); 3].map(|()| scene.node.mailbox());
+    let target = pid(9);
+    let mut link = Box::pin(linking.link(&target));
+    let mut monitor = Box::pin(monitoring.monitor(&target));
+    assert!(futures::poll!(link.as_mut()).is_pending());
+    assert!(futures::poll!(monitor.as_mut()).is_pending());
+    for mailbox in [&linking, &monitoring] {
+        killer.exit(mailbox.pid(), &Term::atom("kill")).await.unwrap();
+        assert_eq!(mailbox.ended(), Some(Term::atom("killed")));
+    }
+    let read = signals(&mut raw, [linking.pid(), monitoring.pid()], 2);
+    let ([links, monitors], (), _) = soon(async { tokio::join!(read, link, monitor) }).await;
+    assert!(
+        matches!(links[..], [Control::Link { .. }, Control::PayloadExit { .. }]),
+        "{links:?}"
+    );
+    assert!(
+        matches!(
+            monitors[..],
+            [Control::MonitorP { .. }, Control::DemonitorP { .. }]
+        ),
+        "{monitors:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_are_given_up_before_they_are_sent_leave_nothing_behind() {
+    let (mut scene, raw) = full().await;
+    let target = || ("nobody", EVIL);
+    let options = SpawnOptions::new().link().monitor();
+    let [mut monitoring, mut calling, mut spawning] = [(); 3].map(|()| scene.node.mailbox());
     assert_eq!(monitoring.monitor(target()).now_or_never(), None);
     let call = calling.gen_call(target(), Term::Int(1), LONG).now_or_never();
     assert!(call.is_none(), "{call:?}");

@@ -20,7 +20,7 @@ mod tests;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, Semaphore, SemaphorePermit, TryAcquireError};
 
 pub(crate) use waiting::{Batch, Origin};
 use waiting::{Share, Waiting};
@@ -46,6 +46,13 @@ pub(crate) enum Room {
     Send,
     /// Answers to calls.
     Reply,
+}
+
+/// Room for one message. It comes back when it is dropped, or once what was queued in it is written.
+#[derive(Debug)]
+pub(crate) struct Reserved<'a> {
+    permit: SemaphorePermit<'a>,
+    share: Share,
 }
 
 #[derive(Debug)]
@@ -100,13 +107,10 @@ impl Outbound {
         origin: Origin,
         frames: &mut Vec<u8>,
     ) -> Result<bool, QueueError> {
-        let (semaphore, permits, share) = self.price(room, frames.len());
-        match semaphore.try_acquire_many(permits) {
-            Ok(permit) => permit.forget(),
-            Err(tokio::sync::TryAcquireError::NoPermits) => return Ok(false),
-            Err(tokio::sync::TryAcquireError::Closed) => return Err(QueueError::Closed),
+        match self.try_reserve(room, frames.len())? {
+            Some(reserved) => self.push_reserved(reserved, origin, frames).map(|()| true),
+            None => Ok(false),
         }
-        self.push(origin, frames, share).map(|()| true)
     }
 
     /// Queues whole frames once there is room for them.
@@ -116,10 +120,37 @@ impl Outbound {
         origin: Origin,
         mut frames: Vec<u8>,
     ) -> Result<(), QueueError> {
-        let (semaphore, permits, share) = self.price(room, frames.len());
+        let reserved = self.reserve(room, frames.len()).await?;
+        self.push_reserved(reserved, origin, &mut frames)
+    }
+
+    /// Room for a message of this length, if there is some at once.
+    pub(crate) fn try_reserve(&self, room: Room, len: usize) -> Result<Option<Reserved<'_>>, QueueError> {
+        let (semaphore, permits, share) = self.price(room, len);
+        match semaphore.try_acquire_many(permits) {
+            Ok(permit) => Ok(Some(Reserved { permit, share })),
+            Err(TryAcquireError::NoPermits) => Ok(None),
+            Err(TryAcquireError::Closed) => Err(QueueError::Closed),
+        }
+    }
+
+    /// Waits for room for a message of this length.
+    pub(crate) async fn reserve(&self, room: Room, len: usize) -> Result<Reserved<'_>, QueueError> {
+        let (semaphore, permits, share) = self.price(room, len);
         let permit = semaphore.acquire_many(permits).await;
-        permit.map_err(|_| QueueError::Closed)?.forget();
-        self.push(origin, &mut frames, share)
+        let permit = permit.map_err(|_| QueueError::Closed)?;
+        Ok(Reserved { permit, share })
+    }
+
+    /// Queues whole frames in the room that was reserved for them.
+    pub(crate) fn push_reserved(
+        &self,
+        reserved: Reserved<'_>,
+        origin: Origin,
+        frames: &mut Vec<u8>,
+    ) -> Result<(), QueueError> {
+        reserved.permit.forget();
+        self.push(origin, frames, reserved.share)
     }
 
     /// A large message takes no more than a part of the room, so that others find some beside it.

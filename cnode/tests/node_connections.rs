@@ -228,6 +228,35 @@ async fn a_kept_connection_comes_back_until_it_is_given_up() {
     assert!(tokio::time::timeout(QUICK.max * 5, events.recv()).await.is_err());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_is_kept_also_when_its_first_attempt_is_not_awaited() {
+    let epmd = Epmd::start().await;
+    let builder = epmd.builder("a@127.0.0.1").reconnect(Reconnect::Keep(QUICK));
+    let node = builder.start().await.unwrap();
+    // Says nothing until it is closed.
+    let peer = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    epmd.add("b", peer.local_addr().unwrap().port());
+    let attempt = tokio::select! {
+        biased;
+        connected = node.connect("b@127.0.0.1") => panic!("{connected:?}"),
+        attempt = peer.accept() => attempt.unwrap(),
+    };
+    drop(attempt);
+    for _ in 0..2 {
+        drop(soon(peer.accept()).await.unwrap());
+    }
+    // What is no name is not dialled again and again, and one's own is no peer.
+    let invalid = node.connect("b").await;
+    assert!(
+        matches!(invalid, Err(ConnectError::InvalidName(_))),
+        "{invalid:?}"
+    );
+    node.connect("a@127.0.0.1").await.unwrap();
+    node.clone().stop().await;
+    let down = node.connect("c@127.0.0.1").await;
+    assert!(matches!(down, Err(ConnectError::NodeDown)), "{down:?}");
+}
+
 /// Both ends dial at the same moment, again and again. There is one connection then, and no message is lost with
 /// another: OTP's rule is that of two attempts the one of the greater name goes on.
 #[tokio::test(flavor = "multi_thread")]

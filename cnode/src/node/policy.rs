@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::backoff::{Attempts, Backoff};
-use super::connection::Connection;
+use super::connections::is_node_name;
 use super::error::ConnectError;
 use super::inner::Inner;
 
@@ -79,37 +79,37 @@ impl Inner {
         if *node == self.name {
             return Ok(());
         }
+        let Reconnect::Keep(backoff) = self.reconnect else {
+            return self.dial_or_wait(node).await.map(drop);
+        };
+        if !is_node_name(node.as_str()) {
+            return Err(ConnectError::InvalidName(node.as_str().to_owned()));
+        }
+        // Before anything is waited for: it is kept also when this caller gives up.
+        let token = self.stop.child_token();
+        let added = self.kept.add(node, &token);
+        if added {
+            self.spawn(Arc::clone(self).keep(node.clone(), backoff, token));
+        }
+        // The attempt that `keep` begins with is the same.
         let first = self.dial_or_wait(node).await;
-        let hopeless = matches!(first, Err(ConnectError::InvalidName(_) | ConnectError::NodeDown));
-        if let Reconnect::Keep(backoff) = self.reconnect
-            && !hopeless
-        {
-            let token = self.stop.child_token();
-            if self.kept.add(node, &token) {
-                self.spawn(Arc::clone(self).keep(node.clone(), first.clone().ok(), backoff, token));
-            }
+        if added && matches!(first, Err(ConnectError::NodeDown)) {
+            self.kept.remove(node);
         }
         first.map(drop)
     }
 
-    async fn keep(
-        self: Arc<Self>,
-        node: Atom,
-        mut connection: Option<Arc<Connection>>,
-        backoff: Backoff,
-        token: CancellationToken,
-    ) {
+    async fn keep(self: Arc<Self>, node: Atom, backoff: Backoff, token: CancellationToken) {
         let mut attempts = Attempts::new(backoff);
         let keeping = async {
             loop {
-                if let Some(connection) = connection.take() {
+                // A failure is in the log; the next attempt may go better.
+                if let Ok(connection) = self.dial_or_wait(&node).await {
                     let since = Instant::now();
                     connection.over().await;
                     attempts.succeeded(since.elapsed());
                 }
                 tokio::time::sleep(attempts.wait()).await;
-                // Its failure is in the log; the next attempt may go better.
-                connection = self.dial_or_wait(&node).await.ok();
             }
         };
         token.run_until_cancelled(keeping).await;

@@ -8,7 +8,7 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use meshx::node::{
-    Backoff, ConnectError, DownReason, Message, Node, NodeEvent, Reconnect, SendError, StartError,
+    Backoff, ConnectError, DownReason, Limits, Message, Node, NodeEvent, Reconnect, SendError, StartError,
 };
 use meshx_dist::flags::DistFlags;
 use meshx_dist::framing::HandshakeDecoder;
@@ -255,6 +255,23 @@ async fn a_connection_is_kept_also_when_its_first_attempt_is_not_awaited() {
     node.clone().stop().await;
     let down = node.connect("c@127.0.0.1").await;
     assert!(matches!(down, Err(ConnectError::NodeDown)), "{down:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn any_number_of_handshakes_lets_peers_in() {
+    let epmd = Epmd::start().await;
+    for handshakes in [0, usize::MAX] {
+        let limits = Limits {
+            handshakes,
+            ..Limits::default()
+        };
+        let node = epmd.builder("a@127.0.0.1").limits(limits).start().await.unwrap();
+        let friend = epmd.node("b@127.0.0.1").await;
+        friend.ping("a@127.0.0.1", LONG).await.unwrap();
+        friend.stop().await;
+        node.stop().await;
+        epmd.until_free("a@127.0.0.1").await;
+    }
 }
 
 /// Both ends dial at the same moment, again and again. There is one connection then, and no message is lost with

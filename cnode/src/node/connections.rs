@@ -297,7 +297,8 @@ impl Inner {
 
     /// Accepts connections until the node shuts down.
     pub(crate) async fn accept_all(self: Arc<Self>, listener: Listener) {
-        let permits = Arc::new(Semaphore::new(self.limits.handshakes));
+        let handshakes = self.limits.handshakes.clamp(1, Semaphore::MAX_PERMITS);
+        let permits = Arc::new(Semaphore::new(handshakes));
         loop {
             let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
                 return;

@@ -22,7 +22,7 @@ pub struct Limits {
     /// Connections at one time, in both directions together. Further ones are refused. Default 1,024.
     pub connections: usize,
     /// Accepted connections whose handshake is not done yet. Further ones wait in the listener's queue.
-    /// Default 64.
+    /// At least 1, whatever is set. Default 64.
     pub handshakes: usize,
     /// Time for a whole handshake, in which no single peer can hold a slot longer. Default 7 s, as in OTP.
     pub handshake_time: Duration,

@@ -70,7 +70,7 @@ impl Epmd {
     }
 
     /// Who has stopped has closed its registration: this reads of it a moment later.
-    async fn until_free(&self, name: &str) {
+    pub async fn until_free(&self, name: &str) {
         // An EPMD knows the part before the host.
         let short = name.split('@').next().unwrap().as_bytes();
         let free = || !self.names.lock().unwrap().contains_key(short);

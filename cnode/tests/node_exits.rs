@@ -258,6 +258,40 @@ async fn a_mailbox_can_be_ended_or_trap() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn normal_ends_who_sends_it_to_itself() {
+    let epmd = Epmd::start().await;
+    let node = epmd.node("search@127.0.0.1").await;
+    let mut beam = epmd.beam("cart@127.0.0.1").await;
+    let normal = Term::atom("normal");
+    let mut main = node.mailbox();
+    main.exit(main.pid(), &normal).await.unwrap();
+    let own = Message::Exit {
+        from: main.pid().clone(),
+        reason: normal.clone(),
+    };
+    assert_eq!(soon(main.recv()).await, Some(own), "it traps");
+    main.trap_exit(false);
+    node.mailbox().exit(main.pid(), &normal).await.unwrap();
+    assert_eq!(main.ended(), None, "another sent it");
+
+    let watcher = node.mailbox();
+    let reference = watcher.monitor(main.pid()).await;
+    main.exit(main.pid(), &normal).await.unwrap();
+    assert_eq!(main.ended(), Some(normal.clone()));
+    assert_eq!(soon(main.recv()).await, None);
+    let mut watcher = watcher;
+    let down = Message::Down {
+        reference,
+        target: main.pid().into(),
+        reason: normal,
+    };
+    assert_eq!(soon(watcher.recv()).await, Some(down));
+    let there = "(fun() -> {_, M} = spawn_monitor(fun() -> exit(self(), normal), receive after infinity -> ok end end), \
+        receive {'DOWN', M, _, _, R} -> R end end)().";
+    assert_eq!(beam.eval(there).await, "normal");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_long_chain_of_links_ends_as_one() {
     const LEN: usize = 20_000;
     let epmd = Epmd::start().await;

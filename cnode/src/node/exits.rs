@@ -143,8 +143,8 @@ impl Inner {
     /// What an exit signal does to the process that it is for.
     fn signalled(&self, from: Pid, to: &Pid, reason: Reason, via: Via) -> Option<Ending> {
         let process = self.processes.by_pid(to)?;
-        let kill = via == Via::Exit && reason.term.as_atom() == Some("kill");
-        match process.on_exit(&reason.term, kill) {
+        let sent_by = (via == Via::Exit).then_some(&from);
+        match process.on_exit(&reason.term, sent_by) {
             OnExit::Nothing => None,
             OnExit::End => Some(Ending {
                 process,

@@ -85,8 +85,9 @@ impl SpawnOptions {
 /// `DOWN`, whoever is linked to it an exit signal.
 ///
 /// **Exit signals** do what they do in Erlang. A mailbox that [traps exits](Mailbox::trap_exit), as every new one
-/// does, receives them as [`Message::Exit`]. One that does not is ended by any reason but `normal`. `exit(Pid, kill)`
-/// ends either kind, with the reason `killed`. A mailbox that was ended loses what it had not received;
+/// does, receives them as [`Message::Exit`]. One that does not is ended by any reason but `normal`, and by that too if
+/// it sends it to itself. `exit(Pid, kill)` ends either kind, with the reason `killed`. A mailbox that was ended loses
+/// what it had not received;
 /// [`Mailbox::recv`] gives `None`, and [`Mailbox::ended`] the reason.
 ///
 /// **A mailbox is bounded** ([`Limits::mailbox_messages`](super::Limits::mailbox_messages) and

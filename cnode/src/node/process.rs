@@ -192,15 +192,17 @@ impl Process {
         self.watched.load(Ordering::Acquire)
     }
 
-    /// What an exit signal with this reason does. `kill`: it is one of `exit/2` whose reason is `kill`.
-    pub(crate) fn on_exit(&self, reason: &Term, kill: bool) -> OnExit {
-        if kill && !self.protected {
+    /// What an exit signal with this reason does. `sent_by`: who sent it, if it is one of `exit/2`.
+    pub(crate) fn on_exit(&self, reason: &Term, sent_by: Option<&Pid>) -> OnExit {
+        if sent_by.is_some() && reason.as_atom() == Some("kill") && !self.protected {
             return OnExit::Kill;
         }
         if self.traps.load(Ordering::Acquire) {
             return OnExit::Message;
         }
-        if self.protected || reason.as_atom() == Some("normal") {
+        // `exit(self(), normal)` ends a process, as the manual of `exit/2` says.
+        let ignored = reason.as_atom() == Some("normal") && sent_by != Some(&self.pid);
+        if self.protected || ignored {
             return OnExit::Nothing;
         }
         OnExit::End

@@ -225,6 +225,39 @@ fn fields_written_in_other_ways() {
     assert_eq!(from_term::<&str>(&term!("borrowed")).unwrap(), "borrowed");
 }
 
+/// serde holds on to the fields of a flattened struct before it knows what they are to be.
+#[test]
+fn bytes_of_a_flattened_struct_are_read_back() {
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    struct Message {
+        id: u8,
+        #[serde(flatten)]
+        body: Body,
+    }
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    struct Body {
+        #[serde(with = "with::bytes")]
+        data: Vec<u8>,
+    }
+    // What is text, what is none, and nothing.
+    for data in [b"AB".to_vec(), vec![255, 0], vec![]] {
+        let binary = Term::binary(data.clone());
+        let value = || Message {
+            id: 1,
+            body: Body { data: data.clone() },
+        };
+        // Written by serde as a map, whose keys are text.
+        both(value(), term!(#{"id" => 1, "data" => (binary.clone())}));
+        let atoms = term!(#{id => 1, data => (binary)});
+        assert_eq!(from_term::<Message>(&atoms).unwrap(), value());
+        let list = Term::list(data.iter().map(|byte| Term::Int(i64::from(*byte))));
+        let list = term!(#{id => 1, data => (list)});
+        assert_eq!(from_term::<Message>(&list).unwrap(), value());
+    }
+    assert!(from_term::<Message>(&term!(#{id => 1, data => [256]})).is_err());
+    assert!(from_term::<Message>(&term!(#{id => 1, data => 7})).is_err());
+}
+
 #[test]
 fn terms_inside_values() {
     #[derive(Debug, PartialEq, Serialize, Deserialize)]

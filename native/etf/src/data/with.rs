@@ -73,7 +73,13 @@ pub mod charlist {
 
 /// A vector of bytes as a binary. Without it `Vec<u8>` is written as a list, and read from either.
 pub mod bytes {
-    use serde::{Deserialize, Deserializer, Serializer};
+    use std::fmt;
+
+    use serde::de::{Error, SeqAccess, Visitor};
+    use serde::{Deserializer, Serializer};
+
+    /// Elements that are reserved on the word of a deserializer that may not be ours.
+    const RESERVED: usize = 4096;
 
     /// Writes the bytes as a binary.
     ///
@@ -88,7 +94,38 @@ pub mod bytes {
     /// # Errors
     /// Those of the deserializer.
     pub fn deserialize<'de, D: Deserializer<'de>, T: From<Vec<u8>>>(deserializer: D) -> Result<T, D::Error> {
-        Vec::<u8>::deserialize(deserializer).map(T::from)
+        deserializer.deserialize_byte_buf(Bytes).map(T::from)
+    }
+
+    struct Bytes;
+
+    impl<'de> Visitor<'de> for Bytes {
+        type Value = Vec<u8>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("bytes")
+        }
+
+        fn visit_bytes<E: Error>(self, bytes: &[u8]) -> Result<Vec<u8>, E> {
+            Ok(bytes.to_vec())
+        }
+
+        fn visit_byte_buf<E: Error>(self, bytes: Vec<u8>) -> Result<Vec<u8>, E> {
+            Ok(bytes)
+        }
+
+        // Below `flatten`, serde holds on to a binary as text when it can be text.
+        fn visit_str<E: Error>(self, text: &str) -> Result<Vec<u8>, E> {
+            self.visit_bytes(text.as_bytes())
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Vec<u8>, A::Error> {
+            let mut bytes = Vec::with_capacity(items.size_hint().unwrap_or(0).min(RESERVED));
+            while let Some(byte) = items.next_element()? {
+                bytes.push(byte);
+            }
+            Ok(bytes)
+        }
     }
 }
 

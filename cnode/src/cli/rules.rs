@@ -1,6 +1,7 @@
 //! `meshx allow`, `meshx deny`, `meshx rules`: who may talk in the embedded mesh. `meshx rotate`: its certificates.
 
 use std::{
+    io::ErrorKind,
     path::{Path, PathBuf},
     process::ExitCode,
 };
@@ -127,7 +128,14 @@ pub(super) fn run(args: &RulesArgs) -> Result<ExitCode, Failure> {
 impl MeshOption {
     fn open(&self) -> Result<MeshDir, Failure> {
         let dir = paths::mesh_dir(self.mesh_dir.as_deref());
-        if !dir.join("mesh.json").exists() {
+        let there = dir.join("mesh.json").try_exists().map_err(|error| {
+            let code = match error.kind() {
+                ErrorKind::PermissionDenied => EX_NOPERM,
+                _ => EX_UNAVAILABLE,
+            };
+            Failure::new(code, format!("cannot look into {}: {error}", dir.display()))
+        })?;
+        if !there {
             return Err(Failure::new(
                 EX_UNAVAILABLE,
                 format!(

@@ -25,11 +25,15 @@ fn need_root() {
 
 /// A copy of this program that every user can execute, wherever the build directory is.
 fn program_for_all(root: &Path) -> PathBuf {
+    for_all(root, &std::env::current_exe().unwrap())
+}
+
+fn for_all(root: &Path, program: &Path) -> PathBuf {
     fs::set_permissions(root, fs::Permissions::from_mode(0o755)).unwrap();
-    let program = root.join("helper");
-    fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
-    program
+    let copy = root.join("helper");
+    fs::copy(program, &copy).unwrap();
+    fs::set_permissions(&copy, fs::Permissions::from_mode(0o755)).unwrap();
+    copy
 }
 
 fn register_as_stranger(root: &Path, agent: &Agent, node: &str) -> String {
@@ -148,5 +152,36 @@ fn a_private_agent_cannot_even_be_reached() {
             "{text}"
         );
         assert!(!text.contains("start one"), "{text}");
+    }
+}
+
+#[test]
+fn a_mesh_that_another_user_may_not_look_into_is_not_said_to_be_absent() {
+    need_root();
+    let root = temp();
+    let (mesh, none) = (root.path().join("mesh"), root.path().join("none"));
+    fs::create_dir(&mesh).unwrap();
+    fs::write(mesh.join("mesh.json"), "{}").unwrap();
+    fs::set_permissions(&mesh, fs::Permissions::from_mode(0o700)).unwrap();
+    let program = for_all(root.path(), Path::new(env!("CARGO_BIN_EXE_meshx")));
+    let run = |command: &[&str], mesh: &Path| {
+        let mut program = Command::new(&program);
+        program.args(command).arg("--mesh-dir").arg(mesh);
+        let output = program.uid(STRANGER).gid(STRANGER).output().unwrap();
+        (
+            output.status.code().unwrap(),
+            String::from_utf8(output.stderr).unwrap(),
+        )
+    };
+    for command in [&["deny", "a", "b"][..], &["rotate"], &["rules"]] {
+        let (code, text) = run(command, &mesh);
+        assert_eq!(code, 77, "{command:?}: {text}");
+        let wanted = format!("cannot look into {}: Permission denied", mesh.display());
+        assert!(text.contains(&wanted), "{text}");
+        let (code, text) = run(command, &none);
+        assert!(
+            code == 69 && text.contains("there is no embedded mesh"),
+            "{code}: {text}"
+        );
     }
 }

@@ -1,12 +1,12 @@
 //! `meshx agent`.
 
 use std::{
+    fmt,
     fs::{self, DirBuilder, OpenOptions},
-    io::{self, ErrorKind, Read},
+    io::{self, ErrorKind, Read, Write},
     os::unix::fs::DirBuilderExt,
     path::{Path, PathBuf},
     process::ExitCode,
-    sync::Arc,
     time::Duration,
 };
 
@@ -19,9 +19,11 @@ use tokio::{
     time::{Instant, sleep},
 };
 use tokio_util::sync::CancellationToken;
-use tracing_subscriber::{EnvFilter, filter::LevelFilter, fmt::writer::BoxMakeWriter};
+use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
-use super::{EX_OSERR, EX_SOFTWARE, EX_UNAVAILABLE, Failure, background, copying, notify, print};
+use super::{
+    EX_OSERR, EX_SOFTWARE, EX_UNAVAILABLE, Failure, background, copying, log_writer::Log, notify, print,
+};
 use crate::agent::{
     Agent, Event, STOP_TIME, StartError,
     config::{AgentArgs, AgentConfig, LogFormat},
@@ -66,18 +68,22 @@ pub(super) fn run(command: AgentCommand) -> Result<ExitCode, Failure> {
     }
     let config = AgentConfig::from_args(agent).map_err(|errors| Failure::usage(errors.to_string()))?;
     let detached = detached || private.is_some();
-    let log = match detached {
-        true => leave_terminal(&config)?,
-        false => BoxMakeWriter::new(io::stderr),
+    let log: Box<dyn Write + Send> = match detached {
+        true => Box::new(leave_terminal(&config)?),
+        false => Box::new(io::stderr()),
     };
-    start_log(config.log_format, log)?;
+    let log = start_log(config.log_format, log)?;
     raise_descriptor_limit();
     let life = private.as_ref().map(|_| until_stdin_ends());
-    tokio::runtime::Builder::new_multi_thread()
+    let ended = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .map_err(|error| Failure::new(EX_OSERR, format!("cannot start: {error}")))?
-        .block_on(serve(config, detached, life.unwrap_or_default()))
+        .block_on(serve(config, detached, life.unwrap_or_default()));
+    drop(private);
+    // Last, for what all the others have said.
+    drop(log);
+    ended
 }
 
 /// A private agent's directory, made by it and removed with it.
@@ -138,7 +144,7 @@ impl Drop for PrivateDir {
 
 /// No terminal's signals from here on, and a file for the log. What keeps the agent from starting is still said on
 /// standard error.
-fn leave_terminal(config: &AgentConfig) -> Result<BoxMakeWriter, Failure> {
+fn leave_terminal(config: &AgentConfig) -> Result<fs::File, Failure> {
     // Refused to a process that leads its group: then it is nobody's foreground job either.
     let _ = setsid();
     let failed =
@@ -156,7 +162,7 @@ fn leave_terminal(config: &AgentConfig) -> Result<BoxMakeWriter, Failure> {
     std::panic::set_hook(Box::new(
         |panic| tracing::error!(%panic, "this is a bug, please report it"),
     ));
-    Ok(BoxMakeWriter::new(Arc::new(file)))
+    Ok(file)
 }
 
 /// Fires when nobody holds the other end of standard input any more.
@@ -263,14 +269,17 @@ impl Signals {
     }
 }
 
-fn start_log(format: LogFormat, writer: BoxMakeWriter) -> Result<(), Failure> {
+fn start_log(format: LogFormat, out: Box<dyn Write + Send>) -> Result<Log, Failure> {
     let filter = EnvFilter::builder()
         .with_default_directive(LevelFilter::INFO.into())
         .from_env()
         .map_err(|error| Failure::usage(format!("RUST_LOG: {error}")))?;
+    let failed = |error: &dyn fmt::Display| Failure::new(EX_OSERR, format!("cannot log: {error}"));
+    let tell_lost = |lost| tracing::warn!("{lost} lines of the log were lost: nobody read it");
+    let written = Log::start(out, tell_lost).map_err(|error| failed(&error))?;
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
-        .with_writer(writer)
+        .with_writer(written.lines())
         // A log that takes no more, on a full disk say, is no reason to panic: these errors would go to the same place.
         .log_internal_errors(false)
         .with_ansi(false);
@@ -278,7 +287,8 @@ fn start_log(format: LogFormat, writer: BoxMakeWriter) -> Result<(), Failure> {
         LogFormat::Text => log.try_init(),
         LogFormat::Json => log.json().flatten_event(true).try_init(),
     };
-    set.map_err(|error| Failure::new(EX_OSERR, format!("cannot log: {error}")))
+    set.map_err(|error| failed(&error))?;
+    Ok(written)
 }
 
 /// Each link takes two descriptors, and the usual soft limit is 1024. More is the operator's decision.

@@ -10,6 +10,7 @@ mod copying;
 mod doctor;
 mod json;
 mod links;
+mod log_writer;
 mod mesh;
 mod names;
 mod node;
@@ -21,9 +22,12 @@ mod why;
 
 use std::{
     fmt,
-    io::{ErrorKind, Write},
+    io::{self, ErrorKind, Write},
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::mpsc,
+    thread,
+    time::Duration,
 };
 
 use clap::{Parser, Subcommand};
@@ -115,9 +119,24 @@ pub fn main() -> ExitCode {
         Command::Node(args) => node::run(&args),
     };
     result.unwrap_or_else(|failure| {
-        eprintln!("meshx: {failure}");
+        complain(format!("meshx: {failure}\n"));
         ExitCode::from(failure.code)
     })
+}
+
+/// How long the end of the program waits for somebody to read why.
+const COMPLAINT_TIME: Duration = Duration::from_secs(1);
+
+/// Says it on standard error; a pipe that is full, and that nobody reads, does not keep the program.
+fn complain(text: String) {
+    let (written, said) = mpsc::channel();
+    let say = move || {
+        let _ = io::stderr().write_all(text.as_bytes());
+        let _ = written.send(());
+    };
+    if thread::Builder::new().spawn(say).is_ok() {
+        let _ = said.recv_timeout(COMPLAINT_TIME);
+    }
 }
 
 /// The command line or a configuration file is wrong.

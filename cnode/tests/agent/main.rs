@@ -6,6 +6,7 @@ mod heartbeat;
 mod hostile;
 mod library;
 mod lifecycle;
+mod log;
 mod registration;
 mod sessions;
 mod support;

@@ -36,17 +36,26 @@ pub(crate) struct Agent {
 impl Agent {
     /// An agent `name` below `root` that owns these hosts.
     pub(crate) fn start(root: &Path, name: &str, hosts: &[&str], options: &[&str]) -> Self {
+        let log = std::fs::OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(root.join(format!("{name}.log")))
+            .unwrap();
+        Self::with_stderr(root, name, hosts, options, log)
+    }
+
+    /// One whose log goes elsewhere.
+    pub(crate) fn with_stderr(
+        root: &Path,
+        name: &str,
+        hosts: &[&str],
+        options: &[&str],
+        stderr: impl Into<Stdio>,
+    ) -> Self {
         let dir = root.join(name);
         let log = root.join(format!("{name}.log"));
         let mut command = Self::command(root, &dir, hosts);
-        command.args(options).stdout(Stdio::piped());
-        command.stderr(
-            std::fs::OpenOptions::new()
-                .create(true)
-                .append(true)
-                .open(&log)
-                .unwrap(),
-        );
+        command.args(options).stdout(Stdio::piped()).stderr(stderr);
         let mut child = command.spawn().unwrap();
         let mut ready = String::new();
         BufReader::new(child.stdout.take().unwrap())

@@ -336,7 +336,7 @@ fn systemd_is_told_who_serves_and_of_no_takeover_that_failed() {
 fn without_an_agent_or_with_one_that_ends_in_between_it_starts_anew() {
     let root = temp();
     let first = Agent::start(root.path(), "a", &["h1"], &["--takeover"]);
-    assert!(first.log().contains("nothing to take over"));
+    first.wait_log(&["nothing to take over"]);
     drop(first);
 
     // A predecessor that is killed after its welcome: its lock is free then.

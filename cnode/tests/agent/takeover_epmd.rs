@@ -144,6 +144,7 @@ fn what_epmd_holds_goes_over_with_its_connections() {
     assert_eq!(epmd::names(epmd), ["cart", "rpc-1-cart"]);
     assert_eq!(second.names(), ["cart@h1"]);
     // The same registrations as before, not new ones, and each name is its holder's.
+    second.wait_log(&["node registered"]);
     let log = second.log();
     assert_eq!(log.matches("node registered").count(), 1, "{log}");
     assert!(epmd::register(epmd, "cart").is_none() && epmd::register(epmd, "rpc-1-cart").is_none());

@@ -193,24 +193,26 @@ fn links_that_carry_bytes_are_counted_by_pairs_and_others_are_not() {
     assert_eq!(of_inbound.services, Some((name("cart"), name("shop"))));
 }
 
+/// A link of this number that a service dialled, and that has carried one byte.
+fn carrying(table: &LinkTable, number: usize, service: &str) -> LinkGuard {
+    let mut id = [0; 16];
+    id[..8].copy_from_slice(&number.to_be_bytes());
+    let info = LinkInfo {
+        id: LinkId(id),
+        direction: Direction::Inbound,
+        remote_spiffe: SpiffeId::new("td", ServiceName::new(service).unwrap()),
+        ..info(0, 1)
+    };
+    let guard = table.insert(info).unwrap();
+    guard.opened();
+    guard.counters().bytes_in.fetch_add(1, Ordering::Relaxed);
+    guard
+}
+
 #[test]
 fn pairs_are_bounded() {
     let table = LinkTable::default();
-    let open = |number: usize| {
-        let mut id = [0; 16];
-        id[..8].copy_from_slice(&number.to_be_bytes());
-        let service = ServiceName::new(&format!("s{number}")).unwrap();
-        let info = LinkInfo {
-            id: LinkId(id),
-            direction: Direction::Inbound,
-            remote_spiffe: SpiffeId::new("td", service),
-            ..info(0, 1)
-        };
-        let guard = table.insert(info).unwrap();
-        guard.opened();
-        guard.counters().bytes_in.fetch_add(1, Ordering::Relaxed);
-        guard
-    };
+    let open = |number: usize| carrying(&table, number, &format!("s{number}"));
     let more = 10;
     let guards: Vec<_> = (0..PAIRS_MAX + more).map(open).collect();
     let others = || {
@@ -231,6 +233,59 @@ fn pairs_are_bounded() {
     );
     let _again = open(0);
     assert_eq!(others().opened, more as u64, "a pair that has a place keeps it");
+}
+
+#[test]
+fn the_pair_that_is_idle_for_longest_makes_room_and_the_sums_stay() {
+    let table = LinkTable::default();
+    let open = |number: usize| carrying(&table, number, &format!("s{number}"));
+    let mut held: Vec<_> = (0..PAIRS_MAX).map(open).collect();
+    let second = held.swap_remove(3);
+    drop(held.swap_remove(7));
+    drop(second);
+    let named = |number: usize| {
+        let service = ServiceName::new(&format!("s{number}")).unwrap();
+        let pairs = table.totals().pairs;
+        pairs
+            .into_iter()
+            .any(|pair| pair.services.is_some_and(|(source, _)| source == service))
+    };
+    for (count, (new, goes)) in [(0, 7), (1, 3)].into_iter().enumerate() {
+        assert!(named(goes));
+        held.push(open(PAIRS_MAX + new));
+        assert!(named(PAIRS_MAX + new) && !named(goes));
+        let pairs = table.totals().pairs;
+        let other = pairs.iter().find(|pair| pair.services.is_none()).unwrap();
+        let gone = count as u64 + 1;
+        assert_eq!((other.opened, other.live, other.bytes_in), (gone, 0, gone));
+        let all = PAIRS_MAX as u64 + gone;
+        assert_eq!(pairs.iter().map(|pair| pair.opened).sum::<u64>(), all);
+        assert_eq!(pairs.iter().map(|pair| pair.bytes_in).sum::<u64>(), all);
+    }
+    // Now all have links, and those are never counted elsewhere than they began.
+    held.push(open(PAIRS_MAX + 2));
+    assert!(!named(PAIRS_MAX + 2));
+    assert_eq!(
+        table.totals().pairs.iter().map(|pair| pair.live).sum::<u64>(),
+        PAIRS_MAX as u64 + 1
+    );
+}
+
+#[test]
+fn commands_are_one_service_in_the_counts() {
+    let table = LinkTable::default();
+    let services = ["tool-1", "tool-4711", "tool", "tool-x1", "tools-1"];
+    let _held: Vec<_> = (0..)
+        .zip(services)
+        .map(|(number, service)| carrying(&table, number, service))
+        .collect();
+    let pairs = table.totals().pairs.into_iter();
+    let mut seen: Vec<_> = pairs
+        .map(|pair| (pair.services.unwrap().0.to_string(), pair.opened))
+        .collect();
+    seen.sort();
+    let wanted = [("tool", 3), ("tool-x1", 1), ("tools-1", 1)];
+    assert_eq!(seen, wanted.map(|(service, opened)| (service.to_owned(), opened)));
 }
 
 #[test]

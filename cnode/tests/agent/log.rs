@@ -23,7 +23,7 @@ fn unread(root: &std::path::Path) -> Agent {
 fn connect(agent: &Agent, number: u32) {
     let args = map([
         ("versions", Term::tuple([Term::Int(1), Term::Int(1)])),
-        ("client", text(&format!("number={number} {}", "x".repeat(1000)))),
+        ("client", text(format!("number={number} {}", "x".repeat(1000)))),
     ]);
     Client::connect(&agent.dir).ask("hello", args).unwrap();
 }

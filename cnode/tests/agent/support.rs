@@ -256,16 +256,30 @@ pub(crate) fn creation(node: &Term) -> i64 {
 
 /// A live link from the service web to the service echo, both of this client: its id and its two ends.
 pub(crate) fn echo_link(client: &mut Client) -> (String, [UnixStream; 2]) {
-    let path_in = |answer: &Term| {
-        let address = answer.map_get("address").unwrap().as_tuple().unwrap();
-        PathBuf::from(address[1].as_str().unwrap())
-    };
-    let service = client
-        .ask("register_service", map([("name", text("echo"))]))
-        .unwrap();
-    let listener = UnixListener::bind(path_in(&service)).unwrap();
+    let listener = service(client, "echo");
+    link_to(client, "echo", &listener)
+}
+
+fn path_in(answer: &Term) -> PathBuf {
+    let address = answer.map_get("address").unwrap().as_tuple().unwrap();
+    PathBuf::from(address[1].as_str().unwrap())
+}
+
+/// Registers the service, of the id `NAME-1`, and listens for it.
+pub(crate) fn service(client: &mut Client, name: &str) -> UnixListener {
+    let args = map([("name", text(name)), ("id", text(&format!("{name}-1")))]);
+    let service = client.ask("register_service", args).unwrap();
+    UnixListener::bind(path_in(&service)).unwrap()
+}
+
+/// A live link from the service web, of this client, to the one that is listened for here: its id and its two ends.
+pub(crate) fn link_to(
+    client: &mut Client,
+    service: &str,
+    listener: &UnixListener,
+) -> (String, [UnixStream; 2]) {
     let upstream = client
-        .ask("connect", map([("service", text("echo")), ("as", text("web"))]))
+        .ask("connect", map([("service", text(service)), ("as", text("web"))]))
         .unwrap();
     let mut near = UnixStream::connect(path_in(&upstream)).unwrap();
     let (mut far, _) = listener.accept().unwrap();
@@ -274,8 +288,10 @@ pub(crate) fn echo_link(client: &mut Client) -> (String, [UnixStream; 2]) {
     far.read_exact(&mut bytes).unwrap();
     assert_eq!(&bytes, b"ping");
     let links = client.ask("links", map([])).unwrap();
-    let [link] = links.map_get("links").unwrap().as_list().unwrap() else {
-        panic!("{links}")
+    let links = links.map_get("links").unwrap().as_list().unwrap();
+    let to_service = |link: &&Term| link.to_string().contains(service);
+    let Some(link) = links.iter().find(to_service) else {
+        panic!("{links:?}")
     };
     (
         link.map_get("id").unwrap().as_str().unwrap().to_owned(),

@@ -21,7 +21,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use crate::{
-    support::{Agent, Client, LONG, PATIENCE, Refused, creation, echo_link, temp, until},
+    support::{Agent, Client, LONG, PATIENCE, Refused, creation, echo_link, link_to, service, temp, until},
     takeover_epmd::{EPMD, epmd, epmd_port},
 };
 
@@ -138,6 +138,58 @@ fn a_client_keeps_its_connection_its_names_and_its_links() {
     third.signal(Signal::TERM);
     assert!(third.wait_exit().success());
     assert!(!third.dir.join("control.sock").exists());
+}
+
+/// Its client has 10 s to come back, in which the agent is taken over.
+#[test]
+fn the_links_of_what_went_before_a_takeover_end() {
+    let root = temp();
+    let mut first = Agent::start(root.path(), "a", &["h1"], &[]);
+    let (mut gone, mut client) = (first.connect(), first.connect());
+    let (echo, mail) = (service(&mut gone, "echo"), service(&mut gone, "mail"));
+    let (_, [mut lost, _far]) = link_to(&mut client, "echo", &echo);
+    let (_, [mut near, mut far]) = link_to(&mut client, "mail", &mail);
+    drop(gone);
+    for id in ["echo-1", "mail-1"] {
+        first.wait_log(&["deregistered", id]);
+    }
+    let second = Agent::start(root.path(), "a", &["h1"], &["--takeover"]);
+    second.wait_log(&["a predecessor holds links"]);
+    let mut back = second.connect();
+    let _mail = service(&mut back, "mail");
+    lost.set_read_timeout(Some(LONG)).unwrap();
+    assert!(ended(&mut lost), "nobody cut it");
+    second.wait_log(&["echo-1", "not registered again"]);
+    near.write_all(b"more").unwrap();
+    far.read_exact(&mut [0; 4]).unwrap();
+    drop((near, far));
+    assert!(first.wait_exit().success(), "it was its last link");
+}
+
+#[test]
+fn the_links_of_what_went_while_nobody_served_end() {
+    let root = temp();
+    let mut first = Agent::start(root.path(), "a", &["h1"], &[]);
+    let mut client = first.connect();
+    let echo = service(&mut client, "echo");
+    let (_, [mut lost, _far]) = link_to(&mut client, "echo", &echo);
+    let mut second = Agent::start(root.path(), "a", &["h1"], &["--takeover"]);
+    second.wait_log(&["a predecessor holds links"]);
+    second.child.kill().unwrap();
+    second.child.wait().unwrap();
+    drop(client);
+    let _third = Agent::start(root.path(), "a", &["h1"], &[]);
+    lost.set_read_timeout(Some(LONG)).unwrap();
+    assert!(ended(&mut lost), "nobody cut it");
+    assert!(first.wait_exit().success(), "it was its last link");
+}
+
+/// False when nothing comes in time.
+fn ended(link: &mut UnixStream) -> bool {
+    match link.read(&mut [0]) {
+        Ok(read) => read == 0,
+        Err(error) => error.kind() == std::io::ErrorKind::ConnectionReset,
+    }
 }
 
 #[test]

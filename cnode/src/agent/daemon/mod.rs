@@ -271,11 +271,12 @@ impl Agent {
             advertise,
         });
         let (successors, coming) = mpsc::channel(1);
-        let (told, of) = (about.clone(), registry.clone());
+        let (told, of, with) = (about.clone(), registry.clone(), registry.clone());
         let reception = Arc::new(Reception {
             welcome: Box::new(move || told.welcome(&of)),
             predecessors: registry.predecessors().clone(),
             links: context.links.clone(),
+            came: Box::new(move |links| with.cut_orphans_later(links)),
             successors,
         });
         let takeover = takeover::serve(listeners.takeover.clone(), reception.clone());

@@ -109,7 +109,7 @@ impl Registry {
                 return;
             };
             for local in left {
-                // A successor of this process sees to it.
+                // A successor of this process sees to it when this one comes with its links.
                 let ours = !registry.carriers.proxy.is_closed();
                 if ours && registry.local.by_id(&local.instance.id).is_none() {
                     registry.cut_links(&local.instance);

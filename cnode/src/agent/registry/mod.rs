@@ -12,6 +12,7 @@ mod handed;
 mod hung;
 mod leave;
 pub mod options;
+mod orphans;
 mod pending;
 mod request;
 mod reserved;

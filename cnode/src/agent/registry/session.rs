@@ -117,6 +117,8 @@ impl Registry {
         self.local.remove_session(node);
         let Refusal { cause, text } = gone_session(&session);
         self.links.cut_instance(node, cause, &text);
+        let id = node.to_owned();
+        self.predecessors.order(&Order::CutInstance { id, cause, text });
         tracing::warn!(
             node,
             uid = session.uid,
@@ -152,7 +154,7 @@ impl Registry {
                 return;
             };
             for session in gone {
-                // A successor of this process sees to it.
+                // A successor of this process sees to it when this one comes with its links.
                 let ours = !registry.carriers.proxy.is_closed();
                 if ours && registry.local.session(&session.id).is_none() {
                     let Refusal { cause, text } = gone_session(&session);

@@ -131,11 +131,16 @@ fn own_process(stream: &UnixStream) -> io::Result<i32> {
     Ok(peer.pid.unwrap_or_default())
 }
 
+/// Takes the links of a predecessor.
+type Came = Box<dyn Fn(&[ShownLink]) + Send + Sync>;
+
 /// What those who come to the takeover socket are told.
 pub(super) struct Reception {
     pub(super) welcome: Box<dyn Fn() -> io::Result<Given> + Send + Sync>,
     pub(super) predecessors: Predecessors,
     pub(super) links: LinkTable,
+    /// Looks at what a predecessor that has come holds.
+    pub(super) came: Came,
     pub(super) successors: mpsc::Sender<Successor>,
 }
 
@@ -177,7 +182,7 @@ pub(super) async fn serve(listener: Arc<UnixListener>, reception: Arc<Reception>
     }
 }
 
-async fn receive_one(stream: UnixStream, pid: i32, reception: &Reception) -> io::Result<()> {
+async fn receive_one(stream: UnixStream, pid: i32, reception: &Arc<Reception>) -> io::Result<()> {
     let mut channel = Channel::new(stream);
     let Some(hello) = channel.receive::<Hello>().await? else {
         return Ok(());
@@ -198,7 +203,7 @@ async fn receive_one(stream: UnixStream, pid: i32, reception: &Reception) -> io:
             channel.send(&Answer::Welcome(Box::new(welcome)), &[]).await?;
             reception
                 .predecessors
-                .serve(channel.stream, pid, hello.program, reception.links.clone())
+                .serve(channel.stream, pid, hello.program, reception)
                 .await;
             Ok(())
         }

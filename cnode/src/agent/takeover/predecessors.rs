@@ -19,6 +19,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
+    Reception,
     message::{Order, Report, ShownLink},
     wire::{MESSAGE_MAX, MESSAGE_TIME},
 };
@@ -127,8 +128,23 @@ impl Predecessors {
     }
 
     /// Serves one that has said hello, until it has ended or is dismissed.
-    pub(super) async fn serve(&self, stream: UnixStream, pid: i32, program: String, links: LinkTable) {
+    pub(super) async fn serve(
+        &self,
+        stream: UnixStream,
+        pid: i32,
+        program: String,
+        reception: &Arc<Reception>,
+    ) {
         let (orders, mut waiting) = mpsc::channel(ORDERS_MAX);
+        // The first order there is: what it holds is looked at once.
+        let (tell, told) = oneshot::channel();
+        let _ = orders.try_send((Order::Links, Some(Asked::Links(tell, Vec::new()))));
+        let came = reception.clone();
+        tokio::spawn(async move {
+            if let Ok(links) = told.await {
+                (came.came)(&links);
+            }
+        });
         let holding = Arc::new(AtomicUsize::new(0));
         let number = self.next.fetch_add(1, Ordering::Relaxed);
         {
@@ -167,7 +183,7 @@ impl Predecessors {
         };
         tokio::select! {
             () = giving => {}
-            () = hear(reader, &holding, &asked, &links) => {}
+            () = hear(reader, &holding, &asked, &reception.links) => {}
         }
         if self.lock().remove(&number).is_some() {
             info!(pid, "a predecessor has ended");

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use meshx_dist::handshake::HandshakeError;
 use meshx_etf::Atom;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 
 use super::carrier::{Accepted, Listener};
 use super::connection::{self, Connection};
@@ -14,6 +14,8 @@ use super::event::{Direction, DownReason};
 use super::handshake::{self, Failure, Ready, Standing};
 use super::inner::Inner;
 use super::policy::Reconnect;
+use crate::log_limit::LogLimit;
+use crate::proxy::admission::{Admission, Origin, Slot as Place};
 
 type Outcome = Option<Result<Arc<Connection>, ConnectError>>;
 
@@ -297,22 +299,22 @@ impl Inner {
 
     /// Accepts connections until the node shuts down.
     pub(crate) async fn accept_all(self: Arc<Self>, listener: Listener) {
-        let handshakes = self.limits.handshakes.clamp(1, Semaphore::MAX_PERMITS);
-        let permits = Arc::new(Semaphore::new(handshakes));
+        let places = Arc::new(Places::new(self.limits.handshakes));
         loop {
-            let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
-                return;
-            };
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
                 () = self.stop.cancelled() => return,
             };
             match accepted {
                 Ok(accepted) => {
-                    let inner = Arc::clone(&self);
+                    // Taken here: whoever is pushed out is so before the next one is accepted.
+                    let place = places.enter(&accepted);
+                    let (inner, places) = (Arc::clone(&self), Arc::clone(&places));
                     self.spawn(async move {
-                        inner.accept_one(accepted).await;
-                        drop(permit);
+                        tokio::select! {
+                            () = inner.accept_one(accepted, &place, &places) => {}
+                            () = place.evicted() => places.tell(inner.limits.handshakes),
+                        }
                     });
                 }
                 Err(error) => {
@@ -324,7 +326,7 @@ impl Inner {
         }
     }
 
-    async fn accept_one(self: &Arc<Self>, accepted: Accepted) {
+    async fn accept_one(self: &Arc<Self>, accepted: Accepted, place: &Place, places: &Places) {
         // Until the connection is in the table, or its attempt has failed.
         let mut under_way = None;
         let accepting = &mut under_way;
@@ -338,6 +340,9 @@ impl Inner {
         let handshake = async {
             let limits = &self.limits;
             let (transport, vouched) = self.carrier.greet(accepted, limits.handshake_time).await?;
+            if let Some(node) = &vouched {
+                place.moves(&places.known, Origin::node(node.clone()));
+            }
             handshake::accept(
                 transport,
                 self.local.clone(),
@@ -362,6 +367,38 @@ impl Inner {
         };
         if let Some(failure) = failure {
             tracing::warn!(failure, "a connection is refused");
+        }
+    }
+}
+
+/// Room for accepted handshakes: whoever is slow, or opens many, must not keep others out.
+struct Places {
+    /// Those of which it is not known yet whose they are: what comes from an agent and has not been greeted.
+    strangers: Arc<Admission>,
+    /// And the others.
+    known: Arc<Admission>,
+    log: LogLimit,
+}
+
+impl Places {
+    fn new(max: usize) -> Self {
+        Self {
+            strangers: Admission::new(max),
+            known: Admission::new(max),
+            log: LogLimit::new("handshakes that gave way"),
+        }
+    }
+
+    fn tell(&self, limit: usize) {
+        if self.log.admit() {
+            tracing::warn!(limit, "a handshake gave way to a newer one: limit `handshakes`");
+        }
+    }
+
+    fn enter(&self, accepted: &Accepted) -> Place {
+        match accepted {
+            Accepted::Mesh(_) => self.strangers.enter(Origin::UNKNOWN),
+            Accepted::Plain(_, from) => self.known.enter(Origin::address(from.ip())),
         }
     }
 }

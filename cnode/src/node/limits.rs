@@ -21,8 +21,8 @@ pub struct Limits {
     pub terms: meshx_etf::Limits,
     /// Connections at one time, in both directions together. Further ones are refused. Default 1,024.
     pub connections: usize,
-    /// Accepted connections whose handshake is not done yet. Further ones wait in the listener's queue.
-    /// At least 1, whatever is set. Default 64.
+    /// Accepted connections whose handshake is not done yet. Beyond that the oldest of whoever has most is closed; one
+    /// peer has at most three quarters. At least 1, whatever is set. Default 256: a cluster that comes back dials at once.
     pub handshakes: usize,
     /// Time for a whole handshake, in which no single peer can hold a slot longer. Default 7 s, as in OTP.
     pub handshake_time: Duration,
@@ -66,7 +66,7 @@ impl Default for Limits {
             message_bytes: 128 << 20,
             terms: meshx_etf::Limits::default(),
             connections: 1024,
-            handshakes: 64,
+            handshakes: 256,
             handshake_time: Duration::from_secs(7),
             mailbox_messages: 100_000,
             mailbox_bytes: 256 << 20,

@@ -24,6 +24,7 @@ enum Who {
     Address(IpAddr),
     User(u32),
     Service(SpiffeId),
+    Node(String),
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -59,6 +60,11 @@ impl Origin {
             who: Who::User(uid),
             part: Some(Part::Registration(id.to_owned())),
         }
+    }
+
+    /// A node that whoever carries its connection vouches for.
+    pub(crate) fn node(name: String) -> Self {
+        Self::new(Who::Node(name))
     }
 
     /// A service that has shown its certificate, and the host that it did it from.

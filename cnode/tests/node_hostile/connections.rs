@@ -1,6 +1,7 @@
 //! Connections: garbage, sizes, handshakes, names.
 
-use std::time::Duration;
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
 
 use crate::node_support::{COOKIE, Epmd, LONG, soon};
 use crate::scene::{EVIL, Raw, Scene, TICK_TIME, pid};
@@ -9,6 +10,7 @@ use meshx_dist::control::Control;
 use meshx_dist::link::Sender;
 use meshx_etf::Term;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpSocket;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn garbage_after_the_handshake_ends_only_its_own_connection() {
@@ -193,6 +195,30 @@ async fn slow_handshakes_are_ended_and_hold_up_nobody_for_long() {
         );
     }
     scene.friend_is_served().await;
+}
+
+/// Of one host that keeps opening handshakes and says nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn silent_handshakes_of_one_peer_shut_nobody_out() {
+    let scene = Scene::new(Limits::default()).await;
+    let slow_but_honest = Raw::dial(&scene.epmd).await;
+    let node = SocketAddr::from(([127, 0, 0, 1], scene.epmd.port_of("search")));
+    let mut silent = Vec::new();
+    for _ in 0..2 * Limits::default().handshakes {
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind(([127, 0, 0, 2], 0).into()).unwrap();
+        silent.push(socket.connect(node).await.unwrap());
+    }
+    let began = Instant::now();
+    assert!(Raw::connect_over(slow_but_honest, COOKIE).await.is_some());
+    let late = scene.epmd.node("late@127.0.0.1").await;
+    late.ping("search@127.0.0.1", LONG).await.unwrap();
+    let setup = Limits::default().handshake_time;
+    assert!(began.elapsed() < setup, "they waited for the silent ones");
+    // These were one too many of one peer.
+    for socket in &mut silent[..2 * 64 - 48] {
+        assert_eq!(soon(socket.read(&mut [0; 1])).await.unwrap_or(0), 0);
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

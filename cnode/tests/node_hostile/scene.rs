@@ -31,8 +31,13 @@ impl Raw {
 
     /// Through the handshake; `None` when the node closed before its end.
     pub(crate) async fn connect(epmd: &Epmd, cookie: &str) -> Option<Self> {
+        Self::connect_over(Self::dial(epmd).await, cookie).await
+    }
+
+    /// The same over a connection that there is.
+    pub(crate) async fn connect_over(socket: TcpStream, cookie: &str) -> Option<Self> {
         let mut raw = Self {
-            socket: Self::dial(epmd).await,
+            socket,
             flags: meshx_dist::flags::DistFlags::default(),
             decoder: HandshakeDecoder::new(),
         };

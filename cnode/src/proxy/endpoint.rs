@@ -1,7 +1,10 @@
 //! From the agent to an instance on its own host.
 
 use std::io;
+use std::os::fd::AsRawFd;
+use std::path::Path;
 
+use rustix::fs::{FileType, Mode, OFlags, fstat, open};
 use tokio::net::{TcpStream, UnixStream};
 use tokio::time::timeout;
 
@@ -27,9 +30,7 @@ impl Proxy {
         let connect = async {
             let stream: Box<dyn Duplex> = match &local.endpoint {
                 Endpoint::NodeSocket(path) | Endpoint::Uds(path) => {
-                    let stream = UnixStream::connect(path)
-                        .await
-                        .map_err(|error| away(local, &error))?;
+                    let stream = connect_socket(local, path).await?;
                     near::widen(&stream);
                     owned(
                         local,
@@ -69,6 +70,35 @@ pub(super) fn not_itself(stream: TcpStream) -> io::Result<TcpStream> {
         true => Err(io::ErrorKind::ConnectionRefused.into()),
         false => Ok(stream),
     }
+}
+
+/// Connects to a Unix socket. In the agent's directories each user makes his own, and may put a symbolic link there
+/// instead at any time; the agent may go where he may not. So for others than its own user and root, what is looked at
+/// and what is connected to are one open file: a socket of theirs.
+async fn connect_socket(local: &LocalInstance, path: &Path) -> Result<UnixStream, Refusal> {
+    let away = |error: io::Error| away(local, &error);
+    if local.uid == 0 || local.uid == rustix::process::geteuid().as_raw() {
+        return UnixStream::connect(path).await.map_err(away);
+    }
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let socket = open(path, flags, Mode::empty()).map_err(|error| away(error.into()))?;
+    let found = fstat(&socket).map_err(|error| away(error.into()))?;
+    if FileType::from_raw_mode(found.st_mode) != FileType::Socket {
+        return Err(Cause::NotPermitted.because(format!(
+            "{path:?} of {} is no socket of uid {}",
+            local.instance.id, local.uid
+        )));
+    }
+    owned(local, found.st_uid)?;
+    let connected = UnixStream::connect(format!("/proc/self/fd/{}", socket.as_raw_fd())).await;
+    connected.map_err(|error| match error.kind() {
+        // The socket is there, so it is this that is not.
+        io::ErrorKind::NotFound => away(io::Error::other(format!(
+            "the sockets of uid {} are reached by /proc, which is not mounted here",
+            local.uid
+        ))),
+        _ => away(error),
+    })
 }
 
 fn owned(local: &LocalInstance, uid: u32) -> Result<(), Refusal> {
@@ -115,9 +145,71 @@ fn away(local: &LocalInstance, error: &io::Error) -> Refusal {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
-    use tokio::net::{TcpListener, TcpSocket};
+    use std::os::unix::fs::{chown, symlink};
+
+    use tokio::net::{TcpListener, TcpSocket, UnixListener};
 
     use super::*;
+    use crate::mesh::{Instance, Protocol, ServiceName};
+    use crate::proxy::local::Secret;
+
+    const STRANGER: u32 = 4711;
+
+    fn service_of(uid: u32) -> LocalInstance {
+        LocalInstance {
+            instance: Instance {
+                id: "shop-1".into(),
+                service: ServiceName::new("shop").unwrap(),
+                node: None,
+                agent: "h1".into(),
+                address: "127.0.0.1:1".parse().unwrap(),
+                protocol: Protocol::Meshx,
+                meta: Default::default(),
+            },
+            secret: Secret::generate().unwrap(),
+            endpoint: Endpoint::Uds("/none".into()),
+            owner: 1,
+            uid,
+            sidecar: None,
+        }
+    }
+
+    #[tokio::test]
+    async fn a_user_has_nobody_led_to_a_socket_that_is_not_his() {
+        assert!(
+            rustix::process::geteuid().is_root(),
+            "this test makes a socket of another user: run it as root"
+        );
+        let temp = tempfile::tempdir().unwrap();
+        let (own, link, roots) = (
+            temp.path().join("own"),
+            temp.path().join("link"),
+            temp.path().join("roots"),
+        );
+        let (his, ours) = (
+            UnixListener::bind(&own).unwrap(),
+            UnixListener::bind(&roots).unwrap(),
+        );
+        chown(&own, Some(STRANGER), None).unwrap();
+        symlink(&roots, &link).unwrap();
+        let file = temp.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        let stranger = service_of(STRANGER);
+        let connect = async |local: &LocalInstance, path: &Path| connect_socket(local, path).await.map(drop);
+
+        connect(&stranger, &own).await.unwrap();
+        his.accept().await.unwrap();
+        for path in [&link, &roots, &file] {
+            let refusal = connect(&stranger, path).await.unwrap_err();
+            assert_eq!(refusal.cause, Cause::NotPermitted, "{path:?}: {}", refusal.text);
+        }
+        let none = connect(&stranger, &temp.path().join("none")).await.unwrap_err();
+        assert_eq!(none.cause, Cause::Unreachable);
+        // Nothing has come to it but this one, of root's own.
+        connect(&service_of(0), &link).await.unwrap();
+        ours.accept().await.unwrap();
+        assert!(futures::FutureExt::now_or_never(ours.accept()).is_none());
+    }
 
     #[tokio::test]
     async fn a_connection_with_itself_is_none() {

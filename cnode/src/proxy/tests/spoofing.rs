@@ -171,8 +171,13 @@ async fn a_registration_belongs_to_its_uid() {
         h1, h2, shop, cart, ..
     } = scene(&world).await;
     let give_away = |host: &Host, name: &str| host.change(name, |local| local.uid += 1);
-    // Somebody else listens where the node should.
+    // The socket is not his: nobody even connects.
     give_away(&h2, "cart@h2");
+    assert_eq!(shop.dial("cart@h2").await.unwrap_err().cause, Cause::NotPermitted);
+    assert!(futures::FutureExt::now_or_never(cart.listener.accept()).is_none());
+    // It is, but somebody else listens there. (Giving a file away takes root.)
+    let uid = h2.local.by_id("cart@h2").unwrap().uid;
+    std::os::unix::fs::chown(h2.dir.join("cart@h2.sock"), Some(uid), None).unwrap();
     assert_eq!(shop.dial("cart@h2").await.unwrap_err().cause, Cause::NotPermitted);
     let (mut near, _) = soon("the node's side", cart.listener.accept()).await.unwrap();
     assert!(rest(&mut near).await.is_empty(), "no secret for a stranger");

@@ -267,7 +267,7 @@ fn path_in(answer: &Term) -> PathBuf {
 
 /// Registers the service, of the id `NAME-1`, and listens for it.
 pub(crate) fn service(client: &mut Client, name: &str) -> UnixListener {
-    let args = map([("name", text(name)), ("id", text(&format!("{name}-1")))]);
+    let args = map([("name", text(name)), ("id", text(format!("{name}-1")))]);
     let service = client.ask("register_service", args).unwrap();
     UnixListener::bind(path_in(&service)).unwrap()
 }

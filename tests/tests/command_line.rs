@@ -4,10 +4,11 @@
 use std::io::Write;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, ChildStdin, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use meshx_tests::{Agent, Beam, COOKIE, Mesh, Process, program, wait_until};
+use rustix::process::{Pid, Signal, kill_process};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -409,6 +410,92 @@ fn a_line_that_is_too_long_ends_a_node_with_an_error() {
         assert_eq!(seen.0, UNREADABLE, "{seen:?}");
         assert!(seen.1.contains("a line of more than 16777216 bytes"), "{seen:?}");
         assert!(seen.2.contains("a line of more than 16777216 bytes"), "{seen:?}");
+    }
+}
+
+/// A node, and its open standard input, that has as many lines to write as the count says, each more than a kilobyte,
+/// and whose output fills a pipe that nobody reads.
+fn node_unread(agent: &Agent, lines: usize) -> (Child, ChildStdin) {
+    let mut node = Command::new(program("meshx").unwrap())
+        .args(["node", "script@h1", "--cookie", COOKIE])
+        .env("MESHX_DIR", agent.dir())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut input = node.stdin.take().unwrap();
+    let id = "x".repeat(1000);
+    for number in 0..lines {
+        writeln!(
+            input,
+            r#"{{"id": "{number} {id}", "op": "ping", "node": "none@h1"}}"#
+        )
+        .unwrap();
+    }
+    let output = node.stdout.as_ref().unwrap();
+    // A page of it holds three such lines.
+    let full = || rustix::io::ioctl_fionread(output).unwrap() > 45_000;
+    wait_until(PATIENCE, full).expect("a full pipe");
+    // The rest of the lines is read, and answered.
+    std::thread::sleep(Duration::from_millis(500));
+    (node, input)
+}
+
+/// What it has to say is lost with who was to read it, but not its end.
+#[test]
+fn a_node_whose_output_nobody_reads_ends_with_an_error() {
+    let mesh = Mesh::new().unwrap();
+    let agent = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    // Few lines wait to be written, or so many that answers wait for room as well.
+    for lines in [100, 400] {
+        for signal in [Some(Signal::TERM), Some(Signal::INT), None] {
+            let (mut node, input) = node_unread(&agent, lines);
+            let began = Instant::now();
+            match signal {
+                Some(signal) => kill_process(Pid::from_child(&node), signal).unwrap(),
+                None => drop(input),
+            }
+            let mut ended = None;
+            while ended.is_none() && began.elapsed() < PATIENCE {
+                std::thread::sleep(Duration::from_millis(20));
+                ended = node.try_wait().unwrap();
+            }
+            let took = began.elapsed();
+            let _ = node.kill();
+            let output = node.wait_with_output().unwrap();
+            assert!(ended.is_some(), "{lines} lines, {signal:?}: it has not ended");
+            let seen = said(&output);
+            assert_eq!(seen.0, UNREADABLE, "{lines} lines, {signal:?}: {}", seen.2);
+            assert!(seen.2.contains("standard output takes nothing"), "{}", seen.2);
+            assert!(
+                took < Duration::from_secs(8),
+                "{lines} lines, {signal:?}: {took:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn what_is_read_of_a_node_that_ends_still_comes() {
+    let mesh = Mesh::new().unwrap();
+    let agent = mesh.agent("a", "127.0.0.2", &["h1"]).unwrap();
+    for signal in [Some(Signal::TERM), None] {
+        let lines = 100;
+        let (node, input) = node_unread(&agent, lines);
+        match signal {
+            Some(signal) => kill_process(Pid::from_child(&node), signal).unwrap(),
+            None => drop(input),
+        }
+        std::thread::sleep(Duration::from_millis(500));
+        let seen = said(&node.wait_with_output().unwrap());
+        assert_eq!(seen.0, 0, "{}", seen.2);
+        let answers = seen.1.matches("\"error\"").count();
+        // A signal may come before all requests were read, but then what was answered is more than a pipe holds.
+        assert!(
+            answers == lines || (signal.is_some() && answers > 50),
+            "{answers}"
+        );
     }
 }
 

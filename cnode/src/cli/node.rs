@@ -10,7 +10,8 @@ use meshx_etf::Term;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::{Semaphore, broadcast, mpsc};
+use tokio::sync::{Semaphore, broadcast, mpsc, watch};
+use tokio::time::timeout;
 
 use super::caller::{MemberArgs, call_failure, rpc_failure, send_failure};
 use super::json::{from_json, to_json};
@@ -26,6 +27,8 @@ const CALLS_MAX: usize = 4096;
 /// Requests of the script that run at once; further lines wait.
 const REQUESTS_MAX: usize = 256;
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a node that ends waits while standard output takes nothing, and after a signal for all that waits.
+const WRITE_TIME: Duration = Duration::from_secs(2);
 
 /// Run a hidden node that a script drives by lines of JSON
 ///
@@ -119,7 +122,8 @@ async fn serve(args: &NodeArgs) -> Result<ExitCode, Failure> {
     let mut terminate = signal(SignalKind::terminate()).map_err(system)?;
     let node = args.member.join(&args.name).await?;
     let (out, lines) = mpsc::channel(LINES_WAITING);
-    let writer = std::thread::spawn(move || write_lines(lines));
+    let (writes, writing) = watch::channel(false);
+    let writer = std::thread::spawn(move || write_lines(lines, &writes));
     let calls = Arc::new(Calls::default());
     let events = tokio::spawn(tell_events(node.events(), out.clone()));
     for process in &args.processes {
@@ -138,23 +142,28 @@ async fn serve(args: &NodeArgs) -> Result<ExitCode, Failure> {
         calls,
         out: out.clone(),
         running: Arc::new(Semaphore::new(REQUESTS_MAX)),
+        writing: writing.clone(),
     };
-    let fault = tokio::select! {
-        fault = desk.take_all(read_lines(), args.stay) => fault,
+    let (fault, limit) = tokio::select! {
+        fault = desk.take_all(read_lines(), args.stay) => (fault, Duration::MAX),
         // Nobody reads what comes.
-        () = out.closed() => None,
-        _ = interrupt.recv() => None,
-        _ = terminate.recv() => None,
+        () = out.closed() => (None, Duration::MAX),
+        _ = interrupt.recv() => (None, WRITE_TIME),
+        _ = terminate.recv() => (None, WRITE_TIME),
     };
     events.abort();
     node.stop().await;
     drop((desk, out));
     // Servers end with the node, and with the last of them the writer has written all.
-    let written = tokio::task::spawn_blocking(move || writer.join()).await;
-    let unwritten = match written {
-        Ok(Ok(Err(error))) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+    let written = timeout(limit, all_written(writing.clone()))
+        .await
+        .unwrap_or(false);
+    let unwritten = match written.then(|| writer.join()) {
+        Some(Ok(Err(error))) if error.kind() != std::io::ErrorKind::BrokenPipe => {
             Some(format!("standard output: {error}"))
         }
+        // The thread is left to the end of the process.
+        None if *writing.borrow() => Some("standard output takes nothing".to_owned()),
         _ => None,
     };
     match fault.or(unwritten) {
@@ -247,6 +256,8 @@ struct Desk {
     calls: Arc<Calls>,
     out: mpsc::Sender<Value>,
     running: Arc<Semaphore>,
+    /// Whether a line is being written.
+    writing: watch::Receiver<bool>,
 }
 
 impl Desk {
@@ -275,12 +286,27 @@ impl Desk {
                 }
             }
         }
-        // Answers that are still to come are waited for.
-        let _ = self.running.acquire_many(REQUESTS_MAX as u32).await;
+        // Answers that are still to come are waited for, unless there is no way out for them.
+        tokio::select! {
+            _ = self.running.acquire_many(REQUESTS_MAX as u32) => {}
+            () = self.stuck() => {}
+        }
         if stay && over.is_none() {
             std::future::pending::<()>().await;
         }
         over
+    }
+
+    /// Until as many lines wait as may and standard output takes none of them.
+    async fn stuck(&self) {
+        let mut writing = self.writing.clone();
+        loop {
+            match timeout(WRITE_TIME, writing.changed()).await {
+                Ok(Ok(())) => {}
+                Err(_elapsed) if self.out.capacity() > 0 => {}
+                _ => return,
+            }
+        }
     }
 
     /// Messages leave in the order of the lines; what waits for an answer does not hold up the next line.
@@ -430,14 +456,28 @@ fn read_lines() -> mpsc::Receiver<Result<Vec<u8>, String>> {
     lines
 }
 
+/// Waits for the writer's end. False when standard output takes nothing any more.
+async fn all_written(mut writing: watch::Receiver<bool>) -> bool {
+    loop {
+        match timeout(WRITE_TIME, writing.changed()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(_ended)) => return true,
+            Err(_elapsed) if !*writing.borrow() => {}
+            Err(_elapsed) => return false,
+        }
+    }
+}
+
 /// Until nothing more can come, or nobody reads it.
-fn write_lines(mut lines: mpsc::Receiver<Value>) -> std::io::Result<()> {
+fn write_lines(mut lines: mpsc::Receiver<Value>, writing: &watch::Sender<bool>) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
     while let Some(line) = lines.blocking_recv() {
+        writing.send_replace(true);
         writeln!(out, "{line}")?;
         if lines.is_empty() {
             out.flush()?;
         }
+        writing.send_replace(false);
     }
     Ok(())
 }

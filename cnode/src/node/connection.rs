@@ -45,6 +45,8 @@ pub(crate) struct Connection {
     ticks_in: AtomicU64,
     ticks_out: AtomicU64,
     stop: CancellationToken,
+    /// Whether all that was queued is written, and nothing more will be.
+    left: AtomicBool,
     reason: OnceLock<DownReason>,
     /// Whether its end has been told.
     told: AtomicBool,
@@ -75,6 +77,7 @@ impl Connection {
             ticks_in: AtomicU64::new(0),
             ticks_out: AtomicU64::new(0),
             stop: CancellationToken::new(),
+            left: AtomicBool::new(false),
             reason: OnceLock::new(),
             told: AtomicBool::new(false),
         }
@@ -89,6 +92,16 @@ impl Connection {
         let _ = self.reason.set(reason);
         self.outbound.close();
         self.stop.cancel();
+    }
+
+    /// This end has nothing more to say. What still comes is thrown away: whoever would answer it no longer can.
+    fn leave(&self) {
+        let _ = self.reason.set(DownReason::Disconnected);
+        self.left.store(true, Ordering::Release);
+    }
+
+    fn has_left(&self) -> bool {
+        self.left.load(Ordering::Acquire)
     }
 
     pub(crate) fn is_over(&self) -> bool {
@@ -158,7 +171,12 @@ pub(crate) async fn run(
                 end = write_all(&connection, write, tick, ticktime) => end,
                 () = connection.stop.cancelled() => return,
             };
-            connection.close(end.err().unwrap_or(DownReason::Disconnected));
+            match end {
+                // The reader closes it, once the peer has: a socket that is closed with unread bytes in it takes what
+                // is still to be sent along.
+                Ok(()) => connection.leave(),
+                Err(reason) => connection.close(reason),
+            }
         }
     });
     let reason = tokio::select! {
@@ -180,6 +198,10 @@ async fn read_all(
     let mut assembler = Assembler::new(connection.flags, &inner.limits);
     loop {
         loop {
+            if connection.has_left() {
+                discard(read).await;
+                return DownReason::Disconnected;
+            }
             match decoder.next_shared() {
                 Ok(None) => break,
                 Ok(Some((Frame::Tick, _))) => {
@@ -224,6 +246,12 @@ async fn read_all(
             Ok(Err(error)) => return DownReason::Io(error.to_string()),
         }
     }
+}
+
+/// Throws away what comes, until the peer has closed or nobody waits for that any more.
+async fn discard(mut read: Box<dyn AsyncRead + Send + Unpin>) {
+    let mut buffer = vec![0; READ];
+    while let Ok(1..) = read.read(&mut buffer).await {}
 }
 
 /// Writes what is queued, and a tick whenever there was nothing to write for a while.

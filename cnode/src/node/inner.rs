@@ -82,7 +82,7 @@ impl Inner {
         let _ = self.events.send(event);
     }
 
-    /// Writes what is queued, then ends everything.
+    /// Writes what is queued, waits until the peers have read it and closed, then ends everything.
     pub(crate) async fn stop(self: &Arc<Self>, grace: Duration) {
         let mut events = self.events.subscribe();
         for connection in self.connections.close() {

@@ -5,8 +5,9 @@ use std::time::{Duration, Instant};
 
 use crate::node_support::{COOKIE, Epmd, LONG, soon};
 use crate::scene::{EVIL, Raw, Scene, TICK_TIME, pid};
-use meshx::node::{ConnectError, DownReason, Limits, Node};
+use meshx::node::{ConnectError, DownReason, Limits, Node, NodeEvent};
 use meshx_dist::control::Control;
+use meshx_dist::framing::Frame;
 use meshx_dist::link::Sender;
 use meshx_etf::Term;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -257,4 +258,51 @@ async fn a_peer_with_this_nodes_name_is_refused() {
         taken.to_string().contains("registering search@127.0.0.1"),
         "{taken}"
     );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_queued_reaches_a_peer_that_sends_all_the_time() {
+    const MESSAGES: usize = 400;
+    let mut scene = Scene::new(Limits::default()).await;
+    let mut raw = Raw::connect(&scene.epmd, COOKIE).await.unwrap();
+    scene.up().await;
+    let mut received = raw.listen();
+    let mut noise = Vec::new();
+    let to_nobody = Control::RegSend {
+        from: pid(1),
+        to: "nobody".into(),
+        token: None,
+    };
+    let large = Term::binary(vec![1; 3000]);
+    Sender::new(raw.flags)
+        .send(to_nobody, Some(&large), &mut noise)
+        .unwrap();
+    let (mut read, mut write) = raw.socket.into_split();
+    let noisy = tokio::spawn(async move { while write.write_all(&noise).await.is_ok() {} });
+    let mailbox = scene.node.mailbox();
+    let message = Term::binary(vec![2; 2000]);
+    for _ in 0..MESSAGES {
+        mailbox.send(&pid(1), &message).await.unwrap();
+    }
+    let stopping = tokio::spawn(scene.node.clone().stop());
+    // Time to close too early.
+    let closed = async {
+        while !matches!(scene.events.recv().await, Ok(NodeEvent::Down { node, .. }) if node == EVIL) {}
+    };
+    let early = tokio::time::timeout(Duration::from_millis(50), closed).await;
+    assert!(early.is_err(), "closed before the peer has read what was sent");
+    let mut count = 0;
+    loop {
+        while let Some(frame) = received.decoder.next_frame().unwrap() {
+            let Frame::Data(frame) = frame else { continue };
+            count += usize::from(received.receiver.receive(frame).unwrap().is_some());
+        }
+        match soon(read.read_buf(received.decoder.read_buf())).await {
+            Ok(1..) => {}
+            end => break assert_eq!((count, end.ok()), (MESSAGES, Some(0))),
+        }
+    }
+    // The peer never closes: it is not waited for any longer than `stop` says.
+    soon(stopping).await.unwrap();
+    soon(noisy).await.unwrap();
 }

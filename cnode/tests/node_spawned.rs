@@ -405,3 +405,75 @@ async fn functions_of_this_node_are_called_from_here_too() {
     ];
     assert_eq!(ends, wanted);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn results_and_reasons_that_cannot_be_sent_are_told_as_that() {
+    let limits = Limits {
+        message_bytes: 1 << 20,
+        ..Limits::default()
+    };
+    let mut scene = Scene::with(|builder| builder.limits(limits)).await;
+    let deep = |depth: u32| (0..depth).fold(Term::Int(1), |inner, _| Term::tuple([inner]));
+    let unsendable = [
+        ("nan", Term::from(f64::NAN)),
+        ("atom", Term::atom("x".repeat(300))),
+        ("deep", deep(2000)),
+        ("large", Term::binary(vec![0; 2 << 20])),
+    ];
+    for (name, term) in unsendable {
+        let result = term.clone();
+        scene.node.expose("bad", "result", 0, move |_| {
+            let result = result.clone();
+            async move { Ok(result) }
+        });
+        let reason = term.clone();
+        scene.node.expose("bad", "reason", 0, move |_| {
+            let reason = reason.clone();
+            async move { Err(Raised::Exit(reason)) }
+        });
+        let cases = [
+            (
+                "erpc:call(N, bad, result, [])",
+                "{error,{exception,unsendable_result,[]}}",
+            ),
+            (
+                "erpc:call(N, bad, reason, [])",
+                "{error,{exception,unsendable_result,[]}}",
+            ),
+            (
+                "rpc:call(N, bad, result, [])",
+                "{badrpc,{'EXIT',{unsendable_result,[]}}}",
+            ),
+            (
+                "rpc:block_call(N, bad, result, [])",
+                "{badrpc,{'EXIT',{unsendable_result,[]}}}",
+            ),
+            (
+                "begin {rex, N} ! {self(), {call, bad, result, [], user}}, receive {rex, V} -> V end end",
+                "{badrpc,{'EXIT',{unsendable_result,[]}}}",
+            ),
+            // All who watch a process hear of its end.
+            (
+                "begin {P, M} = spawn_monitor(N, bad, reason, []), receive {'DOWN', M, _, P, Why} -> Why end end",
+                "unsendable_reason",
+            ),
+        ];
+        for (expression, wanted) in cases {
+            assert_eq!(scene.caught(expression).await, wanted, "{name}: {expression}");
+        }
+        let watched = scene.node.register("watched").unwrap();
+        scene
+            .beam
+            .eval(&format!(
+                "W_{name} = [monitor(process, {{watched, N}}) || _ <- [1, 2]], erpc:call(N, math, add, [1, 1])."
+            ))
+            .await;
+        watched.close(term);
+        let reasons = scene
+            .caught(&format!(
+                "[receive {{'DOWN', M, _, _, Why}} -> Why end || M <- W_{name}]"
+            ))
+            .await;
+        assert_eq!(reasons, "[unsendable_reason,unsendable_reason]", "{name}");
+    }
+}

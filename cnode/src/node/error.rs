@@ -159,6 +159,13 @@ pub enum SendError {
     },
 }
 
+impl SendError {
+    /// Whether it is the message that cannot be sent, and another one could be.
+    pub(crate) const fn is_unsendable(&self) -> bool {
+        matches!(self, Self::Term(_) | Self::TooLarge { .. })
+    }
+}
+
 impl From<EncodeError> for SendError {
     fn from(error: EncodeError) -> Self {
         Self::Term(error.to_string())

@@ -7,17 +7,22 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use meshx_dist::control::{Control, Proc};
+use meshx_dist::flags::DistFlags;
 use meshx_etf::{Pid, Reference, Term};
 
 use super::address::Address;
 use super::connection::Connection;
+use super::error::SendError;
 use super::event::{DownReason, NodeEvent};
 use super::inner::{Inner, demonitor};
 use super::mailbox::Message;
 use super::outbound::{Origin, QueueError};
 use super::process::{Item, OnExit, Process};
-use super::watch::{Ended, Watched};
+use super::watch::{Ended, Incoming, Outgoing, Watched};
 use super::wire;
+
+/// What a peer gets for a reason that cannot be sent to it.
+pub(crate) const UNSENDABLE_REASON: &str = "unsendable_reason";
 
 /// What an exit signal came by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +54,13 @@ struct Ending {
     reason: Term,
 }
 
+/// What the end of a process causes at one peer.
+enum Signal {
+    Exit { from: Pid, to: Pid },
+    Down(Reference, Incoming),
+    Demonitor(Reference, Outgoing),
+}
+
 /// Who watches a process, here and at each peer.
 #[derive(Default)]
 struct Watchers {
@@ -73,8 +85,8 @@ impl Inner {
     }
 
     /// Ends a process whose reason may be large, as the result of a call is: waits for room on the connections of
-    /// those who are told, as a server that answers does.
-    pub(crate) async fn finish(self: &Arc<Self>, process: &Arc<Process>, reason: &Term) {
+    /// those who are told, as a server that answers does. A peer that `reason` cannot be sent to gets `instead`.
+    pub(crate) async fn finish(self: &Arc<Self>, process: &Arc<Process>, reason: &Term, instead: &Term) {
         let Some(Watchers { here, away }) = self.end(process, None) else {
             return;
         };
@@ -82,16 +94,34 @@ impl Inner {
         self.tell_here(here, reason, &mut endings);
         self.end_all(endings);
         for (connection, ended) in away {
-            for (control, payload) in signals(&connection, ended, reason) {
-                if let Err(error) = self
-                    .post_reply(&connection, origin(process), control, payload.as_ref())
-                    .await
+            let mut reason = reason;
+            for signal in signals(ended) {
+                let mut sent = self.post_signal(&connection, process, &signal, reason).await;
+                if let Err(error) = &sent
+                    && error.is_unsendable()
                 {
+                    warn_unsendable(&connection, error);
+                    reason = instead;
+                    sent = self.post_signal(&connection, process, &signal, reason).await;
+                }
+                if let Err(error) = sent {
                     tracing::debug!(node = connection.node.as_str(), %error, "an exit reason was not sent");
                     break;
                 }
             }
         }
+    }
+
+    async fn post_signal(
+        &self,
+        connection: &Connection,
+        process: &Process,
+        signal: &Signal,
+        reason: &Term,
+    ) -> Result<(), SendError> {
+        let (control, payload) = signal.message(connection.flags, reason);
+        self.post_reply(connection, origin(process), control, payload.as_ref())
+            .await
     }
 
     /// Forgets the links and monitors that were made while their process ended, and tells their other ends.
@@ -172,7 +202,8 @@ impl Inner {
         }
     }
 
-    /// Tells all who watch a process that it has ended.
+    /// Tells all who watch a process that it has ended. They are told so whatever its reason is: one that cannot be
+    /// sent is replaced.
     fn tell_watchers(
         self: &Arc<Self>,
         process: &Process,
@@ -181,9 +212,21 @@ impl Inner {
         endings: &mut VecDeque<Ending>,
     ) {
         self.tell_here(watchers.here, reason, endings);
+        let unsendable = Term::atom(UNSENDABLE_REASON);
         for (connection, ended) in watchers.away {
-            for (control, payload) in signals(&connection, ended, reason) {
-                if !self.notify(&connection, origin(process), control, payload.as_ref()) {
+            let mut reason = reason;
+            let tell = |signal: &Signal, reason: &Term| {
+                let (control, payload) = signal.message(connection.flags, reason);
+                self.try_notify(&connection, origin(process), control, payload.as_ref())
+            };
+            for signal in signals(ended) {
+                let mut told = tell(&signal, reason);
+                if let Err(error) = &told {
+                    warn_unsendable(&connection, error);
+                    reason = &unsendable;
+                    told = tell(&signal, reason);
+                }
+                if let Ok(false) = told {
                     break;
                 }
             }
@@ -268,9 +311,7 @@ impl Inner {
         }
     }
 
-    /// Sends a signal where nothing may wait; false when the connection takes no more. A peer that reads none of the
-    /// signals that its links and monitors cause loses its connection. `origin` is the process that a signal which
-    /// names none comes from.
+    /// Sends a signal that carries no reason where nothing may wait; see [`Inner::try_notify`].
     pub(crate) fn notify(
         &self,
         connection: &Connection,
@@ -278,53 +319,75 @@ impl Inner {
         control: Control,
         payload: Option<&Term>,
     ) -> bool {
+        let sent = self.try_notify(connection, origin, control, payload);
+        sent.unwrap_or_else(|error| {
+            warn_unsendable(connection, &error);
+            true
+        })
+    }
+
+    /// Sends a signal where nothing may wait; false when the connection takes no more. A peer that reads none of the
+    /// signals that its links and monitors cause loses its connection. `origin` is the process that a signal which
+    /// names none comes from.
+    ///
+    /// # Errors
+    /// A reason that cannot be encoded, or is too large: the owner of a mailbox may give any.
+    fn try_notify(
+        &self,
+        connection: &Connection,
+        origin: Origin,
+        control: Control,
+        payload: Option<&Term>,
+    ) -> Result<bool, SendError> {
         let queued = wire::encode(connection, control, payload, |own, frames| {
             connection.outbound.notice(origin.or(own), frames)
         });
-        match queued {
-            Ok(Ok(())) => true,
-            Ok(Err(QueueError::Closed)) => false,
-            Ok(Err(QueueError::Full)) => {
+        Ok(match queued? {
+            Ok(()) => true,
+            Err(QueueError::Closed) => false,
+            Err(QueueError::Full) => {
                 connection.close(DownReason::Limit {
                     name: "notice_queue_bytes",
                     value: self.limits.notice_queue_bytes,
                 });
                 false
             }
-            // Only a reason that the owner of the mailbox gave can fail to encode, or be too large.
-            Err(error) => {
-                tracing::warn!(%error, "an exit reason could not be sent");
-                true
-            }
-        }
+        })
     }
+}
+
+fn warn_unsendable(connection: &Connection, error: &SendError) {
+    tracing::warn!(node = connection.node.as_str(), %error, "an exit reason cannot be sent, another one is");
 }
 
 fn origin(process: &Process) -> Origin {
     Some((process.pid.id, process.pid.serial))
 }
 
+impl Signal {
+    fn message(&self, flags: DistFlags, reason: &Term) -> (Control, Option<Term>) {
+        match self {
+            Self::Exit { from, to } => wire::exit(flags, from.clone(), to.clone(), reason.clone()),
+            Self::Down(reference, monitor) => {
+                let from = match &monitor.watched {
+                    Watched::Pid(pid) => Proc::Pid(pid.clone()),
+                    Watched::Name(name) => Proc::Name(name.clone()),
+                };
+                let (to, reference) = (monitor.watcher.clone(), reference.clone());
+                wire::monitor_exit(flags, from, to, reference, reason.clone())
+            }
+            Self::Demonitor(reference, monitor) => (demonitor(monitor.clone(), reference), None),
+        }
+    }
+}
+
 /// The signals that the end of a process causes at one peer.
-fn signals(
-    connection: &Connection,
-    ended: Ended,
-    reason: &Term,
-) -> impl Iterator<Item = (Control, Option<Term>)> {
-    let flags = connection.flags;
-    let links = ended
-        .links
-        .into_iter()
-        .map(move |(local, remote, _)| wire::exit(flags, local, remote, reason.clone()));
-    let incoming = ended.incoming.into_iter().map(move |(reference, monitor)| {
-        let from = match monitor.watched {
-            Watched::Pid(pid) => Proc::Pid(pid),
-            Watched::Name(name) => Proc::Name(name),
-        };
-        wire::monitor_exit(flags, from, monitor.watcher, reference, reason.clone())
-    });
-    let outgoing = ended
-        .outgoing
-        .into_iter()
-        .map(|(reference, monitor)| (demonitor(monitor, &reference), None));
+fn signals(ended: Ended) -> impl Iterator<Item = Signal> {
+    let links = ended.links.into_iter();
+    let links = links.map(|(from, to, _)| Signal::Exit { from, to });
+    let incoming = ended.incoming.into_iter();
+    let incoming = incoming.map(|(reference, monitor)| Signal::Down(reference, monitor));
+    let outgoing = ended.outgoing.into_iter();
+    let outgoing = outgoing.map(|(reference, monitor)| Signal::Demonitor(reference, monitor));
     links.chain(incoming).chain(outgoing)
 }

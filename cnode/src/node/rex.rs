@@ -10,10 +10,11 @@ use meshx_etf::{Atom, Term};
 
 use super::address::Address;
 use super::call::{Caller, Request};
+use super::error::SendError;
 use super::exposed::{Raised, Slot};
 use super::inner::Inner;
 use super::mailbox::{Mailbox, Message};
-use super::spawned::{self, Call};
+use super::spawned::{self, Call, UNSENDABLE_RESULT};
 
 /// Runs until the node shuts down.
 pub(crate) async fn run(mut mailbox: Mailbox) {
@@ -23,10 +24,8 @@ pub(crate) async fn run(mut mailbox: Mailbox) {
         let peer = peer.unwrap_or_else(|| rex.0.name.clone());
         match Request::from_message(message, &mailbox) {
             Request::Call(request, caller) => {
-                if let Some(reply) = rex.call(request, &caller, &peer)
-                    && let Err(error) = caller.reply(reply).await
-                {
-                    tracing::debug!(caller = ?caller.pid(), %error, "an answer was not sent");
+                if let Some(reply) = rex.call(request, &caller, &peer) {
+                    answer(&caller, reply).await;
                 }
             }
             Request::Cast(request) => rex.cast(request, &peer),
@@ -50,9 +49,7 @@ impl Rex {
         let (inner, caller) = (Arc::clone(&self.0), caller.clone());
         self.0.spawn(async move {
             let result = apply(&inner, call, slot).await;
-            if let Err(error) = caller.reply(result).await {
-                tracing::debug!(caller = ?caller.pid(), %error, "an answer was not sent");
-            }
+            answer(&caller, result).await;
         });
         None
     }
@@ -86,15 +83,36 @@ impl Rex {
         };
         let inner = Arc::clone(&self.0);
         self.0.spawn(async move {
-            let answer = Term::tuple([Term::atom("rex"), apply(&inner, call, slot).await]);
-            let own = inner.processes.by_name("rex").map(|process| process.pid.clone());
-            if let Some(own) = own
-                && let Err(error) = inner.reply(&own, &Address::Pid(from), &answer).await
-            {
-                tracing::debug!(%error, "an answer was not sent");
+            let result = apply(&inner, call, slot).await;
+            let Some(own) = inner.processes.by_name("rex") else {
+                return;
+            };
+            let to = Address::Pid(from);
+            let message = |result| Term::tuple([Term::atom("rex"), result]);
+            let sent = inner.reply(&own.pid, &to, &message(result)).await;
+            if let Some(instead) = unsent(sent) {
+                unsent(inner.reply(&own.pid, &to, &message(instead)).await);
             }
         });
     }
+}
+
+/// Answers a call, be it that the answer cannot be sent.
+async fn answer(caller: &Caller, result: Term) {
+    if let Some(instead) = unsent(caller.reply(result).await) {
+        unsent(caller.reply(instead).await);
+    }
+}
+
+/// What to answer when that which was to be answered cannot be sent.
+fn unsent(sent: Result<(), SendError>) -> Option<Term> {
+    let error = sent.err()?;
+    if !error.is_unsendable() {
+        tracing::debug!(%error, "an answer was not sent");
+        return None;
+    }
+    tracing::warn!(%error, "an answer cannot be sent");
+    Some(exit(Term::tuple([Term::atom(UNSENDABLE_RESULT), Term::list([])])))
 }
 
 /// `{Label, Module, Function, Args, _}`.
@@ -119,7 +137,11 @@ async fn apply(inner: &Arc<Inner>, call: Call, slot: Slot) -> Term {
         Err((Raised::Exit(reason), _)) => reason,
         Err((Raised::Error(reason), stack)) => Term::tuple([reason, stack]),
     };
-    badrpc(Term::tuple([Term::Atom(Atom::from("EXIT")), reason]))
+    exit(reason)
+}
+
+fn exit(reason: Term) -> Term {
+    badrpc(Term::tuple([Term::atom("EXIT"), reason]))
 }
 
 fn badrpc(reason: Term) -> Term {

@@ -120,7 +120,12 @@ pub(crate) async fn run(mut mailbox: Mailbox, mut server: impl Server) {
                 if let Some(reply) = server.call(request, caller.clone()).await
                     && let Err(error) = caller.reply(reply).await
                 {
-                    tracing::debug!(caller = ?caller.pid(), %error, "an answer was not sent");
+                    // That a caller has gone is its own affair; an answer that nobody can be sent is a fault here.
+                    if error.is_unsendable() {
+                        tracing::warn!(caller = ?caller.pid(), %error, "an answer cannot be sent");
+                    } else {
+                        tracing::debug!(caller = ?caller.pid(), %error, "an answer was not sent");
+                    }
                 }
             }
             Request::Cast(request) => server.cast(request).await,

@@ -14,6 +14,7 @@ use meshx_etf::{Atom, Term};
 
 use super::dispatch::Peer;
 use super::event::DownReason;
+use super::exits::UNSENDABLE_REASON;
 use super::exposed::{Outcome, Raised, Slot};
 use super::inner::Inner;
 use super::mailbox::Mailbox;
@@ -24,6 +25,9 @@ use super::watch::{Incoming, TooMany, Watched};
 /// Flags of `SPAWN_REPLY`.
 pub(crate) const LINKED: u32 = 1;
 pub(crate) const MONITORED: u32 = 2;
+
+/// The error that the caller of a function gets whose outcome cannot be sent.
+pub(crate) const UNSENDABLE_RESULT: &str = "unsendable_result";
 
 /// Options that tune a process of a BEAM and mean nothing here (`spawn_opt/5`).
 const IGNORED: [&str; 8] = [
@@ -164,6 +168,7 @@ struct Start {
 /// Runs until the function returns, or an exit signal ends its process.
 async fn run(guard: Guard, start: Start, slot: Slot) {
     let Guard { inner, process } = &guard;
+    let is_erpc = start.module == "erpc" && start.function == "execute_call";
     let running = async {
         let args = meshx_etf::decode(&start.args, &inner.limits.terms);
         let Ok(Term::List(args)) = args else {
@@ -182,9 +187,25 @@ async fn run(guard: Guard, start: Start, slot: Slot) {
     tokio::select! {
         biased;
         () = process.ended() => {}
-        reason = running => inner.finish(process, &reason).await,
+        reason = running => {
+            let instead = instead_of(&reason, is_erpc);
+            inner.finish(process, &reason, &instead).await;
+        }
     }
     drop(slot);
+}
+
+/// What a peer gets when the reason cannot be sent, `erpc:call` as an error of the function.
+fn instead_of(reason: &Term, is_erpc: bool) -> Term {
+    match reason {
+        Term::Tuple(parts) if is_erpc => Term::Tuple(vec![
+            parts.first().cloned().unwrap_or_else(|| Term::atom("undefined")),
+            Term::atom("error"),
+            Term::atom(UNSENDABLE_RESULT),
+            Term::list([]),
+        ]),
+        _ => Term::atom(UNSENDABLE_REASON),
+    }
 }
 
 /// Runs what a spawn request asks for; the reason that its process ends with.

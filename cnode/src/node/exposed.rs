@@ -37,14 +37,31 @@ pub(crate) struct Exposed {
 #[derive(Debug, Default)]
 struct Slots {
     total: usize,
-    by_peer: HashMap<Atom, usize>,
+    by_peer: HashMap<Atom, Held>,
 }
 
-/// The right of one function to run, given back when it is dropped.
+/// What one peer has running.
+#[derive(Debug, Default)]
+struct Held {
+    count: usize,
+    bytes: usize,
+}
+
+/// How much may run.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Bounds {
+    pub(crate) per_peer: usize,
+    pub(crate) bytes_per_peer: usize,
+    pub(crate) total: usize,
+}
+
+/// The right of one function to run, given back when it is dropped: not before its outcome is queued, which takes the
+/// memory that its arguments took.
 #[derive(Debug)]
 pub(crate) struct Slot {
     slots: Arc<Mutex<Slots>>,
     peer: Atom,
+    bytes: usize,
 }
 
 impl Exposed {
@@ -68,18 +85,24 @@ impl Exposed {
         functions.get(key).cloned()
     }
 
-    /// A slot for a peer, if it has fewer than `per_peer` and all together have fewer than `total`.
-    pub(crate) fn slot(&self, peer: &Atom, per_peer: usize, total: usize) -> Option<Slot> {
+    /// A slot for a request of so many bytes, if it is within the bounds. The first of a peer may be of any size.
+    pub(crate) fn slot(&self, peer: &Atom, bytes: usize, bounds: Bounds) -> Option<Slot> {
         let mut slots = lock(&self.slots);
-        let held = slots.by_peer.get(peer).copied().unwrap_or_default();
-        if held >= per_peer || slots.total >= total {
+        if slots.total >= bounds.total || bounds.per_peer == 0 {
             return None;
         }
+        let held = slots.by_peer.entry(peer.clone()).or_default();
+        let sum = held.bytes.saturating_add(bytes);
+        if held.count >= bounds.per_peer || (held.count > 0 && sum > bounds.bytes_per_peer) {
+            return None;
+        }
+        held.count += 1;
+        held.bytes = sum;
         slots.total += 1;
-        slots.by_peer.insert(peer.clone(), held + 1);
         Some(Slot {
             slots: Arc::clone(&self.slots),
             peer: peer.clone(),
+            bytes,
         })
     }
 }
@@ -89,8 +112,9 @@ impl Drop for Slot {
         let mut slots = lock(&self.slots);
         slots.total = slots.total.saturating_sub(1);
         if let Some(held) = slots.by_peer.get_mut(&self.peer) {
-            *held = held.saturating_sub(1);
-            if *held == 0 {
+            held.count = held.count.saturating_sub(1);
+            held.bytes = held.bytes.saturating_sub(self.bytes);
+            if held.count == 0 {
                 slots.by_peer.remove(&self.peer);
             }
         }
@@ -109,7 +133,12 @@ mod tests {
     #[test]
     fn slots_are_bounded_for_each_peer_and_for_all() {
         let exposed = Exposed::default();
-        let slot = |peer: &str| exposed.slot(&Atom::from(peer), 2, 3);
+        let bounds = Bounds {
+            per_peer: 2,
+            bytes_per_peer: 100,
+            total: 3,
+        };
+        let slot = |peer: &str| exposed.slot(&Atom::from(peer), 0, bounds);
         let first = slot("a@h").unwrap();
         let _second = slot("a@h").unwrap();
         assert!(slot("a@h").is_none(), "per peer");
@@ -118,6 +147,27 @@ mod tests {
         drop(first);
         assert!(slot("a@h").is_some());
         drop(third);
+        assert_eq!(lock(&exposed.slots).by_peer.len(), 1);
+    }
+
+    #[test]
+    fn bytes_are_bounded_for_each_peer() {
+        let exposed = Exposed::default();
+        let bounds = Bounds {
+            per_peer: 10,
+            bytes_per_peer: 100,
+            total: 10,
+        };
+        let slot = |peer: &str, bytes| exposed.slot(&Atom::from(peer), bytes, bounds);
+        let first = slot("a@h", 60).unwrap();
+        assert!(slot("a@h", 41).is_none());
+        let second = slot("a@h", 40).unwrap();
+        assert!(slot("b@h", 40).is_some(), "another peer has its own");
+        drop(first);
+        assert!(slot("a@h", 60).is_some());
+        drop(second);
+        let _large = slot("a@h", 1000).unwrap();
+        assert!(slot("a@h", 0).is_none());
         assert_eq!(lock(&exposed.slots).by_peer.len(), 1);
     }
 }

@@ -53,6 +53,9 @@ pub struct Limits {
     pub spawned_processes: usize,
     /// As [`Limits::spawned_processes`], for one peer. Default 1,000.
     pub spawned_per_peer: usize,
+    /// Bytes of the requests of one peer whose processes run, or whose results wait to be written to it; further ones
+    /// are refused as above. One that finds none running is always taken. Default 128 MiB.
+    pub spawned_bytes_per_peer: usize,
     /// Messages that a peer may send in fragments at the same time; a BEAM sends one for each of its processes that
     /// is sending. Default 1,024.
     pub fragmented_messages: usize,
@@ -78,6 +81,7 @@ impl Default for Limits {
             notice_queue_bytes: 64 << 20,
             spawned_processes: 10_000,
             spawned_per_peer: 1000,
+            spawned_bytes_per_peer: 128 << 20,
             fragmented_messages: 1024,
             reassembly_bytes: 256 << 20,
         }

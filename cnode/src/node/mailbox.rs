@@ -256,18 +256,19 @@ impl Mailbox {
         }
     }
 
-    /// As [`Mailbox::recv`], with the peer whose connection it came by, whatever it says of its sender; `None` when it
-    /// is of this node. For who receives in no other way: what was set aside is not looked at.
-    pub(crate) async fn recv_from(&mut self) -> Option<(Message, Option<Atom>)> {
+    /// As [`Mailbox::recv`], with what it counted for and the peer whose connection it came by, whatever it says of its
+    /// sender; `None` when it is of this node. For who receives in no other way: what was set aside is not looked at.
+    pub(crate) async fn recv_from(&mut self) -> Option<(Message, usize, Option<Atom>)> {
         loop {
             let item = self.take().await?;
+            let cost = item.cost();
             let peer = match &item {
                 Item::Encoded { peer: Some(peer), .. } => Some(peer.clone()),
                 Item::Encoded { from, .. } => from.as_ref().map(|from| from.node.clone()),
                 _ => None,
             };
             if let Some(message) = self.decoded(item) {
-                return Some((message, peer));
+                return Some((message, cost, peer));
             }
         }
     }

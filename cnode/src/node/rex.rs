@@ -11,7 +11,7 @@ use meshx_etf::{Atom, Term};
 use super::address::Address;
 use super::call::{Caller, Request};
 use super::error::SendError;
-use super::exposed::{Raised, Slot};
+use super::exposed::Raised;
 use super::inner::Inner;
 use super::mailbox::{Mailbox, Message};
 use super::spawned::{self, Call, UNSENDABLE_RESULT};
@@ -19,52 +19,58 @@ use super::spawned::{self, Call, UNSENDABLE_RESULT};
 /// Runs until the node shuts down.
 pub(crate) async fn run(mut mailbox: Mailbox) {
     let rex = Rex(Arc::clone(mailbox.inner()));
-    while let Some((message, peer)) = mailbox.recv_from().await {
+    while let Some((message, bytes, peer)) = mailbox.recv_from().await {
         // What a message says of its sender is the word of the peer that it comes from.
-        let peer = peer.unwrap_or_else(|| rex.0.name.clone());
+        let asked = (peer.unwrap_or_else(|| rex.0.name.clone()), bytes);
         match Request::from_message(message, &mailbox) {
             Request::Call(request, caller) => {
-                if let Some(reply) = rex.call(request, &caller, &peer) {
+                if let Some(reply) = rex.call(request, &caller, &asked) {
                     answer(&caller, reply).await;
                 }
             }
-            Request::Cast(request) => rex.cast(request, &peer),
-            Request::Info(message) => rex.info(message, &peer),
+            Request::Cast(request) => rex.cast(request, &asked),
+            Request::Info(message) => rex.info(message, &asked),
         }
     }
 }
 
-/// `peer` is who a function that is to run counts for.
+/// Who a function that is to run counts for, and the bytes of the request.
+type Asked = (Atom, usize);
+
 struct Rex(Arc<Inner>);
 
 impl Rex {
     /// What to answer at once.
-    fn call(&self, request: Term, caller: &Caller, peer: &Atom) -> Option<Term> {
+    fn call(&self, request: Term, caller: &Caller, (peer, bytes): &Asked) -> Option<Term> {
         let Some(call) = labelled(request, &["call", "block_call"]) else {
             return Some(badrpc(Term::atom("badarg")));
         };
-        let Some(slot) = self.0.slot(peer) else {
+        let Some(slot) = self.0.slot(peer, *bytes) else {
             return Some(badrpc(Term::atom("system_limit")));
         };
         let (inner, caller) = (Arc::clone(&self.0), caller.clone());
         self.0.spawn(async move {
-            let result = apply(&inner, call, slot).await;
+            let result = apply(&inner, call).await;
             answer(&caller, result).await;
+            drop(slot);
         });
         None
     }
 
-    fn cast(&self, request: Term, peer: &Atom) {
+    fn cast(&self, request: Term, (peer, bytes): &Asked) {
         let Some(call) = labelled(request, &["cast", "block_cast"]) else {
             return;
         };
-        if let Some(slot) = self.0.slot(peer) {
+        if let Some(slot) = self.0.slot(peer, *bytes) {
             let inner = Arc::clone(&self.0);
-            self.0.spawn(async move { apply(&inner, call, slot).await });
+            self.0.spawn(async move {
+                apply(&inner, call).await;
+                drop(slot);
+            });
         }
     }
 
-    fn info(&self, message: Message, peer: &Atom) {
+    fn info(&self, message: Message, (peer, bytes): &Asked) {
         let Message::Term {
             term: Term::Tuple(parts),
             ..
@@ -78,12 +84,12 @@ impl Rex {
         let Some(call) = labelled(request, &["call"]) else {
             return;
         };
-        let Some(slot) = self.0.slot(peer) else {
+        let Some(slot) = self.0.slot(peer, *bytes) else {
             return;
         };
         let inner = Arc::clone(&self.0);
         self.0.spawn(async move {
-            let result = apply(&inner, call, slot).await;
+            let result = apply(&inner, call).await;
             let Some(own) = inner.processes.by_name("rex") else {
                 return;
             };
@@ -93,6 +99,7 @@ impl Rex {
             if let Some(instead) = unsent(sent) {
                 unsent(inner.reply(&own.pid, &to, &message(instead)).await);
             }
+            drop(slot);
         });
     }
 }
@@ -129,10 +136,8 @@ fn labelled(request: Term, labels: &[&str]) -> Option<Call> {
 }
 
 /// What `rex` answers: the value, what was thrown, or `{badrpc, {'EXIT', Reason}}`.
-async fn apply(inner: &Arc<Inner>, call: Call, slot: Slot) -> Term {
-    let outcome = spawned::apply_alone(inner, call).await;
-    drop(slot);
-    let reason = match outcome {
+async fn apply(inner: &Arc<Inner>, call: Call) -> Term {
+    let reason = match spawned::apply_alone(inner, call).await {
         Ok(value) | Err((Raised::Throw(value), _)) => return value,
         Err((Raised::Exit(reason), _)) => reason,
         Err((Raised::Error(reason), stack)) => Term::tuple([reason, stack]),

@@ -15,7 +15,7 @@ use meshx_etf::{Atom, Term};
 use super::dispatch::Peer;
 use super::event::DownReason;
 use super::exits::UNSENDABLE_REASON;
-use super::exposed::{Outcome, Raised, Slot};
+use super::exposed::{Bounds, Outcome, Raised, Slot};
 use super::inner::Inner;
 use super::mailbox::Mailbox;
 use super::payload::Payload;
@@ -86,7 +86,8 @@ pub(crate) fn request(
         Peer::Local => &inner.name,
         Peer::Remote(connection) => &connection.node,
     };
-    let Some(slot) = inner.slot(node) else {
+    let bytes = payload.as_ref().map_or(0, Payload::len);
+    let Some(slot) = inner.slot(node, bytes) else {
         return refuse("system_limit");
     };
     let process = inner.processes.spawn(false, false);
@@ -171,6 +172,8 @@ async fn run(guard: Guard, start: Start, slot: Slot) {
     let is_erpc = start.module == "erpc" && start.function == "execute_call";
     let running = async {
         let args = meshx_etf::decode(&start.args, &inner.limits.terms);
+        // Else it would stay for as long as the function runs.
+        drop(start.args);
         let Ok(Term::List(args)) = args else {
             return Term::atom("badarg");
         };
@@ -345,15 +348,18 @@ pub(crate) async fn apply_alone(inner: &Arc<Inner>, call: Call) -> Result<Term, 
 }
 
 impl Inner {
-    pub(crate) fn slot(&self, peer: &Atom) -> Option<Slot> {
-        let limits = &self.limits;
-        let slot = self
-            .exposed
-            .slot(peer, limits.spawned_per_peer, limits.spawned_processes);
+    /// The right to run what a peer asks for in so many bytes.
+    pub(crate) fn slot(&self, peer: &Atom, bytes: usize) -> Option<Slot> {
+        let bounds = Bounds {
+            per_peer: self.limits.spawned_per_peer,
+            bytes_per_peer: self.limits.spawned_bytes_per_peer,
+            total: self.limits.spawned_processes,
+        };
+        let slot = self.exposed.slot(peer, bytes, bounds);
         if slot.is_none() {
             tracing::debug!(
                 node = peer.as_str(),
-                "a process was not started: limit `spawned_per_peer` or `spawned_processes`"
+                "a process was not started: limit `spawned_per_peer`, `spawned_bytes_per_peer` or `spawned_processes`"
             );
         }
         slot

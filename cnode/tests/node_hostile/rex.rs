@@ -1,9 +1,11 @@
 //! Calls to `rex` by a peer that lies about who calls.
 
+use std::time::{Duration, Instant};
+
 use crate::node_support::{COOKIE, LONG, soon};
-use crate::scene::{EVIL, Raw, Scene, pid};
-use meshx::node::{Limits, Message};
-use meshx_dist::control::Control;
+use crate::scene::{EVIL, Raw, Scene, pid, reference};
+use meshx::node::{Limits, Mailbox, Message};
+use meshx_dist::control::{Control, SpawnResult};
 use meshx_etf::{Atom, Pid, Reference, Term};
 
 const FRIEND: &str = "friend@127.0.0.1";
@@ -44,6 +46,18 @@ fn to_rex(from: Pid) -> Control {
         to: "rex".into(),
         token: None,
     }
+}
+
+/// The answer to a call that comes next.
+async fn answer(mailbox: &mut Mailbox) -> Term {
+    let Some(Message::Term {
+        term: Term::Tuple(mut parts),
+        ..
+    }) = soon(mailbox.recv()).await
+    else {
+        panic!("no answer")
+    };
+    parts.pop().unwrap()
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -98,15 +112,8 @@ async fn counts_for_the_peer_that_it_comes_from(way: Way) {
     let ghost = liar("ghost@127.0.0.1");
     let more = call(&ghost, &answers, order("call", "done"));
     assert!(raw.send(to_rex(ghost), Some(&more)).await);
-    let Some(Message::Term {
-        term: Term::Tuple(mut answer),
-        ..
-    }) = soon(victim.recv()).await
-    else {
-        panic!("no answer")
-    };
     let refused = Term::tuple([Term::atom("badrpc"), Term::atom("system_limit")]);
-    assert_eq!(answer.pop(), Some(refused), "{way:?}");
+    assert_eq!(answer(&mut victim).await, refused, "{way:?}");
     // All of the above is through, and the friend has its share.
     let served = scene.friend.gen_call(("rex", HERE), order("call", "done"), LONG);
     assert_eq!(served.await.unwrap(), Term::atom("done"), "{way:?}");
@@ -127,4 +134,91 @@ async fn messages_count_for_the_peer_that_they_come_from() {
 #[tokio::test(flavor = "multi_thread")]
 async fn casts_count_for_the_peer_that_they_come_from() {
     counts_for_the_peer_that_it_comes_from(Way::Cast).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_result_that_waits_to_be_read_counts_as_running() {
+    let limits = Limits {
+        spawned_per_peer: 2,
+        reply_queue_bytes: 1 << 20,
+        ..Limits::default()
+    };
+    let scene = Scene::new(limits).await;
+    scene.node.expose("none", "large", 0, |_| async {
+        Ok(Term::binary(vec![0; 256 << 10]))
+    });
+    scene
+        .node
+        .expose("none", "done", 0, |_| async { Ok(Term::atom("done")) });
+    let mut friend = scene.friend.mailbox();
+    let answers = friend.alias();
+    let mut raw = Raw::connect(&scene.epmd, COOKIE).await.unwrap();
+    let from = Term::tuple([Term::from(pid(1)), Term::from(reference(1))]);
+    let large = Term::tuple([Term::atom("$gen_call"), from, order("call", "large")]);
+    let probe = call(&pid(1), &answers, order("call", "done"));
+    let refused = Term::tuple([Term::atom("badrpc"), Term::atom("system_limit")]);
+    // The sockets' buffers and the queue take the first of them.
+    for _ in 0..500 {
+        assert!(raw.send(to_rex(pid(1)), Some(&large)).await);
+        // Another call of the peer's, whose answer is read; it is refused for a moment while the large one runs.
+        let since = Instant::now();
+        while {
+            assert!(raw.send(to_rex(pid(1)), Some(&probe)).await);
+            answer(&mut friend).await == refused
+        } {
+            if since.elapsed() > Duration::from_secs(1) {
+                return scene.friend_is_served().await;
+            }
+        }
+        // It gives its slot back a moment after its answer.
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("any number of results wait");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bytes_that_a_peer_has_running_are_bounded() {
+    let limits = Limits {
+        spawned_bytes_per_peer: 100_000,
+        ..Limits::default()
+    };
+    let scene = Scene::new(limits).await;
+    for function in ["wait", "done"] {
+        scene.node.expose("none", function, 1, move |_| async move {
+            match function {
+                "wait" => std::future::pending().await,
+                _ => Ok(Term::atom("done")),
+            }
+        });
+    }
+    let mut raw = Raw::connect(&scene.epmd, COOKIE).await.unwrap();
+    let mut received = raw.listen();
+    // Larger than all that one may have, but the first.
+    for (id, len) in [(0, 200_000), (1, 1)] {
+        let request = Control::SpawnRequest {
+            id: reference(id),
+            from: pid(1),
+            group_leader: pid(1),
+            module: "none".into(),
+            function: "wait".into(),
+            arity: 1,
+            options: vec![],
+            token: None,
+        };
+        let args = Term::list([Term::binary(vec![0; len])]);
+        assert!(raw.send(request, Some(&args)).await);
+        let Control::SpawnReply { result, .. } = received.next(&mut raw).await else {
+            panic!("no answer")
+        };
+        let refused = result == SpawnResult::Error("system_limit".into());
+        assert_eq!(refused, id == 1, "{result:?}");
+    }
+    // Calls to `rex` count with the others.
+    let mut victim = scene.friend.mailbox();
+    let answers = victim.alias();
+    let wanted = call(&pid(1), &answers, order("call", "done"));
+    assert!(raw.send(to_rex(pid(1)), Some(&wanted)).await);
+    let refused = Term::tuple([Term::atom("badrpc"), Term::atom("system_limit")]);
+    assert_eq!(answer(&mut victim).await, refused);
+    scene.friend_is_served().await;
 }

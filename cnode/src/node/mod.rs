@@ -424,9 +424,10 @@ impl Node {
         }
     }
 
-    /// Ends the node: what is queued is still written, and the peers have time to read it, at most a second in all;
-    /// then all connections are closed, the name is free again, and every mailbox says that the node is down. When it returns, all sockets are closed and
-    /// all tasks have ended, but for servers that are busy with a request for more than another second.
+    /// Ends the node: what is queued is still written, and the peers have time to read it, at most a second in all; then
+    /// all connections are closed, the name is free again, and every mailbox says that the node is down. When it
+    /// returns, all sockets are closed and all tasks have ended, but for servers that are busy with a request for more
+    /// than another second.
     pub async fn stop(self) {
         self.inner.stop(Duration::from_secs(1)).await;
     }

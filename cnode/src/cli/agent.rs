@@ -3,14 +3,15 @@
 use std::{
     fmt,
     fs::{self, DirBuilder, OpenOptions},
-    io::{self, ErrorKind, Read, Write},
-    os::unix::fs::DirBuilderExt,
+    io::{self, ErrorKind, Read},
+    os::{fd::AsFd, unix::fs::DirBuilderExt},
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
 };
 
 use rustix::{
+    event::{PollFd, PollFlags, poll},
     fs::Mode,
     process::{Resource, Rlimit, getrlimit, setrlimit, setsid, umask},
 };
@@ -68,9 +69,9 @@ pub(super) fn run(command: AgentCommand) -> Result<ExitCode, Failure> {
     }
     let config = AgentConfig::from_args(agent).map_err(|errors| Failure::usage(errors.to_string()))?;
     let detached = detached || private.is_some();
-    let log: Box<dyn Write + Send> = match detached {
-        true => Box::new(leave_terminal(&config)?),
-        false => Box::new(io::stderr()),
+    let log = match detached {
+        true => leave_terminal(&config)?,
+        false => standard_error()?,
     };
     let log = start_log(config.log_format, log)?;
     raise_descriptor_limit();
@@ -163,6 +164,17 @@ fn leave_terminal(config: &AgentConfig) -> Result<fs::File, Failure> {
         |panic| tracing::error!(%panic, "this is a bug, please report it"),
     ));
     Ok(file)
+}
+
+fn standard_error() -> Result<fs::File, Failure> {
+    let same = io::stderr().as_fd().try_clone_to_owned();
+    same.map(fs::File::from)
+        .map_err(|error| Failure::new(EX_OSERR, format!("standard error: {error}")))
+}
+
+/// Waits until the log takes something, or nobody can read it any more: then the next write says so.
+fn wait_writable(log: &fs::File) {
+    let _ = poll(&mut [PollFd::new(log, PollFlags::OUT)], None);
 }
 
 /// Fires when nobody holds the other end of standard input any more.
@@ -269,14 +281,14 @@ impl Signals {
     }
 }
 
-fn start_log(format: LogFormat, out: Box<dyn Write + Send>) -> Result<Log, Failure> {
+fn start_log(format: LogFormat, out: fs::File) -> Result<Log, Failure> {
     let filter = EnvFilter::builder()
         .with_default_directive(LevelFilter::INFO.into())
         .from_env()
         .map_err(|error| Failure::usage(format!("RUST_LOG: {error}")))?;
     let failed = |error: &dyn fmt::Display| Failure::new(EX_OSERR, format!("cannot log: {error}"));
     let tell_lost = |lost| tracing::warn!("{lost} lines of the log were lost: nobody read it");
-    let written = Log::start(out, tell_lost).map_err(|error| failed(&error))?;
+    let written = Log::start(out, wait_writable, tell_lost).map_err(|error| failed(&error))?;
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(written.lines())

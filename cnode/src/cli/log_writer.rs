@@ -13,8 +13,6 @@ const WAITING_MAX: usize = 256 << 10;
 const PIECE_MAX: usize = 4096;
 /// How long the end of the process waits for what is still to be written.
 const END_TIME: Duration = Duration::from_secs(1);
-/// Pause before the next try where standard error does not block and takes nothing.
-const RETRY: Duration = Duration::from_millis(10);
 
 /// The log of this process. Dropping it waits, within a limit, until all is written.
 pub(super) struct Log {
@@ -38,13 +36,18 @@ struct State {
 }
 
 impl Log {
-    /// A log that is written to `out`, with a word of it about lines that were lost.
-    pub(super) fn start(out: impl Write + Send + 'static, tell_lost: fn(u64)) -> io::Result<Self> {
+    /// A log that is written to `out`, with a word of it about lines that were lost. `ready` waits until `out` may take
+    /// something, where its writes do not block.
+    pub(super) fn start<W: Write + Send + 'static>(
+        out: W,
+        ready: fn(&W),
+        tell_lost: fn(u64),
+    ) -> io::Result<Self> {
         let lines = Arc::new(Lines::default());
         let of_thread = lines.clone();
         thread::Builder::new()
             .name("log".to_owned())
-            .spawn(move || of_thread.write_to(out, tell_lost))?;
+            .spawn(move || of_thread.write_to(out, ready, tell_lost))?;
         Ok(Self { lines })
     }
 
@@ -67,7 +70,7 @@ impl Lines {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write_to(&self, mut out: impl Write, tell_lost: fn(u64)) {
+    fn write_to<W: Write>(&self, mut out: W, ready: fn(&W), tell_lost: fn(u64)) {
         let mut taken = Vec::new();
         loop {
             let mut state = self.lock();
@@ -85,7 +88,7 @@ impl Lines {
             if lost > 0 {
                 tell_lost(lost);
             }
-            write_pieces(&mut out, &taken);
+            write_pieces(&mut out, ready, &taken);
         }
     }
 }
@@ -108,7 +111,7 @@ impl Write for &Lines {
     }
 }
 
-fn write_pieces(out: &mut impl Write, mut lines: &[u8]) {
+fn write_pieces<W: Write>(out: &mut W, ready: fn(&W), mut lines: &[u8]) {
     while !lines.is_empty() {
         let (mut piece, rest) = lines.split_at(piece_of(lines));
         lines = rest;
@@ -117,7 +120,7 @@ fn write_pieces(out: &mut impl Write, mut lines: &[u8]) {
                 Ok(0) => break,
                 Ok(written) => piece = piece.get(written..).unwrap_or_default(),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => thread::sleep(RETRY),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => ready(out),
                 // Of a full disk for example. There is no other place to say it.
                 Err(_) => break,
             }
@@ -168,7 +171,7 @@ mod tests {
     #[test]
     fn lines_keep_their_order_and_are_written_before_the_end() {
         let (pipe, reader) = pipe();
-        let log = Log::start(pipe, |_| panic!("none is lost")).unwrap();
+        let log = Log::start(pipe, |_| (), |_| panic!("none is lost")).unwrap();
         let lines = log.lines();
         let reading = thread::spawn(move || {
             let pieces: Vec<_> = reader.iter().take(2).collect();
@@ -198,7 +201,7 @@ mod tests {
     #[test]
     fn a_log_that_nobody_reads_holds_nobody_up() {
         let (pipe, reader) = pipe();
-        let log = Log::start(pipe, |_| ()).unwrap();
+        let log = Log::start(pipe, |_| (), |_| ()).unwrap();
         let lines = log.lines();
         let line = [b'x'; 1023].iter().chain(b"\n").copied().collect::<Vec<_>>();
         let began = Instant::now();
